@@ -1,0 +1,609 @@
+//! The resolved settings of a run: typed, checked, with every default filled in.
+//!
+//! `Config::resolve` makes these from what a file says; everything above `config` reads these and never a key name.
+//! Field names are TRL's and Hugging Face's wherever they have one. Units stand on the fields.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Settings of `trainer sft`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SftSettings {
+    /// The base model and its adapter.
+    pub model: ModelSettings,
+    /// Where the examples come from.
+    pub data: DataSettings,
+    /// What SFT and GRPO share: batches, optimizer, schedule, logging, saving.
+    pub training: TrainingSettings,
+    /// Longest example in tokens; `None` keeps every length.
+    pub max_length: Option<usize>,
+    /// Put several examples into one sequence of `max_length` tokens.
+    pub packing: bool,
+    /// How examples are packed.
+    pub packing_strategy: PackingStrategy,
+    /// As `packing`, for the evaluation split.
+    pub eval_packing: bool,
+    /// Train on the completion only; `None`: on the completion for prompt-completion data, on everything otherwise.
+    pub completion_only_loss: Option<bool>,
+    /// Train on assistant turns only (conversational data).
+    pub assistant_only_loss: bool,
+    /// Which loss.
+    pub loss_type: SftLossType,
+}
+
+/// Settings of `trainer grpo`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GrpoSettings {
+    /// The base model and its adapter.
+    pub model: ModelSettings,
+    /// Where the prompts come from.
+    pub data: DataSettings,
+    /// What SFT and GRPO share: batches, optimizer, schedule, logging, saving.
+    pub training: TrainingSettings,
+    /// Completions sampled per prompt: the group size, at least 2.
+    pub num_generations: usize,
+    /// The same for evaluation.
+    pub num_generations_eval: usize,
+    /// Longest prompt in tokens; `None` takes every length the model can hold. A longer prompt is an error that names
+    /// its row, unless `truncate_prompts` is set.
+    pub max_prompt_length: Option<usize>,
+    /// Cut prompts longer than `max_prompt_length` on the left instead of refusing them.
+    pub truncate_prompts: bool,
+    /// Longest completion in tokens.
+    pub max_completion_length: usize,
+    /// How completions are sampled.
+    pub sampling: SamplingSettings,
+    /// Reward functions, in the order of their weights.
+    pub reward_funcs: Vec<RewardSpec>,
+    /// One weight per reward function.
+    pub reward_weights: Vec<f64>,
+    /// How rewards are scaled into advantages.
+    pub scale_rewards: ScaleRewards,
+    /// How several rewards become one advantage.
+    pub multi_objective_aggregation: RewardAggregation,
+    /// Which policy loss.
+    pub loss_type: GrpoLossType,
+    /// Weight of the KL term against the reference policy; 0 switches the reference off.
+    pub beta: f64,
+    /// Multiply the KL estimate by the importance ratio (DeepSeek-V3.2's unbiased form).
+    pub use_bias_correction_kl: bool,
+    /// Lower clip range.
+    pub epsilon: f64,
+    /// Upper clip range (for `cispo` the cap itself).
+    pub epsilon_high: f64,
+    /// Two-sided clipping bound of the importance ratio.
+    pub delta: Option<f64>,
+    /// Whether the importance ratio is taken per token or per sequence (GSPO).
+    pub importance_sampling_level: ImportanceSamplingLevel,
+    /// Optimizer passes over each generation batch (TRL's mu).
+    pub num_iterations: usize,
+    /// Micro-batches per rank cut from one generation batch.
+    pub steps_per_generation: usize,
+    /// Completions generated at once over all ranks.
+    pub generation_batch_size: usize,
+    /// Leave completions that ran into the length limit out of the loss.
+    pub mask_truncated_completions: bool,
+    /// Share of tokens, by entropy from the top, that the policy loss looks at.
+    pub top_entropy_quantile: f64,
+    /// Weight of the entropy bonus.
+    pub entropy_coef: f64,
+    /// Off-policy sequence mask threshold (DeepSeek-V3.2).
+    pub off_policy_mask_threshold: Option<f64>,
+    /// SAPO's temperatures for negative and positive advantages.
+    pub sapo_temperature_neg: f64,
+    /// See `sapo_temperature_neg`.
+    pub sapo_temperature_pos: f64,
+    /// VESPO's shape parameters.
+    pub vespo: VespoSettings,
+    /// Correct for the difference between rollout and trainer log-probabilities.
+    pub rollout_importance_sampling: Option<RolloutCorrection>,
+    /// Move the reference policy towards the policy while training.
+    pub sync_ref_model: bool,
+    /// Share of the policy in the mixed reference.
+    pub ref_model_mixup_alpha: f64,
+    /// Optimizer steps between two synchronisations of the reference.
+    pub ref_model_sync_steps: usize,
+    /// Shuffle the prompts.
+    pub shuffle_dataset: bool,
+    /// Show sample completions in the console.
+    pub log_completions: bool,
+    /// How many of them; `None`: all.
+    pub num_completions_to_print: Option<usize>,
+    /// Most sequences decoded at the same time; bounds the KV cache.
+    pub max_num_seqs: usize,
+}
+
+/// VESPO's shape parameters for positive and negative advantages.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct VespoSettings {
+    /// Exponent for non-negative advantages.
+    pub k_pos: f64,
+    /// Rate for non-negative advantages.
+    pub lambda_pos: f64,
+    /// Exponent for negative advantages.
+    pub k_neg: f64,
+    /// Rate for negative advantages.
+    pub lambda_neg: f64,
+}
+
+/// Truncated or masked importance sampling between rollout and trainer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RolloutCorrection {
+    /// Which correction.
+    pub mode: RolloutCorrectionMode,
+    /// Upper bound of the ratio.
+    pub clip_max: f64,
+    /// Lower bound of the ratio (mask modes).
+    pub clip_min: Option<f64>,
+}
+
+/// The base model and what is trained on it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSettings {
+    /// A local folder (config.json, safetensors), a `.gguf` file, or a hub id.
+    pub model_name_or_path: String,
+    /// Branch, tag or commit of a hub id.
+    pub model_revision: String,
+    /// A tokenizer elsewhere than in the model folder.
+    pub tokenizer_name_or_path: Option<String>,
+    /// A Jinja file that replaces the model's chat template.
+    pub chat_template_path: Option<PathBuf>,
+    /// Take random weights of the shape in `config.json` instead of stored ones.
+    pub init_random: bool,
+    /// Storage of base weights that are not quantised.
+    pub dtype: WeightDtype,
+    /// Quantise the linear weights of the decoder layers while loading. GGUF tensors stay as they are stored.
+    pub quantization: Option<Quantization>,
+    /// The adapter; `None` trains every weight.
+    pub lora: Option<LoraSettings>,
+    /// Start from this PEFT adapter instead of a fresh one.
+    pub adapter_name_or_path: Option<PathBuf>,
+}
+
+/// A low-rank adapter (Hu et al., 2106.09685), in PEFT's names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraSettings {
+    /// Rank.
+    pub r: usize,
+    /// Scale numerator: the update is multiplied by `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
+    pub alpha: f64,
+    /// Probability of dropping an input element of the adapter, in [0, 1).
+    pub dropout: f64,
+    /// Projections that get an adapter, sorted.
+    pub target_modules: Vec<Projection>,
+    /// Rank-stabilised scale (2312.03732).
+    pub use_rslora: bool,
+}
+
+/// One of the seven projections of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Projection {
+    /// Query projection of attention.
+    QProj,
+    /// Key projection of attention.
+    KProj,
+    /// Value projection of attention.
+    VProj,
+    /// Output projection of attention.
+    OProj,
+    /// Gate projection of the MLP.
+    GateProj,
+    /// Up projection of the MLP.
+    UpProj,
+    /// Down projection of the MLP.
+    DownProj,
+}
+
+impl Projection {
+    /// All seven, in the order of the layer.
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// Hugging Face's module name, e.g. `q_proj`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+
+    /// Hugging Face's module path inside a decoder layer, e.g. `self_attn.q_proj`.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::QProj => "self_attn.q_proj",
+            Self::KProj => "self_attn.k_proj",
+            Self::VProj => "self_attn.v_proj",
+            Self::OProj => "self_attn.o_proj",
+            Self::GateProj => "mlp.gate_proj",
+            Self::UpProj => "mlp.up_proj",
+            Self::DownProj => "mlp.down_proj",
+        }
+    }
+}
+
+/// 4-bit quantisation of the frozen weights while loading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    /// Code book.
+    pub quant_type: QuantType,
+    /// Quantise the block maxima to 8 bits as well.
+    pub double_quant: bool,
+}
+
+/// Where rows come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataSettings {
+    /// A `.jsonl`, `.json`, `.parquet` file, a folder of them, or a hub id.
+    pub dataset_name: String,
+    /// Sub-folder or configuration of a hub data set.
+    pub dataset_config: Option<String>,
+    /// Branch, tag or commit of a hub id.
+    pub dataset_revision: String,
+    /// Split to train on (`train`): files of a folder whose name carries the split's name.
+    pub dataset_train_split: String,
+    /// Split to evaluate on (`test`).
+    pub dataset_test_split: String,
+    /// Column with plain text.
+    pub dataset_text_field: String,
+    /// Hold out this share of the training rows (0, 1) for evaluation when there is no test split.
+    pub eval_fraction: Option<f64>,
+    /// Use at most this many rows.
+    pub max_train_samples: Option<usize>,
+    /// Use at most this many evaluation rows.
+    pub max_eval_samples: Option<usize>,
+    /// Extra variables for the chat template, e.g. `enable_thinking: false`.
+    pub chat_template_kwargs: serde_json::Map<String, serde_json::Value>,
+    /// A system message put in front of conversational prompts that have none.
+    pub system_prompt: Option<String>,
+}
+
+/// What every training run shares.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainingSettings {
+    /// Folder for everything a run leaves.
+    pub output_dir: PathBuf,
+    /// Go on from a checkpoint.
+    pub resume_from_checkpoint: Resume,
+    /// Allow an `output_dir` that already holds a run.
+    pub overwrite_output_dir: bool,
+    /// Seed of every random stream.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// Compute precision.
+    pub precision: Precision,
+    /// Sequences per rank and micro-step.
+    pub per_device_train_batch_size: usize,
+    /// Sequences per rank and evaluation step.
+    pub per_device_eval_batch_size: usize,
+    /// Micro-steps per optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Passes over the data; ignored when `max_steps` is set.
+    pub num_train_epochs: f64,
+    /// Optimizer steps; `None`: from `num_train_epochs`.
+    pub max_steps: Option<usize>,
+    /// Recompute activations in backward instead of keeping them.
+    pub gradient_checkpointing: bool,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Extra arguments of the schedule, as transformers' `lr_scheduler_kwargs`.
+    pub lr_scheduler_kwargs: serde_json::Map<String, serde_json::Value>,
+    /// Warm-up in optimizer steps, or as a share of all steps.
+    pub warmup: Warmup,
+    /// AdamW's settings.
+    pub optimizer: OptimizerSettings,
+    /// Largest L2 norm of all gradients; 0 switches clipping off.
+    pub max_grad_norm: f64,
+    /// Optimizer steps between two log lines.
+    pub logging_steps: usize,
+    /// When to evaluate.
+    pub eval_strategy: Interval,
+    /// When to save.
+    pub save_strategy: Interval,
+    /// Keep at most this many checkpoints, the newest ones.
+    pub save_total_limit: Option<usize>,
+    /// Metric sinks besides metrics.jsonl.
+    pub report_to: Vec<ReportTo>,
+    /// Hide progress bars.
+    pub disable_tqdm: bool,
+}
+
+/// AdamW (Loshchilov and Hutter, 1711.05101).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimizerSettings {
+    /// Decoupled weight decay; not applied to biases and norm weights.
+    pub weight_decay: f64,
+    /// Decay of the first moment.
+    pub adam_beta1: f64,
+    /// Decay of the second moment.
+    pub adam_beta2: f64,
+    /// Added to the root of the second moment.
+    pub adam_epsilon: f64,
+}
+
+/// How completions are sampled. The filters apply in the order of the fields.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingSettings {
+    /// Divides the logit of tokens seen before (multiplies a negative one); 1 is off.
+    pub repetition_penalty: f64,
+    /// Divides the logits; 0 takes the largest logit.
+    pub temperature: f64,
+    /// Keep the k largest logits; 0 is off.
+    pub top_k: usize,
+    /// Keep the smallest set of tokens with at least this probability; 1 is off.
+    pub top_p: f64,
+    /// Keep tokens with at least this share of the largest probability; 0 is off.
+    pub min_p: f64,
+    /// Strings that end a completion, besides the end-of-sequence token.
+    pub stop_strings: Vec<String>,
+}
+
+impl Default for SamplingSettings {
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            stop_strings: Vec::new(),
+        }
+    }
+}
+
+/// One reward function as named in the file.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RewardSpec {
+    /// A built-in, e.g. `accuracy`, with its parameters.
+    Builtin {
+        /// The built-in's name.
+        name: String,
+        /// Its parameters, checked by the built-in.
+        parameters: serde_json::Map<String, serde_json::Value>,
+    },
+    /// A program that reads JSON lines and writes scores.
+    Command {
+        /// Name in metrics.
+        name: String,
+        /// Program and arguments.
+        command: Vec<String>,
+        /// Seconds one batch may take.
+        timeout_secs: f64,
+    },
+}
+
+/// Where a run goes on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// Start anew.
+    No,
+    /// The newest whole checkpoint of `output_dir`; an error if there is none.
+    Latest,
+    /// This one.
+    Path(PathBuf),
+}
+
+/// Warm-up of the learning rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Warmup {
+    /// Optimizer steps.
+    Steps(usize),
+    /// Share of all optimizer steps in [0, 1]; rounded up.
+    Ratio(f64),
+}
+
+/// When something recurring happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interval {
+    /// Never (saving: only at the end).
+    No,
+    /// Every so many optimizer steps.
+    Steps(usize),
+    /// At the end of each epoch.
+    Epoch,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if this build and machine have one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU with this ordinal.
+    Cuda(usize),
+}
+
+macro_rules! choices {
+    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum $name { $($(#[$variant_meta])* #[serde(rename = $text)] $variant),+ }
+
+        impl $name {
+            /// Every value, as written in a config file.
+            pub const NAMES: &'static [&'static str] = &[$($text),+];
+
+            /// As written in a config file.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.write_str(self.as_str()) }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = ();
+            fn from_str(text: &str) -> Result<Self, ()> {
+                match text { $($text => Ok(Self::$variant),)+ _ => Err(()) }
+            }
+        }
+    };
+}
+
+choices! {
+    /// Compute precision.
+    Precision {
+        /// f32.
+        No = "no",
+        /// bfloat16 with f32 accumulation.
+        Bf16 = "bf16",
+        /// float16 with f32 accumulation, an f32 residual stream and dynamic loss scaling.
+        Fp16 = "fp16",
+    }
+}
+choices! {
+    /// Storage type of unquantised base weights.
+    WeightDtype {
+        /// As stored in the file.
+        Auto = "auto",
+        /// 32-bit float.
+        Float32 = "float32",
+        /// Brain float.
+        Bfloat16 = "bfloat16",
+        /// IEEE half.
+        Float16 = "float16",
+    }
+}
+choices! {
+    /// 4-bit code books.
+    QuantType {
+        /// `NormalFloat` (Dettmers et al., 2305.14314).
+        Nf4 = "nf4",
+        /// 4-bit float of bitsandbytes.
+        Fp4 = "fp4",
+    }
+}
+choices! {
+    /// How examples are packed.
+    PackingStrategy {
+        /// Best fit decreasing; what is too long is cut.
+        Bfd = "bfd",
+        /// Best fit decreasing; what is too long is split and all pieces kept.
+        BfdSplit = "bfd_split",
+        /// Concatenate and cut every `max_length` tokens; boundaries are lost.
+        Wrapped = "wrapped",
+    }
+}
+choices! {
+    /// SFT losses.
+    SftLossType {
+        /// Cross-entropy.
+        Nll = "nll",
+        /// TRL's name for cross-entropy computed head-chunk by head-chunk, which is how it is always computed here.
+        ChunkedNll = "chunked_nll",
+        /// Dynamic fine-tuning (2508.05629): cross-entropy weighted by the token's own probability.
+        Dft = "dft",
+    }
+}
+choices! {
+    /// Policy losses.
+    GrpoLossType {
+        /// DeepSeekMath 2402.03300.
+        Grpo = "grpo",
+        /// Normalised by the micro-batch's tokens.
+        Bnpo = "bnpo",
+        /// 2503.20783.
+        DrGrpo = "dr_grpo",
+        /// 2503.14476.
+        Dapo = "dapo",
+        /// MiniMax-M1 2506.13585.
+        Cispo = "cispo",
+        /// Soft adaptive policy optimisation.
+        Sapo = "sapo",
+        /// Length-unbiased sequence policy optimisation.
+        Luspo = "luspo",
+        /// Variational sequence-level soft policy optimisation.
+        Vespo = "vespo",
+    }
+}
+choices! {
+    /// Level of the importance ratio.
+    ImportanceSamplingLevel {
+        /// One ratio per token.
+        Token = "token",
+        /// One ratio per sequence (GSPO, 2507.18071).
+        Sequence = "sequence",
+    }
+}
+choices! {
+    /// How rewards are scaled into advantages.
+    ScaleRewards {
+        /// By the standard deviation of the group.
+        Group = "group",
+        /// By the standard deviation of the generation batch.
+        Batch = "batch",
+        /// Not at all (Dr. GRPO).
+        None = "none",
+    }
+}
+choices! {
+    /// How several rewards become one advantage.
+    RewardAggregation {
+        /// Weighted sum first, then group normalisation.
+        SumThenNormalize = "sum_then_normalize",
+        /// Group normalisation per reward, then the weighted sum (GDPO).
+        NormalizeThenSum = "normalize_then_sum",
+    }
+}
+choices! {
+    /// Corrections of the rollout-trainer mismatch.
+    RolloutCorrectionMode {
+        /// Per token, clamped.
+        TokenTruncate = "token_truncate",
+        /// Per token, masked outside the bounds.
+        TokenMask = "token_mask",
+        /// Per sequence, clamped.
+        SequenceTruncate = "sequence_truncate",
+        /// Per sequence, masked outside the bounds.
+        SequenceMask = "sequence_mask",
+    }
+}
+choices! {
+    /// Learning-rate schedules, by transformers' names.
+    LrSchedulerType {
+        /// Linear to zero.
+        Linear = "linear",
+        /// Half a cosine to zero.
+        Cosine = "cosine",
+        /// Cosine with hard restarts.
+        CosineWithRestarts = "cosine_with_restarts",
+        /// Polynomial decay.
+        Polynomial = "polynomial",
+        /// Constant, no warm-up.
+        Constant = "constant",
+        /// Constant after warm-up.
+        ConstantWithWarmup = "constant_with_warmup",
+        /// Inverse square root.
+        InverseSqrt = "inverse_sqrt",
+        /// Cosine to a minimum.
+        CosineWithMinLr = "cosine_with_min_lr",
+        /// Cosine to a minimum, with a warm-up that starts from a rate.
+        CosineWarmupWithMinLr = "cosine_warmup_with_min_lr",
+        /// Warm-up, plateau, decay.
+        WarmupStableDecay = "warmup_stable_decay",
+    }
+}
+choices! {
+    /// Metric sinks.
+    ReportTo {
+        /// Only metrics.jsonl.
+        None = "none",
+        /// TensorBoard event files.
+        Tensorboard = "tensorboard",
+    }
+}
