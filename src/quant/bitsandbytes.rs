@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::Error;
 use super::double_quant::{Maxima, NESTED_BLOCK, Nested, dynamic_map};
 use super::nf4::{Nf4Matrix, codebook_of};
-use super::Error;
 use crate::config::settings::QuantType;
 use crate::fs::Bytes;
 use crate::kernels::cpu::codebook::BLOCK_LEN;

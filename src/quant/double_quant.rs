@@ -92,7 +92,8 @@ fn nearest(map: &[f32], value: f32) -> u8 {
 }
 
 /// bitsandbytes' signed dynamic 8-bit map (2110.02861 sec. 2.3): for each of 7 decades `10^-6 .. 1`, the means of `2^i`
-/// equal parts of `[0.1, 1]`, with both signs, and 0 and 1. The arithmetic is f32, as it is there.
+/// equal parts of `[0.1, 1]`, with both signs, and 0 and 1. The arithmetic is f32, as it is there: the parts' borders as `torch.linspace` makes them,
+/// from the nearer end and with one rounding.
 pub(crate) fn dynamic_map() -> Arc<[f32]> {
     static MAP: OnceLock<Arc<[f32]>> = OnceLock::new();
     MAP.get_or_init(|| {
@@ -101,7 +102,11 @@ pub(crate) fn dynamic_map() -> Arc<[f32]> {
             let parts = 1usize << decade;
             let step = (1.0f32 - 0.1) / parts as f32;
             let border = |i: usize| {
-                if i < parts.div_ceil(2) { 0.1 + step * i as f32 } else { 1.0 - step * (parts - i) as f32 }
+                if i < parts.div_ceil(2) {
+                    step.mul_add(i as f32, 0.1)
+                } else {
+                    (-step).mul_add((parts - i) as f32, 1.0)
+                }
             };
             let scale = 10f64.powi(decade - 6) as f32;
             for part in 0..parts {

@@ -16,7 +16,9 @@ pub enum Error {
         expected: String,
     },
     /// Bytes of another length than the shape needs.
-    #[error("{kind} matrix [{rows}, {cols}] takes {expected} bytes, got {got}; the file is damaged or its shape is wrong")]
+    #[error(
+        "{kind} matrix [{rows}, {cols}] takes {expected} bytes, got {got}; the file is damaged or its shape is wrong"
+    )]
     ByteLength {
         /// The type of the matrix.
         kind: String,
@@ -46,7 +48,9 @@ pub enum Error {
         kind: GgmlDType,
     },
     /// A row number beyond the matrix.
-    #[error("{operation}: row {id} was asked for, the matrix has {rows}; check that tokenizer and model belong together")]
+    #[error(
+        "{operation}: row {id} was asked for, the matrix has {rows}; check that tokenizer and model belong together"
+    )]
     RowOutOfRange {
         /// What was asked for.
         operation: &'static str,
@@ -56,7 +60,9 @@ pub enum Error {
         rows: usize,
     },
     /// No kernel for the device of an argument.
-    #[error("{operation} of a {kind} weight has no kernel for {device}; run on the CPU, or build with `--features cuda`")]
+    #[error(
+        "{operation} of a {kind} weight has no kernel for {device}; run on the CPU, or build with `--features cuda`"
+    )]
     NoKernel {
         /// What was asked for.
         operation: &'static str,

@@ -5,9 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
+use super::dense;
 use super::double_quant::{Maxima, Nested};
 use super::multiply::RowSource;
-use super::dense;
 use crate::config::settings::QuantType;
 use crate::fs::Bytes;
 use crate::kernels::cpu::codebook::{self, BLOCK_LEN, Codebook};
@@ -105,7 +105,8 @@ impl Nf4Matrix {
                 }
                 codebook::quantize(Level::best(), book, &widened[..values.len()], packed, maxima);
             });
-        let maxima = if double_quant { Maxima::Nested(Nested::quantize(&maxima)) } else { Maxima::Plain(maxima.into()) };
+        let maxima =
+            if double_quant { Maxima::Nested(Nested::quantize(&maxima)) } else { Maxima::Plain(maxima.into()) };
         Self { rows, cols, quant_type, values: book.values, packed: Bytes::from(packed), maxima }
     }
 

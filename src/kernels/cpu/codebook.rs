@@ -111,7 +111,8 @@ pub fn dequantize(level: Level, values: &[f32; 16], packed: &[u8], absmax: &[f32
         let maximum = absmax[block - first_block];
         match <&mut [f32; BLOCK_LEN]>::try_from(&mut *part) {
             Ok(whole) => {
-                let bytes = packed[at / 2..].first_chunk::<{ BLOCK_LEN / 2 }>().expect("the range ends inside `packed`");
+                let bytes =
+                    packed[at / 2..].first_chunk::<{ BLOCK_LEN / 2 }>().expect("the range ends inside `packed`");
                 dequantize_block(level, values, bytes, maximum, whole);
             }
             Err(_) => {
@@ -146,8 +147,8 @@ fn dequantize_block(level: Level, values: &[f32; 16], bytes: &[u8; 32], maximum:
 #[target_feature(enable = "avx2")]
 fn dequantize_block_avx2(values: &[f32; 16], bytes: &[u8; 32], maximum: f32, out: &mut [f32; 64]) {
     use std::arch::x86_64::{
-        _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi32,
-        _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_srlv_epi32, _mm256_storeu_ps,
+        _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_permutevar8x32_ps,
+        _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_srlv_epi32, _mm256_storeu_ps,
     };
     // SAFETY: the table has 16 values, so both halves are readable.
     let (low, high) = unsafe { (_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values.as_ptr().add(8))) };
@@ -156,11 +157,8 @@ fn dequantize_block_avx2(values: &[f32; 16], bytes: &[u8; 32], maximum: f32, out
     for (word, out) in bytes.as_chunks::<4>().0.iter().zip(out.as_chunks_mut::<8>().0) {
         let codes = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*word)), shifts);
         let choice = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
-        let looked_up = _mm256_blendv_ps(
-            _mm256_permutevar8x32_ps(low, codes),
-            _mm256_permutevar8x32_ps(high, codes),
-            choice,
-        );
+        let looked_up =
+            _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), choice);
         // SAFETY: `out` is a chunk of 8 floats.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(looked_up, maximum)) };
     }
