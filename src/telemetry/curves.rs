@@ -195,11 +195,10 @@ fn draw_panel(panel: &Panel, area: &DrawingArea<SVGBackend<'_>, Shift>) -> Plot<
     let all = || panel.series.iter().flat_map(|series| &series.points);
     let x = range(all().map(|p| p.0), 0.0);
     let y = range(all().map(|p| p.1).chain(panel.band.iter().flat_map(|&(_, low, high)| [low, high])), 0.06);
-    // The title stands over the plot, the newest value at its right end.
     area.draw(&Text::new(panel.title.clone(), (12, 6), ("sans-serif", 14).into_font().color(&INK)))?;
     let y_label = tick_format(y.end - y.start, y.start.abs().max(y.end.abs()));
     let mut chart = ChartBuilder::on(area)
-        .margin_top(30)
+        .margin_top(if panel.series.len() > 1 { 44 } else { 30 })
         .margin_right(14)
         .margin_bottom(4)
         .set_label_area_size(LabelAreaPosition::Left, 56)
