@@ -1,1 +1,32 @@
-//! (room)
+//! Generation: sequences, scheduler, paged key-value cache, sampler.
+//!
+//! `train` and `cli` make a [`Rollout`] and call [`Rollout::generate`] with a [`DecodeModel`], which is the trainer's
+//! own model with its own weights. Sequences are computed in one ragged batch that changes every step (continuous
+//! batching, Orca, Yu et al., OSDI 2022): finished ones leave, waiting ones enter, long prompts are prefilled in chunks
+//! beside those that decode. A prompt is prefilled once for all its samples and its pages are shared.
+//!
+//! Invariant: a completion is a function of the model, its prompt, the sampling settings and (seed, step, sample id).
+//! [`pages`] and [`scheduler`](self) know no memory and no device; [`kv_cache`] and [`sampler`] are the two places that
+//! touch numbers.
+
+pub mod decode_model;
+mod error;
+mod filters;
+pub mod generate;
+pub mod kv_cache;
+pub mod pages;
+pub mod sampler;
+mod scheduler;
+mod sequence;
+mod stop;
+
+#[cfg(test)]
+mod tests;
+
+pub use decode_model::{DecodeModel, Span, StepBatch};
+pub use error::Error;
+pub use generate::{Caller, Event, Rollout, RolloutSettings, Statistics};
+pub use kv_cache::{KvCache, KvShape};
+pub use pages::{BlockAllocator, PAGE_TOKENS, PageId};
+pub use sequence::{Completion, Finish, Request};
+pub use stop::Detokenize;

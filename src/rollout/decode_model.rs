@@ -1,0 +1,54 @@
+//! What the engine asks of a model: one forward step over new tokens of several sequences.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::Error;
+use super::kv_cache::{KvCache, KvShape};
+use super::pages::PageId;
+
+/// One forward step over a ragged set of tokens of several sequences.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepBatch {
+    /// `[N]` token ids.
+    pub tokens: Vec<u32>,
+    /// `[N]` position of each token in its sequence.
+    pub positions: Vec<u32>,
+    /// The sequences, in the order of their tokens, without gaps.
+    pub spans: Vec<Span>,
+    /// Ascending indices into `tokens` of those whose next-token logits are wanted.
+    pub logit_rows: Vec<usize>,
+}
+
+/// The tokens of one sequence in a step, and its pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Its tokens, as indices into [`StepBatch::tokens`].
+    pub tokens: Range<usize>,
+    /// Its pages in order of position, with room for the tokens of this step.
+    pub pages: Vec<PageId>,
+    /// Tokens cached before this step.
+    pub context: usize,
+}
+
+/// A language model that can continue cached sequences.
+pub trait DecodeModel {
+    /// `V`.
+    fn vocab_size(&self) -> usize;
+
+    /// What one token leaves in the cache.
+    fn kv_shape(&self) -> KvShape;
+
+    /// Longest sequence the model can hold, prompt and completion, in tokens.
+    fn max_positions(&self) -> usize;
+
+    /// Computes the step's tokens, stores their keys and values in `cache`, and returns the logits of
+    /// [`StepBatch::logit_rows`]: f32 `[logit_rows, V]`.
+    ///
+    /// A row's logits should not depend on what else is in the step; then a completion does not either.
+    ///
+    /// # Errors
+    /// If the computation fails.
+    fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error>;
+}

@@ -1,0 +1,156 @@
+//! What can go wrong while generating.
+
+use super::pages::{PAGE_TOKENS, PageId};
+use crate::ops::paged_attention;
+
+/// Errors of the rollout.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting is out of its range.
+    #[error("rollout: `{name}` is {value}, expected {expected}")]
+    Setting {
+        /// Which.
+        name: &'static str,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// A prompt has no tokens.
+    #[error(
+        "rollout: the prompt of sample {sample_id} has no tokens; a prompt needs at least one (for example the beginning-of-sequence token)"
+    )]
+    EmptyPrompt {
+        /// Whose prompt.
+        sample_id: u64,
+    },
+    /// A prompt has a token the model does not know.
+    #[error(
+        "rollout: the prompt of sample {sample_id} has token id {token}, the model knows ids below {vocab_size}; check that the tokenizer belongs to the model"
+    )]
+    UnknownToken {
+        /// Whose prompt.
+        sample_id: u64,
+        /// The id.
+        token: u32,
+        /// Ids the model knows.
+        vocab_size: usize,
+    },
+    /// Two requests have the same id, so they would draw the same random numbers.
+    #[error(
+        "rollout: two requests have the sample id {sample_id}; give each its own, or both draw the same random numbers"
+    )]
+    DuplicateSample {
+        /// The id.
+        sample_id: u64,
+    },
+    /// A prompt leaves no room for a completion.
+    #[error(
+        "rollout: the prompt of sample {sample_id} has {prompt_tokens} tokens, the model can hold {max_positions} with the completion; shorten the prompt (`max_prompt_length`)"
+    )]
+    PromptTooLong {
+        /// Whose prompt.
+        sample_id: u64,
+        /// Its length.
+        prompt_tokens: usize,
+        /// The model's limit.
+        max_positions: usize,
+    },
+    /// One sequence alone does not fit into the cache.
+    #[error(
+        "rollout: the prompt of sample {sample_id} ({prompt_tokens} tokens) with a completion of up to {completion_tokens} tokens needs {needed_pages} pages of {PAGE_TOKENS} tokens, the KV cache budget of {budget_bytes} bytes holds {budget_pages}; raise the budget, or lower `max_completion_length` or `max_prompt_length`"
+    )]
+    KvBudget {
+        /// Whose prompt.
+        sample_id: u64,
+        /// Its length.
+        prompt_tokens: usize,
+        /// Longest completion allowed.
+        completion_tokens: usize,
+        /// Pages needed.
+        needed_pages: usize,
+        /// Pages there are.
+        budget_pages: usize,
+        /// The budget.
+        budget_bytes: usize,
+    },
+    /// Stop strings need text.
+    #[error("rollout: `stop_strings` are set, but nothing was given that turns tokens into text")]
+    NoDetokenizer,
+    /// The model's logits are unusable.
+    #[error(
+        "rollout: the logits have {reason} at token {index}, so no token can be drawn; the weights or the adapter have diverged, go back to an earlier checkpoint or lower the learning rate"
+    )]
+    Logits {
+        /// What was found.
+        reason: &'static str,
+        /// Where.
+        index: usize,
+    },
+    /// The model returned logits of another shape.
+    #[error("rollout: the model returned logits of shape {got:?}, expected {expected:?}")]
+    LogitsShape {
+        /// Returned.
+        got: Vec<usize>,
+        /// Asked for.
+        expected: Vec<usize>,
+    },
+    /// Keys or values of another length than the step's tokens.
+    #[error("rollout: `{name}` for the KV cache hold {got} numbers, expected {expected}")]
+    KvLength {
+        /// Keys or values.
+        name: &'static str,
+        /// Their length.
+        got: usize,
+        /// The length the step asks for.
+        expected: usize,
+    },
+    /// A layer the cache does not have.
+    #[error("rollout: layer {layer} of a KV cache with {num_layers} layers was asked for")]
+    KvLayer {
+        /// Asked for.
+        layer: usize,
+        /// There are.
+        num_layers: usize,
+    },
+    /// A page the cache or the sequence does not have.
+    #[error("rollout: no page for position {position} among {pages:?} of a KV cache with {num_pages} pages")]
+    KvPage {
+        /// The token's position.
+        position: usize,
+        /// The sequence's pages.
+        pages: Vec<PageId>,
+        /// Pages in the cache.
+        num_pages: usize,
+    },
+    /// A page was used by somebody after it was freed.
+    #[error("rollout: KV page {page} is in a page list but free; this is a bug in the scheduler")]
+    FreePage {
+        /// Which.
+        page: PageId,
+    },
+    /// No sequence can go on.
+    #[error(
+        "rollout: none of {waiting} unfinished sequences fits into {num_pages} KV pages; this is a bug in the scheduler"
+    )]
+    Stuck {
+        /// Unfinished sequences.
+        waiting: usize,
+        /// Pages in the cache.
+        num_pages: usize,
+    },
+    /// The caller asked to stop.
+    #[error("rollout: cancelled after {finished} of {total} completions")]
+    Cancelled {
+        /// Finished until then.
+        finished: usize,
+        /// Asked for.
+        total: usize,
+    },
+    /// Attention refused its arguments.
+    #[error(transparent)]
+    Attention(#[from] paged_attention::Error),
+    /// The tensor library failed.
+    #[error("rollout: the model's forward step failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}

@@ -1,0 +1,436 @@
+//! Generates completions: the loop of admitting, planning, computing, drawing and retiring.
+//!
+//! `train` calls it for GRPO's completions and for evaluation, `cli/generate.rs` for a person. The result depends on the
+//! model, the requests, the sampling settings, the seed and the step, and on nothing else: neither on
+//! [`RolloutSettings::max_num_seqs`], the token budget, preemptions or threads.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+
+use super::Error;
+use super::decode_model::DecodeModel;
+use super::kv_cache::KvCache;
+use super::pages::pages_for;
+use super::sampler::{Draw, DrawJob, Sampler};
+use super::scheduler::{Limits, Outcome, Scheduler};
+use super::sequence::{Completion, EndRules, Finish, Request, Sequence};
+use super::stop::Detokenize;
+use crate::config::settings::SamplingSettings;
+use crate::rng::Stream;
+
+/// The random stream of sampling; a sample's n-th completion token takes its n-th number.
+pub const SAMPLING_STREAM: &str = "sampling";
+
+/// Limits of generation. Except for the last two, they change speed and memory, never the result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RolloutSettings {
+    /// Most sequences computed at the same time, at least 1.
+    pub max_num_seqs: usize,
+    /// Tokens per step that decoding and prefilling share, at least 1. A long prompt is cut into chunks that fit, so
+    /// that it does not hold up the sequences that decode.
+    pub max_batch_tokens: usize,
+    /// Bytes the KV cache may take. When they are used up, the youngest sequences wait and are computed again.
+    pub kv_cache_bytes: usize,
+    /// Most tokens of a completion, at least 1. A completion also ends, truncated, at the model's own limit.
+    pub max_new_tokens: usize,
+    /// Tokens that end a completion. May be empty.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl RolloutSettings {
+    /// Usual for [`RolloutSettings::max_batch_tokens`]: with 512 rows a multiply is bound by arithmetic and no longer
+    /// by reading the weights, and a chunk stays short beside a decode step.
+    pub const DEFAULT_BATCH_TOKENS: usize = 512;
+}
+
+/// What the caller of [`Rollout::generate`] hears and decides while it runs.
+pub struct Caller<'a> {
+    /// Hears of every token, finished completion and step.
+    pub on_event: &'a mut dyn FnMut(Event),
+    /// Asked before every step; true ends the call with [`Error::Cancelled`].
+    pub is_cancelled: &'a dyn Fn() -> bool,
+    /// Needed where stop strings are set.
+    pub detokenize: Option<&'a dyn Detokenize>,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Event {
+    /// A token was drawn.
+    Token {
+        /// Index of the request.
+        request: usize,
+        /// Its id.
+        sample_id: u64,
+        /// The token.
+        token: u32,
+        /// Its log-probability under the plain distribution.
+        logprob: f32,
+    },
+    /// A completion ended.
+    Finished {
+        /// Index of the request.
+        request: usize,
+        /// Its id.
+        sample_id: u64,
+        /// Why.
+        finish: Finish,
+        /// Its length in tokens.
+        tokens: usize,
+    },
+    /// A step was computed.
+    Step {
+        /// Sequences in the step.
+        running: usize,
+        /// Completions still to come.
+        unfinished: usize,
+        /// Counts and times so far.
+        statistics: Statistics,
+    },
+}
+
+/// Counts and times of one call.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Statistics {
+    /// Prompt tokens computed, each distinct prompt once.
+    pub prefill_tokens: usize,
+    /// Tokens computed one after another; the first token of a completion comes from the prompt's logits.
+    pub decode_tokens: usize,
+    /// Tokens computed a second time after a preemption.
+    pub recomputed_tokens: usize,
+    /// Tokens drawn: the length of all completions.
+    pub generated_tokens: usize,
+    /// Seconds of forward steps for prompts and recomputed tokens. A step with both kinds is shared out by tokens.
+    pub prefill_secs: f64,
+    /// Seconds of forward steps for decoded tokens.
+    pub decode_secs: f64,
+    /// Seconds of drawing tokens and looking for stop strings.
+    pub sampling_secs: f64,
+    /// Forward steps.
+    pub steps: usize,
+    /// Most pages of the KV cache in use at the same time.
+    pub peak_pages: usize,
+    /// Bytes of those pages.
+    pub peak_bytes: usize,
+    /// Times a sequence gave its pages back to others.
+    pub preemptions: usize,
+}
+
+/// The generation engine. Keeps the memory of its cache between calls.
+#[derive(Debug)]
+pub struct Rollout {
+    settings: RolloutSettings,
+    cache: Option<KvCache>,
+    statistics: Statistics,
+}
+
+/// What stays the same during one call.
+struct Call<'a> {
+    requests: &'a [Request],
+    sampler: Sampler,
+    rules: EndRules<'a>,
+    seed: u64,
+    step: u64,
+    /// Most tokens of a completion, per request.
+    limits: Vec<usize>,
+}
+
+impl Rollout {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// If a count is 0.
+    pub fn new(settings: RolloutSettings) -> Result<Self, Error> {
+        for (name, value) in [
+            ("max_num_seqs", settings.max_num_seqs),
+            ("max_batch_tokens", settings.max_batch_tokens),
+            ("max_new_tokens", settings.max_new_tokens),
+        ] {
+            if value == 0 {
+                return Err(Error::Setting { name, value: "0".into(), expected: "1 or more" });
+            }
+        }
+        Ok(Self { settings, cache: None, statistics: Statistics::default() })
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &RolloutSettings {
+        &self.settings
+    }
+
+    /// Counts and times of the last call, also of one that failed.
+    pub fn statistics(&self) -> Statistics {
+        self.statistics
+    }
+
+    /// Gives the cache's memory back, for training in between.
+    pub fn release_cache(&mut self) {
+        self.cache = None;
+    }
+
+    /// Bytes of the cache held between calls.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.as_ref().map_or(0, KvCache::bytes)
+    }
+
+    /// Generates one completion per request and returns them in the order of the requests.
+    ///
+    /// # Errors
+    /// If a request or a setting is unusable (before anything is computed), the model fails, its logits are not
+    /// numbers, or the caller cancels.
+    pub fn generate(
+        &mut self,
+        model: &mut dyn DecodeModel,
+        requests: &[Request],
+        sampling: &SamplingSettings,
+        seed: u64,
+        step: u64,
+        caller: &mut Caller<'_>,
+    ) -> Result<Vec<Completion>, Error> {
+        self.statistics = Statistics::default();
+        let rules = end_rules(&self.settings, sampling, caller.detokenize)?;
+        let sampler = Sampler::new(sampling)?;
+        let (limits, longest) = self.check_requests(model, requests)?;
+        let call = Call { requests, sampler, rules, seed, step, limits };
+        let num_pages = self.num_pages(model, requests.len(), longest);
+        let mut cache = match self.cache.take() {
+            Some(cache) if cache.shape() == model.kv_shape() && cache.num_pages() >= num_pages => cache,
+            _ => KvCache::new(model.kv_shape(), num_pages),
+        };
+        let limits =
+            Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
+        let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);
+        let result = call.run(model, &mut cache, &mut scheduler, caller, &mut self.statistics);
+        self.cache = Some(cache);
+        result
+    }
+
+    /// Checks that every sequence can be computed at all. Returns each completion's limit and the most tokens that one
+    /// sequence may have in the cache.
+    fn check_requests(&self, model: &dyn DecodeModel, requests: &[Request]) -> Result<(Vec<usize>, usize), Error> {
+        let (vocab_size, max_positions) = (model.vocab_size(), model.max_positions());
+        let budget_bytes = self.settings.kv_cache_bytes;
+        let budget_pages = budget_bytes.checked_div(model.kv_shape().page_bytes()).unwrap_or(usize::MAX);
+        let mut ids = HashSet::with_capacity(requests.len());
+        let mut limits = Vec::with_capacity(requests.len());
+        let mut longest = 0;
+        for Request { sample_id, prompt_ids, .. } in requests {
+            let (sample_id, prompt_tokens) = (*sample_id, prompt_ids.len());
+            if !ids.insert(sample_id) {
+                return Err(Error::DuplicateSample { sample_id });
+            }
+            if prompt_tokens == 0 {
+                return Err(Error::EmptyPrompt { sample_id });
+            }
+            if let Some(&token) = prompt_ids.iter().find(|&&token| token as usize >= vocab_size) {
+                return Err(Error::UnknownToken { sample_id, token, vocab_size });
+            }
+            if prompt_tokens >= max_positions {
+                return Err(Error::PromptTooLong { sample_id, prompt_tokens, max_positions });
+            }
+            let completion_tokens = self.settings.max_new_tokens.min(max_positions - prompt_tokens);
+            // The last token drawn is never computed.
+            let cached = prompt_tokens + completion_tokens - 1;
+            let needed_pages = pages_for(cached);
+            if needed_pages > budget_pages {
+                return Err(Error::KvBudget {
+                    sample_id,
+                    prompt_tokens,
+                    completion_tokens,
+                    needed_pages,
+                    budget_pages,
+                    budget_bytes,
+                });
+            }
+            limits.push(completion_tokens);
+            longest = longest.max(cached);
+        }
+        Ok((limits, longest))
+    }
+
+    /// Pages of the cache: what the budget allows, but not more than can be used.
+    fn num_pages(&self, model: &dyn DecodeModel, num_requests: usize, longest: usize) -> usize {
+        let budget = self.settings.kv_cache_bytes.checked_div(model.kv_shape().page_bytes()).unwrap_or(usize::MAX);
+        // Besides the lanes, one ready prompt may hold pages; the scheduler also likes a spare page per lane.
+        let lanes = self.settings.max_num_seqs.min(num_requests) + 1;
+        budget.min(lanes.saturating_mul(pages_for(longest) + 2))
+    }
+}
+
+fn end_rules<'a>(
+    settings: &'a RolloutSettings,
+    sampling: &'a SamplingSettings,
+    detokenize: Option<&'a dyn Detokenize>,
+) -> Result<EndRules<'a>, Error> {
+    let stop_strings = &sampling.stop_strings;
+    if stop_strings.iter().any(String::is_empty) {
+        return Err(Error::Setting {
+            name: "stop_strings",
+            value: "\"\"".into(),
+            expected: "strings of one or more characters",
+        });
+    }
+    if !stop_strings.is_empty() && detokenize.is_none() {
+        return Err(Error::NoDetokenizer);
+    }
+    let detokenize = detokenize.filter(|_| !stop_strings.is_empty());
+    Ok(EndRules { eos_token_ids: &settings.eos_token_ids, stop_strings, detokenize })
+}
+
+impl Call<'_> {
+    fn run(
+        &self,
+        model: &mut dyn DecodeModel,
+        cache: &mut KvCache,
+        scheduler: &mut Scheduler<'_>,
+        caller: &mut Caller<'_>,
+        statistics: &mut Statistics,
+    ) -> Result<Vec<Completion>, Error> {
+        let mut completions: Vec<Option<Completion>> = self.requests.iter().map(|_| None).collect();
+        while scheduler.unfinished() > 0 {
+            if (caller.is_cancelled)() {
+                let total = self.requests.len();
+                return Err(Error::Cancelled { finished: total - scheduler.unfinished(), total });
+            }
+            loop {
+                let forks = scheduler.admit(|request, prompt| self.open(request, prompt))?;
+                if forks.is_empty() {
+                    break;
+                }
+                let rows: Vec<(usize, &[f32])> = forks.iter().map(|fork| (fork.lane, &*fork.logits)).collect();
+                let outcomes = self.draw(scheduler, &rows, caller, statistics)?;
+                self.settle(scheduler, outcomes, &mut completions, caller)?;
+            }
+            if scheduler.unfinished() == 0 {
+                break;
+            }
+            let running = scheduler.num_lanes();
+            self.step(model, cache, scheduler, &mut completions, caller, statistics)?;
+            statistics.peak_pages = scheduler.allocator().peak_pages();
+            statistics.peak_bytes = statistics.peak_pages * cache.shape().page_bytes();
+            statistics.preemptions = scheduler.preemptions();
+            let unfinished = scheduler.unfinished();
+            (caller.on_event)(Event::Step { running, unfinished, statistics: *statistics });
+        }
+        Ok(completions.into_iter().flatten().collect())
+    }
+
+    /// A sequence for a request, with its random numbers.
+    fn open(&self, request: usize, prompt: usize) -> Sequence {
+        let Request { sample_id, prompt_ids, .. } = &self.requests[request];
+        let stream = Stream::new(self.seed, SAMPLING_STREAM, self.step, *sample_id);
+        let mut sequence = Sequence::new(request, prompt, stream, self.limits[request]);
+        if self.sampler.needs_seen_tokens() {
+            sequence.see_prompt(prompt_ids);
+        }
+        sequence
+    }
+
+    /// Plans and computes one step, and draws where it gave logits.
+    fn step(
+        &self,
+        model: &mut dyn DecodeModel,
+        cache: &mut KvCache,
+        scheduler: &mut Scheduler<'_>,
+        completions: &mut [Option<Completion>],
+        caller: &mut Caller<'_>,
+        statistics: &mut Statistics,
+    ) -> Result<(), Error> {
+        let plan = scheduler.plan(cache)?;
+        let start = Instant::now();
+        let logits = model.step(&plan.batch, cache)?;
+        let vocab_size = model.vocab_size();
+        let logits = to_rows(&logits, plan.batch.logit_rows.len(), vocab_size)?;
+        let secs = start.elapsed().as_secs_f64();
+        let decode_share = plan.decode_tokens as f64 / plan.batch.tokens.len() as f64;
+        statistics.decode_secs += secs * decode_share;
+        statistics.prefill_secs += secs * (1.0 - decode_share);
+        statistics.prefill_tokens += plan.prefill_tokens;
+        statistics.decode_tokens += plan.decode_tokens;
+        statistics.recomputed_tokens += plan.recomputed_tokens;
+        statistics.steps += 1;
+
+        let lanes = scheduler.advance(&plan);
+        let row = |index: usize| &logits[index * vocab_size..(index + 1) * vocab_size];
+        let (samples, prompts): (Vec<_>, Vec<_>) = lanes
+            .into_iter()
+            .map(|(lane, index)| (lane, row(index)))
+            .partition(|&(lane, _)| scheduler.sequence(lane).is_some());
+        let mut outcomes = self.draw(scheduler, &samples, caller, statistics)?;
+        for (lane, row) in prompts {
+            outcomes.insert(lane, Outcome::Prefilled(row.to_vec()));
+        }
+        self.settle(scheduler, outcomes, completions, caller)
+    }
+
+    /// Draws the next token of each of these lanes from its row of logits.
+    fn draw(
+        &self,
+        scheduler: &mut Scheduler<'_>,
+        rows: &[(usize, &[f32])],
+        caller: &mut Caller<'_>,
+        statistics: &mut Statistics,
+    ) -> Result<BTreeMap<usize, Outcome>, Error> {
+        let start = Instant::now();
+        let uniforms: Vec<f64> =
+            rows.iter().map(|&(lane, _)| scheduler.sequence_mut(lane).map_or(0.0, Sequence::uniform)).collect();
+        let jobs: Vec<DrawJob<'_>> = rows
+            .iter()
+            .zip(uniforms)
+            .map(|(&(lane, logits), uniform)| {
+                let seen = scheduler.sequence(lane).map_or(&[][..], |sequence| &sequence.seen);
+                DrawJob { logits, seen, uniform }
+            })
+            .collect();
+        let draws = self.sampler.draw_rows(&jobs)?;
+        let mut outcomes = BTreeMap::new();
+        for (&(lane, _), draw) in rows.iter().zip(draws) {
+            let Some(sequence) = scheduler.sequence_mut(lane) else { continue };
+            statistics.generated_tokens += 1;
+            let Draw { token, logprob, .. } = draw;
+            let finish = sequence.push(draw, self.rules);
+            let sample_id = self.requests[sequence.request].sample_id;
+            (caller.on_event)(Event::Token { request: sequence.request, sample_id, token, logprob });
+            if let Some(finish) = finish {
+                outcomes.insert(lane, Outcome::Finished(finish));
+            }
+        }
+        statistics.sampling_secs += start.elapsed().as_secs_f64();
+        Ok(outcomes)
+    }
+
+    /// Lets the scheduler know, and keeps what is finished.
+    fn settle(
+        &self,
+        scheduler: &mut Scheduler<'_>,
+        mut outcomes: BTreeMap<usize, Outcome>,
+        completions: &mut [Option<Completion>],
+        caller: &mut Caller<'_>,
+    ) -> Result<(), Error> {
+        let outcomes =
+            (0..scheduler.num_lanes()).map(|lane| outcomes.remove(&lane).unwrap_or(Outcome::Stays)).collect();
+        for (sequence, finish) in scheduler.settle(outcomes)? {
+            let index = sequence.request;
+            let request = &self.requests[index];
+            let tokens = sequence.generated.len();
+            completions[index] = Some(sequence.finish(request, finish));
+            let sample_id = request.sample_id;
+            (caller.on_event)(Event::Finished { request: index, sample_id, finish, tokens });
+        }
+        Ok(())
+    }
+}
+
+/// The logits as one list of rows, checked.
+fn to_rows(logits: &Tensor, rows: usize, vocab_size: usize) -> Result<Vec<f32>, Error> {
+    let expected = [rows, vocab_size];
+    if rows == 0 && logits.elem_count() == 0 {
+        return Ok(Vec::new());
+    }
+    if logits.dims() != expected || logits.dtype() != DType::F32 {
+        return Err(Error::LogitsShape { got: logits.dims().to_vec(), expected: expected.to_vec() });
+    }
+    Ok(logits.flatten_all()?.to_vec1::<f32>()?)
+}

@@ -1,0 +1,229 @@
+//! Keys and values of all layers, in pages.
+//!
+//! The model writes the keys and values of a step's tokens into the pages that the scheduler chose and attends over
+//! them; the scheduler copies a page before the first write to a shared one. Invariant: a page's content is only
+//! changed through [`KvCache::write`] and [`KvCache::copy_page`].
+//!
+//! Shapes: `P` pages, `T` = [`PAGE_TOKENS`] tokens in a page, `N` tokens of the step, `H` query heads, `K` key-value
+//! heads, `D` head size.
+
+use super::Error;
+use super::decode_model::{Span, StepBatch};
+use super::pages::{PAGE_TOKENS, PageId};
+use crate::ops::paged_attention::{PagedKv, PagedSequence, PagedShape, paged_attention};
+
+/// What one token leaves in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Decoder layers.
+    pub layers: usize,
+    /// `K`.
+    pub kv_heads: usize,
+    /// `D`.
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// Numbers in one token's keys of one layer.
+    pub const fn token_len(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Bytes of one page over all layers, keys and values, in f32.
+    pub const fn page_bytes(self) -> usize {
+        2 * self.layers * PAGE_TOKENS * self.token_len() * size_of::<f32>()
+    }
+}
+
+/// The paged cache in host memory, f32.
+#[derive(Debug)]
+pub struct KvCache {
+    shape: KvShape,
+    num_pages: usize,
+    /// Per layer `[P, T, K, D]`.
+    keys: Vec<Vec<f32>>,
+    /// Per layer `[P, T, K, D]`.
+    values: Vec<Vec<f32>>,
+}
+
+impl KvCache {
+    /// An empty cache. The system gives the memory when a page is first written.
+    pub fn new(shape: KvShape, num_pages: usize) -> Self {
+        let layer = || vec![0.0; num_pages * PAGE_TOKENS * shape.token_len()];
+        Self {
+            shape,
+            num_pages,
+            keys: (0..shape.layers).map(|_| layer()).collect(),
+            values: (0..shape.layers).map(|_| layer()).collect(),
+        }
+    }
+
+    /// What one token leaves here.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// `P`.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// Bytes of the whole cache.
+    pub fn bytes(&self) -> usize {
+        self.num_pages * self.shape.page_bytes()
+    }
+
+    /// Stores the keys and values of one sequence's new tokens in `layer`.
+    ///
+    /// # Shapes
+    /// `keys`, `values`: f32 `[span.tokens.len(), K, D]`, only this span's rows.
+    /// # Errors
+    /// If the layer, the lengths or the pages do not fit.
+    pub fn write(&mut self, layer: usize, span: &Span, keys: &[f32], values: &[f32]) -> Result<(), Error> {
+        let token_len = self.shape.token_len();
+        let expected = span.tokens.len() * token_len;
+        for (name, got) in [("keys", keys.len()), ("values", values.len())] {
+            if got != expected {
+                return Err(Error::KvLength { name, got, expected });
+            }
+        }
+        let num_layers = self.shape.layers;
+        let (Some(layer_keys), Some(layer_values)) = (self.keys.get_mut(layer), self.values.get_mut(layer)) else {
+            return Err(Error::KvLayer { layer, num_layers });
+        };
+        let mut done = 0;
+        while done < span.tokens.len() {
+            let position = span.context + done;
+            let slot = position % PAGE_TOKENS;
+            let count = (PAGE_TOKENS - slot).min(span.tokens.len() - done);
+            let page = span.pages.get(position / PAGE_TOKENS).copied().filter(|&p| (p as usize) < self.num_pages);
+            let Some(page) = page else {
+                return Err(Error::KvPage { position, pages: span.pages.clone(), num_pages: self.num_pages });
+            };
+            let to = (page as usize * PAGE_TOKENS + slot) * token_len;
+            let (from, len) = (done * token_len, count * token_len);
+            layer_keys[to..to + len].copy_from_slice(&keys[from..from + len]);
+            layer_values[to..to + len].copy_from_slice(&values[from..from + len]);
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// As [`KvCache::write`], for all sequences of a step.
+    ///
+    /// # Shapes
+    /// `keys`, `values`: f32 `[N, K, D]`.
+    /// # Errors
+    /// If the layer, the lengths or the pages do not fit.
+    pub fn write_step(&mut self, layer: usize, batch: &StepBatch, keys: &[f32], values: &[f32]) -> Result<(), Error> {
+        let token_len = self.shape.token_len();
+        let expected = batch.tokens.len() * token_len;
+        for (name, got) in [("keys", keys.len()), ("values", values.len())] {
+            if got != expected {
+                return Err(Error::KvLength { name, got, expected });
+            }
+        }
+        for span in &batch.spans {
+            let rows = span.tokens.start * token_len..span.tokens.end * token_len;
+            self.write(layer, span, &keys[rows.clone()], &values[rows])?;
+        }
+        Ok(())
+    }
+
+    /// Attention of a step's queries over what is cached for their sequences, the step's own tokens included: call
+    /// [`KvCache::write_step`] first.
+    ///
+    /// # Shapes
+    /// `queries`, `out`: f32 `[N, H, D]`, `H` being `heads`.
+    /// # Errors
+    /// If the layer, the lengths or the pages do not fit.
+    pub fn attend(
+        &self,
+        layer: usize,
+        batch: &StepBatch,
+        heads: usize,
+        scale: f32,
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), Error> {
+        let (keys, values) = self.layer(layer)?;
+        let KvShape { kv_heads, head_dim, .. } = self.shape;
+        let shape = PagedShape { heads, kv_heads, head_dim, page_tokens: PAGE_TOKENS };
+        let sequences: Vec<_> = batch
+            .spans
+            .iter()
+            .map(|s| PagedSequence { rows: s.tokens.clone(), pages: &s.pages, context: s.context })
+            .collect();
+        Ok(paged_attention(shape, scale, queries, PagedKv { keys, values }, &sequences, out)?)
+    }
+
+    /// Keys and values of one layer, each `[P, T, K, D]`.
+    ///
+    /// # Errors
+    /// If there is no such layer.
+    pub fn layer(&self, layer: usize) -> Result<(&[f32], &[f32]), Error> {
+        match (self.keys.get(layer), self.values.get(layer)) {
+            (Some(keys), Some(values)) => Ok((keys, values)),
+            _ => Err(Error::KvLayer { layer, num_layers: self.shape.layers }),
+        }
+    }
+
+    /// Copies a page's content in every layer.
+    ///
+    /// # Errors
+    /// If one of the pages does not exist.
+    pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<(), Error> {
+        let page_len = PAGE_TOKENS * self.shape.token_len();
+        for page in [from, to] {
+            if page as usize >= self.num_pages {
+                return Err(Error::KvPage { position: 0, pages: vec![from, to], num_pages: self.num_pages });
+            }
+        }
+        for store in self.keys.iter_mut().chain(&mut self.values) {
+            let start = from as usize * page_len;
+            store.copy_within(start..start + page_len, to as usize * page_len);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 3 };
+
+    fn numbers(count: usize, start: f32) -> Vec<f32> {
+        (0..count).map(|i| start + i as f32).collect()
+    }
+
+    #[test]
+    fn tokens_land_in_their_pages_and_copies_are_whole() {
+        let mut cache = KvCache::new(SHAPE, 4);
+        assert_eq!(cache.bytes(), 4 * 2 * 2 * 16 * 6 * 4);
+        // Tokens 14 .. 19 of a sequence in pages 3 and 1.
+        let span = Span { tokens: 0..5, pages: vec![3, 1], context: 14 };
+        let (keys, values) = (numbers(30, 1.0), numbers(30, 100.0));
+        cache.write(1, &span, &keys, &values).unwrap();
+        let (stored, stored_values) = cache.layer(1).unwrap();
+        let page = 16 * 6;
+        assert_eq!(stored[3 * page + 14 * 6..4 * page], keys[..12]);
+        assert_eq!(stored[page..page + 18], keys[12..]);
+        assert_eq!(stored_values[page..page + 18], values[12..]);
+        assert!(cache.layer(0).unwrap().0.iter().all(|&x| x == 0.0));
+        cache.copy_page(3, 0).unwrap();
+        let (stored, _) = cache.layer(1).unwrap();
+        assert_eq!(stored[..page], stored[3 * page..4 * page]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let mut cache = KvCache::new(SHAPE, 2);
+        let span = Span { tokens: 0..2, pages: vec![0], context: 15 };
+        let rows = numbers(12, 0.0);
+        assert!(matches!(cache.write(0, &span, &rows, &rows), Err(Error::KvPage { position: 16, .. })));
+        assert!(matches!(cache.write(0, &span, &rows[..11], &rows), Err(Error::KvLength { got: 11, .. })));
+        assert!(matches!(cache.write(2, &span, &rows, &rows), Err(Error::KvLayer { layer: 2, num_layers: 2 })));
+        assert!(matches!(cache.copy_page(0, 2), Err(Error::KvPage { .. })));
+    }
+}
