@@ -1,1 +1,11 @@
 //! (room)
+
+pub mod config;
+mod error;
+pub mod peft;
+pub mod save;
+pub mod source;
+
+pub use config::ModelConfig;
+pub use error::Error;
+pub use source::WeightSource;
