@@ -277,6 +277,8 @@ pub struct TrainingSettings {
     pub overwrite_output_dir: bool,
     /// Seed of every random stream.
     pub seed: u64,
+    /// Seed of the order of the data; `seed` unless the file says otherwise.
+    pub data_seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
     /// Compute precision.
