@@ -43,6 +43,9 @@ fn hint(source: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "; free some space there or choose another `output_dir`: earlier checkpoints are untouched"
         }
+        io::ErrorKind::FileTooLarge => {
+            "; raise the limit on file sizes (`ulimit -f`): earlier checkpoints are untouched"
+        }
         io::ErrorKind::PermissionDenied => "; check who owns it",
         _ => "",
     }
@@ -141,7 +144,8 @@ pub fn write_atomic_with(
 ) -> Result<(), Error> {
     let folder = parent(path);
     std::fs::create_dir_all(folder).map_err(io_error("create the folder", folder))?;
-    let mut temporary = tempfile::Builder::new()
+    let mut builder = tempfile::Builder::new();
+    let mut temporary = shared(&mut builder, 0o666)
         .prefix(".partial-")
         .tempfile_in(folder)
         .map_err(io_error("create a file in", folder))?;
@@ -151,6 +155,39 @@ pub fn write_atomic_with(
     temporary.as_file().sync_all().map_err(io_error("sync", path))?;
     temporary.persist(path).map_err(|e| Error::Io { action: "rename to", path: path.into(), source: e.error })?;
     sync_folder(folder)
+}
+
+/// Gives a temporary file (`mode` 0o666) or folder (0o777) the permissions of any other new one: less the umask, not
+/// private to its owner, since it will be renamed to something that a group may want to read.
+pub fn shared<'a, 'p, 's>(builder: &'a mut tempfile::Builder<'p, 's>, mode: u32) -> &'a mut tempfile::Builder<'p, 's> {
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
+}
+
+/// As [`shared`], for a file that a library made private: readers are those of its folder.
+///
+/// # Errors
+/// If its permissions cannot be read or set.
+#[cfg(unix)]
+pub fn give_ordinary_permissions(path: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::PermissionsExt;
+    let of = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.permissions());
+    let (file, folder) = (of(path), of(parent(path)));
+    let (mut permissions, folder) = (file.map_err(io_error("read", path))?, folder.map_err(io_error("read", path))?);
+    permissions.set_mode(permissions.mode() | (folder.mode() & 0o666));
+    std::fs::set_permissions(path, permissions).map_err(io_error("set the permissions of", path))
+}
+
+/// Where files have no such permissions there is nothing to do.
+///
+/// # Errors
+/// Never.
+#[cfg(not(unix))]
+pub fn give_ordinary_permissions(_path: &Path) -> Result<(), Error> {
+    Ok(())
 }
 
 /// Makes earlier creations and renames inside `folder` durable.
@@ -168,8 +205,8 @@ pub fn sync_folder(folder: &Path) -> Result<(), Error> {
 pub fn checksum(path: &Path) -> Result<(String, u64), Error> {
     let mut hasher = blake3::Hasher::new();
     let file = File::open(path).map_err(io_error("open", path))?;
-    let length = io::copy(&mut io::BufReader::with_capacity(1 << 20, file), &mut hasher)
-        .map_err(io_error("read", path))?;
+    let length =
+        io::copy(&mut io::BufReader::with_capacity(1 << 20, file), &mut hasher).map_err(io_error("read", path))?;
     Ok((hasher.finalize().to_hex().to_string(), length))
 }
 
@@ -177,5 +214,51 @@ fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/file");
+        write_atomic(&path, b"old").unwrap();
+        let failed = write_atomic_with(&path, |file| {
+            file.write_all(b"half")?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        });
+        let message = failed.unwrap_err().to_string();
+        assert!(message.contains(&path.display().to_string()) && message.contains("free some space"), "{message}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(folder.path().join("new")).unwrap().count(), 1);
+        let (checksum, length) = checksum(&path).unwrap();
+        assert_eq!((checksum, length), (blake3::hash(b"old").to_hex().to_string(), 3));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_written_file_has_the_permissions_of_an_ordinary_one() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |name: &str| std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
+        write_atomic(&folder.path().join("atomic"), b"x").unwrap();
+        std::fs::write(folder.path().join("ordinary"), b"x").unwrap();
+        assert_eq!(mode("atomic"), mode("ordinary"));
+    }
+
+    #[test]
+    fn a_map_has_the_bytes_of_its_file_and_slices_stay_inside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, b"0123456789").unwrap();
+        let bytes = map(&path).unwrap();
+        let slice = bytes.slice(2..6).unwrap();
+        assert_eq!(&*slice.slice(1..3).unwrap(), b"34");
+        assert!(slice.is_mapped() && slice.slice(3..5).is_none() && bytes.slice(0..11).is_none());
+        std::fs::write(&path, b"").unwrap();
+        assert!(map(&path).unwrap().is_empty());
     }
 }

@@ -1,1 +1,142 @@
-//! (room)
+//! Checkpoints: folders that are either whole or absent.
+//!
+//! `output_dir/checkpoint-N` is written beside its place as `.checkpoint-N.partial-*`, every file is synced and listed
+//! with its size and blake3 checksum in `manifest.json`, and the folder is renamed and its parent synced. A kill, a full
+//! disk or a power cut at any moment leaves the earlier checkpoints as they were and at most a hidden folder, which
+//! [`clean_up`] removes at the next start.
+//!
+//! The training loops decide what is in a checkpoint; this room decides that it is all there. It knows files, JSON and
+//! named f32 tensors, and no model.
+
+mod manifest;
+mod open;
+mod rotate;
+mod write;
+
+pub use manifest::{FORMAT_VERSION, FileEntry, Manifest};
+pub use open::{Checkpoint, Found, Skipped, StoredTensor, find_latest, open};
+pub use rotate::{CleanedUp, clean_up};
+pub use write::{Committed, Writer};
+
+use std::path::{Path, PathBuf};
+
+/// What went wrong with a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error(transparent)]
+    File(#[from] crate::fs::Error),
+    /// Something could not be turned into JSON.
+    #[error("cannot write `{}` of the checkpoint as JSON: {source}", path.display())]
+    ToJson {
+        /// The file it was for.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A JSON file is not what it should be.
+    #[error("`{}` of the checkpoint cannot be read as JSON ({source}); resume from another checkpoint", path.display())]
+    FromJson {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A tensor file is not what it should be.
+    #[error("cannot {action} the tensors of `{}`: {reason}", path.display())]
+    Tensors {
+        /// What was tried: `write` or `read`.
+        action: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A tensor's shape does not hold as many values as there are.
+    #[error("tensor `{name}` has {values} values, its shape {shape:?} holds another number")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Values given.
+        values: usize,
+        /// Shape given.
+        shape: Vec<usize>,
+    },
+    /// A file name that cannot be one of a checkpoint.
+    #[error("`{name}` cannot be a file of a checkpoint: {reason}")]
+    Name {
+        /// The name.
+        name: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The folder is not a checkpoint.
+    #[error(
+        "`{}` is not a checkpoint: it has no manifest.json; give a folder `checkpoint-N` that a run wrote",
+        path.display()
+    )]
+    NoManifest {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The manifest is of another format.
+    #[error("`{}` has checkpoint format {found}, this program reads {FORMAT_VERSION}; use the version that wrote it", path.display())]
+    Format {
+        /// The manifest.
+        path: PathBuf,
+        /// The version found.
+        found: u32,
+    },
+    /// A file of the checkpoint is not as the manifest says.
+    #[error("checkpoint `{}` is damaged: `{name}` {problem}; resume from another checkpoint or restore the file", path.display())]
+    Damaged {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The file in it.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The checkpoint holds no file of this name.
+    #[error("checkpoint `{}` holds no `{name}`; it was saved by another kind of run", path.display())]
+    NoFile {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The file.
+        name: String,
+    },
+}
+
+const MANIFEST: &str = "manifest.json";
+const PREFIX: &str = "checkpoint-";
+
+/// The folder of the checkpoint of one step.
+fn folder(output_dir: &Path, step: u64) -> PathBuf {
+    output_dir.join(format!("{PREFIX}{step}"))
+}
+
+/// The checkpoints of `output_dir` by step, ascending, whole or not.
+fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
+    let mut found: Vec<(u64, PathBuf)> = entries(output_dir)?
+        .into_iter()
+        .filter_map(|(name, path)| Some((name.strip_prefix(PREFIX)?.parse().ok()?, path)))
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// The folders in `output_dir` with their names; none if it does not exist.
+fn entries(output_dir: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
+    let reading = match std::fs::read_dir(output_dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        reading => reading.map_err(crate::fs::io_error("list", output_dir))?,
+    };
+    let mut found = Vec::new();
+    for entry in reading {
+        let entry = entry.map_err(crate::fs::io_error("list", output_dir))?;
+        if entry.path().is_dir() {
+            found.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+        }
+    }
+    Ok(found)
+}

@@ -1,1 +1,21 @@
-//! (room)
+//! What turns gradients into new parameters: AdamW, learning-rate schedules, gradient clipping, dynamic loss scaling.
+//!
+//! Everything here works on flat `f32` slices and plain numbers. The owner of the parameters (`zero`) says which
+//! slices it holds, `engine` runs the step, `checkpoint` stores [`OptimizerProgress`] and the moments.
+//!
+//! Invariants: results do not depend on the number of threads (elementwise work, and sums over chunks of a fixed
+//! size added in a fixed order), and each rule is the reference implementation's, checked by the golden group `optim`.
+
+mod adamw;
+mod clip;
+mod error;
+mod loss_scale;
+mod progress;
+mod schedule;
+
+pub use adamw::{AdamWStep, ParamGroup, adamw_step, adamw_step_groups};
+pub use clip::{clip_coefficient, clip_gradients, global_norm, scale_gradients, sum_of_squares, tensor_norm};
+pub use error::Error;
+pub use loss_scale::{LossScaler, LossScalerSettings, ScaleUpdate};
+pub use progress::OptimizerProgress;
+pub use schedule::LrSchedule;

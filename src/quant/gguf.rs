@@ -1,13 +1,19 @@
 //! GGUF tensor types as stored.
 
+use std::ops::Range;
+
 use candle_core::quantized::GgmlDType;
 
+use super::multiply::RowSource;
+use super::{Error, dense};
 use crate::fs::Bytes;
+use crate::kernels::cpu::{Activations, BlockFormat, Level, TileMut, blocks};
 
-/// A matrix `[rows, cols]` in a GGUF block format.
+/// A matrix `[rows, cols]` in a GGUF block format, its bytes as they lie in the file (no alignment is assumed).
 #[derive(Clone, Debug)]
 pub struct GgufMatrix {
     kind: GgmlDType,
+    format: BlockFormat,
     rows: usize,
     cols: usize,
     data: Bytes,
@@ -15,7 +21,88 @@ pub struct GgufMatrix {
 
 impl GgufMatrix {
     /// Takes the bytes as stored in the file.
-    pub fn new(kind: GgmlDType, rows: usize, cols: usize, data: Bytes) -> Self {
-        Self { kind, rows, cols, data }
+    ///
+    /// # Errors
+    /// If `kind` holds no weights, a row is no whole number of blocks, or `data` has not the length of the shape.
+    pub fn new(kind: GgmlDType, rows: usize, cols: usize, data: Bytes) -> Result<Self, Error> {
+        let format = block_format(kind)?;
+        let row = format.bytes_of(cols).ok_or(Error::RowBlocks { kind, cols, block: format.block_len() })?;
+        if row.checked_mul(rows) != Some(data.len()) {
+            let expected = row.saturating_mul(rows);
+            return Err(Error::ByteLength { kind: format!("{kind:?}"), rows, cols, expected, got: data.len() });
+        }
+        Ok(Self { kind, format, rows, cols, data })
+    }
+
+    /// Its GGUF type.
+    pub fn kind(&self) -> GgmlDType {
+        self.kind
+    }
+
+    /// Its bytes.
+    pub fn data(&self) -> &Bytes {
+        &self.data
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.cols / self.format.block_len() * self.format.block_bytes()
+    }
+}
+
+fn block_format(kind: GgmlDType) -> Result<BlockFormat, Error> {
+    Ok(match kind {
+        GgmlDType::F32 => BlockFormat::F32,
+        GgmlDType::F16 => BlockFormat::F16,
+        GgmlDType::BF16 => BlockFormat::Bf16,
+        GgmlDType::Q4_0 => BlockFormat::Q4_0,
+        GgmlDType::Q4_1 => BlockFormat::Q4_1,
+        GgmlDType::Q5_0 => BlockFormat::Q5_0,
+        GgmlDType::Q5_1 => BlockFormat::Q5_1,
+        GgmlDType::Q8_0 => BlockFormat::Q8_0,
+        GgmlDType::Q2K => BlockFormat::Q2K,
+        GgmlDType::Q3K => BlockFormat::Q3K,
+        GgmlDType::Q4K => BlockFormat::Q4K,
+        GgmlDType::Q5K => BlockFormat::Q5K,
+        GgmlDType::Q6K => BlockFormat::Q6K,
+        GgmlDType::Q8_1 | GgmlDType::Q8K => return Err(Error::UnsupportedType { kind }),
+    })
+}
+
+impl RowSource for GgufMatrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn column_step(&self) -> usize {
+        self.format.block_len()
+    }
+
+    fn stored_bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn dequantize(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let blocks = |len: usize| len / self.format.block_len() * self.format.block_bytes();
+        let (row_bytes, first, bytes) = (self.row_bytes(), blocks(columns.start), blocks(columns.len()));
+        if columns.len() == self.cols {
+            let stored = &self.data[rows.start * row_bytes..rows.end * row_bytes];
+            return blocks::dequantize(Level::best(), self.format, stored, out);
+        }
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
+            let stored = &self.data[row * row_bytes + first..][..bytes];
+            blocks::dequantize(Level::best(), self.format, stored, out);
+        }
+    }
+
+    fn dot(&self, rows: Range<usize>, activations: &Activations, tile: &mut TileMut<'_>) {
+        dense::dot_dequantized(self, rows, activations, tile);
+    }
+
+    fn activations(&self, x: &[f32], m: usize) -> Activations {
+        Activations::new(Level::best(), x, m, self.cols)
     }
 }

@@ -1,22 +1,23 @@
 //! Weight matrices as they lie in memory: dense, NF4/FP4, or a GGUF type; quantise, dequantise, multiply.
 //!
-//! `N` rows (outputs), `K` columns (inputs), `M` rows of activations. A weight is `[N, K]`, row-major.
+//! `model` holds every frozen matrix as a [`Weight`] and calls its `forward` and `backward_input`; `ops` calls the
+//! dense products of [`dense`] for trainable matrices and adapters. Legend: `N` rows (outputs), `K` columns (inputs),
+//! `M` rows of activations. A weight is `[N, K]`, row-major; activations are `x` `[M, K]`; `y = x W^T`.
+//!
+//! Invariants: packed bytes are never changed and never expanded as a whole; a dequantised value is exact (bitwise
+//! what bitsandbytes and ggml compute); sums are f32, and no result depends on the number of threads.
 
-use candle_core::Tensor;
-
+pub mod bitsandbytes;
+pub mod dense;
+mod double_quant;
+mod error;
 pub mod gguf;
+mod multiply;
 pub mod nf4;
+mod weight;
 
+pub use bitsandbytes::BitsandbytesParts;
+pub use error::Error;
 pub use gguf::GgufMatrix;
 pub use nf4::Nf4Matrix;
-
-/// A weight matrix `[N, K]`.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    /// f32, bf16 or f16.
-    Dense(Tensor),
-    /// 4 bits, bitsandbytes' layout.
-    Nf4(Nf4Matrix),
-    /// A GGUF tensor as stored.
-    Gguf(GgufMatrix),
-}
+pub use weight::Weight;

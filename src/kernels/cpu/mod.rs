@@ -1,0 +1,20 @@
+//! CPU kernels: block formats, few-row products straight from packed bytes, and panel products.
+//!
+//! Called by `quant` only. Which instructions are used is decided at run time ([`Level`]); every level gives the
+//! same dequantised values to the last bit, and sums of products differ between levels by their order only. No
+//! result depends on the number of threads: a task owns its outputs and computes each in a fixed order.
+#![expect(unsafe_code, reason = "vector instructions, and tiles of one matrix that several tasks write")]
+
+pub mod activations;
+pub mod blocks;
+pub mod codebook;
+pub mod dot;
+pub mod half_float;
+pub mod k_blocks;
+pub mod level;
+pub mod matrix;
+
+pub use activations::Activations;
+pub use blocks::BlockFormat;
+pub use level::Level;
+pub use matrix::{Operand, TileMut, gemm};

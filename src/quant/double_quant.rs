@@ -1,0 +1,121 @@
+//! Block maxima of 4-bit matrices, plain or themselves quantised to 8 bits (double quantisation, 2305.14314 sec. 3).
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use crate::fs::Bytes;
+
+/// Maxima that share one nested maximum.
+pub(crate) const NESTED_BLOCK: usize = 256;
+
+/// The maxima of a matrix's blocks.
+#[derive(Clone, Debug)]
+pub(crate) enum Maxima {
+    /// As they are.
+    Plain(Arc<[f32]>),
+    /// Quantised.
+    Nested(Nested),
+}
+
+/// 8-bit maxima: `map[codes[i]] * absmax[i / 256] + offset`.
+#[derive(Clone, Debug)]
+pub(crate) struct Nested {
+    pub(crate) codes: Bytes,
+    pub(crate) absmax: Arc<[f32]>,
+    pub(crate) map: Arc<[f32]>,
+    pub(crate) offset: f32,
+}
+
+impl Maxima {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Plain(values) => values.len(),
+            Self::Nested(nested) => nested.codes.len(),
+        }
+    }
+
+    /// Bytes that they take.
+    pub(crate) fn size_bytes(&self) -> usize {
+        match self {
+            Self::Plain(values) => 4 * values.len(),
+            Self::Nested(nested) => nested.codes.len() + 4 * (nested.absmax.len() + nested.map.len() + 1),
+        }
+    }
+
+    /// Calls `work` with the maxima of `blocks` as floats.
+    pub(crate) fn with<R>(&self, blocks: Range<usize>, work: impl FnOnce(&[f32]) -> R) -> R {
+        match self {
+            Self::Plain(values) => work(&values[blocks]),
+            Self::Nested(nested) => {
+                const ON_STACK: usize = 512;
+                let restore = |out: &mut [f32]| {
+                    for (value, block) in out.iter_mut().zip(blocks.clone()) {
+                        *value = nested.map[usize::from(nested.codes[block])] * nested.absmax[block / NESTED_BLOCK]
+                            + nested.offset;
+                    }
+                };
+                if blocks.len() <= ON_STACK {
+                    let mut few = [0.0; ON_STACK];
+                    restore(&mut few[..blocks.len()]);
+                    work(&few[..blocks.len()])
+                } else {
+                    let mut many = vec![0.0; blocks.len()];
+                    restore(&mut many);
+                    work(&many)
+                }
+            }
+        }
+    }
+}
+
+impl Nested {
+    /// Quantises maxima: subtracts their mean, then blocks of 256 to the nearest value of the signed dynamic map.
+    pub(crate) fn quantize(maxima: &[f32]) -> Self {
+        let offset = (maxima.iter().map(|&v| f64::from(v)).sum::<f64>() / maxima.len().max(1) as f64) as f32;
+        let map = dynamic_map();
+        let mut codes = Vec::with_capacity(maxima.len());
+        let mut absmax = Vec::with_capacity(maxima.len().div_ceil(NESTED_BLOCK));
+        for block in maxima.chunks(NESTED_BLOCK) {
+            let largest = block.iter().fold(0.0f32, |m, v| m.max((v - offset).abs()));
+            let divisor = if largest > 0.0 { largest } else { 1.0 };
+            absmax.push(largest);
+            codes.extend(block.iter().map(|v| nearest(&map, (v - offset) / divisor)));
+        }
+        Self { codes: Bytes::from(codes), absmax: absmax.into(), map, offset }
+    }
+}
+
+fn nearest(map: &[f32], value: f32) -> u8 {
+    let above = map.partition_point(|&m| m < value).clamp(1, map.len() - 1);
+    if map[above] - value < value - map[above - 1] { above as u8 } else { (above - 1) as u8 }
+}
+
+/// bitsandbytes' signed dynamic 8-bit map (2110.02861 sec. 2.3): for each of 7 decades `10^-6 .. 1`, the means of `2^i`
+/// equal parts of `[0.1, 1]`, with both signs, and 0 and 1. The arithmetic is f32, as it is there: the parts' borders as `torch.linspace` makes them,
+/// from the nearer end and with one rounding.
+pub(crate) fn dynamic_map() -> Arc<[f32]> {
+    static MAP: OnceLock<Arc<[f32]>> = OnceLock::new();
+    MAP.get_or_init(|| {
+        let mut map = vec![0.0f32, 1.0];
+        for decade in 0..7 {
+            let parts = 1usize << decade;
+            let step = (1.0f32 - 0.1) / parts as f32;
+            let border = |i: usize| {
+                if i < parts.div_ceil(2) {
+                    step.mul_add(i as f32, 0.1)
+                } else {
+                    (-step).mul_add((parts - i) as f32, 1.0)
+                }
+            };
+            let scale = 10f64.powi(decade - 6) as f32;
+            for part in 0..parts {
+                let mean = (border(part) + border(part + 1)) / 2.0;
+                map.extend([scale * mean, -(scale * mean)]);
+            }
+        }
+        map.sort_by(f32::total_cmp);
+        map.into()
+    })
+    .clone()
+}

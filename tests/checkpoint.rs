@@ -1,0 +1,250 @@
+//! Checkpoints through their public face: whole or absent, whatever happens.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use trainer::checkpoint::{self, Error, Writer};
+
+fn save(output_dir: &Path, step: u64, limit: Option<usize>) -> checkpoint::Committed {
+    let mut writer = Writer::begin(output_dir, step).unwrap().world_size(2);
+    writer.add_json("state.json", &json!({"step": step, "seed": u64::MAX})).unwrap();
+    let values: Vec<f32> = (0..6).map(|i| i as f32 + step as f32 / 3.0).collect();
+    writer
+        .add_tensors(
+            "optimizer.safetensors",
+            [
+                ("b.second_moment".to_string(), &values[..], vec![2, 3]),
+                ("a.first_moment".to_string(), &values[..2], vec![2]),
+                ("empty".to_string(), &[][..], vec![0, 4]),
+            ],
+        )
+        .unwrap();
+    std::fs::create_dir(writer.path().join("adapter")).unwrap();
+    std::fs::write(writer.path().join("adapter/adapter_config.json"), "{}").unwrap();
+    writer.commit(limit).unwrap()
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn what_is_saved_comes_back_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = save(folder.path(), 7, None);
+    assert_eq!(saved.path, folder.path().join("checkpoint-7"));
+    assert_eq!(names(&saved.path), set(&["adapter", "manifest.json", "optimizer.safetensors", "state.json"]));
+    let opened = checkpoint::open(&saved.path).unwrap();
+    assert_eq!((opened.step(), opened.manifest().world_size), (7, 2));
+    assert_eq!(opened.json::<Value>("state.json").unwrap(), json!({"step": 7, "seed": u64::MAX}));
+    assert!(opened.contains("adapter/adapter_config.json"));
+    let tensors = opened.tensors("optimizer.safetensors").unwrap();
+    let shapes: Vec<_> = tensors.iter().map(|t| (t.name.as_str(), t.shape.clone())).collect();
+    assert_eq!(shapes, [("a.first_moment", vec![2]), ("b.second_moment", vec![2, 3]), ("empty", vec![0, 4])]);
+    let expected: Vec<u32> = (0..6).map(|i| (i as f32 + 7.0 / 3.0).to_bits()).collect();
+    assert_eq!(tensors[1].values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected);
+    assert!(matches!(opened.file("nothing"), Err(Error::NoFile { .. })));
+}
+
+#[test]
+fn a_writer_that_is_dropped_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), 1, None);
+    let mut writer = Writer::begin(folder.path(), 2).unwrap();
+    writer.add_json("state.json", &1).unwrap();
+    drop(writer);
+    assert_eq!(names(folder.path()), set(&["checkpoint-1"]));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_loses_no_earlier_checkpoint_and_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), 1, Some(1));
+    let mut writer = Writer::begin(folder.path(), 2).unwrap();
+    // Every write through this link fails as on a full disk.
+    std::os::unix::fs::symlink("/dev/full", writer.path().join("state.json")).unwrap();
+    let message = writer.add_json("state.json", &json!({"step": 2})).unwrap_err().to_string();
+    let place = folder.path().join("checkpoint-2/state.json");
+    assert!(message.contains(&format!("cannot write `{}`", place.display())), "{message}");
+    assert!(message.contains("free some space there or choose another `output_dir`"), "{message}");
+    drop(writer);
+    assert_eq!(names(folder.path()), set(&["checkpoint-1"]));
+    checkpoint::open(&folder.path().join("checkpoint-1")).unwrap();
+}
+
+/// As above for tensors, in a child process (this test again) whose files may not grow beyond 256 KiB.
+#[cfg(target_os = "linux")]
+#[test]
+fn tensors_that_do_not_fit_lose_no_earlier_checkpoint() {
+    const CHILD: &str = "TRAINER_TEST_OUTPUT_DIR";
+    if let Some(output_dir) = std::env::var_os(CHILD) {
+        let mut writer = Writer::begin(Path::new(&output_dir), 2).unwrap();
+        let values = vec![1.0; 1 << 20];
+        let tensors = [("x".to_string(), &values[..], vec![1 << 20])];
+        // The message is the child's result, read by its parent below.
+        panic!("{}", writer.add_tensors("optimizer.safetensors", tensors).unwrap_err());
+    }
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), 1, Some(1));
+    let test = "tensors_that_do_not_fit_lose_no_earlier_checkpoint";
+    let output = std::process::Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 256; exec \"$0\" --exact \"$1\" --nocapture"])
+        .arg(std::env::current_exe().unwrap())
+        .arg(test)
+        .env(CHILD, folder.path())
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    let place = folder.path().join("checkpoint-2/optimizer.safetensors");
+    assert!(message.contains(&format!("cannot write `{}`", place.display())), "{message}");
+    assert!(message.contains("earlier checkpoints are untouched"), "{message}");
+    assert_eq!(names(folder.path()), set(&["checkpoint-1"]));
+    checkpoint::open(&folder.path().join("checkpoint-1")).unwrap();
+}
+
+#[test]
+fn the_oldest_go_when_there_are_more_than_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    for step in [9, 10, 100] {
+        save(folder.path(), step, Some(2));
+    }
+    assert_eq!(names(folder.path()), set(&["checkpoint-10", "checkpoint-100"]));
+    // A run resumed from an earlier step: its new checkpoint is not the one that goes.
+    let saved = save(folder.path(), 5, Some(2));
+    assert_eq!(saved.removed, [folder.path().join("checkpoint-10")]);
+    assert_eq!(names(folder.path()), set(&["checkpoint-5", "checkpoint-100"]));
+    save(folder.path(), 6, Some(0));
+    assert_eq!(names(folder.path()), set(&["checkpoint-6"]), "at least the new one stays");
+}
+
+#[test]
+fn a_checkpoint_of_the_same_step_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), 3, None);
+    let mut writer = Writer::begin(folder.path(), 3).unwrap();
+    writer.add_json("other.json", &true).unwrap();
+    writer.commit(None).unwrap();
+    assert_eq!(names(folder.path()), set(&["checkpoint-3"]));
+    assert_eq!(names(&folder.path().join("checkpoint-3")), set(&["manifest.json", "other.json"]));
+}
+
+/// A damage, its description, and what the message must contain.
+type Damage = (&'static str, fn(&Path), &'static str);
+
+#[test]
+fn a_damaged_checkpoint_is_refused_by_name_and_passed_over() {
+    let damages: &[Damage] = &[
+        ("a file is gone", |p| std::fs::remove_file(p.join("state.json")).unwrap(), "`state.json` is missing"),
+        ("a file is cut short", |p| cut(&p.join("optimizer.safetensors")), "`optimizer.safetensors` has "),
+        ("a bit is flipped", |p| flip(&p.join("optimizer.safetensors")), "`optimizer.safetensors` has other content"),
+        (
+            "a file in a folder changed",
+            |p| flip(&p.join("adapter/adapter_config.json")),
+            "`adapter/adapter_config.json`",
+        ),
+        ("no manifest", |p| std::fs::remove_file(p.join("manifest.json")).unwrap(), "it has no manifest.json"),
+        ("half a manifest", |p| cut(&p.join("manifest.json")), "cannot be read as JSON"),
+        ("a newer format", newer, "has checkpoint format 999, this program reads 1"),
+    ];
+    for (name, damage, expected) in damages {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), 10, None);
+        let newest = save(folder.path(), 20, None).path;
+        damage(&newest);
+        let message = checkpoint::open(&newest).unwrap_err().to_string();
+        assert!(message.contains(expected), "{name}: {message}");
+        assert!(message.contains(&newest.display().to_string()), "{name}: {message}");
+        let found = checkpoint::find_latest(folder.path()).unwrap();
+        assert_eq!(found.checkpoint.unwrap().step(), 10, "{name}");
+        assert_eq!(found.skipped.len(), 1, "{name}");
+        assert_eq!(found.skipped[0].path, newest, "{name}");
+    }
+}
+
+fn cut(path: &Path) {
+    let bytes = std::fs::read(path).unwrap();
+    std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+}
+
+fn flip(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn newer(path: &Path) {
+    let manifest = path.join("manifest.json");
+    let mut value: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    value["format_version"] = json!(999);
+    value["unknown_to_this_version"] = json!(true);
+    std::fs::write(manifest, value.to_string()).unwrap();
+}
+
+#[test]
+fn leftovers_of_killed_runs_are_removed_and_a_set_aside_checkpoint_returns() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    save(dir, 4, None);
+    save(dir, 5, None);
+    // Killed while writing 6, while deleting 3, after setting aside 5, and after replacing 4.
+    std::fs::create_dir(dir.join(".checkpoint-6.partial-abc")).unwrap();
+    std::fs::write(dir.join(".checkpoint-6.partial-abc/state.json"), "{").unwrap();
+    std::fs::create_dir(dir.join(".checkpoint-3.removed")).unwrap();
+    std::fs::rename(dir.join("checkpoint-5"), dir.join(".checkpoint-5.replaced")).unwrap();
+    std::fs::create_dir(dir.join(".checkpoint-4.replaced")).unwrap();
+    std::fs::create_dir(dir.join(".checkpoint-notes")).unwrap();
+
+    let cleaned = checkpoint::clean_up(dir).unwrap();
+    assert_eq!(cleaned.restored, [dir.join("checkpoint-5")]);
+    assert_eq!(cleaned.removed.len(), 3);
+    assert_eq!(names(dir), set(&["checkpoint-4", "checkpoint-5", ".checkpoint-notes"]));
+    assert_eq!(checkpoint::find_latest(dir).unwrap().checkpoint.unwrap().step(), 5);
+    assert_eq!(checkpoint::clean_up(dir).unwrap(), checkpoint::CleanedUp::default());
+}
+
+#[test]
+fn a_run_without_checkpoints_has_no_latest() {
+    let folder = tempfile::tempdir().unwrap();
+    for dir in [folder.path().to_path_buf(), folder.path().join("missing")] {
+        let found = checkpoint::find_latest(&dir).unwrap();
+        assert!(found.checkpoint.is_none() && found.skipped.is_empty());
+        assert_eq!(checkpoint::clean_up(&dir).unwrap(), checkpoint::CleanedUp::default());
+    }
+}
+
+#[test]
+fn names_and_shapes_that_cannot_be_right_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = Writer::begin(folder.path(), 1).unwrap();
+    for name in ["", "../x.json", "/tmp/x.json", "manifest.json"] {
+        assert!(matches!(writer.add_json(name, &1), Err(Error::Name { .. })), "{name}");
+    }
+    let values = [1.0, 2.0];
+    let wrong = writer.add_tensors("x.safetensors", [("x".to_string(), &values[..], vec![3])]);
+    assert!(matches!(wrong, Err(Error::Shape { .. })));
+    let twice = [("x".to_string(), &values[..], vec![2]), ("x".to_string(), &values[..], vec![2])];
+    let message = writer.add_tensors("x.safetensors", twice).unwrap_err().to_string();
+    assert!(message.contains("the name `x` comes twice"), "{message}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_has_the_permissions_of_ordinary_files_and_folders() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+    let saved = save(folder.path(), 1, None).path;
+    let ordinary = folder.path().join("ordinary");
+    std::fs::create_dir(&ordinary).unwrap();
+    std::fs::write(ordinary.join("file"), "").unwrap();
+    assert_eq!(mode(&saved), mode(&ordinary));
+    for name in ["manifest.json", "optimizer.safetensors", "state.json"] {
+        assert_eq!(mode(&saved.join(name)), mode(&ordinary.join("file")), "{name}");
+    }
+}
