@@ -77,9 +77,19 @@ pub enum Error {
     /// Stop strings need text.
     #[error("rollout: `stop_strings` are set, but nothing was given that turns tokens into text")]
     NoDetokenizer,
+    /// A token could not be drawn.
+    #[error("rollout: token {position} of the completion of sample {sample_id}: {source}")]
+    Draw {
+        /// Whose completion.
+        sample_id: u64,
+        /// Tokens it has so far.
+        position: usize,
+        /// Why.
+        source: Box<Error>,
+    },
     /// The model's logits are unusable.
     #[error(
-        "rollout: the logits have {reason} at token {index}, so no token can be drawn; the weights or the adapter have diverged, go back to an earlier checkpoint or lower the learning rate"
+        "the logits have {reason} at token id {index}, so no token can be drawn; the weights or the adapter have diverged, go back to an earlier checkpoint or lower the learning rate"
     )]
     Logits {
         /// What was found.
@@ -122,6 +132,14 @@ pub enum Error {
         pages: Vec<PageId>,
         /// Pages in the cache.
         num_pages: usize,
+    },
+    /// The system has no memory for the cache.
+    #[error(
+        "rollout: no memory for a KV cache of {bytes} bytes; lower `max_num_seqs`, `max_completion_length` or the KV cache budget"
+    )]
+    KvMemory {
+        /// What was asked for.
+        bytes: usize,
     },
     /// A page was used by somebody after it was freed.
     #[error("rollout: KV page {page} is in a page list but free; this is a bug in the scheduler")]

@@ -197,7 +197,7 @@ impl Rollout {
         let num_pages = self.num_pages(model, requests.len(), longest);
         let mut cache = match self.cache.take() {
             Some(cache) if cache.shape() == model.kv_shape() && cache.num_pages() >= num_pages => cache,
-            _ => KvCache::new(model.kv_shape(), num_pages),
+            _ => KvCache::new(model.kv_shape(), num_pages)?,
         };
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
@@ -384,14 +384,16 @@ impl Call<'_> {
                 DrawJob { logits, seen, uniform }
             })
             .collect();
-        let draws = self.sampler.draw_rows(&jobs)?;
+        let draws = self.sampler.draw_rows(&jobs);
         let mut outcomes = BTreeMap::new();
         for (&(lane, _), draw) in rows.iter().zip(draws) {
             let Some(sequence) = scheduler.sequence_mut(lane) else { continue };
-            statistics.generated_tokens += 1;
+            let sample_id = self.requests[sequence.request].sample_id;
+            let position = sequence.generated.len();
+            let draw = draw.map_err(|error| Error::Draw { sample_id, position, source: Box::new(error) })?;
             let Draw { token, logprob, .. } = draw;
             let finish = sequence.push(draw, self.rules);
-            let sample_id = self.requests[sequence.request].sample_id;
+            statistics.generated_tokens += 1;
             (caller.on_event)(Event::Token { request: sequence.request, sample_id, token, logprob });
             if let Some(finish) = finish {
                 outcomes.insert(lane, Outcome::Finished(finish));

@@ -48,14 +48,22 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty cache. The system gives the memory when a page is first written.
-    pub fn new(shape: KvShape, num_pages: usize) -> Self {
+    ///
+    /// # Errors
+    /// If the system would not give so much.
+    pub fn new(shape: KvShape, num_pages: usize) -> Result<Self, Error> {
+        let bytes = shape.page_bytes().saturating_mul(num_pages);
+        // Only asks: zeroed memory is taken page by page, and would end the process where there is none.
+        if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+            return Err(Error::KvMemory { bytes });
+        }
         let layer = || vec![0.0; num_pages * PAGE_TOKENS * shape.token_len()];
-        Self {
+        Ok(Self {
             shape,
             num_pages,
             keys: (0..shape.layers).map(|_| layer()).collect(),
             values: (0..shape.layers).map(|_| layer()).collect(),
-        }
+        })
     }
 
     /// What one token leaves here.
@@ -199,7 +207,7 @@ mod tests {
 
     #[test]
     fn tokens_land_in_their_pages_and_copies_are_whole() {
-        let mut cache = KvCache::new(SHAPE, 4);
+        let mut cache = KvCache::new(SHAPE, 4).unwrap();
         assert_eq!(cache.bytes(), 4 * 2 * 2 * 16 * 6 * 4);
         // Tokens 14 .. 19 of a sequence in pages 3 and 1.
         let span = Span { tokens: 0..5, pages: vec![3, 1], context: 14 };
@@ -218,12 +226,13 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_an_error() {
-        let mut cache = KvCache::new(SHAPE, 2);
+        let mut cache = KvCache::new(SHAPE, 2).unwrap();
         let span = Span { tokens: 0..2, pages: vec![0], context: 15 };
         let rows = numbers(12, 0.0);
         assert!(matches!(cache.write(0, &span, &rows, &rows), Err(Error::KvPage { position: 16, .. })));
         assert!(matches!(cache.write(0, &span, &rows[..11], &rows), Err(Error::KvLength { got: 11, .. })));
         assert!(matches!(cache.write(2, &span, &rows, &rows), Err(Error::KvLayer { layer: 2, num_layers: 2 })));
         assert!(matches!(cache.copy_page(0, 2), Err(Error::KvPage { .. })));
+        assert!(matches!(KvCache::new(SHAPE, usize::MAX / 4096), Err(Error::KvMemory { .. })));
     }
 }

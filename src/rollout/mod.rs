@@ -6,8 +6,8 @@
 //! beside those that decode. A prompt is prefilled once for all its samples and its pages are shared.
 //!
 //! Invariant: a completion is a function of the model, its prompt, the sampling settings and (seed, step, sample id).
-//! [`pages`] and [`scheduler`](self) know no memory and no device; [`kv_cache`] and [`sampler`] are the two places that
-//! touch numbers.
+//! [`pages`] and the scheduler know no memory and no device; [`kv_cache`] and [`sampler`] are the two places that touch
+//! numbers.
 
 pub mod decode_model;
 mod error;

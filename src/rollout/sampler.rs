@@ -91,11 +91,8 @@ impl Sampler {
         self.repetition_penalty != 1.0
     }
 
-    /// Draws for several rows in parallel.
-    ///
-    /// # Errors
-    /// As [`Sampler::draw`], for the first row that has one.
-    pub fn draw_rows(&self, jobs: &[DrawJob<'_>]) -> Result<Vec<Draw>, Error> {
+    /// Draws for several rows in parallel, each as [`Sampler::draw`] does.
+    pub fn draw_rows(&self, jobs: &[DrawJob<'_>]) -> Vec<Result<Draw, Error>> {
         jobs.par_iter().map_init(Scratch::default, |scratch, job| self.draw(*job, scratch)).collect()
     }
 
@@ -366,8 +363,8 @@ mod tests {
     fn unusable_logits_and_settings_are_errors() {
         let sampler = Sampler::new(&settings()).unwrap();
         for (logits, reason) in [
-            (vec![0.0, f32::NAN], "a NaN at token 1"),
-            (vec![f32::INFINITY, 0.0], "an infinity at token 0"),
+            (vec![0.0, f32::NAN], "a NaN at token id 1"),
+            (vec![f32::INFINITY, 0.0], "an infinity at token id 0"),
             (vec![f32::NEG_INFINITY; 3], "nothing above minus infinity"),
             (vec![], "nothing above minus infinity"),
         ] {

@@ -15,17 +15,23 @@ impl<F: Fn(&[u32]) -> String> Detokenize for F {
     }
 }
 
+/// Most tokens that are decoded together. Reached only by texts in which no token ends with a whole character; cutting
+/// such a text garbles one character at most.
+const MAX_WINDOW: usize = 64;
+
 /// What an incomplete character decodes to.
 const REPLACEMENT: char = '\u{FFFD}';
 
 /// Where one completion's search for stop strings stands.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StopMatcher {
-    /// Tokens from here on are decoded together, so that a token's text may depend on the one before.
+    /// Tokens from here on are decoded together: the text of a token may depend on the one before.
     window_start: usize,
-    /// Tokens before this one have been searched.
-    searched: usize,
-    /// End of the searched text: one byte less than the longest stop string, at least.
+    /// The last token border that is a character border as well.
+    border: usize,
+    /// Text of the window that has been searched, whole characters only.
+    window_text: String,
+    /// End of the searched text, as long as the longest stop string.
     tail: String,
 }
 
@@ -33,26 +39,24 @@ impl StopMatcher {
     /// Whether one of `stops` ends in the text of the tokens that came since the last call. `ids` is the whole
     /// completion.
     pub(super) fn push(&mut self, ids: &[u32], stops: &[String], detokenize: &dyn Detokenize) -> bool {
-        let before = detokenize.text(&ids[self.window_start..self.searched]);
-        let now = detokenize.text(&ids[self.window_start..]);
-        let new = &now[common_prefix(&before, &now)..];
-        let complete = new.trim_end_matches(REPLACEMENT);
-        let searched_bytes = self.tail.len();
-        self.tail.push_str(complete);
+        let text = detokenize.text(&ids[self.window_start..]);
+        let complete = text.trim_end_matches(REPLACEMENT);
+        let searched = self.tail.len();
+        self.tail.push_str(&complete[common_prefix(&self.window_text, complete)..]);
         let is_found = stops.iter().any(|stop| {
-            // Only matches that end in the new text are new; they may begin in the tail.
-            let from = floor_boundary(&self.tail, searched_bytes.saturating_sub(stop.len().saturating_sub(1)));
+            // Only matches that end in the new text are new; they may begin in the old.
+            let from = floor_boundary(&self.tail, (searched + 1).saturating_sub(stop.len()));
             self.tail[from..].contains(stop.as_str())
         });
-        if complete.len() == new.len() {
-            self.window_start = self.searched;
-            self.searched = ids.len();
-            let longest = stops.iter().map(String::len).max().unwrap_or(0);
-            let cut = floor_boundary(&self.tail, self.tail.len().saturating_sub(longest));
-            self.tail.drain(..cut);
+        let longest = stops.iter().map(String::len).max().unwrap_or(0);
+        self.tail.drain(..floor_boundary(&self.tail, self.tail.len().saturating_sub(longest)));
+        if complete.len() == text.len() || ids.len() - self.window_start > MAX_WINDOW {
+            self.window_start = self.border;
+            self.border = ids.len();
+            let kept = detokenize.text(&ids[self.window_start..]);
+            self.window_text = kept.trim_end_matches(REPLACEMENT).into();
         } else {
-            // Search the new text again when its last character is complete.
-            self.tail.truncate(searched_bytes);
+            self.window_text = complete.into();
         }
         is_found
     }
@@ -102,6 +106,10 @@ mod tests {
         assert_eq!(stopped_at(&[b"stop\xe2", b"\x82\xac"], &["stop"]), Some(0));
         assert_eq!(stopped_at(&[b"st", b"op\xe2", b"\x82\xac"], &["stop"]), Some(1));
         assert_eq!(stopped_at(&[b"\xe2", b"\xe2", b"x", b"stop"], &["stop"]), Some(3));
+        // Bytes that never become a character neither hold up the search nor make it decode ever longer texts.
+        let mut pieces: Vec<&[u8]> = vec![b"\xff"; 20];
+        pieces.extend([&b"st"[..], b"op"]);
+        assert_eq!(stopped_at(&pieces, &["stop"]), Some(21));
         assert_eq!(stopped_at(&[b"\xe2", b"\x82", b"\xac", b"\xe2\x82\xac", b"x"], &["\u{20ac}\u{20ac}x"]), Some(4));
     }
 

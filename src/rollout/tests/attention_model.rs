@@ -21,6 +21,8 @@ struct Layer {
 pub(super) struct AttentionModel {
     vocab_size: usize,
     pub(super) max_positions: usize,
+    /// Where the model breaks.
+    pub(super) poisoned_position: Option<u32>,
     embedding: Vec<f32>,
     layers: Vec<Layer>,
     /// Tokens of each step so far.
@@ -40,6 +42,7 @@ impl AttentionModel {
         Self {
             vocab_size,
             max_positions: 10_000,
+            poisoned_position: None,
             embedding: weights("embedding", vocab_size * HIDDEN, 0.5, 0),
             layers: (0..LAYERS)
                 .map(|layer| Layer {
@@ -55,6 +58,9 @@ impl AttentionModel {
 
     fn embed(&self, token: u32, position: u32) -> Vec<f32> {
         let row = &self.embedding[token as usize * HIDDEN..][..HIDDEN];
+        if self.poisoned_position == Some(position) {
+            return vec![f32::NAN; HIDDEN];
+        }
         row.iter().enumerate().map(|(dim, x)| x + (position as f32 * 0.37 + dim as f32 * 0.61).sin()).collect()
     }
 

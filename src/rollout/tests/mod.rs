@@ -235,7 +235,7 @@ fn all_pages_are_free_at_the_end() {
         let mut model = AttentionModel::new(VOCAB);
         let limits = scheduler::Limits { max_num_seqs: 5, max_batch_tokens: 16 };
         let mut scheduler = scheduler::Scheduler::new(limits, num_pages, &requests);
-        let mut cache = KvCache::new(model.kv_shape(), num_pages);
+        let mut cache = KvCache::new(model.kv_shape(), num_pages).unwrap();
         let rules = sequence::EndRules { eos_token_ids: &[EOS], stop_strings: &[], detokenize: None };
         let mut finished = 0;
         let open = |request: usize, prompt| {
@@ -433,6 +433,19 @@ fn cancelling_ends_before_the_next_step() {
     assert_eq!(again, run(settings(), &requests, &sampling).completions);
     rollout.release_cache();
     assert_eq!(rollout.cache_bytes(), 0);
+}
+
+#[test]
+fn logits_that_are_not_numbers_name_the_sample_and_the_token() {
+    let mut model = AttentionModel::new(VOCAB);
+    model.poisoned_position = Some(12);
+    let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
+    let settings = RolloutSettings { eos_token_ids: vec![], ..settings() };
+    let mut rollout = Rollout::new(settings).unwrap();
+    let sampling = SamplingSettings::default();
+    let error = rollout.generate(&mut model, &requests(&[10], 1), &sampling, 0, 0, &mut caller).unwrap_err();
+    let message = error.to_string();
+    assert!(message.contains("token 3 of the completion of sample 0: the logits have a NaN"), "{message}");
 }
 
 /// A model without arithmetic, so that the time is the scheduler's.
