@@ -198,14 +198,16 @@ impl ConfigError {
     #[must_use]
     pub fn render(&self, has_colours: bool) -> String {
         let theme = if has_colours { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
-        let handler = GraphicalReportHandler::new_themed(theme).with_width(100).with_links(false).with_context_lines(0);
+        let handler = GraphicalReportHandler::new_themed(theme).with_width(100).with_links(false).with_context_lines(1);
         let name = self.sources.first().map_or("", Source::name);
         let count = self.problems.len();
         let mut report = format!("{name}: {count} {}\n", if count == 1 { "problem" } else { "problems" });
         for problem in &self.problems {
-            let rendered = Rendered::new(problem, &self.sources);
-            // Writing to a string cannot fail.
-            let _ = handler.render_report(&mut report, &rendered);
+            report.push('\n');
+            for part in parts(problem, &self.sources) {
+                // Writing to a string cannot fail.
+                let _ = handler.render_report(&mut report, &part);
+            }
         }
         report
     }
@@ -225,57 +227,70 @@ impl fmt::Debug for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// A problem as miette wants it: labels in one source, what stands in another source as a related report.
+/// The part of a problem that concerns one source, as miette wants it.
 #[derive(Debug)]
-struct Rendered {
+struct Part {
     message: String,
     help: Option<String>,
+    severity: miette::Severity,
     source: Option<NamedSource<String>>,
     labels: Vec<LabeledSpan>,
-    related: Vec<Rendered>,
 }
 
-impl Rendered {
-    fn new(problem: &Problem, sources: &[Source]) -> Self {
-        let lead = problem.labels.first().map(|(place, _)| place.source);
-        let mut rendered = Self::part(problem.message.clone(), problem, lead, sources);
-        rendered.help.clone_from(&problem.help);
-        let mut others: Vec<usize> =
-            problem.labels.iter().map(|(place, _)| place.source).filter(|&source| Some(source) != lead).collect();
-        others.sort_unstable();
-        others.dedup();
-        rendered.related = others
-            .into_iter()
-            .map(|source| Self::part("together with".into(), problem, Some(source), sources))
-            .collect();
-        rendered
+/// One part per source that a problem points into, the leading one first; the help stands under the last.
+fn parts(problem: &Problem, sources: &[Source]) -> Vec<Part> {
+    let mut order: Vec<usize> = Vec::new();
+    for (place, _) in &problem.labels {
+        if !order.contains(&place.source) {
+            order.push(place.source);
+        }
     }
+    let mut parts: Vec<Part> = order.iter().map(|&index| part_of(problem, index, sources)).collect();
+    if parts.is_empty() {
+        parts.push(Part {
+            message: String::new(),
+            help: None,
+            severity: miette::Severity::Error,
+            source: None,
+            labels: Vec::new(),
+        });
+    }
+    parts[0].message.clone_from(&problem.message);
+    parts[0].severity = miette::Severity::Error;
+    if let Some(last) = parts.last_mut() {
+        last.help.clone_from(&problem.help);
+    }
+    parts
+}
 
-    fn part(message: String, problem: &Problem, source: Option<usize>, sources: &[Source]) -> Self {
-        let labels = problem
-            .labels
-            .iter()
-            .filter(|(place, _)| Some(place.source) == source)
-            .map(|(place, label)| {
-                // A place at the very end of the text still needs a character to point at.
-                let length = (place.end.saturating_sub(place.start)).max(usize::from(place.start == place.end));
-                LabeledSpan::new((!label.is_empty()).then(|| label.clone()), place.start, length)
-            })
-            .collect();
-        let source = source.map(|index| NamedSource::new(&sources[index].name, sources[index].text.clone()));
-        Self { message, help: None, source, labels, related: Vec::new() }
+fn part_of(problem: &Problem, source: usize, sources: &[Source]) -> Part {
+    let labels = problem.labels.iter().filter(|(place, _)| place.source == source).map(|(place, label)| {
+        // A place of no width, as at the end of the text, still needs something to point at.
+        let length = place.end.saturating_sub(place.start).max(1);
+        LabeledSpan::new((!label.is_empty()).then(|| label.clone()), place.start, length)
+    });
+    Part {
+        message: format!("together with `{}`", sources[source].name),
+        help: None,
+        severity: miette::Severity::Advice,
+        labels: labels.collect(),
+        source: Some(NamedSource::new(&sources[source].name, sources[source].text.clone())),
     }
 }
 
-impl fmt::Display for Rendered {
+impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
     }
 }
 
-impl std::error::Error for Rendered {}
+impl std::error::Error for Part {}
 
-impl miette::Diagnostic for Rendered {
+impl miette::Diagnostic for Part {
+    fn severity(&self) -> Option<miette::Severity> {
+        Some(self.severity)
+    }
+
     fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
         self.help.as_ref().map(|help| Box::new(help) as Box<dyn fmt::Display>)
     }
@@ -286,12 +301,5 @@ impl miette::Diagnostic for Rendered {
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         Some(Box::new(self.labels.iter().cloned()))
-    }
-
-    fn related<'a>(&'a self) -> Option<Box<dyn Iterator<Item = &'a dyn miette::Diagnostic> + 'a>> {
-        if self.related.is_empty() {
-            return None;
-        }
-        Some(Box::new(self.related.iter().map(|part| part as &dyn miette::Diagnostic)))
     }
 }

@@ -204,8 +204,10 @@ impl<T: Parse + PartialEq> Field<T> {
             Err(wrong) => {
                 self.is_broken = true;
                 for mismatch in wrong {
-                    let mut problem = Problem::new(format!("`{}` {}", self.key.name, mismatch.what))
-                        .at(place(&mismatch.span), label_for(node));
+                    let mut problem = Problem::new(format!("`{}` {}", self.key.name, mismatch.what)).at(
+                        place(&mismatch.span),
+                        if mismatch.span == node.span { label_for(node) } else { String::new() },
+                    );
                     problem.help = mismatch.help;
                     problems.error(problem);
                 }

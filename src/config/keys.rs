@@ -39,7 +39,10 @@ macro_rules! name {
 
 macro_rules! keys {
     ($($group:literal for $commands:ident {
-        $( $(#[doc = $doc:literal])+ $field:ident $(named $name:literal)? : $type:ty = $default:expr, $range:expr, $unit:literal; )+
+        $(
+            $(#[doc = $doc:literal])+
+            $field:ident $(named $name:literal)? : $type:ty = $default:expr, $range:expr, $unit:literal;
+        )+
     })+) => {
         /// Every key, in the order of the reference page.
         pub(super) static KEYS: &[Key] = &[$($(Key {
@@ -70,7 +73,13 @@ macro_rules! keys {
             }
 
             /// Takes one entry of the file; false if the command has no such key.
-            pub(super) fn read(&mut self, command: Command, entry: &Entry, source: usize, problems: &mut Problems) -> bool {
+            pub(super) fn read(
+                &mut self,
+                command: Command,
+                entry: &Entry,
+                source: usize,
+                problems: &mut Problems,
+            ) -> bool {
                 $($(
                     if entry.key == name!($field $($name)?) && Commands::$commands.include(command) {
                         self.$field.read(entry, source, problems);
@@ -80,10 +89,10 @@ macro_rules! keys {
                 false
             }
 
-            /// Reports required keys that the file lacks.
-            pub(super) fn require(&mut self, command: Command, problems: &mut Problems) {
+            /// Reports required keys that the file lacks, but not those that it misspells: that is reported already.
+            pub(super) fn require(&mut self, command: Command, misspelt: &[&str], problems: &mut Problems) {
                 $($(
-                    if Commands::$commands.include(command) {
+                    if Commands::$commands.include(command) && !misspelt.contains(&name!($field $($name)?)) {
                         self.$field.require(command, problems);
                     }
                 )+)+
@@ -201,7 +210,7 @@ keys! {
     "Precision and device" for Both {
         /// Compute in bfloat16 with float32 accumulation. TRL's default is true unless `fp16` is set; here it also
         /// takes a device that has bfloat16 arithmetic, otherwise float32 is computed in.
-        bf16: Option<bool> = Derived("true on a GPU with bfloat16 (compute capability 8.0) unless `fp16` is true"), ANY, "";
+        bf16: Option<bool> = Derived("true on a GPU with bfloat16 (compute capability 8.0) unless `fp16`"), ANY, "";
         /// Compute in float16 with float32 accumulation and dynamic loss scaling.
         fp16: bool = Text("false"), ANY, "";
         /// Recompute activations in the backward pass instead of keeping them: less memory, a third more compute.

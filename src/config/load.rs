@@ -67,8 +67,10 @@ fn load<S>(
     let mut sources = vec![source.clone()];
     sources.extend(overrides.iter().map(|text| Source::new("--set", text.as_str())));
 
-    let mut entries = file_entries(source, command, &mut problems);
-    let is_readable = problems.is_clean();
+    let file = file_entries(source, command, &mut problems);
+    // Without entries nothing can be said about missing keys, or about keys that do not go together.
+    let is_readable = file.is_some();
+    let mut entries = file.unwrap_or_default();
     for (at, text) in overrides.iter().enumerate() {
         if let Some(entry) = override_entry(text, at + 1, &mut problems) {
             let key = canonical(&entry.key, command).to_owned();
@@ -79,17 +81,18 @@ fn load<S>(
 
     let mut raw = RawConfig::new(command);
     let mut uses_vllm = false;
+    let mut misspelt = Vec::new();
     for (mut entry, source) in entries {
         if entry.key == "use_vllm" {
             uses_vllm = matches!(&entry.node.value, Value::Scalar { text, .. } if as_bool(text) == Some(true));
         }
-        sort_foreign(&mut entry, source, command, &mut problems);
+        misspelt.extend(sort_foreign(&mut entry, source, command, &mut problems));
         if !raw.read(command, &entry, source, &mut problems) && foreign::find(&entry.key, command).is_none() {
-            report_unknown(&entry, source, command, &mut problems);
+            misspelt.extend(report_unknown(&entry, source, command, &mut problems));
         }
     }
     let settings = if is_readable {
-        raw.require(command, &mut problems);
+        raw.require(command, &misspelt, &mut problems);
         resolve(&raw, uses_vllm, &mut problems)
     } else {
         None
@@ -124,17 +127,19 @@ fn canonical(name: &str, command: Command) -> &str {
     }
 }
 
-fn file_entries(source: &Source, command: Command, problems: &mut Problems) -> Vec<(Entry, usize)> {
+/// The entries of the file, each key once; `None` if it is no map of keys.
+fn file_entries(source: &Source, command: Command, problems: &mut Problems) -> Option<Vec<(Entry, usize)>> {
     let root = match yaml::parse(source.text()) {
         Ok(root) => root,
         Err(error) => {
             let place = error.span.map_or(0..0, |span| span);
             problems.error(
-                Problem::new(format!("this is not YAML: {}", error.message))
-                    .at(Place::new(0, &place), "here")
-                    .help("the file is a map of `key: value` lines; strings with `: `, `#` or leading `*`, `&`, `!` go in quotes"),
+                Problem::new(format!("this is not YAML: {}", error.message)).at(Place::new(0, &place), "here").help(
+                    "the file is a map of `key: value` lines; a string with `: ` or ` #`, or with a leading `*`, `&` \
+                         or `!`, goes in quotes",
+                ),
             );
-            return Vec::new();
+            return None;
         }
     };
     let entries = match root.value {
@@ -143,7 +148,7 @@ fn file_entries(source: &Source, command: Command, problems: &mut Problems) -> V
         _ => {
             let start = Place::new(0, &(root.span.start..root.span.start));
             problems.error(Problem::new("the file must be a map of `key: value` lines").at(start, "something else"));
-            return Vec::new();
+            return None;
         }
     };
     let mut kept: Vec<(Entry, usize)> = Vec::with_capacity(entries.len());
@@ -165,7 +170,7 @@ fn file_entries(source: &Source, command: Command, problems: &mut Problems) -> V
         }
         kept.push((entry, 0));
     }
-    kept
+    Some(kept)
 }
 
 fn override_entry(text: &str, source: usize, problems: &mut Problems) -> Option<Entry> {
@@ -213,9 +218,9 @@ fn shift(node: &mut yaml::Node, by: usize) {
     }
 }
 
-/// Deals with a foreign key; an alias takes the name of its key.
-fn sort_foreign(entry: &mut Entry, source: usize, command: Command, problems: &mut Problems) {
-    let Some(key) = foreign::find(&entry.key, command) else { return };
+/// Deals with a foreign key; an alias takes the name of its key. Gives the key that a renamed one stands for.
+fn sort_foreign(entry: &mut Entry, source: usize, command: Command, problems: &mut Problems) -> Option<&'static str> {
+    let key = foreign::find(&entry.key, command)?;
     let at_key = Place::new(source, &entry.key_span);
     let at_value = if entry.node.span.is_empty() { at_key.clone() } else { Place::new(source, &entry.node.span) };
     match key.rule {
@@ -241,13 +246,13 @@ fn sort_foreign(entry: &mut Entry, source: usize, command: Command, problems: &m
                 Some(_) => String::new(),
                 None => format!(", a key of `{}`", other(command)),
             };
-            problems.error(
-                Problem::new(format!("`{}` is called `{to}`{elsewhere}", key.name))
-                    .at(at_key, format!("write `{to}`"))
-                    .help(keys::find(to, command).map_or_else(String::new, |key| key.doc.to_owned())),
-            );
+            let mut problem = Problem::new(format!("`{}` is called `{to}`{elsewhere}", key.name));
+            problem.help = keys::find(to, command).map(|key| key.doc.to_owned());
+            problems.error(problem.at(at_key, format!("write `{to}`")));
+            return Some(to);
         }
     }
+    None
 }
 
 fn other(command: Command) -> Command {
@@ -257,7 +262,9 @@ fn other(command: Command) -> Command {
     }
 }
 
-fn report_unknown(entry: &Entry, source: usize, command: Command, problems: &mut Problems) {
+/// Reports a key that nobody knows; gives the one it likely is.
+fn report_unknown(entry: &Entry, source: usize, command: Command, problems: &mut Problems) -> Option<&'static str> {
+    let mut likely = None;
     let place = Place::new(source, &entry.key_span);
     let elsewhere = other(command);
     let problem = if keys::find(&entry.key, elsewhere).is_some() || foreign::find(&entry.key, elsewhere).is_some() {
@@ -276,11 +283,13 @@ fn report_unknown(entry: &Entry, source: usize, command: Command, problems: &mut
             .iter()
             .filter(|key| key.commands.include(command) && !matches!(key.rule, Rule::Renamed(_)))
             .map(|key| key.name);
-        let help = match nearest(&entry.key, ours.chain(theirs)) {
+        likely = nearest(&entry.key, ours.chain(theirs));
+        let help = match likely {
             Some(name) => format!("did you mean `{name}`?"),
             None => "docs/config.md lists every key".into(),
         };
         Problem::new(format!("`{}` is no key of `{command}`", entry.key)).at(place, "unknown key").help(help)
     };
     problems.error(problem);
+    likely
 }

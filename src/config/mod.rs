@@ -39,5 +39,4 @@ pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 pub use load::{Loaded, load_grpo, load_sft};
 pub use reference::{keys, reference};
 pub use resolve::Context;
-pub use rewards::BuiltinReward;
 pub use write::{grpo_yaml, sft_yaml};

@@ -139,7 +139,8 @@ reward_funcs:
 ```
 
 Names must differ, since metrics are filed under them. Python functions (`rewards.py`, `my_lib.rewards.score`) are not
-imported: run them as a program that reads one JSON object per line and writes one score per line.
+imported: run them as a program that answers each line of samples with a line of scores, as
+`scripts/rewards/brevity.py` does.
 ";
 
 const FOREIGN: &str = "

@@ -11,19 +11,20 @@ use super::keys::RawConfig;
 use super::schedule;
 use super::settings::{
     DataSettings, DeviceChoice, Interval, LoraSettings, ModelSettings, OptimizerSettings, Precision, Quantization,
-    SftSettings, TrainingSettings,
+    RewardSpec, SftSettings, TrainingSettings,
 };
 use super::special::Recurrence;
 
 /// What resolving needs to know about the run besides the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// Ranks of the run.
     pub world_size: usize,
     /// Whether the device that `device: auto` takes has bfloat16 arithmetic.
     pub has_bf16: bool,
-    /// The built-in rewards; their names and parameters are checked unless the list is empty.
-    pub rewards: &'a [super::BuiltinReward],
+    /// Says what is wrong with a built-in reward's name or parameters, which the `reward` room knows; programs are not
+    /// given to it. Without it, built-ins are taken as they are.
+    pub check_reward: Option<fn(&RewardSpec) -> Result<(), String>>,
     /// The commit this program was built from, for the header of the resolved config.
     pub git_commit: Option<&'a str>,
 }
@@ -31,7 +32,7 @@ pub struct Context<'a> {
 impl Default for Context<'_> {
     /// One rank on the CPU.
     fn default() -> Self {
-        Self { world_size: 1, has_bf16: false, rewards: &[], git_commit: None }
+        Self { world_size: 1, has_bf16: false, check_reward: None, git_commit: None }
     }
 }
 

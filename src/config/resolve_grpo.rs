@@ -5,11 +5,10 @@ use super::field::Named;
 use super::keys::RawConfig;
 use super::resolve::{Context, build_data, build_model, build_training, check_shared, warn_idle};
 use super::settings::{
-    GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
-    VespoSettings,
+    GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
+    SamplingSettings, VespoSettings,
 };
 use super::special::Recurrence;
-use super::value::{listed, nearest};
 
 /// Checks and builds the settings of `trainer grpo`; `None` if anything was reported.
 ///
@@ -128,7 +127,7 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
     if group < 2 {
         return; // out of range, reported where it was read
     }
-    let ranks = batch.micro / (*per_device.value()).max(1);
+    let ranks = counted(batch.micro / (*per_device.value()).max(1), "rank");
     if size.value().is_some() {
         let unit = least_common_multiple(batch.micro, group);
         let works = around(batch.completions, unit);
@@ -136,8 +135,11 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
             problems.clash(
                 &[(size, "completions at once".into()), (per_device, "sequences per rank and micro-step".into())],
                 format!(
-                    "`generation_batch_size` {} does not divide into micro-batches of {} sequences (`per_device_train_batch_size` {} x {ranks} rank{})",
-                    batch.completions, batch.micro, per_device.value(), plural(ranks),
+                    "`generation_batch_size` {} does not divide into micro-batches of {} sequences \
+                     (`per_device_train_batch_size` {} x {ranks})",
+                    batch.completions,
+                    batch.micro,
+                    per_device.value(),
                 ),
                 format!("`generation_batch_size` {works} works"),
             );
@@ -168,10 +170,17 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
                 (field, "micro-steps".into()),
             ],
             format!(
-                "a generation batch of {} completions (`per_device_train_batch_size` {} x {ranks} rank{} x `{name}` {}) does not divide into groups of `num_generations` {group}",
-                batch.completions, per_device.value(), plural(ranks), batch.steps,
+                "a generation batch of {} completions (`per_device_train_batch_size` {} x {ranks} x `{name}` {}) \
+                 does not divide into groups of `num_generations` {group}",
+                batch.completions,
+                per_device.value(),
+                batch.steps,
             ),
-            format!("`{name}` {} works; so does `num_generations` {}", around(batch.steps, unit), divisors(batch.completions)),
+            format!(
+                "`{name}` {} works; so does `num_generations` {}",
+                around(batch.steps, unit),
+                divisors(batch.completions)
+            ),
         );
     }
 }
@@ -199,10 +208,14 @@ fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut
             (group_field, "completions per prompt".into()),
         ],
         format!(
-            "an evaluation batch of {batch} completions (`per_device_eval_batch_size` {per_device} x {} rank{}) does not divide into groups of `{name}` {group}",
-            context.world_size, plural(context.world_size),
+            "an evaluation batch of {batch} completions (`per_device_eval_batch_size` {per_device} x {}) does not \
+             divide into groups of `{name}` {group}",
+            counted(context.world_size, "rank"),
         ),
-        format!("`per_device_eval_batch_size` {} works; so does `num_generations_eval` {eval_divisors}", around(per_device, unit)),
+        format!(
+            "`per_device_eval_batch_size` {} works; so does `num_generations_eval` {eval_divisors}",
+            around(per_device, unit)
+        ),
     );
 }
 
@@ -211,47 +224,24 @@ fn check_rewards(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems
     if raw.reward_funcs.is_broken() {
         return;
     }
+    let functions = list.0.len();
     if let Some(weights) = raw.reward_weights.value()
-        && weights.len() != list.0.len()
+        && weights.len() != functions
     {
+        let (weights, functions) = (counted(weights.len(), "weight"), counted(functions, "reward function"));
         problems.clash(
-            &[
-                (&raw.reward_funcs, format!("{} reward functions", list.0.len())),
-                (&raw.reward_weights, format!("{} weights", weights.len())),
-            ],
-            format!("`reward_weights` has {} entries for {} reward functions", weights.len(), list.0.len()),
+            &[(&raw.reward_funcs, functions.clone()), (&raw.reward_weights, weights.clone())],
+            format!("`reward_weights` has {weights} for {functions}"),
             "give one weight per reward function, in their order",
         );
     }
-    let Some(source) = raw.reward_funcs.place().map(|place| place.source) else { return };
-    if context.rewards.is_empty() {
-        return;
-    }
-    let names: Vec<&str> = context.rewards.iter().map(|reward| reward.name).collect();
-    for reward in &list.0 {
-        let super::settings::RewardSpec::Builtin { name, .. } = &reward.spec else { continue };
-        let Some(builtin) = context.rewards.iter().find(|builtin| builtin.name == name) else {
-            let hint =
-                nearest(name, names.iter().copied()).map_or(String::new(), |near| format!("did you mean `{near}`? "));
-            problems.error(
-                Problem::new(format!("`reward_funcs` names `{name}`, which is no built-in reward"))
-                    .at(Place::new(source, &reward.name_span), "")
-                    .help(format!("{hint}Built-ins: {}; a program is `command: PROGRAM ARGUMENTS`", listed(&names))),
-            );
-            continue;
-        };
-        for (parameter, span) in &reward.parameter_spans {
-            if !builtin.parameters.contains(&parameter.as_str()) {
-                let takes =
-                    if builtin.parameters.is_empty() { "no parameters".into() } else { listed(builtin.parameters) };
-                let hint = nearest(parameter, builtin.parameters.iter().copied())
-                    .map_or(String::new(), |near| format!("did you mean `{near}`? "));
-                problems.error(
-                    Problem::new(format!("the reward `{name}` has no parameter `{parameter}`"))
-                        .at(Place::new(source, span), "")
-                        .help(format!("{hint}`{name}` takes {takes}")),
-                );
-            }
+    let (Some(place), Some(check)) = (raw.reward_funcs.place(), context.check_reward) else { return };
+    for reward in list.0.iter().filter(|reward| matches!(reward.spec, RewardSpec::Builtin { .. })) {
+        if let Err(message) = check(&reward.spec) {
+            // A message about a parameter names it in backticks.
+            let parameter = reward.parameter_spans.iter().find(|(key, _)| message.contains(&format!("`{key}`")));
+            let span = parameter.map_or(&reward.name_span, |(_, span)| span);
+            problems.error(Problem::new(format!("`reward_funcs`: {message}")).at(Place::new(place.source, span), ""));
         }
     }
 }
@@ -263,7 +253,10 @@ fn check_loss(raw: &RawConfig, problems: &mut Problems) {
     if loss == GrpoLossType::Cispo && raw.epsilon_high.value().is_none() {
         problems.caution(
             &[(&raw.grpo_loss_type, String::new())],
-            format!("`loss_type: cispo` takes `epsilon_high` as the cap of the ratio itself, and it falls back to `epsilon` {epsilon}"),
+            format!(
+                "`loss_type: cispo` takes `epsilon_high` as the cap of the ratio itself, and it falls back to \
+                 `epsilon` {epsilon}"
+            ),
             "set `epsilon_high`, e.g. 5.0 as in ScaleRL (2510.13786)",
         );
     }
@@ -357,7 +350,8 @@ fn rollout_correction(raw: &RawConfig, uses_vllm: bool, problems: &mut Problems)
                 (&raw.vllm_importance_sampling_clip_max, "the upper bound".into()),
             ],
             format!(
-                "`vllm_importance_sampling_clip_min` {} must be less than `vllm_importance_sampling_clip_max` {clip_max}",
+                "`vllm_importance_sampling_clip_min` {} must be less than `vllm_importance_sampling_clip_max` \
+                 {clip_max}",
                 clip_min.unwrap_or_default(),
             ),
             "lower one or raise the other",
@@ -367,7 +361,10 @@ fn rollout_correction(raw: &RawConfig, uses_vllm: bool, problems: &mut Problems)
     if *raw.grpo_loss_type.value() == GrpoLossType::Vespo && !is_per_token {
         problems.clash(
             &[(&raw.grpo_loss_type, String::new()), (&raw.vllm_importance_sampling_mode, String::new())],
-            format!("`loss_type: vespo` does not go with `vllm_importance_sampling_mode: {mode}`: it multiplies the ratios of the tokens itself"),
+            format!(
+                "`loss_type: vespo` does not go with `vllm_importance_sampling_mode: {mode}`: it multiplies the \
+                 ratios of the tokens itself"
+            ),
             "use `token_truncate` or `token_mask`, or `vllm_importance_sampling_correction: false`",
         );
     }
@@ -394,8 +391,12 @@ fn check_reference(raw: &RawConfig, problems: &mut Problems) {
     }
     if *raw.use_peft.value() {
         problems.clash(
-            &[(&raw.sync_ref_model, "moves the reference".into()), (&raw.use_peft, "the reference is the frozen base".into())],
-            "`sync_ref_model: true` does not go with `use_peft: true`: the reference is the base without the adapter, which never moves",
+            &[
+                (&raw.sync_ref_model, "moves the reference".into()),
+                (&raw.use_peft, "the reference is the frozen base".into()),
+            ],
+            "`sync_ref_model: true` does not go with `use_peft: true`: the reference is the base without the adapter, \
+             which never moves",
             "remove `sync_ref_model`, or train every weight",
         );
     }
@@ -414,8 +415,8 @@ fn check_prompts(raw: &RawConfig, problems: &mut Problems) {
     );
 }
 
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 fn greatest_common_divisor(a: usize, b: usize) -> usize {

@@ -3,12 +3,13 @@
 //! ```yaml
 //! reward_funcs:
 //!   - accuracy                                  # a built-in
-//!   - {kind: length, max_tokens: 200}           # a built-in with its parameters
+//!   - {kind: contains, text: because}           # a built-in with its parameters
 //!   - command: python3 style.py --strict        # a program, split into words as a shell would (no shell runs)
 //!   - {kind: command, name: tests, command: [./grade, --fast], timeout_secs: 120}
 //! ```
 //!
-//! The names and parameters of the built-ins belong to the `reward` room; they come in as [`BuiltinReward`]s.
+//! The names and parameters of the built-ins belong to the `reward` room, which checks them through
+//! `Context::check_reward`.
 
 use std::path::Path;
 
@@ -21,16 +22,7 @@ use super::yaml::{Entry, Node, Value};
 /// Seconds that a reward program may take for one batch unless `timeout_secs` says otherwise.
 pub(super) const DEFAULT_TIMEOUT_SECS: f64 = 60.0;
 
-/// A built-in reward as the `reward` room offers it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BuiltinReward {
-    /// Its name in `reward_funcs`.
-    pub name: &'static str,
-    /// The parameters it takes.
-    pub parameters: &'static [&'static str],
-}
-
-/// A reward function and where its names stand, for the checks that need the list of built-ins.
+/// A reward function and where its names stand, for the check by the `reward` room.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct RawReward {
     pub(super) spec: RewardSpec,
@@ -239,7 +231,7 @@ fn foreign_reward(node: &Node, name: &str) -> Option<Mismatch> {
         };
         return Some(Mismatch::new(node, format!("names Python code, `{name}`, which is not imported here")).help(
             format!(
-                "run it as a program that reads JSON lines and writes one score each: \
+                "run it as a program that answers each line of samples with a line of scores: \
                  `- {{kind: command, command: [python3, {file}]}}`"
             ),
         ));

@@ -198,8 +198,8 @@ macro_rules! parse_integers {
             fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
                 let value = parse_integer(node, Self::KIND)?;
                 Self::try_from(value).map_err(|_| {
-                    let limit = if value < 0 { "must not be negative".into() } else { format!("must be at most {}", Self::MAX) };
-                    vec![Mismatch::new(node, format!("{limit}, got {value}"))]
+                    let limit = if value < 0 { "negative".into() } else { format!("greater than {}", Self::MAX) };
+                    vec![Mismatch::new(node, format!("must not be {limit}, got {value}"))]
                 })
             }
             fn numbers(&self) -> Vec<f64> {

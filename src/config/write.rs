@@ -312,7 +312,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("save_strategy", save_word.into()),
         ("save_steps", save_steps),
         ("save_total_limit", optional(*save_total_limit)),
-        ("report_to", format!("[{}]", sinks.join(", "))),
+        ("report_to", if sinks.is_empty() { "none".into() } else { format!("[{}]", sinks.join(", ")) }),
         ("disable_tqdm", disable_tqdm.to_string()),
     ]);
 }

@@ -132,26 +132,42 @@ impl Located {
                 Value::Scalar { text, is_quoted: false }
             }
             Guess::Text(content) => {
-                // A plain scalar on one line is taken as written; quotes, blocks and folded lines as the library undid them.
+                // A plain scalar on one line is taken as written; quotes, blocks and folded lines as the library undid
+                // them.
                 let is_plain_line = !is_styled && !is_decorated && !written.is_empty() && !written.contains('\n');
                 let content = if is_plain_line { written.to_owned() } else { content };
                 let is_quoted = is_styled || content.contains('\n');
                 Value::Scalar { text: content, is_quoted }
             }
-            Guess::List(items) => Value::List(items.into_iter().map(|item| item.into_node(text)).collect()),
-            Guess::Map(entries) => Value::Map(
-                entries
-                    .into_iter()
-                    .map(|(key, value)| Entry {
-                        key_span: byte_range(key.defined, text).unwrap_or(0..0),
-                        key: key.value,
-                        node: value.into_node(text),
-                    })
-                    .collect(),
-            ),
+            Guess::List(items) => {
+                let items: Vec<Node> = items.into_iter().map(|item| item.into_node(text)).collect();
+                span.end = container_end(text, &span, items.last(), ']');
+                Value::List(items)
+            }
+            Guess::Map(entries) => {
+                let entry = |(key, value): (Spanned<String>, Self)| Entry {
+                    key_span: byte_range(key.defined, text).unwrap_or(0..0),
+                    key: key.value,
+                    node: value.into_node(text),
+                };
+                let entries: Vec<Entry> = entries.into_iter().map(entry).collect();
+                span.end = container_end(text, &span, entries.last().map(|entry| &entry.node), '}');
+                Value::Map(entries)
+            }
         };
         Node { value, span }
     }
+}
+
+/// Where a list or map ends, for showing it: at its bracket if that stands on the same line, else with its first line.
+fn container_end(text: &str, span: &Range<usize>, last: Option<&Node>, bracket: char) -> usize {
+    let line = text[span.start..].lines().next().map_or(span.start, |line| span.start + line.trim_end().len());
+    let inside = last.map_or(span.end, |node| node.span.end).max(span.start);
+    let end = match text.get(inside..line).and_then(|rest| rest.find(bracket)) {
+        Some(at) if text[span.start..].starts_with(['[', '{']) => inside + at + 1,
+        _ => line,
+    };
+    end.max(span.end)
 }
 
 impl<'de> Deserialize<'de> for Located {
@@ -272,6 +288,7 @@ mod tests {
         assert_eq!(at(&entries[0].node.span), "1");
         let Value::List(items) = &entries[1].node.value else { panic!("not a list") };
         assert_eq!(at(&items[1].span), "\"x\"");
+        assert_eq!(at(&entries[1].node.span), "[1, \"x\"]");
         let Value::Map(inner) = &entries[2].node.value else { panic!("not a map") };
         assert_eq!(at(&inner[0].key_span), "inner");
         assert_eq!(at(&inner[0].node.span), "2.50");

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Error;
-use super::hub::{self, Kind, Progress};
+use super::hub::{self, Access, Kind, Progress};
 use super::rows::{Dataset, extension};
 use crate::config::settings::DataSettings;
 
@@ -34,9 +34,10 @@ const NOT_DATA: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset
 /// # Errors
 /// If the name leads to no file, a file is broken, or a split has no rows.
 pub fn load(settings: &DataSettings, seed: u64, progress: &mut Progress<'_>) -> Result<Splits, Error> {
-    let source = Source::locate(settings, progress)?;
+    let mut source = Source::locate(settings, Access::from_environment())?;
     let mut train = Dataset::read(&source.train(&settings.dataset_train_split, progress)?)?;
-    let test = source.fetch(source.split(&settings.dataset_test_split), progress)?;
+    let test = source.split(&settings.dataset_test_split);
+    let test = source.fetch(&test, progress)?;
     let mut eval = match settings.eval_fraction {
         _ if !test.is_empty() => Some(Dataset::read(&test)?),
         Some(fraction) => {
@@ -72,11 +73,11 @@ enum Root {
     /// The name is one file.
     File(PathBuf),
     Folder(PathBuf),
-    Hub,
+    Hub(Access),
 }
 
 impl<'a> Source<'a> {
-    fn locate(settings: &'a DataSettings, progress: &mut Progress<'_>) -> Result<Self, Error> {
+    fn locate(settings: &'a DataSettings, mut access: Access) -> Result<Self, Error> {
         let name = &settings.dataset_name;
         let path = Path::new(name);
         let config = settings.dataset_config.as_deref();
@@ -110,12 +111,11 @@ impl<'a> Source<'a> {
                 problem: "no such file or folder, and not a hub id (`owner/name`); check `dataset_name`".into(),
             });
         }
-        let mut files = hub::list(name, Kind::Dataset, &settings.dataset_revision)?;
+        let mut files = access.list(name, Kind::Dataset, &settings.dataset_revision)?;
         files.retain(|file| is_data_file(file));
         files.sort();
         let files = in_config(files, settings)?;
-        let _ = progress;
-        Ok(source(files, Root::Hub))
+        Ok(source(files, Root::Hub(access)))
     }
 
     /// Files of a split by name; empty where none carries it.
@@ -124,7 +124,7 @@ impl<'a> Source<'a> {
     }
 
     /// Files to train on: the split's, else those that name no split at all.
-    fn train(&self, split: &str, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
+    fn train(&mut self, split: &str, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
         if let Root::File(path) = &self.root {
             return Ok(vec![path.clone()]);
         }
@@ -139,17 +139,17 @@ impl<'a> Source<'a> {
                 self.files.iter().take(8).map(|f| format!("`{f}`")).collect::<Vec<_>>().join(", ")
             )));
         }
-        self.fetch(wanted, progress)
+        self.fetch(&wanted, progress)
     }
 
-    fn fetch(&self, files: Vec<String>, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
-        let root = match &self.root {
+    fn fetch(&mut self, files: &[String], progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
+        let root = match &mut self.root {
             Root::File(_) => return Ok(Vec::new()),
             Root::Folder(root) => root.clone(),
-            Root::Hub if files.is_empty() => return Ok(Vec::new()),
-            Root::Hub => {
+            Root::Hub(_) if files.is_empty() => return Ok(Vec::new()),
+            Root::Hub(access) => {
                 let (name, revision) = (&self.settings.dataset_name, &self.settings.dataset_revision);
-                hub::fetch(name, Kind::Dataset, revision, |file| files.iter().any(|f| f == file), progress)?
+                access.fetch(name, Kind::Dataset, revision, |file| files.iter().any(|f| f == file), progress)?
             }
         };
         Ok(files.iter().map(|file| root.join(file)).collect())

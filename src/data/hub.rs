@@ -81,7 +81,7 @@ impl Access {
     /// # Errors
     /// If the hub cannot be reached and the cache has none of the files, or no file is wanted, or a download fails.
     pub fn fetch(
-        &self,
+        &mut self,
         repo: &str,
         kind: Kind,
         revision: &str,
@@ -113,6 +113,7 @@ impl Access {
             Err(reason) => {
                 let folder = self.cached(repo, kind, revision).ok_or_else(|| failed(self.advice(&reason)))?;
                 if list_snapshot(&folder).iter().any(|file| wanted(file)) {
+                    self.go_offline(repo, &reason);
                     Ok(folder)
                 } else {
                     Err(failed(format!(
@@ -128,13 +129,24 @@ impl Access {
     ///
     /// # Errors
     /// If neither has it.
-    pub fn list(&self, repo: &str, kind: Kind, revision: &str) -> Result<Vec<String>, Error> {
+    pub fn list(&mut self, repo: &str, kind: Kind, revision: &str) -> Result<Vec<String>, Error> {
         match self.listing(repo, kind, revision) {
             Ok(listing) => Ok(listing.files),
             Err(reason) => match self.cached(repo, kind, revision) {
-                Some(folder) => Ok(list_snapshot(&folder)),
+                Some(folder) => {
+                    self.go_offline(repo, &reason);
+                    Ok(list_snapshot(&folder))
+                }
                 None => Err(kind.error(repo, revision, self.advice(&reason))),
             },
+        }
+    }
+
+    /// Uses the cache from here on, so that an unreachable hub is waited for once only.
+    fn go_offline(&mut self, repo: &str, reason: &str) {
+        if !self.is_offline {
+            tracing::warn!("hub: {reason}; using the copy of `{repo}` in the cache `{}`", self.cache.display());
+            self.is_offline = true;
         }
     }
 
@@ -202,14 +214,6 @@ pub fn fetch(
     progress: &mut Progress<'_>,
 ) -> Result<PathBuf, Error> {
     Access::from_environment().fetch(repo, kind, revision, wanted, progress)
-}
-
-/// As [`Access::list`], with the access that the environment describes.
-///
-/// # Errors
-/// As [`Access::list`].
-pub fn list(repo: &str, kind: Kind, revision: &str) -> Result<Vec<String>, Error> {
-    Access::from_environment().list(repo, kind, revision)
 }
 
 /// Whether a name has the form of a hub id: `name` or `owner/name` of letters, digits, `-`, `_` and `.`.
@@ -284,4 +288,165 @@ impl hf_hub::api::Progress for ProgressAdapter<'_, '_> {
     }
 
     fn finish(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+    /// A hub of one data set on this machine; counts the requests per path.
+    struct FakeHub {
+        address: String,
+        requests: Arc<Mutex<BTreeMap<String, usize>>>,
+    }
+
+    impl FakeHub {
+        fn start(files: &'static [(&'static str, &'static [u8])]) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = format!("http://{}", listener.local_addr().unwrap());
+            let requests = Arc::new(Mutex::new(BTreeMap::new()));
+            let counts = Arc::clone(&requests);
+            std::thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let mut stream = stream.unwrap();
+                    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                    let Some(Ok(first)) = lines.next() else { continue };
+                    let path = first.split(' ').nth(1).unwrap().to_string();
+                    let headers: Vec<String> = lines.map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
+                    *counts.lock().unwrap().entry(path.clone()).or_insert(0) += 1;
+                    let _ = stream.write_all(&answer(files, &path, &headers));
+                }
+            });
+            Self { address, requests }
+        }
+
+        fn access(&self, cache: &Path) -> Access {
+            let token = Some("secret".to_string());
+            Access { cache: cache.into(), endpoint: self.address.clone(), token, is_offline: false }
+        }
+
+        fn downloads(&self) -> usize {
+            let requests = self.requests.lock().unwrap();
+            requests.iter().filter(|(path, _)| path.contains("/resolve/")).map(|(_, count)| count).sum()
+        }
+    }
+
+    fn answer(files: &[(&str, &[u8])], path: &str, headers: &[String]) -> Vec<u8> {
+        let not_found = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_vec();
+        let has = |start: &str| headers.iter().find_map(|h| h.to_lowercase().strip_prefix(start).map(str::to_string));
+        if has("authorization: bearer secret").is_none() {
+            return not_found;
+        }
+        if path == "/api/datasets/owner/set/revision/main" {
+            let siblings: Vec<String> =
+                files.iter().map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}")).collect();
+            let body = format!("{{\"sha\": \"{COMMIT}\", \"siblings\": [{}]}}", siblings.join(","));
+            return format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+                .into();
+        }
+        let prefix = format!("/datasets/owner/set/resolve/{COMMIT}/");
+        let Some((name, bytes)) = path.strip_prefix(&prefix).and_then(|name| files.iter().find(|(n, _)| *n == name))
+        else {
+            return not_found;
+        };
+        let range = has("range: bytes=").unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let start: usize = start.parse().unwrap();
+        let end = end.parse().map_or(bytes.len(), |end: usize| end + 1);
+        let head = format!(
+            "HTTP/1.1 206 Partial Content\r\nx-repo-commit: {COMMIT}\r\netag: \"{}\"\r\ncontent-range: bytes {start}-{}/{}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+            name.replace('/', "-"),
+            end - 1,
+            bytes.len(),
+            end - start
+        );
+        [head.as_bytes(), &bytes[start..end]].concat()
+    }
+
+    #[test]
+    fn wanted_files_are_downloaded_once_and_served_from_the_cache_without_a_network() {
+        let hub = FakeHub::start(&[("data/train.jsonl", b"{\"x\": 1}\n{\"x\": 2}\n"), ("README.md", b"no")]);
+        let cache = tempfile::tempdir().unwrap();
+        let wanted = |file: &str| file.ends_with(".jsonl");
+        let mut access = hub.access(cache.path());
+        assert_eq!(access.list("owner/set", Kind::Dataset, "main").unwrap(), ["data/train.jsonl", "README.md"]);
+        let mut seen = Vec::new();
+        let mut note = |d: Download<'_>| seen.push((d.file.to_string(), d.done_bytes, d.total_bytes));
+        let folder = access.fetch("owner/set", Kind::Dataset, "main", wanted, &mut note).unwrap();
+        assert_eq!(std::fs::read(folder.join("data/train.jsonl")).unwrap(), b"{\"x\": 1}\n{\"x\": 2}\n");
+        assert!(!folder.join("README.md").exists());
+        assert_eq!(seen.last(), Some(&("data/train.jsonl".to_string(), 18, 18)));
+        let downloads = hub.downloads();
+        assert_eq!(access.fetch("owner/set", Kind::Dataset, "main", wanted, &mut |_| {}).unwrap(), folder);
+        assert_eq!(hub.downloads(), downloads, "a second fetch must not download again");
+
+        // By name and by commit, offline and with a hub that is not there.
+        let offline = Access { is_offline: true, ..access.clone() };
+        let unreachable = Access { endpoint: "http://127.0.0.1:9".into(), ..access };
+        for mut access in [offline, unreachable] {
+            for revision in ["main", COMMIT] {
+                let found = access.fetch("owner/set", Kind::Dataset, revision, wanted, &mut |_| {}).unwrap();
+                assert_eq!(found, folder);
+            }
+            assert_eq!(access.list("owner/set", Kind::Dataset, "main").unwrap(), ["data/train.jsonl"]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error_that_says_what_to_do() {
+        let hub = FakeHub::start(&[("model.bin", b"x")]);
+        let cache = tempfile::tempdir().unwrap();
+        let mut access = hub.access(cache.path());
+        let mut message = |repo: &str, revision: &str| {
+            access.fetch(repo, Kind::Dataset, revision, |f| f == "a.jsonl", &mut |_| {}).unwrap_err().to_string()
+        };
+        let text = message("owner/absent", "main");
+        assert!(
+            text.contains("hub data set `owner/absent` at `main`: not in the cache") && text.contains("404"),
+            "{text}"
+        );
+        let text = message("owner/set", "main");
+        assert!(text.contains("none of its files is of use here"), "{text}");
+        let mut offline = Access { is_offline: true, ..access };
+        let text = offline.fetch("o/m", Kind::Model, "v1", |_| true, &mut |_| {}).unwrap_err().to_string();
+        assert!(text.contains("hub model `o/m` at `v1`") && text.contains("`HF_HUB_OFFLINE` is set"), "{text}");
+    }
+
+    #[test]
+    fn the_environment_is_read_as_huggingface_hub_reads_it() {
+        let access = |pairs: &[(&str, &str)]| {
+            let pairs: BTreeMap<String, String> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            Access::from_variables(|name| pairs.get(name).cloned())
+        };
+        let plain = access(&[("HOME", "/h")]);
+        assert_eq!(plain.cache, Path::new("/h/.cache/huggingface/hub"));
+        assert_eq!((plain.endpoint.as_str(), plain.token, plain.is_offline), ("https://huggingface.co", None, false));
+        assert_eq!(access(&[("HF_HOME", "/hf")]).cache, Path::new("/hf/hub"));
+        let set = access(&[
+            ("HF_HOME", "/hf"),
+            ("HF_HUB_CACHE", "/c"),
+            ("HF_ENDPOINT", "http://mirror/"),
+            ("HF_TOKEN", " t\n"),
+            ("HF_HUB_OFFLINE", "1"),
+        ]);
+        assert_eq!(set.cache, Path::new("/c"));
+        assert_eq!((set.endpoint.as_str(), set.token.as_deref(), set.is_offline), ("http://mirror", Some("t"), true));
+    }
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        for id in ["openai/gsm8k", "gpt2", "Qwen/Qwen2.5-0.5B_x"] {
+            assert!(is_repo_id(id), "{id}");
+        }
+        for path in ["./x", "/a/b", "a/b/c", "", "a b", "../up", "a/", "/a"] {
+            assert!(!is_repo_id(path), "{path}");
+        }
+    }
 }

@@ -123,3 +123,65 @@ fn limit_lengths(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::fixture::tokenizer;
+    use super::*;
+    use crate::data::SpecialTokens;
+    use serde_json::json;
+
+    const CHAT: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ extra }}";
+
+    fn prepare(values: &[Value], options: &PromptOptions) -> Result<Vec<PromptExample>, Error> {
+        let rows = values.iter().map(|v| v.as_object().unwrap().clone()).collect();
+        let template = ChatTemplate::new(CHAT, &SpecialTokens::default()).unwrap();
+        prepare_prompts(&Dataset::from_rows("memory", rows), &tokenizer(), Some(&template), options, &|_| {})
+    }
+
+    #[test]
+    fn conversations_end_with_the_assistant_s_header_and_carry_their_row() {
+        let turns = json!([{"role": "user", "content": "2+2"}]);
+        let row = json!({"prompt": turns, "answer": "4", "chat_template_kwargs": {"extra": "!"}});
+        let options = PromptOptions { system_prompt: Some("S".into()), ..PromptOptions::default() };
+        let found = prepare(std::slice::from_ref(&row), &options).unwrap().remove(0);
+        let text = "<|im_start|>system\nS<|im_end|><|im_start|>user\n2+2<|im_end|><|im_start|>assistant\n!";
+        assert_eq!((found.index, found.prompt_text.as_str()), (0, text));
+        assert_eq!(found.prompt_ids, tokenizer().encode(text).unwrap());
+        assert_eq!((found.prompt, found.row["answer"].as_str()), (turns, Some("4")));
+    }
+
+    #[test]
+    fn plain_prompts_are_taken_as_they_are() {
+        let found = prepare(&[json!({"prompt": "the x"}), json!({"prompt": "y"})], &PromptOptions::default()).unwrap();
+        assert_eq!(found[0].prompt_text, "the x");
+        assert_eq!(tokenizer().decode(&found[1].prompt_ids, false).unwrap(), "y");
+        let options = PromptOptions { system_prompt: Some("S".into()), ..PromptOptions::default() };
+        assert!(prepare(&[json!({"prompt": "x"})], &options).unwrap_err().to_string().contains("`system_prompt`"));
+    }
+
+    #[test]
+    fn a_long_prompt_is_refused_by_name_or_cut_on_the_left() {
+        let values = [json!({"prompt": "ab"}), json!({"prompt": "abcdef"}), json!({"prompt": "ghijk"})];
+        let mut options = PromptOptions { max_prompt_length: Some(4), ..PromptOptions::default() };
+        let text = prepare(&values, &options).unwrap_err().to_string();
+        assert!(
+            text.starts_with("row 1 (`memory`, row 2): the prompt has 6 tokens, the limit (`max_prompt_length`) is 4 (and 1 other prompt is too long)"),
+            "{text}"
+        );
+        options.truncate_prompts = true;
+        let texts: Vec<String> = prepare(&values, &options).unwrap().into_iter().map(|p| p.prompt_text).collect();
+        assert_eq!(texts, ["ab", "cdef", "hijk"]);
+    }
+
+    #[test]
+    fn missing_empty_and_mixed_prompts_are_errors() {
+        let message = |values: &[Value]| prepare(values, &PromptOptions::default()).unwrap_err().to_string();
+        assert!(message(&[json!({"question": "x", "answer": "y"})]).contains("rename `question` to `prompt`"));
+        assert!(message(&[json!({"prompt": "x"}), json!({"prompt": ""})]).contains("row 2): the prompt is empty"));
+        let text = message(&[json!({"prompt": "x"}), json!({"prompt": []})]);
+        assert!(text.contains("row 2): `prompt` is an array, expected a string"), "{text}");
+        let text = message(&[json!({"prompt": [{"role": "user", "content": "x"}]}), json!({"prompt": "y"})]);
+        assert!(text.contains("`prompt` is a string, expected a list of messages"), "{text}");
+    }
+}

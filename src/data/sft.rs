@@ -271,3 +271,160 @@ pub(super) fn require_no_system_prompt(is_conversational: bool, system_prompt: O
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::fixture::tokenizer;
+    use super::*;
+    use crate::data::SpecialTokens;
+    use serde_json::json;
+
+    const CHAT: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ extra }}";
+
+    fn rows(values: &[Value]) -> Dataset {
+        Dataset::from_rows("memory", values.iter().map(|v| v.as_object().unwrap().clone()).collect())
+    }
+
+    fn options() -> SftOptions {
+        SftOptions { text_field: "text".into(), ..SftOptions::default() }
+    }
+
+    fn prepare(values: &[Value], options: &SftOptions) -> Result<SftData, Error> {
+        let template = ChatTemplate::new(CHAT, &SpecialTokens::default()).unwrap();
+        prepare_sft(&rows(values), &tokenizer(), Some(&template), options, &|_| {})
+    }
+
+    /// The whole text of an example, and the part that is learnt.
+    fn texts(example: &SftExample) -> (String, String) {
+        let learnt: Vec<u32> =
+            example.input_ids.iter().zip(&example.labels_mask).filter(|(_, m)| **m).map(|(id, _)| *id).collect();
+        let tokenizer = tokenizer();
+        (tokenizer.decode(&example.input_ids, false).unwrap(), tokenizer.decode(&learnt, false).unwrap())
+    }
+
+    fn both(values: &[Value], options: &SftOptions) -> Vec<(String, String)> {
+        prepare(values, options).unwrap().examples.iter().map(texts).collect()
+    }
+
+    fn pair(whole: &str, learnt: &str) -> (String, String) {
+        (whole.into(), learnt.into())
+    }
+
+    #[test]
+    fn plain_text_ends_with_the_end_token_once_and_is_learnt_whole() {
+        let found = both(&[json!({"text": "the x"}), json!({"text": "y<|im_end|>"})], &options());
+        assert_eq!(found, [pair("the x<|im_end|>", "the x<|im_end|>"), pair("y<|im_end|>", "y<|im_end|>")]);
+    }
+
+    #[test]
+    fn of_prompt_and_completion_the_completion_is_learnt_unless_told_otherwise() {
+        let row = [json!({"prompt": "a ", "completion": "b"})];
+        assert_eq!(both(&row, &options()), [pair("a b<|im_end|>", "b<|im_end|>")]);
+        let all = SftOptions { completion_only_loss: Some(false), ..options() };
+        assert_eq!(both(&row, &all), [pair("a b<|im_end|>", "a b<|im_end|>")]);
+    }
+
+    #[test]
+    fn conversations_go_through_the_template_with_tools_variables_and_system_prompt() {
+        let turns = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]);
+        let row = json!({"messages": turns, "tools": "[{\"n\": 1}]", "chat_template_kwargs": {"extra": "!"}});
+        let mut own = options();
+        own.system_prompt = Some("S".into());
+        own.chat_template_kwargs.insert("extra".into(), json!("?"));
+        let whole = "<|im_start|>system\nS<|im_end|><|im_start|>user\nq<|im_end|><|im_start|>assistant\nr<|im_end|>[{\"n\": 1}]!";
+        assert_eq!(both(std::slice::from_ref(&row), &own), [pair(whole, whole)]);
+        own.assistant_only_loss = true;
+        assert_eq!(both(&[row], &own), [pair(whole, "r<|im_end|>")]);
+        own.chat_template_kwargs.clear();
+        let with_system =
+            json!({"messages": [{"role": "system", "content": "T"}, {"role": "assistant", "content": "r"}]});
+        let whole = "<|im_start|>system\nT<|im_end|><|im_start|>assistant\nr<|im_end|>";
+        assert_eq!(both(&[with_system], &own), [pair(whole, "r<|im_end|>")]);
+    }
+
+    #[test]
+    fn both_masks_together_learn_the_assistant_s_part_of_the_completion() {
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let row = json!({
+            "prompt": [turn("user", "1"), turn("assistant", "2"), turn("user", "3")],
+            "completion": [turn("assistant", "4"), turn("user", "5"), turn("assistant", "6")],
+        });
+        let found = both(std::slice::from_ref(&row), &options());
+        assert_eq!(found[0].1, "4<|im_end|><|im_start|>user\n5<|im_end|><|im_start|>assistant\n6<|im_end|>");
+        let own = SftOptions { assistant_only_loss: true, ..options() };
+        assert_eq!(both(std::slice::from_ref(&row), &own)[0].1, "4<|im_end|>6<|im_end|>");
+        let own = SftOptions { completion_only_loss: Some(false), ..own };
+        assert_eq!(both(&[row], &own)[0].1, "2<|im_end|>4<|im_end|>6<|im_end|>");
+    }
+
+    #[test]
+    fn long_examples_are_cut_and_those_with_nothing_left_are_dropped_and_counted() {
+        let values = [
+            json!({"prompt": "abc", "completion": "d"}),
+            json!({"prompt": "ab", "completion": "cde"}),
+            json!({"prompt": "a", "completion": "b"}),
+        ];
+        let data = prepare(&values, &SftOptions { max_length: Some(3), ..options() }).unwrap();
+        assert_eq!(
+            data.examples.iter().map(texts).collect::<Vec<_>>(),
+            [pair("abc", "c"), pair("ab<|im_end|>", "b<|im_end|>")]
+        );
+        assert_eq!((data.dropped, data.truncated, data.prefix_mismatches), (1, 1, 0));
+        let text = prepare(&values, &SftOptions { max_length: Some(1), ..options() }).unwrap_err().to_string();
+        assert!(text.contains("none of the 3 rows has a token to learn within `max_length: 1` tokens"), "{text}");
+    }
+
+    #[test]
+    fn a_prompt_whose_tokens_change_before_its_completion_is_counted() {
+        let data = prepare(
+            &[json!({"prompt": "x", "completion": "y"}), json!({"prompt": "t", "completion": "he"})],
+            &options(),
+        );
+        let data = data.unwrap();
+        assert_eq!(data.prefix_mismatches, 1);
+        assert!(data.first_mismatch.unwrap().starts_with("row 1"));
+    }
+
+    #[test]
+    fn options_that_do_not_fit_the_data_and_broken_rows_are_errors() {
+        let text = [json!({"text": "x"})];
+        let turns = json!([{"role": "user", "content": "x"}]);
+        let message = |values: &[Value], options: &SftOptions| prepare(values, options).unwrap_err().to_string();
+        let own = SftOptions { completion_only_loss: Some(true), ..options() };
+        assert!(message(&text, &own).contains("needs `prompt` and `completion` columns"));
+        let own = SftOptions { assistant_only_loss: true, ..options() };
+        assert!(message(&text, &own).contains("this data set is plain text"));
+        let own = SftOptions { system_prompt: Some("s".into()), ..options() };
+        assert!(message(&text, &own).contains("`system_prompt` is put in front of conversations"));
+        let broken = [json!({"text": "x"}), json!({"text": 3})];
+        assert_eq!(
+            message(&broken, &options()),
+            "row 1 (`memory`, row 2): `text` is a number, expected a string, as in the first row"
+        );
+        let broken = [json!({"text": "x"}), json!({"txt": "y"})];
+        assert!(message(&broken, &options()).contains("row 2): column `text` not found; the columns are `txt`"));
+        let dataset = rows(&[json!({ "messages": turns })]);
+        let text = prepare_sft(&dataset, &tokenizer(), None, &options(), &|_| {}).unwrap_err().to_string();
+        assert!(text.contains("the model has no chat template; give `chat_template_path`"), "{text}");
+        let template = ChatTemplate::new("{{ messages }}", &SpecialTokens::default()).unwrap();
+        let own = SftOptions { assistant_only_loss: true, ..options() };
+        let text = prepare_sft(&dataset, &tokenizer(), Some(&template), &own, &|_| {}).unwrap_err().to_string();
+        assert!(text.contains("this template has no `{% generation %}` blocks"), "{text}");
+        let raising = ChatTemplate::new("{{ raise_exception('no') }}", &SpecialTokens::default()).unwrap();
+        let text = prepare_sft(&dataset, &tokenizer(), Some(&raising), &options(), &|_| {}).unwrap_err().to_string();
+        assert!(text.starts_with("row 0 (`memory`, row 1): chat template: no"), "{text}");
+    }
+
+    #[test]
+    fn progress_counts_every_row_once() {
+        let values: Vec<Value> = (0..500).map(|i| json!({"text": format!("{i}")})).collect();
+        let (calls, largest) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let note = |done: usize| {
+            calls.fetch_add(1, Ordering::Relaxed);
+            largest.fetch_max(done, Ordering::Relaxed);
+        };
+        let data = prepare_sft(&rows(&values), &tokenizer(), None, &options(), &note).unwrap();
+        assert_eq!((calls.into_inner(), largest.into_inner(), data.examples.len()), (500, 500, 500));
+        assert_eq!(texts(&data.examples[321]).0, "321<|im_end|>");
+    }
+}

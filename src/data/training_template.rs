@@ -8,7 +8,7 @@
 //! is what gets saved.
 
 /// The template with `{% generation %}` blocks, or `None` if it is not of a known family.
-pub fn mark_turns(source: &str) -> Option<String> {
+pub(super) fn mark_turns(source: &str) -> Option<String> {
     mark_qwen2(source).or_else(|| mark_qwen3(source)).or_else(|| mark_r1_distill(source))
 }
 
@@ -76,4 +76,16 @@ fn mark_r1_distill(source: &str) -> Option<String> {
         wrap(&plain_body.replace(CUT, "")),
         &source[next..]
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mark_turns;
+
+    #[test]
+    fn an_unknown_template_is_not_rewritten() {
+        assert_eq!(mark_turns("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"), None);
+        // A template that only looks like a known one in parts.
+        assert_eq!(mark_turns(r#"{%- elif message.role == "assistant" %}x{%- elif message.role == "tool" %}"#), None);
+    }
 }
