@@ -5,7 +5,8 @@ use super::Error;
 /// A group of ranks as one of them sees it.
 ///
 /// All ranks must make the same calls in the same order. Buffers are host memory. After an error the group is not
-/// usable any more: the ranks may be at different calls.
+/// usable any more: the ranks may be at different calls. Sums are f32 in an order that is the same on every rank, so all
+/// hold the same bits: rank 0's values first and the last rank's last on the CPU, an order of NCCL's own on GPUs.
 pub trait Collective: Send {
     /// This rank, in `0..world_size`.
     fn rank(&self) -> usize;
@@ -13,7 +14,7 @@ pub trait Collective: Send {
     /// Number of ranks, at least 1.
     fn world_size(&self) -> usize;
 
-    /// Replaces `values` by their sum over ranks, added in the order of the ranks; the same bits on every rank.
+    /// Replaces `values` by their sum over ranks; the same bits on every rank.
     ///
     /// # Errors
     /// If a rank is lost, late, or has another length.
@@ -25,7 +26,7 @@ pub trait Collective: Send {
     /// As [`Self::all_reduce_sum`], or if `full` is not `world_size` shards long.
     fn all_gather(&self, shard: &[f32], full: &mut [f32]) -> Result<(), Error>;
 
-    /// Puts this rank's stretch of the sum of `full` over ranks, added in their order, into `shard`.
+    /// Puts this rank's stretch of the sum of `full` over ranks into `shard`: the bits [`Self::all_reduce_sum`] would give.
     ///
     /// # Errors
     /// As [`Self::all_gather`].

@@ -156,7 +156,8 @@ pub struct Gpu {
 /// The GPUs that a process may use, and the value of `CUDA_VISIBLE_DEVICES` that shows them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolution {
-    /// Positions in the list of the node's GPUs, in the order of the ordinals.
+    /// Positions in the list of the node's GPUs, in the order of the ordinals. For MIG slices, which that list does not
+    /// have, just the ordinals.
     pub gpus: Vec<usize>,
     /// What to set `CUDA_VISIBLE_DEVICES` to before CUDA starts; `None` where it is right as it is.
     pub corrected: Option<String>,
@@ -208,6 +209,10 @@ pub fn resolve(environment: &BTreeMap<String, String>, gpus: &[Gpu]) -> Result<R
                 }
             }
         }
+    }
+    if let Some(at) = (1..found.len()).find(|&at| found[..at].contains(&found[at])) {
+        let problem = format!("entry {at} (counted from 0) names a GPU that is named before");
+        return Err(unclear(problem, "name each GPU once"));
     }
     if unknown.is_empty() {
         return Ok(as_it_is(found));

@@ -70,6 +70,8 @@ fn ids_that_nothing_explains_are_an_error_with_the_fix() {
         let text = error.to_string();
         assert!(text.contains(value) && text.contains("unset CUDA_VISIBLE_DEVICES"), "{text}");
     }
+    assert!(visible_to("1,GPU-1a", 4).unwrap_err().to_string().contains("named before"));
+    assert_eq!(visible_to("MIG-a,MIG-b", 1).unwrap().gpus, [0, 1]);
     assert!(visible_to("GPU-9", 4).unwrap_err().to_string().contains("nvidia-smi -L"));
     assert!(visible_to("GPU-", 4).unwrap_err().to_string().contains("more than one"));
 }

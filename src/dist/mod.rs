@@ -5,8 +5,8 @@
 //! `mpirun`; [`device`] finds out which GPU a rank has and that no two have the same one. Both are pure functions over
 //! what they are given: only the command line reads the environment of the process.
 //!
-//! Invariants: a reduction adds rank 0's values first and rank n-1's last, on every rank, so that all ranks hold the
-//! same bits; every wait has a deadline; a failure names the rank, the operation and what to do.
+//! Invariants: a reduction adds in an order that is the same on every rank (on the CPU that of the ranks), so that all
+//! ranks hold the same bits; every wait has a deadline; a failure names the rank, the operation and what to do.
 
 mod collective;
 pub mod device;
