@@ -2,6 +2,7 @@
 
 pub mod config;
 mod error;
+mod fields;
 pub mod peft;
 pub mod save;
 pub mod source;
