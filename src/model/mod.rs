@@ -8,6 +8,7 @@ pub mod batch;
 pub mod config;
 mod ends;
 mod error;
+mod fields;
 pub mod layer;
 pub mod load;
 pub mod params;

@@ -16,7 +16,7 @@ use crate::config::settings::Projection;
 use crate::fs;
 use crate::model::Error;
 use crate::model::config::ModelConfig;
-use crate::model::save::{tensor_bytes, write_json};
+use crate::model::save::{little_endian, tensor_bytes, write_json};
 use crate::model::source::{RawTensor, dense_to_f32, read_json, read_safetensors};
 use crate::rng::Stream;
 
@@ -157,7 +157,7 @@ impl AdapterSpec {
     pub fn save(&self, folder: &Path) -> Result<(), Error> {
         let path = folder.join(WEIGHTS_FILE);
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = vec![];
-        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let bytes = |values: &[f32]| little_endian(values, f32::to_le_bytes);
         for (module, adapter) in &self.modules {
             let ModuleAdapter { r, in_features, out_features, a, b, magnitude, .. } = adapter;
             let name = |part: &str| format!("{PREFIX}{module}.{part}");

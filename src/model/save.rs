@@ -203,10 +203,17 @@ fn write_tensor(writer: &mut impl Write, name: &str, tensor: &Tensor, dtype: DTy
 pub(crate) fn tensor_bytes(tensor: &Tensor, dtype: DType) -> candle_core::Result<Vec<u8>> {
     let flat = tensor.flatten_all()?.to_device(&Device::Cpu)?.to_dtype(dtype)?;
     Ok(match dtype {
-        DType::BF16 => flat.to_vec1::<half::bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::BF16 => little_endian(&flat.to_vec1::<half::bf16>()?, |value| value.to_le_bytes()),
+        DType::F16 => little_endian(&flat.to_vec1::<half::f16>()?, |value| value.to_le_bytes()),
+        _ => little_endian(&flat.to_dtype(DType::F32)?.to_vec1::<f32>()?, |value| value.to_le_bytes()),
     })
+}
+
+/// The bytes of values one after the other.
+pub(crate) fn little_endian<T: Copy, const N: usize>(values: &[T], bytes_of: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * N];
+    bytes.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(bytes, &value)| *bytes = bytes_of(value));
+    bytes
 }
 
 /// Opens a written file again and holds its header and its length against the plan.

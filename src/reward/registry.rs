@@ -120,6 +120,17 @@ pub fn build(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
     }
 }
 
+/// Checks one entry of `reward_funcs` without starting anything.
+///
+/// # Errors
+/// As [`build`], but for the start of a program.
+pub fn check(spec: &RewardSpec) -> Result<(), Error> {
+    match spec {
+        RewardSpec::Builtin { name, parameters } => builtin(name, parameters).map(|_| ()),
+        RewardSpec::Command { .. } => Ok(()),
+    }
+}
+
 fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> {
     let plain = name.strip_suffix("_reward").unwrap_or(name);
     let Some(builtin) = BUILTINS.iter().find(|b| b.name == plain || b.aliases.contains(&plain)) else {

@@ -7,10 +7,11 @@
 use std::path::Path;
 
 use candle_core::DType;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{Architecture, ModelConfig, RopeScaling, RopeSettings, Yarn};
 use crate::model::Error;
+use crate::model::fields::Fields;
 
 impl ModelConfig {
     /// Reads the content of a `config.json`; `path` is what messages call it.
@@ -19,17 +20,9 @@ impl ModelConfig {
     /// If a key is absent, of the wrong type or impossible, or if the model needs something that is not computed here:
     /// another architecture, sliding windows, another rotary scaling, another activation.
     pub fn from_hf(path: &Path, content: &Value) -> Result<Self, Error> {
-        let Some(object) = content.as_object() else {
-            return Err(Error::Key {
-                path: path.into(),
-                key: "(whole file)".into(),
-                found: kind(content).into(),
-                expected: "an object".into(),
-            });
-        };
-        let fields = Fields { path, object, prefix: "" };
+        let fields = Fields::of_file(path, content)?;
         let architecture = fields.architecture()?;
-        fields.refuse_what_is_not_computed()?;
+        fields.refuse_other_models()?;
         let hidden_size = fields.size("hidden_size")?;
         let num_attention_heads = fields.size("num_attention_heads")?;
         let max_position_embeddings = fields.optional_size("max_position_embeddings")?.unwrap_or(32_768);
@@ -73,11 +66,9 @@ impl ModelConfig {
     /// Adds what a `generation_config.json` says about the end of a text.
     ///
     /// # Errors
-    /// If its `eos_token_id` is neither a token id nor a list of them.
+    /// If it is no object, or its `eos_token_id` is neither a token id nor a list of them.
     pub fn with_generation_config(mut self, path: &Path, content: &Value) -> Result<Self, Error> {
-        if let Some(object) = content.as_object() {
-            self.generation_eos_token_ids = Fields { path, object, prefix: "" }.token_ids("eos_token_id")?;
-        }
+        self.generation_eos_token_ids = Fields::of_file(path, content)?.token_ids("eos_token_id")?;
         Ok(self)
     }
 
@@ -158,70 +149,7 @@ pub(crate) fn dtype_name(dtype: DType) -> &'static str {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
-/// The keys of one object of a configuration file.
-struct Fields<'a> {
-    path: &'a Path,
-    object: &'a Map<String, Value>,
-    /// What stands before a key in messages.
-    prefix: &'a str,
-}
-
-impl<'a> Fields<'a> {
-    /// The value of a key; `None` where it is absent or null.
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|v| !v.is_null())
-    }
-
-    fn wrong(&self, key: &str, expected: &str) -> Error {
-        let found = self.object.get(key).map_or_else(
-            || "absent".into(),
-            |value| {
-                let text = value.to_string();
-                if text.chars().count() > 60 { kind(value).into() } else { text }
-            },
-        );
-        Error::Key { path: self.path.into(), key: format!("{}{key}", self.prefix), found, expected: expected.into() }
-    }
-
-    fn unsupported(&self, found: String, supported: &str) -> Error {
-        Error::Unsupported { path: self.path.into(), found, supported: supported.into() }
-    }
-
-    fn size(&self, key: &str) -> Result<usize, Error> {
-        self.optional_size(key)?.ok_or_else(|| self.wrong(key, "a whole number"))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        // Some writers put whole numbers as floats.
-        let number =
-            value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
-        number.map(|n| Some(n as usize)).ok_or_else(|| self.wrong(key, "a whole number"))
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, Error> {
-        self.get(key).map(|value| value.as_f64().ok_or_else(|| self.wrong(key, "a number"))).transpose()
-    }
-
-    fn boolean(&self, key: &str) -> Result<Option<bool>, Error> {
-        self.get(key).map(|value| value.as_bool().ok_or_else(|| self.wrong(key, "true or false"))).transpose()
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&'a str>, Error> {
-        self.get(key).map(|value| value.as_str().ok_or_else(|| self.wrong(key, "a string"))).transpose()
-    }
-
+impl Fields<'_> {
     /// A token id, a list of them, or nothing.
     fn token_ids(&self, key: &str) -> Result<Vec<u32>, Error> {
         let id = |value: &Value| {
@@ -253,7 +181,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn refuse_what_is_not_computed(&self) -> Result<(), Error> {
+    fn refuse_other_models(&self) -> Result<(), Error> {
         if self.boolean("use_sliding_window")? == Some(true) {
             return Err(self.unsupported(
                 "`use_sliding_window: true`".into(),

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::settings::LoraSettings;
 use crate::model::Error;
+use crate::model::fields::Fields;
 
 /// The settings of a low-rank adapter, under PEFT's names.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,9 +162,8 @@ impl AdapterConfig {
     /// # Errors
     /// If a key has the wrong type, or asks for a kind of adapter that is not supported.
     pub fn from_json(path: &Path, content: &Value) -> Result<Self, Error> {
-        let empty = Map::new();
-        let fields = Fields { path, object: content.as_object().unwrap_or(&empty) };
-        fields.refuse_what_is_not_computed()?;
+        let fields = Fields::of_file(path, content)?;
+        fields.refuse_other_adapters()?;
         let r = fields.rank("r", fields.object.get("r").unwrap_or(&Value::Null))?;
         let lora_alpha = fields.number("lora_alpha")?.ok_or_else(|| fields.wrong("lora_alpha", "a number"))?;
         let lora_dropout = fields.number("lora_dropout")?.unwrap_or(0.0);
@@ -265,33 +265,9 @@ fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
 }
 
-/// The keys of an `adapter_config.json`.
-struct Fields<'a> {
-    path: &'a Path,
-    object: &'a Map<String, Value>,
-}
-
-impl<'a> Fields<'a> {
-    /// The value of a key; `None` where it is absent or null.
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|v| !v.is_null())
-    }
-
-    fn wrong(&self, key: &str, expected: &str) -> Error {
-        let found = self.object.get(key).map_or_else(|| "absent".into(), ToString::to_string);
-        Error::Key { path: self.path.into(), key: key.into(), found, expected: expected.into() }
-    }
-
-    fn unsupported(&self, found: String, supported: &str) -> Error {
-        Error::Unsupported { path: self.path.into(), found, supported: supported.into() }
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, Error> {
-        self.get(key).map(|value| value.as_f64().ok_or_else(|| self.wrong(key, "a number"))).transpose()
-    }
-
+impl Fields<'_> {
     fn flag(&self, key: &str) -> Result<bool, Error> {
-        self.get(key).map_or(Ok(false), |value| value.as_bool().ok_or_else(|| self.wrong(key, "true or false")))
+        Ok(self.boolean(key)?.unwrap_or(false))
     }
 
     fn rank(&self, key: &str, value: &Value) -> Result<usize, Error> {
@@ -344,7 +320,7 @@ impl<'a> Fields<'a> {
             .collect()
     }
 
-    fn refuse_what_is_not_computed(&self) -> Result<(), Error> {
+    fn refuse_other_adapters(&self) -> Result<(), Error> {
         match self.get("peft_type").map(|t| t.as_str().unwrap_or("?")) {
             Some("LORA") => {}
             None => return Err(self.wrong("peft_type", "\"LORA\"")),

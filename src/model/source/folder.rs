@@ -51,6 +51,11 @@ pub(super) fn read_config(folder: &Path) -> Result<(ModelConfig, Option<bnb::Sto
     Ok((config, bnb::StoredQuantization::from_config(&path, &content)?))
 }
 
+/// Whether a folder has weights in safetensors.
+pub(super) fn has_weights(folder: &Path) -> bool {
+    [SINGLE, INDEX].iter().any(|name| folder.join(name).is_file())
+}
+
 /// Maps the weights of a folder.
 pub(super) fn open(
     folder: &Path,

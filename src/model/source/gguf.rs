@@ -22,8 +22,8 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, BTreeMap<String, Stored>
     let config = ModelConfig::from_gguf(path, &header)?;
     let file: Arc<Path> = path.into();
     let mut stored = BTreeMap::new();
-    for (gguf_name, entry) in header.tensors {
-        let name = hf_name(&gguf_name).unwrap_or(gguf_name);
+    for (name, entry) in header.tensors {
+        let hf_name = hf_name(&name).unwrap_or_else(|| name.clone());
         let slice = bytes.slice(entry.range.clone());
         let slice =
             slice.ok_or_else(|| fs::Error::Short { path: path.into(), range: entry.range, length: bytes.len() })?;
@@ -33,7 +33,7 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, BTreeMap<String, Stored>
             GgmlDType::BF16 => Packing::Dense(DType::BF16),
             kind => Packing::Gguf(kind),
         };
-        stored.insert(name.clone(), Stored { file: file.clone(), name, shape: entry.shape, bytes: slice, packing });
+        stored.insert(hf_name, Stored { file: file.clone(), name, shape: entry.shape, bytes: slice, packing });
     }
     Ok((config, stored))
 }

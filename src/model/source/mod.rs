@@ -66,7 +66,7 @@ impl WeightSource {
     /// If nothing there is a model, a file is damaged, the architecture is not supported, or a weight is missing or
     /// has another shape or type than the configuration asks for.
     pub fn open(path: &Path, init_random: Option<u64>) -> Result<(ModelConfig, Self), Error> {
-        let (config, stored) = match Place::find(path)? {
+        let (config, stored) = match Place::find(path, init_random.is_some())? {
             Place::Gguf(file) => {
                 let (config, stored) = gguf::open(&file)?;
                 (config, Some(stored))
@@ -248,7 +248,8 @@ enum Place {
 }
 
 impl Place {
-    fn find(path: &Path) -> Result<Self, Error> {
+    /// `config_is_enough` where weights are drawn.
+    fn find(path: &Path, config_is_enough: bool) -> Result<Self, Error> {
         let nothing = |found: String| Err(Error::NoModel { path: path.into(), found });
         if path.is_file() {
             if path.file_name().is_some_and(|name| name == "config.json") {
@@ -263,7 +264,8 @@ impl Place {
         if !path.is_dir() {
             return nothing("nothing".into());
         }
-        if path.join("config.json").is_file() {
+        let has_config = path.join("config.json").is_file();
+        if has_config && (config_is_enough || folder::has_weights(path)) {
             return Ok(Self::Folder(path.into()));
         }
         let entries = std::fs::read_dir(path).map_err(crate::fs::io_error("list", path))?;
@@ -271,7 +273,9 @@ impl Place {
             entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
         files.sort();
         match files.as_slice() {
+            [] if has_config => Ok(Self::Folder(path.into())),
             [] => nothing("a folder without config.json".into()),
+            // Repositories of GGUF files often carry the original's config.json.
             [one] => Ok(Self::Gguf(one.clone())),
             several => {
                 let names: Vec<_> = several.iter().filter_map(|p| p.file_name()?.to_str()).collect();
@@ -288,7 +292,7 @@ fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap
         if found.shape != *shape {
             return Err(Error::Shape {
                 path: found.file.to_path_buf(),
-                name: name.clone(),
+                name: found.name.clone(),
                 found: found.shape.clone(),
                 expected: shape.clone(),
             });
@@ -296,7 +300,7 @@ fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap
         if shape.len() == 1 && found.dense_dtype().is_none() {
             return Err(Error::Dtype {
                 path: found.file.to_path_buf(),
-                name: name.clone(),
+                name: found.name.clone(),
                 found: "a quantised type".into(),
                 supported: "F32, F16 and BF16 for vectors",
             });

@@ -22,7 +22,7 @@ const CHUNK: usize = 1 << 16;
 pub(super) struct Stored {
     /// The file that holds it.
     pub(super) file: Arc<Path>,
-    /// Its name, for messages.
+    /// The file's own name for it, for messages.
     pub(super) name: String,
     /// `[out, in]` or `[length]`, of the values and not of their packing.
     pub(super) shape: Vec<usize>,
