@@ -1,6 +1,9 @@
 //! `trainer grpo`: reinforcement learning from verifiable rewards.
 
-use super::{Context, Exit, TrainingArgs};
+use super::{Context, Exit, TrainingArgs, UsageError, training};
+use crate::config::load_grpo;
+use crate::config::settings::GrpoSettings;
+use crate::{reward, train};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +26,9 @@ pub struct Args {
 ///
 /// # Errors
 /// If the configuration is wrong or the run fails.
-pub fn run(args: &Args, _context: &Context) -> anyhow::Result<Exit> {
-    anyhow::bail!("`trainer grpo {}` is not connected to the training loop", args.training.config.display())
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let check_rewards = |settings: &GrpoSettings| {
+        settings.reward_funcs.iter().try_for_each(reward::check).map_err(|e| UsageError(format!("`reward_funcs`: {e}")))
+    };
+    training::run(&args.training, context, load_grpo, check_rewards, train::grpo::run)
 }

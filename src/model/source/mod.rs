@@ -285,6 +285,17 @@ impl Place {
     }
 }
 
+/// The GGUF file that a model path means, if it means one.
+///
+/// # Errors
+/// If the path holds no model.
+pub fn gguf_file_of(path: &Path) -> Result<Option<PathBuf>, Error> {
+    Ok(match Place::find(path, true)? {
+        Place::Gguf(file) => Some(file),
+        Place::Folder(_) => None,
+    })
+}
+
 /// Holds what is stored against what the configuration asks for.
 fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap<String, Stored>) -> Result<(), Error> {
     for (name, shape) in expected {
