@@ -9,10 +9,17 @@ pub mod activations;
 pub mod blocks;
 pub mod codebook;
 pub mod dot;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx2;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx512;
 pub mod half_float;
 pub mod k_blocks;
 pub mod level;
 pub mod matrix;
+pub mod packed_dot;
+#[cfg(target_arch = "x86_64")]
+mod unpack;
 
 pub use activations::Activations;
 pub use blocks::BlockFormat;
