@@ -12,6 +12,16 @@ use std::arch::x86_64::{
     _mm256_slli_epi16, _mm256_srl_epi16, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
 };
 
+/// What takes the groups of a block. A trait and not a closure, because its function must be inlined into a kernel to be
+/// compiled with the kernel's instructions.
+pub(crate) trait Sink {
+    /// Takes group `group` of the block: 32 bytes, their scale and offset.
+    ///
+    /// # Safety
+    /// The machine has what the kernel behind this sink needs.
+    unsafe fn group(&mut self, group: usize, bytes: __m256i, scale: __m256, offset: __m256);
+}
+
 /// A storage format whose blocks unpack into groups.
 pub(crate) trait Unpack {
     /// Groups of 32 values in a block.
@@ -31,7 +41,7 @@ pub(crate) trait Unpack {
     /// # Safety
     /// The machine has AVX2 and F16C, `block` points at [`Unpack::BYTES`] readable bytes, and `absmax`, for such a format,
     /// at a float.
-    unsafe fn unpack(block: *const u8, absmax: *const f32, each: impl FnMut(usize, __m256i, __m256, __m256));
+    unsafe fn unpack(block: *const u8, absmax: *const f32, sink: &mut impl Sink);
 }
 
 /// An f16 in all lanes.
@@ -95,11 +105,11 @@ impl Unpack for Q4_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 18;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let bytes = _mm256_sub_epi8(nibbles(block.add(2)), _mm256_set1_epi8(8));
-            each(0, bytes, half(block), _mm256_setzero_ps());
+            sink.group(0, bytes, half(block), _mm256_setzero_ps());
         }
     }
 }
@@ -110,9 +120,9 @@ impl Unpack for Q4_1 {
     const BYTES: usize = 20;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
-        unsafe { each(0, nibbles(block.add(4)), half(block), half(block.add(2))) }
+        unsafe { sink.group(0, nibbles(block.add(4)), half(block), half(block.add(2))) }
     }
 }
 
@@ -121,12 +131,12 @@ impl Unpack for Q5_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 22;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             // Without its fifth bit a value is 16 less: the upper nibble of a negative byte.
             let upper = _mm256_andnot_si256(spread_bits(block.add(2)), _mm256_set1_epi8(-16));
-            each(0, _mm256_or_si256(nibbles(block.add(6)), upper), half(block), _mm256_setzero_ps());
+            sink.group(0, _mm256_or_si256(nibbles(block.add(6)), upper), half(block), _mm256_setzero_ps());
         }
     }
 }
@@ -137,11 +147,11 @@ impl Unpack for Q5_1 {
     const BYTES: usize = 24;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let upper = _mm256_and_si256(spread_bits(block.add(4)), _mm256_set1_epi8(16));
-            each(0, _mm256_or_si256(nibbles(block.add(8)), upper), half(block), half(block.add(2)));
+            sink.group(0, _mm256_or_si256(nibbles(block.add(8)), upper), half(block), half(block.add(2)));
         }
     }
 }
@@ -151,9 +161,9 @@ impl Unpack for Q8_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 34;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
-        unsafe { each(0, _mm256_loadu_si256(block.add(2).cast()), half(block), _mm256_setzero_ps()) }
+        unsafe { sink.group(0, _mm256_loadu_si256(block.add(2).cast()), half(block), _mm256_setzero_ps()) }
     }
 }
 
@@ -164,7 +174,7 @@ impl Unpack for Q2K {
     const HAS_MINIMUM: bool = true;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scale, minimum) = (half(block.add(80)), _mm256_mul_ps(half(block.add(82)), _mm256_set1_ps(-1.0)));
@@ -176,7 +186,7 @@ impl Unpack for Q2K {
                 for pair in 0..4 {
                     let bytes = shift_and_mask(codes, 2 * pair, 3);
                     let scale = halves(&scales[2 * pair], &scales[2 * pair + 1]);
-                    each(4 * part + pair, bytes, scale, halves(&offsets[2 * pair], &offsets[2 * pair + 1]));
+                    sink.group(4 * part + pair, bytes, scale, halves(&offsets[2 * pair], &offsets[2 * pair + 1]));
                 }
             }
         }
@@ -189,7 +199,7 @@ impl Unpack for Q3K {
     const BYTES: usize = 110;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let scale = half(block.add(108));
@@ -205,7 +215,7 @@ impl Unpack for Q3K {
                     let missing =
                         _mm256_andnot_si256(_mm256_cmpeq_epi8(_mm256_and_si256(mask, bit), bit), _mm256_set1_epi8(-4));
                     let scale = halves(&scales[2 * pair], &scales[2 * pair + 1]);
-                    each(4 * part + pair, _mm256_add_epi8(low, missing), scale, _mm256_setzero_ps());
+                    sink.group(4 * part + pair, _mm256_add_epi8(low, missing), scale, _mm256_setzero_ps());
                 }
             }
         }
@@ -237,7 +247,7 @@ impl Unpack for Q4K {
     const BYTES: usize = 144;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scales, offsets) = scales_and_offsets(block);
@@ -246,7 +256,7 @@ impl Unpack for Q4K {
                 for part in 0..2 {
                     let group = 2 * pair + part;
                     let bytes = shift_and_mask(codes, 4 * part, 15);
-                    each(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
+                    sink.group(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
                 }
             }
         }
@@ -259,7 +269,7 @@ impl Unpack for Q5K {
     const BYTES: usize = 176;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scales, offsets) = scales_and_offsets(block);
@@ -270,7 +280,7 @@ impl Unpack for Q5K {
                     let group = 2 * pair + part;
                     let fifth = _mm256_slli_epi16::<4>(shift_and_mask(high, group, 1));
                     let bytes = _mm256_or_si256(shift_and_mask(codes, 4 * part, 15), fifth);
-                    each(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
+                    sink.group(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
                 }
             }
         }
@@ -283,7 +293,7 @@ impl Unpack for Q6K {
     const BYTES: usize = 210;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let scale = half(block.add(208));
@@ -298,7 +308,7 @@ impl Unpack for Q6K {
                     let top = _mm256_slli_epi16::<4>(shift_and_mask(high, 2 * quarter, 3));
                     let bytes = _mm256_sub_epi8(_mm256_or_si256(low, top), _mm256_set1_epi8(32));
                     let scale = halves(&scales[2 * quarter], &scales[2 * quarter + 1]);
-                    each(4 * part + quarter, bytes, scale, _mm256_setzero_ps());
+                    sink.group(4 * part + quarter, bytes, scale, _mm256_setzero_ps());
                 }
             }
         }
@@ -312,14 +322,14 @@ impl Unpack for Codes {
     const BYTES: usize = 32;
     const IS_CODE: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, absmax: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, absmax: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises.
         unsafe {
             let codes = _mm256_loadu_si256(block.cast());
             let scale = _mm256_broadcast_ss(&*absmax);
             let mask = _mm256_set1_epi8(15);
-            each(0, _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask), scale, _mm256_setzero_ps());
-            each(1, _mm256_and_si256(codes, mask), scale, _mm256_setzero_ps());
+            sink.group(0, _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask), scale, _mm256_setzero_ps());
+            sink.group(1, _mm256_and_si256(codes, mask), scale, _mm256_setzero_ps());
         }
     }
 }
