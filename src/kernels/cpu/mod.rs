@@ -13,6 +13,7 @@ pub mod half_float;
 pub mod k_blocks;
 pub mod level;
 pub mod matrix;
+pub mod paged;
 
 pub use activations::Activations;
 pub use blocks::BlockFormat;
