@@ -11,12 +11,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::kernels::cpu::Level;
+use crate::kernels::cpu::paged::{PageHead, RunningSoftmax, attend_page};
+
 /// Query rows of one sequence that a task works on at once: enough to use a page of keys several times while it is in
 /// the first-level cache, few enough to give short chunks to several threads.
 const ROW_BLOCK: usize = 8;
-
-/// Lanes of the inner loops: one AVX register or two SSE registers of f32.
-const LANES: usize = 8;
 
 /// What is wrong with the arguments of [`paged_attention`].
 #[derive(Debug, thiserror::Error)]
@@ -209,94 +209,39 @@ fn split<'a, 'o>(
     tasks
 }
 
-/// Running maximum and sum of one query's softmax.
-#[derive(Clone, Copy)]
-struct Softmax {
-    largest: f32,
-    sum: f32,
-}
-
 fn attend(shape: PagedShape, scale: f32, queries: &[f32], kv: PagedKv<'_>, task: &mut Task<'_, '_>) {
     let PagedShape { heads, kv_heads, head_dim, page_tokens } = shape;
+    let level = Level::best();
     let group = heads / kv_heads;
-    let mut softmax = vec![Softmax { largest: f32::NEG_INFINITY, sum: 0.0 }; task.out.len() * group];
+    let mut states = vec![RunningSoftmax::EMPTY; task.out.len() * group];
     let mut scores = vec![0.0_f32; page_tokens];
-    for piece in &mut task.out {
-        piece.fill(0.0);
+    for out in &mut task.out {
+        out.fill(0.0);
     }
     let sequence = task.sequence;
     let first_limit = sequence.context + (task.first_row - sequence.rows.start) + 1;
     let last_limit = first_limit + task.out.len() - 1;
-    let token_stride = kv_heads * head_dim;
+    let stride = kv_heads * head_dim;
     for (page_index, &page) in sequence.pages.iter().take(last_limit.div_ceil(page_tokens)).enumerate() {
-        let start = page as usize * page_tokens * token_stride;
-        let keys = &kv.keys[start..start + page_tokens * token_stride];
-        let values = &kv.values[start..start + page_tokens * token_stride];
-        for (row, piece) in task.out.iter_mut().enumerate() {
+        let numbers = page as usize * page_tokens * stride..(page as usize + 1) * page_tokens * stride;
+        let page = PageHead {
+            keys: &kv.keys[numbers.clone()],
+            values: &kv.values[numbers],
+            stride,
+            offset: task.kv_head * head_dim,
+        };
+        for (row, (out, states)) in task.out.iter_mut().zip(states.chunks_exact_mut(group)).enumerate() {
             let visible = (first_limit + row).saturating_sub(page_index * page_tokens).min(page_tokens);
-            if visible == 0 {
-                continue;
-            }
             let query = ((task.first_row + row) * heads + task.kv_head * group) * head_dim;
             let query = &queries[query..query + group * head_dim];
-            let states = &mut softmax[row * group..(row + 1) * group];
-            for ((query, out), state) in query.chunks_exact(head_dim).zip(piece.chunks_exact_mut(head_dim)).zip(states)
-            {
-                let scores = &mut scores[..visible];
-                let mut largest = state.largest;
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(token_stride)) {
-                    *score = scale * dot(query, &key[task.kv_head * head_dim..(task.kv_head + 1) * head_dim]);
-                    largest = largest.max(*score);
-                }
-                if largest > state.largest {
-                    let correction = (state.largest - largest).exp();
-                    out.iter_mut().for_each(|x| *x *= correction);
-                    *state = Softmax { largest, sum: state.sum * correction };
-                }
-                for (score, value) in scores.iter().zip(values.chunks_exact(token_stride)) {
-                    let weight = (score - state.largest).exp();
-                    state.sum += weight;
-                    add_scaled(out, weight, &value[task.kv_head * head_dim..(task.kv_head + 1) * head_dim]);
-                }
-            }
+            attend_page(level, scale, query, page, &mut scores[..visible], states, out);
         }
     }
-    for (piece, states) in task.out.iter_mut().zip(softmax.chunks_exact(group)) {
-        for (out, state) in piece.chunks_exact_mut(head_dim).zip(states) {
+    for (out, states) in task.out.iter_mut().zip(states.chunks_exact(group)) {
+        for (out, state) in out.chunks_exact_mut(head_dim).zip(states) {
             let inverse = 1.0 / state.sum;
             out.iter_mut().for_each(|x| *x *= inverse);
         }
-    }
-}
-
-/// Dot product in [`LANES`] running sums, added up in one fixed order.
-#[inline]
-fn dot(left: &[f32], right: &[f32]) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let (left_chunks, right_chunks) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
-    let rest: f32 = left_chunks.remainder().iter().zip(right_chunks.remainder()).map(|(l, r)| l * r).sum();
-    for (l, r) in left_chunks.zip(right_chunks) {
-        for lane in 0..LANES {
-            lanes[lane] += l[lane] * r[lane];
-        }
-    }
-    let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
-    (pairs[0] + pairs[2]) + (pairs[1] + pairs[3]) + rest
-}
-
-/// `out += weight * value`.
-#[inline]
-fn add_scaled(out: &mut [f32], weight: f32, value: &[f32]) {
-    let mut out_chunks = out.chunks_exact_mut(LANES);
-    let value_chunks = value.chunks_exact(LANES);
-    let rest = value_chunks.remainder();
-    for (o, v) in out_chunks.by_ref().zip(value_chunks) {
-        for lane in 0..LANES {
-            o[lane] += weight * v[lane];
-        }
-    }
-    for (o, v) in out_chunks.into_remainder().iter_mut().zip(rest) {
-        *o += weight * v;
     }
 }
 

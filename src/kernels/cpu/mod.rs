@@ -22,6 +22,7 @@ pub mod packed_dot;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 pub mod vector;
+pub mod paged;
 
 pub use activations::Activations;
 pub use blocks::BlockFormat;
