@@ -131,7 +131,11 @@ fn sum(values: &[f32]) -> f32 {
     tail.iter().chain(&total).fold(0.0, |sum, v| sum + v)
 }
 
+/// The code of a value in [-1, 1]: the nearest value of the map, ties to the lower one, after the value was rounded to
+/// one of 65,536 even steps, as bitsandbytes' CPU library does (read off its codes).
 fn nearest(map: &[f32], value: f32) -> u8 {
+    const STEPS: f32 = 65_535.0;
+    let value = ((value + 1.0) * 0.5 * STEPS).round() / STEPS * 2.0 - 1.0;
     let above = map.partition_point(|&m| m < value).clamp(1, map.len() - 1);
     if map[above] - value < value - map[above - 1] { above as u8 } else { (above - 1) as u8 }
 }

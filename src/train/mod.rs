@@ -12,6 +12,8 @@ mod save;
 pub mod session;
 pub mod sft;
 
+pub use plan::downloads;
+
 use crate::telemetry::Terminal;
 
 /// What a loop is given by the command line.

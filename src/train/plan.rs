@@ -13,7 +13,7 @@ use crate::telemetry::{Console, Progress, Section, Terminal, units};
 use crate::zero::{ShardedAdamW, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
-pub(super) fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
+pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
     let console = Console::new(terminal.clone(), false);
     let mut bar: Option<(String, Progress)> = None;
     move |download| {
