@@ -667,9 +667,7 @@ fn value_for(key: &'static config::Key) -> BoxedStrategy<String> {
     ];
     let text = any::<String>().prop_map(|text| serde_json::Value::from(text).to_string());
     match key.kind {
-        "one of" | "one or a list of" | "all-linear or a list of" if !words.is_empty() => {
-            proptest::sample::select(words).boxed()
-        }
+        "one of" | "one or a list of" if !words.is_empty() => proptest::sample::select(words).boxed(),
         "true or false" => any::<bool>().prop_map(|b| b.to_string()).boxed(),
         "text" | "a path" => prop_oneof![text, Just("null".to_owned()), Just("plain".to_owned())].boxed(),
         "an integer" | "a number" => prop_oneof![3 => number, 1 => Just(default)].boxed(),
