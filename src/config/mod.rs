@@ -38,5 +38,5 @@ pub use field::{Bounds, Command, Commands, DefaultValue, Key};
 pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 pub use load::{Loaded, load_grpo, load_sft};
 pub use reference::{explain, keys, reference};
-pub use resolve::Context;
+pub use resolve::{Context, RewardCheck};
 pub use write::{grpo_yaml, sft_yaml};
