@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::Error;
-use super::multiply::{FEW_ROWS, RowSource, panel_rows};
+use super::multiply::{FEW_ROWS, RowSource};
 use crate::kernels::cpu::{Activations, Level, Operand, TileMut, dot, gemm};
 
 /// Multiply-adds below which a product stays on the calling thread.
@@ -146,7 +146,7 @@ fn for_tiles(
     if rows * columns * depth <= SERIAL_WORK {
         return work(0, 0, &mut whole);
     }
-    let width = panel_rows(columns);
+    let width = columns.div_ceil(16).next_multiple_of(16).clamp(32, 128);
     let bands = 16usize.div_ceil(columns.div_ceil(width));
     let height = rows.div_ceil(bands).next_multiple_of(16).clamp(32, 512);
     let mut tiles = Vec::new();

@@ -18,6 +18,7 @@ pub mod k_blocks;
 pub mod level;
 pub mod matrix;
 pub mod packed_dot;
+pub mod tile;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 
