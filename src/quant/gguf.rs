@@ -105,7 +105,7 @@ impl RowSource for GgufMatrix {
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        match packed_dot::order_of_blocks(Level::best(), self.format) {
+        match packed_dot::order_of_blocks(Level::best(), self.format, self.cols) {
             Some(order) => {
                 let has_minimum = packed_dot::has_minimum(self.format);
                 Activations::ordered(Level::best(), order, has_minimum, x, m, self.cols)
