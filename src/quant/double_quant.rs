@@ -48,15 +48,15 @@ impl Maxima {
         match self {
             Self::Plain(values) => work(&values[blocks]),
             Self::Nested(nested) => {
-                const ON_STACK: usize = 512;
+                let (codes, map, absmax) = (&nested.codes[blocks.clone()], &nested.map, &nested.absmax);
                 let restore = |out: &mut [f32]| {
-                    for (value, block) in out.iter_mut().zip(blocks.clone()) {
-                        *value = nested.map[usize::from(nested.codes[block])] * nested.absmax[block / NESTED_BLOCK]
-                            + nested.offset;
+                    for ((value, &code), block) in out.iter_mut().zip(codes).zip(blocks.clone()) {
+                        *value = map[usize::from(code)] * absmax[block / NESTED_BLOCK] + nested.offset;
                     }
                 };
-                if blocks.len() <= ON_STACK {
-                    let mut few = [0.0; ON_STACK];
+                // A piece of a row is restored on the stack.
+                if blocks.len() <= 16 {
+                    let mut few = [0.0; 16];
                     restore(&mut few[..blocks.len()]);
                     work(&few[..blocks.len()])
                 } else {

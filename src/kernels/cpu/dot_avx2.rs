@@ -17,7 +17,7 @@ use std::marker::PhantomData;
 use super::BlockFormat;
 use super::activations::{GROUP, SUMS};
 use super::packed_dot::Job;
-use super::unpack::{Codes, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Sink, Unpack};
+use super::unpack::{Bf16, Codes, F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Sink, Unpack};
 
 /// Weight rows whose partial sums are kept while a piece of the activations stays in the first-level cache.
 const BAND: usize = 16;
@@ -44,9 +44,9 @@ pub(crate) unsafe fn run(format: Option<BlockFormat>, height: usize, job: &Job) 
             Some(BlockFormat::Q4K) => heights::<Q4K>(height, job),
             Some(BlockFormat::Q5K) => heights::<Q5K>(height, job),
             Some(BlockFormat::Q6K) => heights::<Q6K>(height, job),
-            Some(BlockFormat::F32 | BlockFormat::F16 | BlockFormat::Bf16) => {
-                unreachable!("floats have no packed order")
-            }
+            Some(BlockFormat::F32) => heights::<F32>(height, job),
+            Some(BlockFormat::F16) => heights::<F16>(height, job),
+            Some(BlockFormat::Bf16) => heights::<Bf16>(height, job),
         }
     }
 }
@@ -145,6 +145,21 @@ impl<U: Unpack, const M: usize> Sink for Accumulate<'_, U, M> {
                 } else {
                     *total = _mm256_fmadd_ps(scale, product, *total);
                 }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(&mut self, values: [__m256; 4]) {
+        // SAFETY: as above.
+        unsafe {
+            for (m, total) in self.totals.iter_mut().enumerate() {
+                let x = self.activations.add(m * GROUP);
+                let product = _mm256_mul_ps(values[0], _mm256_load_ps(x));
+                let product = _mm256_fmadd_ps(values[1], _mm256_load_ps(x.add(8)), product);
+                let product = _mm256_fmadd_ps(values[2], _mm256_load_ps(x.add(16)), product);
+                let product = _mm256_fmadd_ps(values[3], _mm256_load_ps(x.add(24)), product);
+                *total = _mm256_add_ps(*total, product);
             }
         }
     }

@@ -44,7 +44,7 @@ pub(crate) unsafe fn run(format: Option<BlockFormat>, height: usize, job: &Job) 
             Some(BlockFormat::Q5K) => heights::<Q5K>(height, job),
             Some(BlockFormat::Q6K) => heights::<Q6K>(height, job),
             Some(BlockFormat::F32 | BlockFormat::F16 | BlockFormat::Bf16) => {
-                unreachable!("floats have no packed order")
+                unreachable!("floats take the AVX2 kernel")
             }
         }
     }
@@ -148,6 +148,11 @@ impl<U: Unpack, const M: usize> Sink for Accumulate<U, M> {
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(&mut self, _: [__m256; 4]) {
+        unreachable!("floats take the AVX2 kernel")
     }
 }
 

@@ -19,6 +19,7 @@ pub mod level;
 pub mod matmul;
 pub mod matrix;
 pub mod packed_dot;
+pub mod tile;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 pub mod vector;

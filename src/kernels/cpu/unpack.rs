@@ -6,10 +6,11 @@
 use std::arch::x86_64::{
     __m256, __m256i, _mm_cvtsi32_si128, _mm_cvtsi64_si128, _mm_loadl_epi64, _mm_loadu_si128, _mm_set1_epi16,
     _mm256_add_epi8, _mm256_and_si256, _mm256_andnot_si256, _mm256_blend_ps, _mm256_broadcast_ss,
-    _mm256_broadcastsi128_si256, _mm256_cmpeq_epi8, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32,
-    _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi32,
-    _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_epi8,
-    _mm256_slli_epi16, _mm256_srl_epi16, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
+    _mm256_broadcastsi128_si256, _mm256_castsi256_ps, _mm256_cmpeq_epi8, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
+    _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8,
+    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16,
+    _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
 };
 
 /// What takes the groups of a block. A trait and not a closure, because its function must be inlined into a kernel to be
@@ -20,6 +21,12 @@ pub(crate) trait Sink {
     /// # Safety
     /// The machine has what the kernel behind this sink needs.
     unsafe fn group(&mut self, group: usize, bytes: __m256i, scale: __m256, offset: __m256);
+
+    /// Takes a block of one group of 32 floats.
+    ///
+    /// # Safety
+    /// The machine has what the kernel behind this sink needs.
+    unsafe fn floats(&mut self, values: [__m256; 4]);
 }
 
 /// A storage format whose blocks unpack into groups.
@@ -98,6 +105,51 @@ unsafe fn scaled(bytes: __m256i, factor: __m256) -> [f32; 8] {
     // SAFETY: `out` holds 8 floats; the machine has AVX2.
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(factor, _mm256_cvtepi32_ps(bytes))) };
     out
+}
+
+pub(crate) struct F32;
+impl Unpack for F32 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 128;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| _mm256_loadu_ps(block.cast::<f32>().add(8 * i));
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
+}
+
+pub(crate) struct F16;
+impl Unpack for F16 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| _mm256_cvtph_ps(_mm_loadu_si128(block.add(16 * i).cast()));
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
+}
+
+pub(crate) struct Bf16;
+impl Unpack for Bf16 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(block.add(16 * i).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            };
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
 }
 
 pub(crate) struct Q4_0;

@@ -97,7 +97,7 @@ fn every_level_multiplies_every_packed_format() {
         let mut values = vec![0f32; n * k];
         Weight::Gguf(matrix).dequantize_rows_into(0..n, &mut values).unwrap();
         for level in Level::available() {
-            let Some(order) = packed_dot::order_of_blocks(level, format) else { continue };
+            let Some(order) = packed_dot::order_of_blocks(level, format, k) else { continue };
             for m in 1..=6 {
                 let x = normals("level", m * k);
                 let laid_out = Activations::ordered(level, order, packed_dot::has_minimum(format), &x, m, k);
