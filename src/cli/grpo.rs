@@ -1,9 +1,8 @@
 //! `trainer grpo`: reinforcement learning from verifiable rewards.
 
-use super::{Context, Exit, TrainingArgs, UsageError, training};
+use super::{Context, Exit, TrainingArgs, training};
 use crate::config::load_grpo;
-use crate::config::settings::GrpoSettings;
-use crate::{reward, train};
+use crate::train;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,8 +26,5 @@ pub struct Args {
 /// # Errors
 /// If the configuration is wrong or the run fails.
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    let check_rewards = |settings: &GrpoSettings| {
-        settings.reward_funcs.iter().try_for_each(reward::check).map_err(|e| UsageError(format!("`reward_funcs`: {e}")))
-    };
-    training::run(&args.training, context, load_grpo, check_rewards, train::grpo::run)
+    training::run(&args.training, context, load_grpo, train::grpo::run)
 }

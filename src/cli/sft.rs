@@ -25,5 +25,5 @@ pub struct Args {
 /// # Errors
 /// If the configuration is wrong or the run fails.
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    training::run(&args.training, context, load_sft, |_| Ok(()), train::sft::run)
+    training::run(&args.training, context, load_sft, train::sft::run)
 }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{Context, Diagnostics, Exit, Interrupt, UsageError};
+use super::{Context, Diagnostics, Exit, Interrupt};
 use crate::config::{self, ConfigError, Loaded, Source};
+use crate::reward;
 use crate::train::{self, Outcome};
 
 /// What to train, and with which changes to the file.
@@ -41,20 +42,22 @@ impl TrainingArgs {
     }
 }
 
-/// Reads the configuration, makes the checks that the configuration room cannot, and runs a training loop.
+/// Reads the configuration and runs a training loop on it.
 pub(super) fn run<S>(
     args: &TrainingArgs,
     context: &Context,
     load: impl Fn(&Source, &[String], &config::Context<'_>) -> Result<Loaded<S>, ConfigError>,
-    check: impl Fn(&S) -> Result<(), UsageError>,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = Source::read(&args.config).map_err(in_colour)?;
-    let surroundings = config::Context { git_commit: option_env!("TRAINER_GIT_COMMIT"), ..config::Context::default() };
+    let surroundings = config::Context {
+        git_commit: option_env!("TRAINER_GIT_COMMIT"),
+        check_reward: Some(|spec| reward::check(spec).map_err(|error| error.to_string())),
+        ..config::Context::default()
+    };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
-    check(&loaded.settings)?;
     let interrupt = Interrupt::listen()?;
     let outcome = train(
         &loaded.settings,

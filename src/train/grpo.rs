@@ -45,7 +45,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let total = total_steps(settings, prompts.len());
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store());
-    let mut sampler = Sampler::new(prompts.len(), training.seed, settings.shuffle_dataset, 1, 0)?;
+    let mut sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset, 1, 0)?;
     let mut resumed: Option<State<GenerationBatch>> =
         checkpoint.map(|c| restore(&c, "grpo", training, &session, &mut optimizer)).transpose()?;
     let mut generation = resumed.as_mut().and_then(|state| state.buffer.take());

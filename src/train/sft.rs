@@ -46,7 +46,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store());
-    let mut sampler = Sampler::new(train.bins.len(), training.seed, true, 1, 0)?;
+    let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
     let resumed: Option<State<()>> =
         checkpoint.map(|c| restore(&c, "sft", training, &session, &mut optimizer)).transpose()?;
     if let Some(state) = &resumed {
