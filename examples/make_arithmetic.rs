@@ -58,7 +58,7 @@ impl Problem {
 }
 
 /// Every file, by its path under the data folder.
-pub fn files() -> Vec<(&'static str, String)> {
+pub(crate) fn files() -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     for left in 0..BELOW {
         for right in 0..BELOW {

@@ -110,11 +110,15 @@ fn is_accurate(
     Ok(Some(f64::from(u8::from(answer.is_some_and(|a| right.iter().any(|r| r.equals(&a)))))))
 }
 
-/// Reads a right answer: the answer itself, or a worked solution that ends in one.
+/// Reads a right answer: the answer itself, or a worked solution or sentence that ends in one.
 fn read_gold(text: &str) -> Option<Answer> {
     let is_worked = text.contains("####") || text.contains("\\boxed") || text.contains("</answer>");
     let direct = if is_worked { None } else { Answer::parse(text).ok() };
-    direct.or_else(|| final_answer(text, Extraction::Any).and_then(|a| Answer::parse(&a).ok()))
+    let is_final = |a: &Answer| a.is_mathematics() || !text.contains(|c: char| c.is_ascii_digit());
+    if direct.as_ref().is_some_and(is_final) {
+        return direct;
+    }
+    final_answer(text, Extraction::Any).and_then(|a| Answer::parse(&a).ok()).or(direct)
 }
 
 /// `exact_match`: 1 if the completion is the right answer to the letter, 0 if not, `None` if the column is null.

@@ -45,21 +45,12 @@ impl CommandReward {
     /// # Errors
     /// If the command is empty, the time limit is not above 0, or the system cannot start the program.
     pub(super) fn start(name: &str, command: &[String], timeout_secs: f64) -> Result<Self, Error> {
-        let mut reward =
-            Self { name: name.to_owned(), command: command.to_vec(), timeout_secs, process: None, next_id: 1 };
-        if !(timeout_secs > 0.0) {
-            return Err(reward.error(ProgramError::Limit(timeout_secs), Vec::new()));
-        }
-        let Some((program, arguments)) = command.split_first() else {
-            return Err(reward.error(ProgramError::Empty, Vec::new()));
-        };
-        let process = Process::start(program, arguments);
-        reward.process = Some(process.map_err(|e| reward.error(ProgramError::Start(e), Vec::new()))?);
-        Ok(reward)
-    }
-
-    fn error(&self, problem: ProgramError, stderr: Vec<String>) -> Error {
-        Error::Program { name: self.name.clone(), command: self.command.join(" "), problem, stderr }
+        let failed = |problem| failure(name, command, problem, Vec::new());
+        check(name, command, timeout_secs)?;
+        let (program, arguments) = command.split_first().ok_or_else(|| failed(ProgramError::Empty))?;
+        let process = Process::start(program, arguments).map_err(|e| failed(ProgramError::Start(e)))?;
+        let (name, command) = (name.to_owned(), command.to_vec());
+        Ok(Self { name, command, timeout_secs, process: Some(process), next_id: 1 })
     }
 
     fn exchange(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, ProgramError> {
@@ -83,6 +74,24 @@ impl CommandReward {
     }
 }
 
+/// Checks what can be checked without starting the program.
+///
+/// # Errors
+/// If the command is empty or the time limit is not above 0.
+pub(super) fn check(name: &str, command: &[String], timeout_secs: f64) -> Result<(), Error> {
+    if command.is_empty() {
+        return Err(failure(name, command, ProgramError::Empty, Vec::new()));
+    }
+    if timeout_secs.is_nan() || timeout_secs <= 0.0 {
+        return Err(failure(name, command, ProgramError::Limit(timeout_secs), Vec::new()));
+    }
+    Ok(())
+}
+
+fn failure(name: &str, command: &[String], problem: ProgramError, stderr: Vec<String>) -> Error {
+    Error::Program { name: name.to_owned(), command: command.join(" "), problem, stderr }
+}
+
 impl Reward for CommandReward {
     fn name(&self) -> &str {
         &self.name
@@ -95,7 +104,7 @@ impl Reward for CommandReward {
         self.exchange(samples).map_err(|problem| {
             // After any failure the conversation is out of step: stop the program and keep its last words.
             let stderr = self.process.take().map_or_else(Vec::new, Process::kill);
-            self.error(problem, stderr)
+            failure(&self.name, &self.command, problem, stderr)
         })
     }
 }

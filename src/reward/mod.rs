@@ -21,7 +21,7 @@ mod parameters;
 mod registry;
 
 pub use error::{Error, ProgramError};
-pub use registry::{build, builtin_names};
+pub use registry::{build, builtin_names, check};
 
 use serde_json::{Map, Value};
 

@@ -120,6 +120,19 @@ pub fn build(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
     }
 }
 
+/// Says what is wrong with one entry of `reward_funcs`, without starting a program; the message names the reward or its
+/// parameter in backticks. `config` calls it through its `RewardCheck`, so that the place in the file is shown.
+///
+/// # Errors
+/// As [`build`], but for whether a program starts.
+pub fn check(spec: &RewardSpec) -> Result<(), String> {
+    match spec {
+        RewardSpec::Builtin { name, parameters } => builtin(name, parameters).map(drop),
+        RewardSpec::Command { name, command, timeout_secs } => command::check(name, command, *timeout_secs),
+    }
+    .map_err(|error| error.to_string())
+}
+
 fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> {
     let plain = name.strip_suffix("_reward").unwrap_or(name);
     let Some(builtin) = BUILTINS.iter().find(|b| b.name == plain || b.aliases.contains(&plain)) else {

@@ -206,6 +206,23 @@ const EQUAL: &[(&str, &str)] = &[
     (r"\lfloor 3.7 \rfloor", "3"),
     (r"\frac{3}{4} \div \frac{1}{2}", "1.5"),
     (r"100\times 0.02", "2"),
+    // as in the answers of MATH
+    (r"1\frac{4}{5}", r"\frac{9}{5}"),
+    ("6 - 5i", "-5i + 6"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1+\sqrt{5}, 1-\sqrt{5}\}"),
+    (r"\frac{3\sqrt{3}}{2}", r"1.5\sqrt{3}"),
+    (r"864 \mbox{ inches}^2", "864"),
+    (r"\$32,\!348", "32348"),
+    (r"\text{June 20}", "June 20"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"),
+    (r"(-\infty,0]\cup[2,\infty)", r"(-\infty, 0] \cup [2, \infty)"),
+    (
+        r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
+        r"\begin{pmatrix} -\frac13 \\ \frac23 \\ \frac53 \end{pmatrix}",
+    ),
+    ("x^3 + 3x - 6", "3x + x^{3} - 6"),
+    (r"\tfrac{1}{2}\text{ hour}", "0.5"),
+    ("3:4", "3/4"),
 ];
 
 /// Pairs that are different answers.
@@ -304,6 +321,16 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("x^2 = 4", "x^2 = -4"),
     ("0.999999", "0.9"),
     (r"5 \text{ and } 6", "56"),
+    // answers that leave the choice open
+    ("5", "5 or 6"),
+    ("5", r"5 \text{ or } 6"),
+    ("5", r"5\text{ or 6}"),
+    ("5", "5, 6"),
+    ("5", r"\{5, 6\}"),
+    ("5", "5 = 6"),
+    ("A", "A or B"),
+    ("A", "A, B"),
+    ("x > 3", r"x \ne 3"),
 ];
 
 #[test]

@@ -55,9 +55,9 @@ pub enum ParseError {
     /// Nothing is left once spaces and decoration are gone.
     #[error("it is empty")]
     Empty,
-    /// Longer than 4096 characters, nested deeper than 48 levels, or a number beyond 8192 bits.
-    #[error("it is too long, too deeply nested or too large to compare")]
-    TooLarge,
+    /// Longer than 4096 characters.
+    #[error("it has more than 4096 characters")]
+    TooLong,
     /// Neither mathematics nor a text of at most eight words.
     #[error("it is neither mathematics nor a short text")]
     NotAnAnswer,
@@ -70,21 +70,23 @@ impl Answer {
     /// If it is neither, or beyond the limits.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         const MOST_WORDS: usize = 8;
-        let written = text::written_form(text);
-        if written.is_empty() {
+        let tokens = text::answer_tokens(text).ok_or(ParseError::TooLong)?;
+        if tokens.is_empty() {
             return Err(ParseError::Empty);
         }
-        let choice = text::choice_letter(text);
-        match parse::parse(text) {
-            Ok(meaning) => Ok(Self { written, meaning: Some(meaning), choice }),
-            Err(parse::Failure::TooLarge) if written.len() > lex::LONGEST => Err(ParseError::TooLarge),
-            Err(parse::Failure::TooLarge) => Ok(Self { written, meaning: None, choice }),
-            Err(parse::Failure::NotMathematics) if text.split_whitespace().count() <= MOST_WORDS => {
-                Ok(Self { written, meaning: None, choice })
+        let (written, choice) = (text::written_form(&tokens), text::choice_letter(&tokens));
+        let meaning = match parse::parse(tokens) {
+            Ok(meaning) => Some(meaning),
+            // Equal to what is written in the same way only.
+            Err(parse::Failure::TooLarge) => None,
+            Err(parse::Failure::NotMathematics) => {
+                if choice.is_none() && text.split_whitespace().count() > MOST_WORDS {
+                    return Err(ParseError::NotAnAnswer);
+                }
+                None
             }
-            Err(parse::Failure::NotMathematics) if choice.is_some() => Ok(Self { written, meaning: None, choice }),
-            Err(parse::Failure::NotMathematics) => Err(ParseError::NotAnAnswer),
-        }
+        };
+        Ok(Self { written, meaning, choice })
     }
 
     /// Whether it was understood as mathematics, not only as text.
