@@ -89,7 +89,7 @@ pub(super) fn check(name: &str, command: &[String], timeout_secs: f64) -> Result
 }
 
 fn failure(name: &str, command: &[String], problem: ProgramError, stderr: Vec<String>) -> Error {
-    Error::Program { name: name.to_owned(), command: command.join(" "), problem, stderr }
+    Error::Program { name: name.to_owned(), command: command.join(" "), problem: Box::new(problem), stderr }
 }
 
 impl Reward for CommandReward {

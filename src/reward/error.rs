@@ -78,7 +78,7 @@ pub enum Error {
         /// Program and arguments.
         command: String,
         /// What happened.
-        problem: ProgramError,
+        problem: Box<ProgramError>,
         /// The last lines it wrote to standard error, oldest first.
         stderr: Vec<String>,
     },

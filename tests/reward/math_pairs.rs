@@ -355,8 +355,8 @@ fn answers_meant_to_blow_up_end_quickly() {
     let tower = "9^".repeat(1000) + "9";
     let fractions = r"\frac1".repeat(600) + "2";
     let roots = r"\sqrt".repeat(1000) + "2";
-    let product = (1..400).map(|i| format!("(x+{i})^{{99}}")).collect::<String>();
-    let sum = (1..300).map(|i| format!("1/{}+", i * 7919 + 1)).collect::<String>() + "1";
+    let product = (1..400).map(|i| format!("(x+{i})^{{99}}")).collect::<Vec<_>>().concat();
+    let sum = (1..300).map(|i| format!("1/{}+", i * 7919 + 1)).collect::<Vec<_>>().concat() + "1";
     let factorials = format!("5{}", "!".repeat(3000));
     let list = (0..1500).map(|i| format!("{i}")).collect::<Vec<_>>().join(", ");
     let products = (0..60).map(|i| format!("(x+{i})(y-{i})^{{20}}")).collect::<Vec<_>>().join(", ");
@@ -405,7 +405,6 @@ fn ten_thousand_comparisons_take_less_than_a_second() {
         }
     }
     let per_second = (rounds * pairs.len()) as f64 / start.elapsed().as_secs_f64();
-    println!("{per_second:.0} comparisons per second");
     let floor = if cfg!(debug_assertions) { 500.0 } else { 10_000.0 };
     assert!(per_second > floor, "{per_second:.0} comparisons per second, expected {floor}");
 }

@@ -342,11 +342,10 @@ fn is_rounding(one: &Expression, two: &Expression) -> bool {
     match literal(two) {
         None => {}
         // Two decimals: the coarser one may be a rounding of the finer one.
-        Some(other) if other.is_decimal && decimal.last_place >= other.last_place => {
-            if decimal.last_place > -(ROUNDED_DIGITS as i32) {
-                return false;
-            }
-        }
+        Some(other)
+            if other.is_decimal
+                && decimal.last_place >= other.last_place
+                && decimal.last_place <= -(ROUNDED_DIGITS as i32) => {}
         Some(_) => return false,
     }
     let unit = 10f64.powi(decimal.last_place);

@@ -245,9 +245,8 @@ impl Parser {
 
     fn starts_factor(&self) -> bool {
         match self.peek() {
-            Some(Kind::Number(_)) => true,
+            Some(Kind::Number(_) | Kind::Sign('(' | '{')) => true,
             Some(Kind::Word(word)) => !matches!(word.as_str(), "and" | "or"),
-            Some(Kind::Sign('(' | '{')) => true,
             Some(Kind::Sign('|')) => !self.in_bars,
             Some(Kind::Command(name)) => {
                 is_symbol(name)
