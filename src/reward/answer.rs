@@ -67,8 +67,8 @@ fn extraction(parameters: &mut Parameters<'_>) -> Result<Extraction, Error> {
     Ok(if parameters.flag("require_boxed", false)? { Extraction::Boxed } else { Extraction::Any })
 }
 
-/// `accuracy`: TRL's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0 if not or if the
-/// completion has none, `None` if the right answer cannot be read.
+/// `accuracy`: TRL's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0 if not or if
+/// the completion has none, `None` if the right answer cannot be read.
 ///
 /// Parameters: `column` (default `answer`, else `solution`), `require_boxed` (default false: see
 /// [`Extraction::Any`]; TRL looks for boxes and formulas only).
@@ -123,8 +123,8 @@ fn read_gold(text: &str) -> Option<Answer> {
 
 /// `exact_match`: 1 if the completion is the right answer to the letter, 0 if not, `None` if the column is null.
 ///
-/// Parameters: `column`, `ignore_case` (default false), `extract` (default false: compare the whole completion; true: its
-/// final answer as `accuracy` finds it). Spaces at the ends never count.
+/// Parameters: `column`, `ignore_case` (default false), `extract` (default false: compare the whole completion; true:
+/// its final answer as `accuracy` finds it). Spaces at the ends never count.
 pub(super) fn exact_match(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
     let gold = Gold::from_parameters(parameters)?;
     let ignores_case = parameters.flag("ignore_case", false)?;

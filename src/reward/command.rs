@@ -1,7 +1,7 @@
 //! Rewards computed by a program of the user.
 //!
-//! The program is started once, when the run starts, and kept alive between batches, so that it can load what it needs once. For each
-//! batch it reads one line from standard input and writes one line to standard output:
+//! The program is started once, when the run starts, and kept alive between batches, so that it can load what it needs
+//! once. For each batch it reads one line from standard input and writes one line to standard output:
 //!
 //! ```text
 //! -> {"id": 1, "samples": [{"prompt": ..., "prompt_text": "...", "completion": "...", "completion_tokens": 17,
@@ -9,14 +9,15 @@
 //! <- {"id": 1, "scores": [1.0, null, ...]}
 //! ```
 //!
-//! - One score per sample, in order: a finite number, or null where the reward does not apply. The answer is one line and must
-//!   be flushed. `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
-//! - `prompt` is what the data set has (a text or messages), `row` has all its columns. Unknown fields are to be ignored.
+//! - One score per sample, in order: a finite number, or null where the reward does not apply. The answer is one line
+//!   and must be flushed. `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
+//! - `prompt` is what the data set has (a text or messages), `row` has all its columns. Unknown fields are to be
+//!   ignored.
 //! - Standard error is free for messages; its last lines are shown if something fails.
-//! - When the run ends, or the trainer dies in whatever way, standard input ends: the program must exit then. One that has
-//!   not done so a second after the run ended is killed.
-//! - It runs in its own process group, so Ctrl-C reaches only the trainer, and on a time-out the whole group is killed, children
-//!   included. `PYTHONUNBUFFERED=1` is set for it. With several ranks each starts its own.
+//! - When the run ends, or the trainer dies in whatever way, standard input ends: the program must exit then. One that
+//!   has not done so a second after the run ended is killed.
+//! - It runs in its own process group, so Ctrl-C reaches only the trainer, and on a time-out the whole group is killed,
+//!   children included. `PYTHONUNBUFFERED=1` is set for it. With several ranks each starts its own.
 //!
 //! `scripts/rewards/brevity.py` is an example.
 

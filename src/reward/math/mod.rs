@@ -7,10 +7,11 @@
 //! - Numbers are exact rationals: `0.5`, `1/2`, `\frac12`, `5\times 10^{-1}` are one value. A decimal with at least six
 //!   significant digits also equals a value it is a rounding of (`0.333333` and `1/3`, `3.14159` and `\pi`).
 //! - `50\%` equals `0.5`, and also `50`, because the question often asks for the number of percent.
-//! - Expressions with variables are evaluated exactly at three points of random integers of 32 bits, with both signs. Two different
-//!   rational functions of total degree d agree at one such point with probability at most d / 2^32 (Schwartz, 1980),
-//!   so at all three with at most (d / 2^32)^3; values are limited to 8192 bits, so d stays below about 8192 / 32 and a false
-//!   "equal" has a probability below 1e-21. `\pi` counts as a variable there, which is exact since it is transcendental.
+//! - Expressions with variables are evaluated exactly at three points of random integers of 32 bits, with both signs.
+//!   Two different rational functions of total degree d agree at one such point with probability at most d / 2^32
+//!   (Schwartz, 1980), so at all three with at most (d / 2^32)^3; values are limited to 8192 bits, so d stays below
+//!   about 8192 / 32 and a false "equal" has a probability below 1e-21. `\pi` counts as a variable there, which is
+//!   exact since it is transcendental.
 //! - Roots and functions that are not rational are evaluated in f64 at six points; there "equal" means a relative
 //!   difference below 1e-10. A point where a side is undefined is skipped, two points at least must remain.
 //! - Lists without brackets (`1, 2`, `1 \text{ and } 2`, `x = \pm 3`) and sets have no order; tuples and intervals do.
