@@ -14,10 +14,11 @@
 //! | rest | 775 | `pretrain.jsonl` only |
 //!
 //! `pretrain.jsonl` makes a base model that knows arithmetic but does not show it: every problem outside the test part
-//! stands there once in the wording `23+45 is`, answered rightly; and the noise problems stand there three times as `23+45=`, where
-//! each digit of the answer is replaced by another one so often that only three in ten answers are right. A model trained on
-//! it answers `23+45=` rightly in about a third of its samples, and reinforcement learning has to bring out what it knows.
-//! (Trained on wrong answers alone, a model this small learns the noise by heart instead of the sums.)
+//! stands there once in the wording `23+45 is`, answered rightly; and the noise problems stand there three times as
+//! `23+45=`, where each digit of the answer is replaced by another one so often that only three in ten answers are
+//! right. A model trained on it answers `23+45=` rightly in about a third of its samples, and reinforcement learning
+//! has to bring out what it knows. (Trained on wrong answers alone, a model this small learns the noise by heart
+//! instead of the sums.)
 #![expect(clippy::print_stdout, reason = "a program for the command line")]
 
 use std::fmt::Write;
@@ -58,7 +59,7 @@ impl Problem {
 }
 
 /// Every file, by its path under the data folder.
-pub fn files() -> Vec<(&'static str, String)> {
+pub(crate) fn files() -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     for left in 0..BELOW {
         for right in 0..BELOW {
