@@ -1,6 +1,6 @@
 //! Multiplication by weights in every storage, against the machine's bounds.
 //!
-//! First a table: bandwidth and multiply-add rate of this machine, then for each storage the few-row product (bound: packed
+//! First a table: for each storage the few-row product (bound: packed
 //! bytes read once), the many-row product and its gradient (bound: plain f32 `gemm` of the same shape on all cores).
 //! Then criterion's statistics of the same calls. `cargo bench --bench linear`; a word after `--` selects storages.
 #![expect(clippy::print_stdout, reason = "a benchmark reports on standard output")]
@@ -48,7 +48,7 @@ fn four_bit(kind: QuantType) -> Weight {
 
 fn floats(dtype: DType) -> Weight {
     let tensor = Tensor::from_vec(values(ROWS * COLS), (ROWS, COLS), &Device::Cpu).expect("the values of the shape");
-    Weight::Dense(tensor.to_dtype(dtype).expect("a float type"))
+    Weight::dense(&tensor.to_dtype(dtype).expect("a float type")).expect("a matrix")
 }
 
 fn storages() -> Vec<Weight> {
@@ -99,7 +99,7 @@ fn shortest(runs: usize, mut work: impl FnMut()) -> f64 {
 
 /// Bytes per second that all cores read together from memory.
 fn bandwidth() -> f64 {
-    let data = values(1 << 20).repeat(64);
+    let data = vec![1f32; 64 << 20];
     let sum = |part: &[f32]| {
         let mut lanes = [0f32; 64];
         for chunk in part.as_chunks::<64>().0 {
@@ -107,7 +107,7 @@ fn bandwidth() -> f64 {
         }
         lanes.iter().sum::<f32>()
     };
-    let seconds = shortest(20, || {
+    let seconds = shortest(8, || {
         black_box(data.par_chunks(data.len() / rayon::current_num_threads()).map(sum).sum::<f32>());
     });
     4.0 * data.len() as f64 / seconds
@@ -148,22 +148,29 @@ fn plain_gemm(rows: usize, cols: usize) -> f64 {
 }
 
 fn table(weights: &[Weight]) {
-    let bandwidth = bandwidth();
-    let (gemm_narrow, gemm_wide) = (plain_gemm(ROWS, COLS), plain_gemm(ROWS, WIDE_COLS));
+    println!("{} threads, {:?}", rayon::current_num_threads(), trainer::kernels::cpu::Level::best());
     println!(
-        "{} threads, {:?}; memory read {:.1} GB/s; plain f32 gemm of {MANY} rows {:.1} GFLOP/s",
-        rayon::current_num_threads(),
-        trainer::kernels::cpu::Level::best(),
-        bandwidth / 1e9,
-        gemm_narrow / 1e9,
+        "weight [{ROWS}, {COLS}] (blocks of 256: {WIDE_COLS}); percentages are of bounds measured beside each row:"
     );
-    println!("weight [{ROWS}, {COLS}] (blocks of 256: {WIDE_COLS}); percentages are of the bound named above\n");
+    println!("the bandwidth of reading memory, and plain f32 gemm of the same shape on all cores\n");
     println!(
-        "{:<22} {:>9} {:>16} {:>12} {:>12} {:>12} {:>20} {:>20} {:>12}",
-        "storage", "bits each", "1 row", "2 rows", "4 rows", "8 rows", "256 rows", "gradient, 256", "dequantise"
+        "{:<22} {:>9} {:>16} {:>12} {:>12} {:>12} {:>20} {:>20} {:>12} {:>10} {:>14}",
+        "storage",
+        "bits each",
+        "1 row",
+        "2 rows",
+        "4 rows",
+        "8 rows",
+        "256 rows",
+        "gradient, 256",
+        "dequantise",
+        "memory",
+        "gemm"
     );
     for weight in weights {
         let (n, k) = (weight.rows(), weight.cols());
+        // Beside each row, so that other work on the machine slows the bound and what is held against it alike.
+        let (bandwidth, bound) = (bandwidth(), plain_gemm(n, k));
         let copies: Vec<Weight> = (0..COPIES).map(|_| copy(weight)).collect();
         let few = [1, 2, 4, 8].map(|m| {
             let (x, mut y) = (values(m * k), vec![0f32; m * n]);
@@ -182,10 +189,9 @@ fn table(weights: &[Weight]) {
             operations / shortest(8, || weight.backward_input_slice(&dy, MANY, &mut dx).expect("shapes agree"));
         let mut all = vec![0f32; n * k];
         let dequantise = shortest(8, || weight.dequantize_rows_into(0..n, &mut all).expect("shapes agree"));
-        let bound = if k == COLS { gemm_narrow } else { gemm_wide };
         let share = |rate: f64| format!("{:.1} GFLOP/s {:>3.0}%", rate / 1e9, 100.0 * rate / bound);
         println!(
-            "{:<22} {:>9.2} {:>16} {:>12} {:>12} {:>12} {:>20} {:>20} {:>12}",
+            "{:<22} {:>9.2} {:>16} {:>12} {:>12} {:>12} {:>20} {:>20} {:>12} {:>10} {:>14}",
             weight.kind_name(),
             8.0 * weight.size_bytes() as f64 / (n * k) as f64,
             format!("{:.1} GB/s {:>3.0}%", few[0] / 1e9, 100.0 * few[0] / bandwidth),
@@ -195,6 +201,8 @@ fn table(weights: &[Weight]) {
             share(forward),
             share(backward),
             format!("{:.2} Gval/s", (n * k) as f64 / dequantise / 1e9),
+            format!("{:.1} GB/s", bandwidth / 1e9),
+            format!("{:.1} GFLOP/s", bound / 1e9),
         );
     }
 }

@@ -115,7 +115,7 @@ impl Args {
         let text = std::fs::read_to_string(path).map_err(crate::fs::io_error("read", path))?;
         let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(Into::into).collect();
         if prompts.is_empty() {
-            anyhow::bail!(super::UsageError(format!("`{}` holds no prompt; write one per line", path.display())));
+            anyhow::bail!(UsageError(format!("`{}` holds no prompt; write one per line", path.display())));
         }
         Ok(prompts)
     }

@@ -54,7 +54,7 @@ pub(super) fn run<S>(
     let source = Source::read(&args.config).map_err(in_colour)?;
     let surroundings = config::Context {
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
-        check_reward: Some(|spec| reward::check(spec).map_err(|error| error.to_string())),
+        check_reward: Some(reward::check),
         ..config::Context::default()
     };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;

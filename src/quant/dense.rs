@@ -1,6 +1,6 @@
 //! Products of dense matrices: trainable weights, adapters, and frozen weights in 16 or 32 bits.
 //!
-//! The slice functions are what `ops` calls for trainable matrices and LoRA. All split their result into tiles by
+//! The slice functions are what `ops` calls for trainable matrices and adapters. All split their result into tiles by
 //! shape alone, so that no result depends on the number of threads.
 
 use std::ops::Range;

@@ -105,10 +105,8 @@ fn sum(values: &[f32]) -> f32 {
             continue;
         }
         for level in 1..LEVELS {
-            for row in 0..ROWS {
-                let lower = std::mem::take(&mut levels[level - 1][row]);
-                add(&mut levels[level][row], lower);
-            }
+            let lower = std::mem::take(&mut levels[level - 1]);
+            levels[level].iter_mut().zip(lower).for_each(|(row, vector)| add(row, vector));
             if !(done >> (level * level_power)).is_multiple_of(1 << level_power) {
                 break;
             }
@@ -159,7 +157,7 @@ pub(crate) fn dynamic_map() -> Arc<[f32]> {
             };
             let scale = 10f64.powi(decade - 6) as f32;
             for part in 0..parts {
-                let mean = (border(part) + border(part + 1)) / 2.0;
+                let mean = f32::midpoint(border(part), border(part + 1));
                 map.extend([scale * mean, -(scale * mean)]);
             }
         }

@@ -41,7 +41,7 @@ impl Weight {
     ///
     /// # Errors
     /// If `tensor` is no matrix of f32, bf16 or f16.
-    pub fn dense(tensor: Tensor) -> Result<Self, Error> {
+    pub fn dense(tensor: &Tensor) -> Result<Self, Error> {
         if tensor.rank() != 2 {
             return Err(Error::Shape {
                 operation: "Weight::dense",
@@ -49,7 +49,7 @@ impl Weight {
                 expected: "a matrix [N, K]".into(),
             });
         }
-        float_type("Weight::dense", &tensor)?;
+        float_type("Weight::dense", tensor)?;
         Ok(Self::Dense(tensor.contiguous()?))
     }
 

@@ -272,7 +272,7 @@ struct Rollouts {
 #[derive(Deserialize)]
 struct AdvantageFile {
     num_generations: usize,
-    cases: serde_json::Map<String, Value>,
+    cases: Map<String, Value>,
     rollouts: Rollouts,
     #[serde(flatten)]
     rest: BTreeMap<String, Value>,

@@ -85,7 +85,11 @@ impl BlockFormat {
 
     /// Bytes of `len` values; `None` where `len` is no whole number of blocks.
     pub const fn bytes_of(self, len: usize) -> Option<usize> {
-        if len.is_multiple_of(self.block_len()) { Some(len / self.block_len() * self.block_bytes()) } else { None }
+        if len.is_multiple_of(self.block_len()) {
+            (len / self.block_len()).checked_mul(self.block_bytes())
+        } else {
+            None
+        }
     }
 }
 
@@ -147,14 +151,14 @@ fn dequantize_avx2(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns:
 #[inline(always)]
 fn dequantize_portable(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns: usize, out: &mut [f32]) {
     match format {
-        BlockFormat::F32 => {
-            each_block::<4, 1>(bytes, row_bytes, columns, out, |raw, value| value[0] = f32::from_le_bytes(*raw))
-        }
+        BlockFormat::F32 => each_block::<4, 1>(bytes, row_bytes, columns, out, |raw, value| {
+            value[0] = f32::from_le_bytes(*raw);
+        }),
         BlockFormat::F16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
-            value[0] = f16_to_f32(u16::from_le_bytes(*raw))
+            value[0] = f16_to_f32(u16::from_le_bytes(*raw));
         }),
         BlockFormat::Bf16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
-            value[0] = bf16_to_f32(u16::from_le_bytes(*raw))
+            value[0] = bf16_to_f32(u16::from_le_bytes(*raw));
         }),
         BlockFormat::Q4_0 => each_block::<18, 32>(bytes, row_bytes, columns, out, q4_0),
         BlockFormat::Q4_1 => each_block::<20, 32>(bytes, row_bytes, columns, out, q4_1),

@@ -138,7 +138,7 @@ fn dequantize_by(
 ) {
     let piece = |at: usize, maximum: f32, out: &mut [f32]| {
         for (i, value) in out.iter_mut().enumerate() {
-            let byte = packed[(at + i) / 2];
+            let byte = packed[(at + i) >> 1];
             let code = if (at + i).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             *value = values[usize::from(code)] * maximum;
         }

@@ -26,7 +26,7 @@ impl<'a> Operand<'a> {
     }
 
     /// Where row `row` starts, and the floats between rows and between columns.
-    pub(crate) fn from_row(&self, row: usize) -> (*const f32, usize, usize) {
+    pub(crate) fn at_row(&self, row: usize) -> (*const f32, usize, usize) {
         (self.data[row * self.row_stride..].as_ptr(), self.row_stride, self.column_stride)
     }
 

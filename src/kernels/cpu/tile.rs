@@ -55,7 +55,7 @@ pub fn multiply_strips(level: Level, a: Operand<'_>, strips: &[f32], depth: usiz
             for (strip, first_column) in (0..columns).step_by(STRIP).enumerate() {
                 for first_row in (band..rows.min(band + BAND_ROWS)).step_by(height) {
                     let (c, c_row) = tile.row_pointer(first_row);
-                    let (a, a_row, a_depth) = a.from_row(first_row);
+                    let (a, a_row, a_depth) = a.at_row(first_row);
                     let b = strips[strip * STRIP * depth..].as_ptr();
                     // SAFETY: `first_column` is a column of the tile.
                     let c = unsafe { c.add(first_column) };

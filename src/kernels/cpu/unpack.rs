@@ -7,10 +7,10 @@ use std::arch::x86_64::{
     __m256, __m256i, _mm_cvtsi32_si128, _mm_cvtsi64_si128, _mm_loadl_epi64, _mm_loadu_si128, _mm_set1_epi16,
     _mm256_add_epi8, _mm256_and_si256, _mm256_andnot_si256, _mm256_blend_ps, _mm256_broadcast_ss,
     _mm256_broadcastsi128_si256, _mm256_castsi256_ps, _mm256_cmpeq_epi8, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
-    _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8,
-    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16,
-    _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
+    _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi16,
+    _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
 };
 
 /// What takes the groups of a block. A trait and not a closure, because its function must be inlined into a kernel to be
@@ -115,7 +115,7 @@ impl Unpack for F32 {
     unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
-            let part = |i: usize| _mm256_loadu_ps(block.cast::<f32>().add(8 * i));
+            let part = |i: usize| _mm256_castsi256_ps(_mm256_loadu_si256(block.add(32 * i).cast()));
             sink.floats([part(0), part(1), part(2), part(3)]);
         }
     }
@@ -274,7 +274,7 @@ impl Unpack for Q3K {
     }
 }
 
-/// Scales and negated minima of the 8 groups of a Q4_K or Q5_K block.
+/// Scales and negated minima of the 8 groups of a `Q4_K` or `Q5_K` block.
 #[inline(always)]
 unsafe fn scales_and_offsets(block: *const u8) -> ([f32; 8], [f32; 8]) {
     // SAFETY: callers point at a block, whose first 16 bytes are two f16 and 12 bytes of scales.
