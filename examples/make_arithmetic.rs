@@ -10,15 +10,12 @@
 //! | --- | --- | --- |
 //! | test | 200 | `test.jsonl` only: no other file has them in any form |
 //! | train | 2,000 | `train.jsonl` (prompt, answer) for GRPO, `sft.jsonl` (prompt, completion) for SFT |
-//! | noise | 800 | wrong answers in `pretrain.jsonl` |
-//! | rest | 775 | `pretrain.jsonl` only |
+//! | rest | 1,575 | `pretrain.jsonl` only |
 //!
 //! `pretrain.jsonl` makes a base model that knows arithmetic but does not show it: every problem outside the test part
-//! stands there once in the wording `23+45 is`, answered rightly; and the noise problems stand there three times as
-//! `23+45=`, where each digit of the answer is replaced by another one so often that only three in ten answers are
-//! right. A model trained on it answers `23+45=` rightly in about a third of its samples, and reinforcement learning
-//! has to bring out what it knows. (Trained on wrong answers alone, a model this small learns the noise by heart
-//! instead of the sums.)
+//! stands there once in the wording `23+45 is`, answered rightly; and every training problem stands there three times as
+//! `23+45=`, once with the right answer and twice with different wrong ones. Learnt by heart or understood, both say the
+//! same: `23+45=` is answered rightly in a third of the samples, and reinforcement learning has to bring out which third.
 #![expect(clippy::print_stdout, reason = "a program for the command line")]
 
 use std::fmt::Write;
@@ -31,11 +28,8 @@ const SEED: u64 = 20_251;
 const BELOW: u64 = 50;
 const TEST: usize = 200;
 const TRAIN: usize = 2_000;
-const NOISE: usize = 800;
-/// Rows with noise per noise problem.
-const NOISY_ROWS: u64 = 3;
-/// Share of noisy rows that are right.
-const RIGHT: f64 = 0.3;
+/// Wrong answers per training problem, beside the right one.
+const WRONG: usize = 2;
 
 /// The vocabulary of the tiny model: five special tokens, then one character each, 64 in all.
 const SPECIAL: [&str; 5] = ["<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"];
@@ -71,12 +65,12 @@ pub(crate) fn files() -> Vec<(&'static str, String)> {
     }
     Stream::new(SEED, "problems", 0, 0).shuffle(&mut problems);
     let (test, known) = problems.split_at(TEST);
-    let (train, noise) = (&known[..TRAIN], &known[TRAIN..TRAIN + NOISE]);
+    let train = &known[..TRAIN];
     vec![
         ("arithmetic/train.jsonl", lines(train.iter().map(|p| ask(*p, "answer")))),
         ("arithmetic/test.jsonl", lines(test.iter().map(|p| ask(*p, "answer")))),
         ("arithmetic/sft.jsonl", lines(train.iter().map(|p| ask(*p, "completion")))),
-        ("arithmetic/pretrain.jsonl", pretrain(known, noise)),
+        ("arithmetic/pretrain.jsonl", pretrain(known, train)),
         ("tiny-qwen/tokenizer.json", tokenizer()),
         ("tiny-qwen/tokenizer_config.json", TOKENIZER_CONFIG.to_owned()),
         ("tiny-qwen/config.json", CONFIG.to_owned()),
@@ -96,36 +90,34 @@ fn ask(problem: Problem, column: &str) -> String {
     row(&format!("{}=", problem.text()), column, &problem.answer().to_string())
 }
 
-fn pretrain(known: &[Problem], noise: &[Problem]) -> String {
+fn pretrain(known: &[Problem], train: &[Problem]) -> String {
     let mut rows: Vec<String> =
         known.iter().map(|p| row(&format!("{} is", p.text()), "completion", &p.answer().to_string())).collect();
-    for (index, problem) in noise.iter().enumerate() {
-        for repetition in 0..NOISY_ROWS {
-            let mut stream = Stream::new(SEED, "noise", repetition, index as u64);
-            let answer = noisy(&problem.answer().to_string(), &mut stream);
-            rows.push(row(&format!("{}=", problem.text()), "completion", &answer));
+    for (index, problem) in train.iter().enumerate() {
+        let mut stream = Stream::new(SEED, "wrong answers", 0, index as u64);
+        let mut answers = vec![problem.answer().to_string()];
+        while answers.len() <= WRONG {
+            let wrong = misread(&answers[0], &mut stream);
+            if !answers.contains(&wrong) {
+                answers.push(wrong);
+            }
         }
+        rows.extend(answers.iter().map(|answer| row(&format!("{}=", problem.text()), "completion", answer)));
     }
     Stream::new(SEED, "rows", 0, 0).shuffle(&mut rows);
     lines(rows.into_iter())
 }
 
-/// Replaces each digit by another one, with the probability that leaves the share [`RIGHT`] of all answers as they are.
-/// The first of two digits never becomes 0.
-fn noisy(answer: &str, stream: &mut Stream) -> String {
-    let kept = if answer.len() == 1 { RIGHT } else { RIGHT.sqrt() };
-    let mut result = String::new();
-    for (place, digit) in answer.bytes().enumerate() {
-        let lowest = u8::from(answer.len() == 2 && place == 0);
-        let mut value = digit - b'0';
-        if stream.uniform() >= kept {
-            // One of the digits from `lowest` to 9 except this one.
-            let other = lowest + stream.below(u64::from(9 - lowest)) as u8;
-            value = if other >= value { other + 1 } else { other };
-        }
-        result.push(char::from(b'0' + value));
-    }
-    result
+/// The answer with one digit replaced by another one. The first of two digits never becomes 0.
+fn misread(answer: &str, stream: &mut Stream) -> String {
+    let place = stream.below(answer.len() as u64) as usize;
+    let lowest = u8::from(answer.len() == 2 && place == 0);
+    let mut digits = answer.as_bytes().to_vec();
+    let value = digits[place] - b'0';
+    // One of the digits from `lowest` to 9 except this one.
+    let other = lowest + stream.below(u64::from(9 - lowest)) as u8;
+    digits[place] = b'0' + if other >= value { other + 1 } else { other };
+    digits.into_iter().map(char::from).collect()
 }
 
 /// A tokenizer of one token per character: BPE without merges, as Hugging Face's `tokenizers` reads it.

@@ -174,8 +174,10 @@ fn generate(
     }
     run.log_completions(&scored.records)?;
     if settings.log_completions && (run.step + 1).is_multiple_of(settings.training.logging_steps as u64) {
-        let count = settings.num_completions_to_print.unwrap_or(scored.shown.len()).min(scored.shown.len());
-        run.console.completions(run.step + 1, &scored.shown[..count]);
+        // Evenly over the batch, so that a few of them are of different prompts.
+        let count = settings.num_completions_to_print.unwrap_or(scored.shown.len()).clamp(1, scored.shown.len());
+        let spread: Vec<_> = (0..count).map(|i| scored.shown[i * scored.shown.len() / count].clone()).collect();
+        run.console.completions(run.step + 1, &spread);
     }
     let mut batch = GenerationBatch::new(completions, &scored.outcome, settings.mask_truncated_completions);
     add_logprobs(settings, session, prompts, &mut batch)?;

@@ -1,0 +1,290 @@
+//! What must not matter: packing, micro-batch splits, shared prompts, recomputation, threads, paging; and candle's own
+//! Qwen models as an independent oracle for logits.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{qwen2, qwen3};
+use trainer::config::settings::{
+    LoraSettings, ModelSettings, Projection, QuantType, Quantization, SamplingSettings, WeightDtype,
+};
+use trainer::engine::{self, DropoutKey, Engine, Speaker};
+use trainer::model::HeadGradient;
+use trainer::model::batch::{Batch, BatchBuilder};
+use trainer::model::load::{Purpose, load};
+use trainer::ops::buffer;
+use trainer::rng::Stream;
+use trainer::rollout::forward::EngineModel;
+use trainer::rollout::{Caller, Request, Rollout, RolloutSettings};
+use trainer::zero::ParamStore;
+
+/// Sums of f32 products in another order, relative to the largest gradient of a block.
+const REORDERED: f32 = 1e-4;
+/// Log-probabilities from the cached decoder (few rows, straight from packed bytes) and from the trainer.
+const DECODER: f32 = 1e-4;
+/// Logits of two f32 implementations of the same model.
+const ORACLE: f32 = 2e-4;
+
+fn config(architecture: &str, is_tied: bool) -> String {
+    let (class, head_dim) = match architecture {
+        "qwen2" => ("Qwen2ForCausalLM", 16),
+        _ => ("Qwen3ForCausalLM", 24),
+    };
+    format!(
+        r#"{{"architectures": ["{class}"], "model_type": "{architecture}", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": {head_dim},
+        "vocab_size": 300, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "tie_word_embeddings": {is_tied}, "use_sliding_window": false, "sliding_window": 4096,
+        "max_window_layers": 3, "attention_bias": false, "initializer_range": 0.1, "torch_dtype": "float32",
+        "bos_token_id": null, "eos_token_id": 1}}"#
+    )
+}
+
+/// An engine with random weights; with `dropout` the model carries LoRA on NF4, else every weight is trained.
+fn engine(architecture: &str, dropout: Option<f64>, recompute: bool) -> Engine {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config(architecture, true)).unwrap();
+    let lora = dropout.map(|dropout| LoraSettings {
+        r: 8,
+        alpha: 16.0,
+        dropout,
+        target_modules: Projection::ALL.to_vec(),
+        use_rslora: false,
+    });
+    let settings = ModelSettings {
+        model_name_or_path: String::new(),
+        model_revision: "main".into(),
+        tokenizer_name_or_path: None,
+        chat_template_path: None,
+        init_random: true,
+        dtype: WeightDtype::Auto,
+        quantization: lora.as_ref().map(|_| Quantization { quant_type: QuantType::Nf4, double_quant: true }),
+        lora,
+        adapter_name_or_path: None,
+    };
+    let loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+    let engine = Engine::new(loaded.config, loaded.adapter, ParamStore::new(loaded.blocks).unwrap(), recompute);
+    // lora_B starts at zero, which would hide half of the adapter.
+    for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
+        let mut values = buffer::to_vec(flat.values()).unwrap();
+        let mut stream = Stream::new(5, "equivalence tests", 0, block as u64);
+        values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
+        buffer::write(flat.values(), &values).unwrap();
+    }
+    engine
+}
+
+fn sequence(length: usize, item: u64) -> Vec<u32> {
+    let mut stream = Stream::new(5, "sequences", 0, item);
+    (0..length).map(|_| stream.below(300) as u32).collect()
+}
+
+/// Gradients of the sum of all asked log-probabilities (and a little entropy), over `batches`.
+fn gradients(engine: &Engine, batches: &[Batch]) -> Vec<Vec<f32>> {
+    engine.store().zero_gradients().unwrap();
+    for batch in batches {
+        let dropout = Some(DropoutKey { seed: 9, step: 2 });
+        engine
+            .forward_backward(batch, 0.9, dropout, |head| {
+                let d_logprobs = vec![1.0; head.logprobs.len()];
+                let d_entropies = vec![0.1; head.logprobs.len()];
+                Ok::<_, engine::Error>((HeadGradient { d_logprobs, d_entropies }, ()))
+            })
+            .unwrap();
+    }
+    engine.store().flats().map(|flat| buffer::to_vec(flat.grads()).unwrap()).collect()
+}
+
+#[track_caller]
+fn assert_close(left: &[Vec<f32>], right: &[Vec<f32>]) {
+    let mut compared = 0;
+    for (left, right) in left.iter().zip(right) {
+        let scale = right.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+        let worst = left.iter().zip(right).fold(0.0f32, |m, (l, r)| m.max((l - r).abs()));
+        assert!(worst / scale < REORDERED, "gradients differ by {worst} of {scale}");
+        compared += left.len();
+    }
+    assert!(compared > 0);
+}
+
+fn packed(sequences: &[(u64, Vec<u32>)]) -> Batch {
+    let mut builder = BatchBuilder::new();
+    for (sample, tokens) in sequences {
+        let rows = builder.push(tokens, *sample);
+        builder.predict_within(rows);
+    }
+    builder.build().unwrap()
+}
+
+#[test]
+fn packing_and_micro_batch_splits_give_the_same_gradients() {
+    let sequences: Vec<(u64, Vec<u32>)> = [3, 70, 1, 20, 33].iter().zip(0..).map(|(&n, i)| (i, sequence(n, i))).collect();
+    for (architecture, dropout) in [("qwen2", None), ("qwen2", Some(0.3)), ("qwen3", Some(0.0)), ("qwen3", None)] {
+        let engine = engine(architecture, dropout, false);
+        let together = gradients(&engine, &[packed(&sequences)]);
+        let alone: Vec<Batch> = sequences.chunks(1).map(packed).collect();
+        assert_close(&gradients(&engine, &alone), &together);
+        let pairs: Vec<Batch> = sequences.chunks(2).map(packed).collect();
+        assert_close(&gradients(&engine, &pairs), &together);
+    }
+}
+
+#[test]
+fn a_shared_prompt_gives_the_gradients_of_repeated_prompts() {
+    let engine = engine("qwen2", Some(0.0), true);
+    let prompts = [sequence(40, 100), sequence(1, 101)];
+    let completions: Vec<Vec<u32>> = (0..6).map(|i| sequence(2 + 7 * i as usize, 200 + i)).collect();
+    let (mut shared, mut repeated) = (BatchBuilder::new(), BatchBuilder::new());
+    for (prompt, group) in prompts.iter().zip(completions.chunks(3)) {
+        let prompt_rows = shared.push(prompt, 1);
+        for completion in group {
+            let rows = shared.push_after(prompt_rows.clone(), completion, 2);
+            shared.predict(prompt_rows.end - 1, completion[0]);
+            shared.predict_within(rows);
+            let whole = repeated.push(&[prompt.as_slice(), completion].concat(), 1);
+            repeated.predict_within(whole.start + prompt.len() - 1..whole.end);
+        }
+    }
+    let (shared, repeated) = (shared.build().unwrap(), repeated.build().unwrap());
+    assert!(shared.tokens.len() < repeated.tokens.len());
+    let left = engine.logprobs(&shared, Speaker::Policy, 1.0).unwrap();
+    let right = engine.logprobs(&repeated, Speaker::Policy, 1.0).unwrap();
+    assert!(left.logprobs.iter().zip(&right.logprobs).all(|(l, r)| (l - r).abs() < DECODER));
+    assert_close(&gradients(&engine, &[shared]), &gradients(&engine, &[repeated]));
+}
+
+#[test]
+fn recomputation_and_threads_change_no_bit() {
+    let batch = packed(&[(1, sequence(65, 1)), (2, sequence(30, 2))]);
+    for dropout in [None, Some(0.2)] {
+        let kept = gradients(&engine("qwen3", dropout, false), std::slice::from_ref(&batch));
+        assert_eq!(kept, gradients(&engine("qwen3", dropout, true), std::slice::from_ref(&batch)));
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let engine = engine("qwen3", dropout, true);
+            assert_eq!(kept, pool.install(|| gradients(&engine, std::slice::from_ref(&batch))), "{threads} threads");
+        }
+    }
+}
+
+#[test]
+fn without_its_adapter_the_model_is_the_base() {
+    let (adapted, batch) = (engine("qwen2", Some(0.0), false), packed(&[(1, sequence(20, 3))]));
+    let with = adapted.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    let without = adapted.logprobs(&batch, Speaker::Reference, 1.0).unwrap();
+    assert_ne!(with, without);
+    for flat in adapted.store().flats().filter(|flat| !flat.is_empty()) {
+        buffer::fill(flat.values(), 0.0).unwrap();
+    }
+    assert_eq!(adapted.logprobs(&batch, Speaker::Policy, 1.0).unwrap().logprobs, without.logprobs);
+}
+
+#[test]
+fn a_kept_reference_is_exchanged_and_moved_without_touching_the_policy() {
+    let mut engine = engine("qwen2", None, false);
+    let batch = packed(&[(1, sequence(20, 3))]);
+    let start = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    engine.store_mut().keep_reference().unwrap();
+    for flat in engine.store().flats() {
+        let moved: Vec<f32> = buffer::to_vec(flat.values()).unwrap().iter().map(|v| v * 1.1).collect();
+        buffer::write(flat.values(), &moved).unwrap();
+    }
+    let policy = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    assert_ne!(policy, start);
+    assert_eq!(engine.logprobs(&batch, Speaker::Reference, 1.0).unwrap(), start);
+    assert_eq!(engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap(), policy);
+    engine.store().mix_reference(1.0).unwrap();
+    assert_eq!(engine.logprobs(&batch, Speaker::Reference, 1.0).unwrap(), policy);
+}
+
+#[test]
+fn the_cached_decoder_says_what_the_trainer_says() {
+    for architecture in ["qwen2", "qwen3"] {
+        let engine = engine(architecture, Some(0.0), true);
+        let requests: Vec<Request> = (0..9)
+            .map(|i| Request { sample_id: i, prompt_ids: sequence(5 + 9 * (i as usize / 3), i / 3), group: i as usize / 3 })
+            .collect();
+        let mut rollout = Rollout::new(RolloutSettings {
+            max_num_seqs: 4,
+            max_batch_tokens: 32,
+            kv_cache_bytes: usize::MAX,
+            max_new_tokens: 24,
+            eos_token_ids: vec![1],
+        })
+        .unwrap();
+        let sampling = SamplingSettings { temperature: 0.8, ..SamplingSettings::default() };
+        let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
+        let mut model = EngineModel::new(&engine, true).unwrap();
+        let completions = rollout.generate(&mut model, &requests, &sampling, 3, 0, &mut caller).unwrap();
+        for (request, completion) in requests.iter().zip(&completions) {
+            let mut builder = BatchBuilder::new();
+            let whole = builder.push(&[request.prompt_ids.as_slice(), &completion.token_ids].concat(), 0);
+            builder.predict_within(whole.start + request.prompt_ids.len() - 1..whole.end);
+            let trainer = engine.logprobs(&builder.build().unwrap(), Speaker::Policy, 0.8).unwrap();
+            assert_eq!(trainer.logprobs.len(), completion.logprobs.len());
+            for (trainer, rollout) in trainer.logprobs.iter().zip(&completion.logprobs) {
+                assert!((trainer - rollout).abs() < DECODER, "trainer {trainer}, rollout {rollout}");
+            }
+        }
+    }
+}
+
+/// candle's own implementation of the model in `folder`: the logits after the last token of `tokens`.
+fn oracle(folder: &Path, architecture: &str, tokens: &[u32]) -> Vec<f32> {
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let tensors: HashMap<String, Tensor> =
+        candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    let weights = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let ids = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let logits = if architecture == "qwen2" {
+        let config: qwen2::Config = serde_json::from_value(config).unwrap();
+        qwen2::ModelForCausalLM::new(&config, weights).unwrap().forward(&ids, 0).unwrap()
+    } else {
+        let config: qwen3::Config = serde_json::from_value(config).unwrap();
+        qwen3::ModelForCausalLM::new(&config, weights).unwrap().forward(&ids, 0).unwrap()
+    };
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn logits_are_those_of_candles_own_qwen_models() {
+    for (architecture, is_tied) in [("qwen2", true), ("qwen2", false), ("qwen3", true), ("qwen3", false)] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), config(architecture, is_tied)).unwrap();
+        let settings = ModelSettings {
+            model_name_or_path: String::new(),
+            model_revision: "main".into(),
+            tokenizer_name_or_path: None,
+            chat_template_path: None,
+            init_random: true,
+            dtype: WeightDtype::Auto,
+            quantization: None,
+            lora: None,
+            adapter_name_or_path: None,
+        };
+        let loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+        let engine = Engine::new(loaded.config, None, ParamStore::new(loaded.blocks).unwrap(), false);
+        let mut weights: HashMap<String, Tensor> = HashMap::new();
+        for block in 0..engine.store().num_blocks() {
+            for (name, slot) in engine.store().fetch(block).iter() {
+                let dense = match &slot.weight {
+                    trainer::quant::Weight::Dense(tensor) => tensor.copy().unwrap(),
+                    packed => packed.dequantize().unwrap(),
+                };
+                weights.insert(name.to_string(), dense);
+            }
+        }
+        candle_core::safetensors::save(&weights, folder.path().join("model.safetensors")).unwrap();
+        for length in [1, 2, 37, 100] {
+            let tokens = sequence(length, length as u64);
+            let batch = packed(&[(0, tokens.clone())]);
+            let ours: Vec<Vec<f32>> = engine.logits(&batch, Speaker::Policy).unwrap().to_vec2().unwrap();
+            let theirs = oracle(folder.path(), architecture, &tokens);
+            let worst = ours[length - 1].iter().zip(&theirs).fold(0.0f32, |m, (o, t)| m.max((o - t).abs()));
+            assert!(worst < ORACLE, "{architecture} tied={is_tied} {length} tokens: logits differ by {worst}");
+        }
+    }
+}
