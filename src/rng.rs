@@ -71,9 +71,31 @@ impl Stream {
     }
 }
 
+/// Mixes 64 bits so that each input bit changes half of the output bits (`SplitMix64`'s finaliser; Steele et al., 2014).
+/// For masks that need one cheap value per element; everything else takes a [`Stream`].
+pub fn mix(bits: u64) -> u64 {
+    let bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    bits ^ (bits >> 31)
+}
+
+/// Whether element `index` of the row `key` survives a dropout of the given probability: a pure function of the two.
+pub fn is_kept(key: u64, index: u64, probability: f64) -> bool {
+    let bits = mix(key.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+    (bits >> 11) as f64 >= probability * (1u64 << 53) as f64
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Stream;
+    use super::{Stream, is_kept, mix};
+
+    #[test]
+    fn dropout_keeps_the_right_share_in_every_row() {
+        for row in 0..20 {
+            let kept = (0..20_000).filter(|&i| is_kept(mix(row), i, 0.3)).count();
+            assert!((13_700..14_300).contains(&kept), "row {row} keeps {kept} of 20000");
+        }
+    }
 
     #[test]
     fn a_stream_depends_on_every_part_of_its_key_and_on_nothing_else() {

@@ -6,6 +6,8 @@
 //! `cargo test --release --test golden -- nf4 optim` runs some groups only.
 #![expect(clippy::print_stdout, reason = "a test harness reports on standard output")]
 
+#[path = "golden_cases/model_files.rs"]
+mod model_files;
 #[path = "golden_cases/report.rs"]
 mod report;
 

@@ -48,7 +48,9 @@ pub fn grpo_loss(inputs: &GrpoInputs<'_>, settings: &GrpoLossSettings) -> Result
         output.loss -= settings.entropy_coef * bonus;
         output.d_entropies = Some(slopes);
         output.metrics.mean("policy_loss", policy_loss, 1.0);
-        output.metrics.mean("entropy_coef", settings.entropy_coef, 1.0);
+        if inputs.batch.is_training {
+            output.metrics.mean("entropy_coef", settings.entropy_coef, 1.0);
+        }
     }
     batch.report(&tally, &mut output.metrics);
     Ok(output)

@@ -14,14 +14,30 @@ pub enum Metric {
     /// A mean: the sum and the number of what was summed. Its value is `sum / max(count, 1)`.
     Mean {
         /// Sum over tokens or rows.
+        #[serde(with = "bits")]
         sum: f64,
         /// Number of tokens or rows.
+        #[serde(with = "bits")]
         count: f64,
     },
     /// The smallest value over rows; NaN where no row has one.
-    Min(f64),
+    Min(#[serde(with = "bits")] f64),
     /// The largest value over rows; NaN where no row has one.
-    Max(f64),
+    Max(#[serde(with = "bits")] f64),
+}
+
+/// Numbers as their bits, because JSON has no NaN and metrics travel between ranks.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes the field by reference")]
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(value.to_bits())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        u64::deserialize(deserializer).map(f64::from_bits)
+    }
 }
 
 impl Metric {
@@ -105,7 +121,13 @@ mod tests {
         assert_eq!(values.keys().collect::<Vec<_>>(), ["high", "kl", "low", "only"]);
         assert_eq!(values.values().copied().collect::<Vec<_>>(), [4.0, 3.25, 2.0, 0.5]);
         assert!(Metric::Mean { sum: 0.0, count: 0.0 }.value().abs() < 1e-12);
+        left.min("none", []);
         let text = serde_json::to_string(&left).unwrap();
-        assert_eq!(serde_json::from_str::<Metrics>(&text).unwrap(), left);
+        let back = serde_json::from_str::<Metrics>(&text).unwrap().values();
+        let bits = |values: BTreeMap<String, f64>| -> Vec<(String, u64)> {
+            values.into_iter().map(|(name, value)| (name, value.to_bits())).collect()
+        };
+        assert!(back["none"].is_nan());
+        assert_eq!(bits(back), bits(left.values()));
     }
 }

@@ -3,6 +3,8 @@
 //! The rollout samples from slightly other numbers than the trainer computes (quantised cache, other kernels). The
 //! ratio of the two, bounded, multiplies the policy term. Called once per generation batch.
 
+use std::ops::Range;
+
 use super::rows::Rows;
 use super::{Error, ImportanceRatio, Metrics};
 use crate::config::settings::{RolloutCorrection, RolloutCorrectionMode};
@@ -24,12 +26,18 @@ impl RolloutCorrectionOutput {
         &self.ratios
     }
 
-    /// The ratios as [`super::grpo_loss`] takes them, for a batch of the same rows.
-    pub fn importance_ratio(&self) -> ImportanceRatio<'_> {
+    /// Whether there is one ratio per row.
+    pub fn is_sequence_level(&self) -> bool {
+        self.is_sequence_level
+    }
+
+    /// The ratios as [`super::grpo_loss`] takes them, for a micro-batch cut out of this batch: the rows `rows`, whose
+    /// tokens are `tokens`. `None` where the batch does not have them.
+    pub fn importance_ratio(&self, rows: Range<usize>, tokens: Range<usize>) -> Option<ImportanceRatio<'_>> {
         if self.is_sequence_level {
-            ImportanceRatio::Sequence(&self.ratios)
+            self.ratios.get(rows).map(ImportanceRatio::Sequence)
         } else {
-            ImportanceRatio::Token(&self.ratios)
+            self.ratios.get(tokens).map(ImportanceRatio::Token)
         }
     }
 }
@@ -82,7 +90,7 @@ pub fn rollout_correction(
         }
     };
     let ratios: Vec<f64> = if is_sequence_level {
-        let log_ratio = |range: std::ops::Range<usize>| range.filter(|&t| mask[t]).map(difference).sum();
+        let log_ratio = |range: Range<usize>| range.filter(|&t| mask[t]).map(difference).sum();
         rows.iter().map(log_ratio).map(bound).collect()
     } else {
         mask.iter().enumerate().map(|(token, &m)| bound(if m { difference(token) } else { 0.0 })).collect()
@@ -137,10 +145,14 @@ mod tests {
         let row = (-0.5f64).exp();
         assert_close(correct(RolloutCorrectionMode::SequenceTruncate, None).ratios(), &[3.0, row]);
         assert_close(correct(RolloutCorrectionMode::SequenceMask, None).ratios(), &[0.0, row]);
-        assert!(matches!(
-            correct(RolloutCorrectionMode::SequenceMask, None).importance_ratio(),
-            ImportanceRatio::Sequence(ratios) if ratios.len() == 2
-        ));
+        let rows = correct(RolloutCorrectionMode::SequenceMask, None);
+        let second = rows.importance_ratio(1..2, 3..5);
+        assert!(matches!(second, Some(ImportanceRatio::Sequence(ratios)) if ratios.len() == 1 && ratios[0] > 0.0));
+        let tokens = correct(RolloutCorrectionMode::TokenMask, None);
+        let second = tokens.importance_ratio(1..2, 3..5);
+        assert!(matches!(second, Some(ImportanceRatio::Token(ratios)) if ratios.len() == 2));
+        assert!(tokens.importance_ratio(1..3, 3..6).is_none());
+        assert!(rows.is_sequence_level() && !tokens.is_sequence_level());
     }
 
     #[test]

@@ -1,3 +1,42 @@
 //! YAML to typed, validated settings. The only room that knows key names.
+//!
+//! `cli/` calls [`load_sft`] or [`load_grpo`] with the file and the `--set` texts; everybody else reads
+//! [`settings`]. A file goes through two steps: `RawConfig` mirrors it key by key, each value with its place in the
+//! text; resolving checks across keys and yields settings that cannot be wrong. Nothing stops at the first mistake:
+//! [`ConfigError`] reports all of them with file, line and caret. The table in `keys` is the single source of names,
+//! types, defaults, ranges and documentation: it makes the reader, the "did you mean" and `docs/config.md`.
+//!
+//! | file | what it owns |
+//! | --- | --- |
+//! | `yaml` | text to a tree with places; the only user of the YAML library |
+//! | `value`, `special`, `rewards` | one YAML value to one typed value |
+//! | `field`, `keys` | what a key is; the table of all keys |
+//! | `foreign` | keys of TRL and transformers without effect, without support, or renamed |
+//! | `load` | entries of file and `--set`, sorted into these |
+//! | `resolve`, `resolve_grpo`, `schedule` | checks across keys, and the settings |
+//! | `write`, `reference` | settings back to YAML; the reference page |
+//! | `diagnose` | problems and their report |
 
+mod diagnose;
+mod field;
+mod foreign;
+mod keys;
+mod load;
+mod reference;
+mod resolve;
+mod resolve_grpo;
+mod rewards;
+mod schedule;
 pub mod settings;
+mod special;
+mod value;
+mod write;
+mod yaml;
+
+pub use diagnose::{ConfigError, Source};
+pub use field::{Bounds, Command, Commands, DefaultValue, Key};
+pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
+pub use load::{Loaded, load_grpo, load_sft};
+pub use reference::{keys, reference};
+pub use resolve::Context;
+pub use write::{grpo_yaml, sft_yaml};

@@ -277,6 +277,8 @@ pub struct TrainingSettings {
     pub overwrite_output_dir: bool,
     /// Seed of every random stream.
     pub seed: u64,
+    /// Seed of the order of the data; `seed` unless the file says otherwise.
+    pub data_seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
     /// Compute precision.
@@ -351,7 +353,14 @@ pub struct SamplingSettings {
 
 impl Default for SamplingSettings {
     fn default() -> Self {
-        Self { repetition_penalty: 1.0, temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, stop_strings: Vec::new() }
+        Self {
+            repetition_penalty: 1.0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            stop_strings: Vec::new(),
+        }
     }
 }
 

@@ -1,1 +1,42 @@
-//! (room)
+//! Data: rows, chat templates, tokens, masks, packing, order.
+//!
+//! From a data set's name to ragged batches: [`load`] finds and reads files ([`Dataset`]), [`prepare_sft`] and
+//! [`prepare_prompts`] turn rows into tokens by way of [`ChatTemplate`] and [`Tokenizer`], [`pack`] and [`collate`] make
+//! [`Batch`]es, [`Sampler`] says in which order. The training loops, evaluation and `generate` call it; [`hub`] serves
+//! the model room too. Invariants: nothing here depends on the number of ranks or threads; nothing prints; every
+//! complaint about a row names its file and line.
+
+mod batch;
+mod conversation;
+mod error;
+mod files;
+mod gguf_tokenizer;
+pub mod hub;
+mod packing;
+mod parquet;
+mod prompts;
+mod python_json;
+mod rows;
+mod sampler;
+mod sft;
+mod statistics;
+mod stream;
+mod template;
+mod template_value;
+pub mod tokenizer;
+mod training_template;
+
+pub use batch::{Batch, IGNORE, collate};
+pub use conversation::{Layout, Shape};
+pub use error::Error;
+pub use files::{Splits, load};
+pub use gguf_tokenizer::GgufTokenizer;
+pub use packing::{Bin, Piece, pack, whole};
+pub use prompts::{PromptExample, PromptOptions, prepare_prompts};
+pub use rows::{Dataset, Row};
+pub use sampler::{Sampler, SamplerState};
+pub use sft::{SftData, SftExample, SftOptions, prepare_sft};
+pub use statistics::{Bucket, TokenStatistics};
+pub use stream::StreamDecoder;
+pub use template::{ChatTemplate, RenderOptions, Rendered, assistant_mask};
+pub use tokenizer::{SpecialTokens, Tokenizer};

@@ -174,7 +174,7 @@ pub(super) fn dot_dequantized(
             let columns = first..k.min(first + DOT_CHUNK);
             let piece = &mut piece[..columns.len()];
             source.dequantize(row..row + 1, columns, piece);
-            dot::accumulate(Level::best(), piece, &activations.plain()[first..], k, sums);
+            dot::accumulate(Level::best(), piece, &activations.plain_rows()[first..], k, sums);
         }
         for (m, &sum) in sums.iter().enumerate() {
             tile.row_mut(m)[column] = sum;
@@ -234,6 +234,6 @@ impl RowSource for DenseRows<'_> {
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        Activations::new(Level::best(), x, m, self.cols)
+        Activations::plain(x, m, self.cols)
     }
 }

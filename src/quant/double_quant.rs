@@ -72,7 +72,7 @@ impl Maxima {
 impl Nested {
     /// Quantises maxima: subtracts their mean, then blocks of 256 to the nearest value of the signed dynamic map.
     pub(crate) fn quantize(maxima: &[f32]) -> Self {
-        let offset = (maxima.iter().map(|&v| f64::from(v)).sum::<f64>() / maxima.len().max(1) as f64) as f32;
+        let offset = sum(maxima) / maxima.len().max(1) as f32;
         let map = dynamic_map();
         let mut codes = Vec::with_capacity(maxima.len());
         let mut absmax = Vec::with_capacity(maxima.len().div_ceil(NESTED_BLOCK));
@@ -84,6 +84,51 @@ impl Nested {
         }
         Self { codes: Bytes::from(codes), absmax: absmax.into(), map, offset }
     }
+}
+
+/// The f32 sum in the order in which torch's CPU kernel adds on one thread (`aten/src/ATen/native/cpu/SumKernel.cpp`,
+/// vectors of 8, 4 rows of them at a time, a cascade of 4 levels), so that the offset has the same bits.
+fn sum(values: &[f32]) -> f32 {
+    const WIDTH: usize = 8;
+    const ROWS: usize = 4;
+    const LEVELS: usize = 4;
+    let add = |into: &mut [f32; WIDTH], from: [f32; WIDTH]| into.iter_mut().zip(from).for_each(|(i, f)| *i += f);
+    let (vectors, tail) = values.as_chunks::<WIDTH>();
+    let (groups, rest) = vectors.as_chunks::<ROWS>();
+    let level_power = 4.max(groups.len().next_power_of_two().trailing_zeros() as usize / LEVELS);
+    let mut levels = [[[0f32; WIDTH]; ROWS]; LEVELS];
+    let (whole, remainder) = groups.split_at(groups.len() >> level_power << level_power);
+    for (index, group) in whole.iter().enumerate() {
+        group.iter().zip(&mut levels[0]).for_each(|(&vector, row)| add(row, vector));
+        let done = index + 1;
+        if !done.is_multiple_of(1 << level_power) {
+            continue;
+        }
+        for level in 1..LEVELS {
+            for row in 0..ROWS {
+                let lower = std::mem::take(&mut levels[level - 1][row]);
+                add(&mut levels[level][row], lower);
+            }
+            if !(done >> (level * level_power)).is_multiple_of(1 << level_power) {
+                break;
+            }
+        }
+    }
+    for group in remainder {
+        group.iter().zip(&mut levels[0]).for_each(|(&vector, row)| add(row, vector));
+    }
+    let [mut rows, higher @ ..] = levels;
+    for level in higher {
+        level.into_iter().zip(&mut rows).for_each(|(vector, row)| add(row, vector));
+    }
+    let [mut total, others @ ..] = rows;
+    for &vector in rest {
+        add(&mut total, vector);
+    }
+    for vector in others {
+        add(&mut total, vector);
+    }
+    tail.iter().chain(&total).fold(0.0, |sum, v| sum + v)
 }
 
 fn nearest(map: &[f32], value: f32) -> u8 {

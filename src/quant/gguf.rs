@@ -7,6 +7,8 @@ use candle_core::quantized::GgmlDType;
 use super::multiply::RowSource;
 use super::{Error, dense};
 use crate::fs::Bytes;
+use crate::kernels::cpu::activations::Order;
+use crate::kernels::cpu::packed_dot::{self, PackedRows};
 use crate::kernels::cpu::{Activations, BlockFormat, Level, TileMut, blocks};
 
 /// A matrix `[rows, cols]` in a GGUF block format, its bytes as they lie in the file (no alignment is assumed).
@@ -99,10 +101,20 @@ impl RowSource for GgufMatrix {
     }
 
     fn dot(&self, rows: Range<usize>, activations: &Activations, tile: &mut TileMut<'_>) {
-        dense::dot_dequantized(self, rows, activations, tile);
+        if activations.order() == Order::Plain {
+            return dense::dot_dequantized(self, rows, activations, tile);
+        }
+        let stored = &self.data[rows.start * self.row_bytes()..rows.end * self.row_bytes()];
+        packed_dot::dot(Level::best(), PackedRows::Blocks(self.format, stored), activations, tile);
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        Activations::new(Level::best(), x, m, self.cols)
+        match packed_dot::order_of_blocks(Level::best(), self.format) {
+            Some(order) => {
+                let has_minimum = packed_dot::has_minimum(self.format);
+                Activations::ordered(Level::best(), order, has_minimum, x, m, self.cols)
+            }
+            None => Activations::plain(x, m, self.cols),
+        }
     }
 }

@@ -14,6 +14,8 @@ mod error;
 pub mod gguf;
 mod multiply;
 pub mod nf4;
+#[cfg(test)]
+mod tests;
 mod weight;
 
 pub use bitsandbytes::BitsandbytesParts;

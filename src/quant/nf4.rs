@@ -10,7 +10,9 @@ use super::double_quant::{Maxima, Nested};
 use super::multiply::RowSource;
 use crate::config::settings::QuantType;
 use crate::fs::Bytes;
+use crate::kernels::cpu::activations::Order;
 use crate::kernels::cpu::codebook::{self, BLOCK_LEN, Codebook};
+use crate::kernels::cpu::packed_dot::{self, PackedRows};
 use crate::kernels::cpu::{Activations, Level, TileMut};
 
 /// Blocks that one task quantises: 4096 values each.
@@ -173,10 +175,22 @@ impl RowSource for Nf4Matrix {
     }
 
     fn dot(&self, rows: Range<usize>, activations: &Activations, tile: &mut TileMut<'_>) {
-        dense::dot_dequantized(self, rows, activations, tile);
+        if activations.order() == Order::Plain {
+            return dense::dot_dequantized(self, rows, activations, tile);
+        }
+        // An order exists only where rows end with a block.
+        let values = rows.start * self.cols..rows.end * self.cols;
+        let packed = &self.packed[values.start / 2..values.end / 2];
+        self.maxima.with(values.start / BLOCK_LEN..values.end / BLOCK_LEN, |absmax| {
+            let rows = PackedRows::Codes { packed, absmax, values: &self.values };
+            packed_dot::dot(Level::best(), rows, activations, tile);
+        });
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        Activations::new(Level::best(), x, m, self.cols)
+        match packed_dot::order_of_codes(Level::best(), self.cols) {
+            Some(order) => Activations::ordered(Level::best(), order, false, x, m, self.cols),
+            None => Activations::plain(x, m, self.cols),
+        }
     }
 }

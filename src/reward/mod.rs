@@ -1,1 +1,57 @@
-//! (room)
+//! Verifiers and reward programs: a completion in, a number out.
+//!
+//! Owns every built-in reward function, the comparison of mathematical answers and the protocol of reward programs.
+//! The GRPO loop calls [`build`] once per entry of `reward_funcs` and [`Reward::score`] once per generation batch.
+//!
+//! Invariants: a score is finite or `None` ("not applicable", left out of the weighted sum as in TRL); the same samples
+//! give the same scores in any order and on any number of threads; no text, however long or malformed, makes a
+//! built-in panic or run away.
+//!
+//! Names follow TRL's (`trl/rewards/`) and open-r1's (`src/open_r1/rewards.py`) functions without the suffix
+//! `_reward`; a name with that suffix is understood as well and is then the name in the metrics.
+
+mod answer;
+mod command;
+mod countdown;
+mod error;
+mod format;
+mod length;
+pub mod math;
+mod parameters;
+mod registry;
+
+pub use error::{Error, ProgramError};
+pub use registry::{build, builtin_names, check};
+
+use serde_json::{Map, Value};
+
+/// One completion with all a reward may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<'a> {
+    /// The prompt as the data set has it: a string or a list of messages.
+    pub prompt: &'a Value,
+    /// The prompt as the model saw it, chat template applied.
+    pub prompt_text: &'a str,
+    /// What the model wrote, special tokens removed.
+    pub completion: &'a str,
+    /// Its length in tokens, the end-of-sequence token included.
+    pub completion_tokens: usize,
+    /// The longest completion allowed, in tokens.
+    pub max_completion_length: usize,
+    /// Whether it ran into that limit.
+    pub is_truncated: bool,
+    /// The row of the data set with all its columns.
+    pub row: &'a Map<String, Value>,
+}
+
+/// A reward function.
+pub trait Reward: Send {
+    /// Its name in the metrics (`rewards/<name>/mean`).
+    fn name(&self) -> &str;
+
+    /// One score per sample, in order; `None` where the reward does not apply.
+    ///
+    /// # Errors
+    /// If a sample lacks a column the reward needs, or a reward program fails.
+    fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error>;
+}

@@ -171,4 +171,10 @@ pub enum Error {
     /// The tensor library failed.
     #[error("rollout: the model's forward step failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A block of the model failed.
+    #[error("rollout: {0}")]
+    Block(#[from] crate::model::Error),
+    /// An operation between blocks failed.
+    #[error("rollout: {0}")]
+    Op(#[from] crate::ops::Error),
 }

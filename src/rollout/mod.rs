@@ -12,6 +12,7 @@
 pub mod decode_model;
 mod error;
 mod filters;
+pub mod forward;
 pub mod generate;
 pub mod kv_cache;
 pub mod pages;

@@ -75,7 +75,7 @@ fn number(value: &Value, form: Form) -> String {
     let Some(value) = value.as_f64() else { return format!("{:>6}", "nan") };
     match form {
         Form::Fixed(decimals) => {
-            let width = (decimals + 3).max(6);
+            let width = decimals + 3;
             format!("{value:>width$.decimals$}")
         }
         Form::Exponent => format!("{value:>7.1e}"),
@@ -101,8 +101,8 @@ mod tests {
         let line = render(&first, Some(100), None);
         assert_eq!(
             line,
-            "step   5/100  loss  0.0123  reward  0.250 ± 0.430  kl  0.0010 nats  entropy  1.250 nats  length   48.2 tok  \
-             grad  0.500  lr  1.0e-5    1.50 s/step  seen 12.3k tok  epoch   0.10"
+            "step   5/100  loss  0.0123  reward  0.250 ± 0.430  kl  0.0010 nats  entropy  1.250 nats  length 48.2 tok  \
+             grad  0.500  lr  1.0e-5   1.50 s/step  seen 12.3k tok  epoch  0.10"
         );
         let mut second = first;
         second.insert("step".into(), json!(100));
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn an_evaluation_row_and_a_narrow_terminal() {
         let eval = row(&json!({"step": 10, "epoch": 1.0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.5}));
-        assert_eq!(render(&eval, None, None), "eval 10  loss  2.0000  accuracy  50.0 %  epoch   1.00");
+        assert_eq!(render(&eval, None, None), "eval 10  loss  2.0000  accuracy  50.0 %  epoch  1.00");
         let narrow = render(&eval, None, Some(30));
         assert_eq!(narrow, "eval 10  loss  2.0000");
     }

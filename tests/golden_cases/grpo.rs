@@ -190,6 +190,7 @@ fn loss_case(
     let (logprobs, reference) = (tensors.floats(&key("logps"))?, tensors.floats(&key("ref"))?);
     let (entropies, mask) = (tensors.floats(&key("entropies"))?, tensors.bytes(&key("mask"))?);
     let (tool_mask, advantages) = (tensors.bytes(&key("tool_mask"))?, tensors.floats(&key("advantages"))?);
+    let tokens = mask.iter().filter(|&&m| m == 1).count();
     let inputs = GrpoInputs {
         row_starts: &row_starts,
         logprobs: &logprobs,
@@ -203,7 +204,8 @@ fn loss_case(
         importance_ratio,
         entropy_threshold: None,
         batch: GrpoBatch {
-            num_items_in_batch: params.count("num_items_in_batch")?,
+            // Losses that do not read it may leave it out.
+            num_items_in_batch: params.optional("num_items_in_batch")?.map_or(tokens, |items| items as usize),
             num_processes: 1,
             gradient_accumulation_steps: params.count("gradient_accumulation_steps")?,
             steps_per_generation: params.count("steps_per_generation")?,

@@ -85,7 +85,7 @@ fn double_quantization(tensors: &Tensors, name: &str, label: &str, kind: QuantTy
     let parts = matrix.to_bitsandbytes("float32");
     let own_map = read_floats(parts.nested_quant_map.as_ref().context("no nested map")?);
     same_bits(&format!("{case}.map"), &own_map, &map, report);
-    // The mean of the maxima may differ by its order of summation, and what is left of each maximum with it.
+    // The mean of many maxima may differ by its order of summation, and what is left of each maximum with it.
     let own_offset = serde_json::from_slice::<serde_json::Value>(&parts.quant_state)?["nested_offset"].as_f64();
     let own_offset = own_offset.context("no nested_offset")?;
     let unit = f64::from(offset.abs().max(f32::MIN_POSITIVE)) * f64::from(f32::EPSILON);

@@ -66,6 +66,13 @@ impl<'a> TileMut<'a> {
         self.columns
     }
 
+    /// Where row `row` starts, and the floats between the starts of two rows.
+    pub(crate) fn row_pointer(&mut self, row: usize) -> (*mut f32, usize) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the row lies inside the matrix that the tile borrows.
+        (unsafe { self.start.add(row * self.row_stride) }, self.row_stride)
+    }
+
     /// Cuts it into tiles of at most `width` columns, left to right.
     pub fn split_columns(self, width: usize) -> Vec<TileMut<'a>> {
         let cut = |first: usize| TileMut {

@@ -1,0 +1,42 @@
+# Short names for everyday commands; `just` lists them. Everything is compiled in the release profile: debug tensors are
+# too slow to work with.
+
+_list:
+    @just --list
+
+# Format the code
+fmt:
+    cargo fmt --all
+
+# Lint as CI does
+lint:
+    cargo fmt --all --check
+    cargo clippy --release --all-targets -- -D warnings
+
+# All tests but the slow ones
+test *ARGS:
+    cargo test --release {{ARGS}}
+
+# Parity with the reference implementations, all groups or those named
+golden *GROUPS:
+    cargo test --release --test golden -- {{GROUPS}}
+
+# The quickstart runs: loss falls, reward rises
+e2e:
+    cargo test --release --test quickstart -- --ignored --nocapture --test-threads=1
+
+# Tests that need a GPU
+test-gpu:
+    cargo test --release --features cuda,nccl -- --ignored gpu
+
+# Benchmarks of the CPU paths
+bench *ARGS:
+    cargo bench {{ARGS}}
+
+# API documentation
+docs:
+    cargo doc --release --no-deps --document-private-items
+
+# What CI runs
+ci:
+    .ci/run

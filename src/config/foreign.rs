@@ -1,0 +1,369 @@
+//! Keys that TRL and transformers know and this program does not act on, and names that mean another key.
+//!
+//! Three rules: what changes nothing here is accepted with a warning that says why; what would change the result is an
+//! error unless it is switched off; a renamed key is an error that names the new one. Everything else is unknown.
+
+use super::field::{Command, Commands};
+use super::value::as_bool;
+use super::yaml::{Node, Value};
+
+/// What happens to a key that is not ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Accepted with a warning: it has no effect, for this reason.
+    NoEffect(&'static str),
+    /// An error, unless it has one of these values (or null), which ask for nothing.
+    Lacking {
+        /// Values that are accepted.
+        off: &'static [&'static str],
+        /// What is missing, and what to do instead.
+        why: &'static str,
+    },
+    /// An error that names the key to use.
+    Renamed(&'static str),
+    /// Another spelling of a key, accepted.
+    Alias(&'static str),
+}
+
+/// A key that is not ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ForeignKey {
+    /// Its name.
+    pub name: &'static str,
+    /// The commands whose TRL counterpart knows it.
+    pub commands: Commands,
+    /// What happens to it.
+    pub rule: Rule,
+}
+
+const fn no_effect(name: &'static str, why: &'static str) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::NoEffect(why) }
+}
+
+const fn lacking(name: &'static str, off: &'static [&'static str], why: &'static str) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::Lacking { off, why } }
+}
+
+const fn renamed(name: &'static str, to: &'static str) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::Renamed(to) }
+}
+
+const fn alias(name: &'static str, of: &'static str) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::Alias(of) }
+}
+
+const fn only(commands: Commands, key: ForeignKey) -> ForeignKey {
+    ForeignKey { commands, ..key }
+}
+
+const NO_UPLOAD: &str = "nothing is uploaded; `output_dir` holds everything in Hugging Face's form";
+const NO_LOADER: &str = "rows are tokenised once and read from memory; there are no loader processes";
+const NO_DDP: &str = "gradients are reduced by this program's own collectives";
+const NO_VLLM: &str = "the rollout engine is built in and uses the weights being trained";
+const NO_COMPILE: &str = "there is no graph compiler; kernels are compiled into the program";
+const NO_LOG: &str = "the console and `output_dir/metrics.jsonl` have one form";
+const RAGGED: &str = "batches are ragged: nothing is ever padded";
+const NO_OPTIM: &str = "AdamW is the only optimizer";
+const LAUNCHER: &str = "it belongs to the launcher (accelerate, DeepSpeed), whose file is not read here; remove it";
+const NO_BEST: &str = "no checkpoint is chosen by a metric; keep several with `save_total_limit` and compare them";
+const NO_TRACKER: &str = "this tracker is not supported; see `report_to`";
+const NO_SHARED_METRICS: &str = "evaluation has a fixed set of metrics";
+
+/// Every key of that kind.
+pub static FOREIGN_KEYS: &[ForeignKey] = &[
+    // Other spellings.
+    alias("torch_dtype", "dtype"),
+    alias("bnb_4bit_use_double_quant", "use_bnb_nested_quant"),
+    alias("activation_checkpointing", "gradient_checkpointing"),
+    // Model.
+    no_effect("trust_remote_code", "no code of a model folder is ever run"),
+    no_effect("attn_implementation", "attention is this program's own, for every device"),
+    no_effect("bnb_4bit_compute_dtype", "4-bit weights are multiplied in the precision of `bf16`/`fp16`"),
+    no_effect("bnb_4bit_quant_storage", "packed weights are bytes; sharding does not depend on a storage type"),
+    no_effect("use_cache", "the rollout has its own KV cache, training needs none"),
+    no_effect("router_aux_loss_coef", "models here are dense and have no router"),
+    no_effect("lora_task_type", "models here are causal language models"),
+    no_effect("cast_lm_head_to_fp32", "the head accumulates in float32 in any case"),
+    no_effect("ignore_bias_buffers", NO_DDP),
+    lacking(
+        "load_in_8bit",
+        &["false"],
+        "8-bit weights are not supported; use `load_in_4bit: true` or a GGUF file with Q8_0",
+    ),
+    lacking("model_init_kwargs", &["{}"], "write its entries as keys of this file, e.g. `dtype`"),
+    lacking("use_dora", &["false"], "DoRA is not supported; use LoRA or `use_rslora: true`"),
+    lacking("lora_bias", &["none"], "biases are not trained beside an adapter"),
+    lacking("lora_modules_to_save", &["[]"], "with an adapter, only the adapter is trained"),
+    lacking("lora_target_parameters", &["[]"], "adapters go on whole projections; see `lora_target_modules`"),
+    lacking("disable_dropout", &["false"], "the only dropout is the adapter's: set `lora_dropout: 0`"),
+    lacking("neftune_noise_alpha", &["0", "0.0"], "noise on embeddings is not supported"),
+    lacking("eos_token", &[], "the end-of-sequence token is the tokenizer's; change it in the model folder"),
+    no_effect("pad_token", RAGGED),
+    // Data.
+    no_effect("dataset_num_proc", "rows are tokenised on all cores"),
+    no_effect("dataset_streaming", "files are mapped and read row by row"),
+    no_effect("streaming", "files are mapped and read row by row"),
+    no_effect("remove_unused_columns", "columns are read by name, the others do no harm"),
+    no_effect("label_names", "labels are made from the tokens"),
+    no_effect("length_column_name", "lengths are known from the tokens"),
+    no_effect("pad_to_multiple_of", RAGGED),
+    no_effect("padding_free", RAGGED),
+    no_effect("dataloader_num_workers", NO_LOADER),
+    no_effect("dataloader_pin_memory", NO_LOADER),
+    no_effect("dataloader_persistent_workers", NO_LOADER),
+    no_effect("dataloader_prefetch_factor", NO_LOADER),
+    no_effect("dataloader_multiprocessing_context", NO_LOADER),
+    no_effect("dataloader_in_order", NO_LOADER),
+    lacking("dataloader_drop_last", &["false"], "the last, smaller batch of an epoch is always used"),
+    lacking("dataset_kwargs", &["{}"], "data sets are always prepared by this program"),
+    lacking(
+        "datasets",
+        &["[]"],
+        "mixtures are not supported; put the files into one folder and name it in `dataset_name`",
+    ),
+    lacking("test_split_size", &[], "use `eval_fraction`"),
+    lacking("group_by_length", &["false"], "batches are ragged, so grouping by length saves nothing"),
+    lacking("train_sampling_strategy", &["random"], "the order of the data is a fresh shuffle per epoch"),
+    only(Commands::Sft, lacking("truncation_mode", &["keep_start"], "examples are cut at the end")),
+    only(
+        Commands::Sft,
+        no_effect("shuffle_dataset", "the order of the data is a fresh shuffle per epoch, from `data_seed`"),
+    ),
+    // Training.
+    no_effect("gradient_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
+    no_effect("activation_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
+    no_effect("activation_offloading", "activations stay on the device; `gradient_checkpointing` makes them small"),
+    no_effect("use_liger_kernel", "fused kernels are built in"),
+    no_effect("liger_kernel_config", "fused kernels are built in"),
+    no_effect("torch_compile", NO_COMPILE),
+    no_effect("torch_compile_backend", NO_COMPILE),
+    no_effect("torch_compile_mode", NO_COMPILE),
+    no_effect("torch_empty_cache_steps", "the memory pool keeps what it frees"),
+    no_effect("tf32", "multiplies accumulate in float32; `bf16` chooses the faster units"),
+    no_effect("bf16_full_eval", "evaluation runs in the precision of training"),
+    no_effect("fp16_full_eval", "evaluation runs in the precision of training"),
+    no_effect("full_determinism", "runs are deterministic without it"),
+    no_effect("average_tokens_across_devices", "losses are always averaged over the tokens of all ranks"),
+    no_effect("restore_callback_states_from_checkpoint", "there are no callbacks"),
+    no_effect("skip_memory_metrics", NO_LOG),
+    no_effect("debug", "there is no debug mode"),
+    no_effect("do_train", "the command trains"),
+    no_effect("do_eval", "`eval_strategy` says when to evaluate"),
+    no_effect("do_predict", "use `trainer generate`"),
+    no_effect("local_rank", "ranks come from the launcher's environment"),
+    lacking("optim_args", &[], NO_OPTIM),
+    lacking("optim_target_modules", &[], NO_OPTIM),
+    lacking("label_smoothing_factor", &["0", "0.0"], "label smoothing is not supported"),
+    lacking(
+        "auto_find_batch_size",
+        &["false"],
+        "lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`",
+    ),
+    lacking("ignore_data_skip", &["false"], "a resumed run goes on where the data stood"),
+    lacking("fsdp", &["", "false", "[]"], LAUNCHER),
+    lacking("fsdp_config", &["{}"], LAUNCHER),
+    lacking("deepspeed", &[], LAUNCHER),
+    lacking("accelerator_config", &["{}"], LAUNCHER),
+    lacking("parallelism_config", &["{}"], LAUNCHER),
+    lacking("deepspeed_config", &[], LAUNCHER),
+    lacking("distributed_type", &["NO", "no"], LAUNCHER),
+    lacking("mixed_precision", &[], "use `bf16: true` or `fp16: true`"),
+    lacking("num_processes", &["1"], LAUNCHER),
+    lacking("num_machines", &["1"], LAUNCHER),
+    no_effect("ddp_find_unused_parameters", NO_DDP),
+    no_effect("ddp_bucket_cap_mb", NO_DDP),
+    no_effect("ddp_broadcast_buffers", NO_DDP),
+    no_effect("ddp_static_graph", NO_DDP),
+    no_effect("ddp_backend", NO_DDP),
+    no_effect("ddp_timeout", NO_DDP),
+    // Logging, evaluation, saving.
+    lacking("logging_strategy", &["steps"], "metrics are logged every `logging_steps`"),
+    no_effect("logging_first_step", NO_LOG),
+    no_effect("logging_dir", "TensorBoard files go to `output_dir`"),
+    no_effect("logging_nan_inf_filter", "a loss that is not finite is an error"),
+    no_effect("log_on_each_node", NO_LOG),
+    no_effect("log_level", NO_LOG),
+    no_effect("log_level_replica", NO_LOG),
+    no_effect("include_num_input_tokens_seen", "`num_tokens` is always logged"),
+    no_effect("include_tokens_per_second", "tokens per second are always logged"),
+    no_effect("run_name", "a run is named by its `output_dir`"),
+    no_effect("project", NO_TRACKER),
+    no_effect("trackio_space_id", NO_TRACKER),
+    no_effect("trackio_bucket_id", NO_TRACKER),
+    no_effect("trackio_static_space_id", NO_TRACKER),
+    no_effect("wandb_project", NO_TRACKER),
+    no_effect("wandb_entity", NO_TRACKER),
+    no_effect("wandb_run_group", NO_TRACKER),
+    lacking("eval_on_start", &["false"], "evaluate the start with `trainer evaluate`"),
+    lacking("eval_delay", &["0", "0.0"], "evaluation starts with the first `eval_steps`"),
+    no_effect("prediction_loss_only", NO_SHARED_METRICS),
+    no_effect("eval_do_concat_batches", NO_SHARED_METRICS),
+    no_effect("eval_use_gather_object", NO_SHARED_METRICS),
+    no_effect("eval_accumulation_steps", NO_SHARED_METRICS),
+    no_effect("batch_eval_metrics", NO_SHARED_METRICS),
+    lacking("include_for_metrics", &["[]"], NO_SHARED_METRICS),
+    lacking("load_best_model_at_end", &["false"], NO_BEST),
+    no_effect("metric_for_best_model", NO_BEST),
+    no_effect("greater_is_better", NO_BEST),
+    no_effect("save_safetensors", "weights are always written as safetensors"),
+    no_effect("save_only_model", "a checkpoint always holds what is needed to resume"),
+    no_effect("save_on_each_node", "a checkpoint is one folder, written once"),
+    no_effect("enable_jit_checkpoint", "a signal always saves before the run ends"),
+    ForeignKey {
+        name: "push_to_hub",
+        commands: Commands::Both,
+        rule: Rule::Lacking {
+            off: &["false"],
+            why: "nothing is uploaded; use `huggingface-cli upload` on `output_dir`",
+        },
+    },
+    no_effect("hub_token", NO_UPLOAD),
+    no_effect("hub_private_repo", NO_UPLOAD),
+    no_effect("hub_model_id", NO_UPLOAD),
+    no_effect("hub_strategy", NO_UPLOAD),
+    no_effect("hub_always_push", NO_UPLOAD),
+    no_effect("hub_revision", NO_UPLOAD),
+    // GRPO only.
+    only(Commands::Grpo, no_effect("use_vllm", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_mode", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_model_impl", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_enable_sleep_mode", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_server_base_url", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_server_host", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_server_port", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_server_timeout", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_group_port", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_gpu_memory_utilization", "the KV cache is bounded by `max_num_seqs`")),
+    only(Commands::Grpo, no_effect("vllm_max_model_length", "the KV cache holds what prompts and completions need")),
+    only(Commands::Grpo, no_effect("vllm_tensor_parallel_size", NO_VLLM)),
+    only(Commands::Grpo, lacking("vllm_structured_outputs_regex", &[], "guided decoding is not supported")),
+    only(Commands::Grpo, lacking("vllm_guided_decoding_regex", &[], "guided decoding is not supported")),
+    only(Commands::Grpo, no_effect("use_transformers_continuous_batching", "the rollout always batches continuously")),
+    only(
+        Commands::Grpo,
+        no_effect("transformers_continuous_batching_config", "the rollout always batches continuously"),
+    ),
+    only(Commands::Grpo, no_effect("use_transformers_paged", "the rollout has its own KV cache")),
+    only(Commands::Grpo, no_effect("cache_implementation", "the rollout has its own KV cache")),
+    only(
+        Commands::Grpo,
+        no_effect("ds3_gather_for_generation", "weights are gathered once per rollout where they are sharded"),
+    ),
+    only(Commands::Grpo, no_effect("log_multimodal", "models here read text only")),
+    only(Commands::Grpo, no_effect("log_unique_prompts", "`output_dir/completions.jsonl` holds every completion")),
+    only(Commands::Grpo, no_effect("log_completions_hub_repo", NO_UPLOAD)),
+    only(Commands::Grpo, lacking("generation_kwargs", &["{}"], "write its entries as keys of this file, e.g. `top_p`")),
+    only(Commands::Grpo, lacking("use_adaptive_entropy", &["false"], "the entropy bonus has a fixed `entropy_coef`")),
+    only(Commands::Grpo, no_effect("entropy_coef_min", "the entropy bonus has a fixed `entropy_coef`")),
+    only(Commands::Grpo, no_effect("entropy_coef_max", "the entropy bonus has a fixed `entropy_coef`")),
+    only(Commands::Grpo, no_effect("entropy_coef_delta", "the entropy bonus has a fixed `entropy_coef`")),
+    only(Commands::Grpo, no_effect("entropy_target", "the entropy bonus has a fixed `entropy_coef`")),
+    only(Commands::Grpo, lacking("max_tool_calling_iterations", &[], "tools are not supported")),
+    only(
+        Commands::Grpo,
+        lacking(
+            "reward_model_name_or_path",
+            &[],
+            "reward models are not supported; score with a program, see `reward_funcs`",
+        ),
+    ),
+    // Names of other versions and of other programs.
+    renamed("max_seq_length", "max_length"),
+    renamed("max_seq_len", "max_length"),
+    renamed("evaluation_strategy", "eval_strategy"),
+    renamed("no_cuda", "use_cpu"),
+    renamed("tokenizer", "tokenizer_name_or_path"),
+    renamed("tokenizer_name", "tokenizer_name_or_path"),
+    renamed("processing_class", "tokenizer_name_or_path"),
+    renamed("chat_template", "chat_template_path"),
+    renamed("per_gpu_train_batch_size", "per_device_train_batch_size"),
+    renamed("per_gpu_eval_batch_size", "per_device_eval_batch_size"),
+    renamed("micro_batch_size", "per_device_train_batch_size"),
+    renamed("batch_size", "per_device_train_batch_size"),
+    renamed("model", "model_name_or_path"),
+    renamed("model_name", "model_name_or_path"),
+    renamed("model_path", "model_name_or_path"),
+    renamed("model_id", "model_name_or_path"),
+    renamed("dataset", "dataset_name"),
+    renamed("dataset_path", "dataset_name"),
+    renamed("data_path", "dataset_name"),
+    renamed("dataset_split", "dataset_train_split"),
+    renamed("dataset_text_column", "dataset_text_field"),
+    renamed("lr", "learning_rate"),
+    renamed("lr_scheduler", "lr_scheduler_type"),
+    renamed("optimizer", "optim"),
+    renamed("epochs", "num_train_epochs"),
+    renamed("num_epochs", "num_train_epochs"),
+    renamed("gradient_clipping", "max_grad_norm"),
+    renamed("lora_rank", "lora_r"),
+    renamed("target_modules", "lora_target_modules"),
+    renamed("quant_type", "bnb_4bit_quant_type"),
+    renamed("bnb_4bit_use_nested_quant", "use_bnb_nested_quant"),
+    renamed("max_new_tokens", "max_completion_length"),
+    renamed("epsilon_low", "epsilon"),
+    renamed("kl_coef", "beta"),
+    renamed("group_size", "num_generations"),
+    renamed("stop", "stop_strings"),
+    renamed("stop_sequences", "stop_strings"),
+    renamed("reward_functions", "reward_funcs"),
+    renamed("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max"),
+];
+
+/// The foreign key of that name for a command.
+pub(super) fn find(name: &str, command: Command) -> Option<&'static ForeignKey> {
+    FOREIGN_KEYS.iter().find(|key| key.name == name && key.commands.include(command))
+}
+
+/// Whether a value asks for nothing: null, or one of the listed texts.
+pub(super) fn is_off(node: &Node, off: &[&str]) -> bool {
+    match &node.value {
+        Value::Null => true,
+        Value::Scalar { text, .. } => {
+            off.contains(&text.as_str()) || (as_bool(text) == Some(false) && off.contains(&"false"))
+        }
+        Value::List(items) => items.is_empty() && off.contains(&"[]"),
+        Value::Map(entries) => entries.is_empty() && off.contains(&"{}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{keys, yaml};
+    use super::*;
+
+    #[test]
+    fn no_name_is_both_ours_and_foreign() {
+        for command in [Command::Sft, Command::Grpo] {
+            let mut names = Vec::new();
+            for key in FOREIGN_KEYS.iter().filter(|key| key.commands.include(command)) {
+                assert!(keys::find(key.name, command).is_none(), "`{}` is a key of `{command}`", key.name);
+                assert!(!names.contains(&key.name), "`{}` is listed twice", key.name);
+                names.push(key.name);
+            }
+        }
+    }
+
+    #[test]
+    fn renamed_keys_lead_to_a_key() {
+        for key in FOREIGN_KEYS {
+            if let Rule::Renamed(to) | Rule::Alias(to) = key.rule {
+                let exists = [Command::Sft, Command::Grpo].into_iter().any(|command| keys::find(to, command).is_some());
+                assert!(exists, "`{}` leads to `{to}`, which is no key", key.name);
+            }
+        }
+    }
+
+    #[test]
+    fn off_is_off_in_every_spelling() {
+        let node = |text: &str| yaml::parse(text).expect("valid YAML");
+        for text in ["false", "no", "False", "null", "~"] {
+            assert!(is_off(&node(text), &["false"]), "{text}");
+        }
+        assert!(is_off(&node("{}"), &["{}"]));
+        assert!(is_off(&node("[]"), &["[]"]));
+        assert!(is_off(&node("0.0"), &["0", "0.0"]));
+        for text in ["true", "[a]", "{a: 1}", "0.1"] {
+            assert!(!is_off(&node(text), &["false", "[]", "{}", "0"]), "{text}");
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! The table of keys: the single place that knows their names, types, defaults, ranges, units and texts.
+//!
+//! The table makes three things: [`KEYS`] for the reference page and for "did you mean", the `RawConfig` that mirrors a
+//! file, and its reader. Defaults are those of TRL 1.16 (`SFTConfig`, `GRPOConfig`, `ModelConfig`, `ScriptArguments`)
+//! and of transformers 5.23 (`TrainingArguments`); the text of a key says where ours differs, and why.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::diagnose::Problems;
+use super::field::{Bounds, Command, Commands, DefaultValue, Field, Key};
+use super::rewards::RewardList;
+use super::settings::{
+    DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType, Resume,
+    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+};
+use super::special::{AdamW, MaxSteps, Recurrence, Sinks, TargetModules};
+use super::value::Parse;
+use super::yaml::Entry;
+
+use DefaultValue::{Derived, PerCommand, Required, Text};
+
+const ANY: Bounds = Bounds::ANY;
+const POSITIVE: Bounds = Bounds::POSITIVE;
+const FROM_0: Bounds = Bounds::at_least(0.0);
+const FROM_1: Bounds = Bounds::at_least(1.0);
+const FROM_2: Bounds = Bounds::at_least(2.0);
+const SHARE: Bounds = Bounds::between(0.0, 1.0);
+
+macro_rules! name {
+    ($field:ident) => {
+        stringify!($field)
+    };
+    ($field:ident $name:literal) => {
+        $name
+    };
+}
+
+macro_rules! keys {
+    ($($group:literal for $commands:ident {
+        $(
+            $(#[doc = $doc:literal])+
+            $field:ident $(named $name:literal)? : $type:ty = $default:expr, $range:expr, $unit:literal;
+        )+
+    })+) => {
+        /// Every key, in the order of the reference page.
+        pub(super) static KEYS: &[Key] = &[$($(Key {
+            name: name!($field $($name)?),
+            group: $group,
+            commands: Commands::$commands,
+            kind: <$type as Parse>::KIND,
+            values: <$type as Parse>::VALUES,
+            default: $default,
+            range: $range,
+            unit: $unit,
+            doc: concat!($($doc),+).trim_ascii(),
+        }),+),+];
+
+        /// Places of the fields in [`KEYS`].
+        #[expect(non_camel_case_types, reason = "one variant a field, named as the field")]
+        enum At { $($($field),+),+ }
+
+        /// What the file says, key by key, before any check across keys.
+        pub(super) struct RawConfig {
+            $($( $(#[doc = $doc])+ pub(super) $field: Field<$type>, )+)+
+        }
+
+        impl RawConfig {
+            /// Every field with its default.
+            pub(super) fn new(command: Command) -> Self {
+                Self { $($($field: Field::new(&KEYS[At::$field as usize], command)),+),+ }
+            }
+
+            /// Takes one entry of the file; false if the command has no such key.
+            pub(super) fn read(
+                &mut self,
+                command: Command,
+                entry: &Entry,
+                source: usize,
+                problems: &mut Problems,
+            ) -> bool {
+                $($(
+                    if entry.key == name!($field $($name)?) && Commands::$commands.include(command) {
+                        self.$field.read(entry, source, problems);
+                        return true;
+                    }
+                )+)+
+                false
+            }
+
+            /// Reports required keys that the file lacks, but not those that it misspells: that is reported already.
+            pub(super) fn require(&mut self, command: Command, misspelt: &[&str], problems: &mut Problems) {
+                $($(
+                    if Commands::$commands.include(command) && !misspelt.contains(&name!($field $($name)?)) {
+                        self.$field.require(command, problems);
+                    }
+                )+)+
+            }
+        }
+    };
+}
+
+keys! {
+    "Model" for Both {
+        /// The base model: a folder with config.json and safetensors files, a `.gguf` file, or a hub id.
+        /// A path is relative to the working directory.
+        model_name_or_path: String = Required, ANY, "";
+        /// Branch, tag or commit, if the model is a hub id.
+        model_revision: String = Text("main"), ANY, "";
+        /// A tokenizer elsewhere than in the model folder: a folder, a tokenizer.json or a hub id. Not in TRL.
+        tokenizer_name_or_path: Option<String> = Text("null"), ANY, "";
+        /// A Jinja file that replaces the model's chat template. For GRPO not in TRL.
+        chat_template_path: Option<PathBuf> = Text("null"), ANY, "";
+        /// Start from random weights of the shape in the model folder's config.json instead of stored ones. Not in TRL.
+        init_random: bool = Text("false"), ANY, "";
+        /// Storage type of base weights that are not quantised; `auto` keeps the type of the file. TRL's default is
+        /// float32, which doubles the memory of a 16-bit model and adds nothing: trained weights have float32
+        /// masters in any case. `torch_dtype` is the same key.
+        dtype: WeightDtype = Text("auto"), ANY, "";
+        /// Quantise the linear weights of the decoder layers to 4 bits while loading; needs `use_peft: true`.
+        /// Tensors of a GGUF file stay as they are stored.
+        load_in_4bit: bool = Text("false"), ANY, "";
+        /// Code book of `load_in_4bit`.
+        bnb_4bit_quant_type: QuantType = Text("nf4"), ANY, "";
+        /// Quantise the block maxima of `load_in_4bit` as well: 4.13 instead of 4.5 bits per weight.
+        /// `bnb_4bit_use_double_quant` is the same key.
+        use_bnb_nested_quant: bool = Text("false"), ANY, "";
+    }
+    "Adapter" for Both {
+        /// Train a LoRA adapter and keep the base frozen; without it every weight is trained.
+        use_peft: bool = Text("false"), ANY, "";
+        /// Rank of the adapter.
+        lora_r: usize = Text("16"), FROM_1, "";
+        /// Numerator of the adapter's scale: its update is multiplied by `lora_alpha / lora_r`.
+        lora_alpha: f64 = Text("32"), POSITIVE, "";
+        /// Probability of dropping an input element of the adapter.
+        lora_dropout: f64 = Text("0.05"), SHARE.below_high(), "";
+        /// Projections that get an adapter. The default is PEFT's for Qwen models; `all-linear` is all seven.
+        lora_target_modules: TargetModules = Text("[q_proj, v_proj]"), ANY, "";
+        /// Scale the adapter's update by `lora_alpha / sqrt(lora_r)` (rsLoRA, 2312.03732).
+        use_rslora: bool = Text("false"), ANY, "";
+        /// Go on training this PEFT adapter (a folder) instead of a fresh one; needs `use_peft: true`. Not in TRL.
+        adapter_name_or_path: Option<PathBuf> = Text("null"), ANY, "";
+    }
+    "Data" for Both {
+        /// A `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub id.
+        /// A path is relative to the working directory.
+        dataset_name: String = Required, ANY, "";
+        /// Configuration (sub-folder) of a hub data set.
+        dataset_config: Option<String> = Text("null"), ANY, "";
+        /// Branch, tag or commit, if the data set is a hub id. Not in TRL.
+        dataset_revision: String = Text("main"), ANY, "";
+        /// Split to train on: of a folder, the files whose names carry it.
+        dataset_train_split: String = Text("train"), ANY, "";
+        /// Split to evaluate on.
+        dataset_test_split: String = Text("test"), ANY, "";
+        /// Hold out this share of the training rows for evaluation when there is no test split. Not in TRL.
+        eval_fraction: Option<f64> = Text("null"), SHARE.above_low().below_high(), "share of rows";
+        /// Use at most this many training rows. Not in TRL.
+        max_train_samples: Option<usize> = Text("null"), FROM_1, "rows";
+        /// Use at most this many evaluation rows. Not in TRL.
+        max_eval_samples: Option<usize> = Text("null"), FROM_1, "rows";
+        /// Extra variables for the chat template, e.g. `{enable_thinking: false}`.
+        chat_template_kwargs: Map<String, Value> = Text("{}"), ANY, "";
+        /// A system message put in front of conversational prompts that have none. Not in TRL.
+        system_prompt: Option<String> = Text("null"), ANY, "";
+    }
+    "Length of the run and batches" for Both {
+        /// Passes over the training data; without effect when `max_steps` is set.
+        num_train_epochs: f64 = Text("3.0"), POSITIVE, "epochs";
+        /// Optimizer steps of the run; -1 leaves its length to `num_train_epochs`.
+        max_steps: MaxSteps = Text("-1"), ANY, "optimizer steps";
+        /// Sequences per rank and micro-step.
+        per_device_train_batch_size: usize = Text("8"), FROM_1, "sequences";
+        /// Sequences per rank and evaluation step.
+        per_device_eval_batch_size: usize = Text("8"), FROM_1, "sequences";
+        /// Micro-steps per optimizer step.
+        gradient_accumulation_steps: usize = Text("1"), FROM_1, "micro-steps";
+        /// Seed of every random stream.
+        seed: u64 = Text("42"), ANY, "";
+        /// Seed of the order of the data.
+        data_seed: Option<u64> = Derived("`seed`"), ANY, "";
+    }
+    "Optimizer and schedule" for Both {
+        /// Peak learning rate.
+        learning_rate: f64 = PerCommand { sft: "2.0e-5", grpo: "1.0e-6" }, FROM_0, "";
+        /// Course of the learning rate after the warm-up.
+        lr_scheduler_type: LrSchedulerType = Text("linear"), ANY, "";
+        /// Arguments of the schedule, by transformers' names, e.g. `{min_lr_rate: 0.1}` for `cosine_with_min_lr`.
+        lr_scheduler_kwargs: Map<String, Value> = Text("{}"), ANY, "";
+        /// Linear warm-up in optimizer steps; below 1, the share of all optimizer steps.
+        warmup_steps: f64 = Text("0"), FROM_0, "optimizer steps";
+        /// Linear warm-up as a share of all optimizer steps, rounded up. transformers 5 says it with a fraction in
+        /// `warmup_steps`.
+        warmup_ratio: Option<f64> = Text("null"), SHARE, "share of steps";
+        /// The optimizer: all three names mean the AdamW of this program.
+        optim: AdamW = Text("adamw_torch"), ANY, "";
+        /// Decoupled weight decay of AdamW; biases and norm weights have none.
+        weight_decay: f64 = Text("0.0"), FROM_0, "";
+        /// Decay of AdamW's first moment.
+        adam_beta1: f64 = Text("0.9"), SHARE.below_high(), "";
+        /// Decay of AdamW's second moment.
+        adam_beta2: f64 = Text("0.999"), SHARE.below_high(), "";
+        /// Added to the root of AdamW's second moment.
+        adam_epsilon: f64 = Text("1.0e-8"), POSITIVE, "";
+        /// Largest L2 norm of all gradients together; 0 switches clipping off.
+        max_grad_norm: f64 = Text("1.0"), FROM_0, "";
+    }
+    "Precision and device" for Both {
+        /// Compute in bfloat16 with float32 accumulation. TRL's default is true unless `fp16` is set; here it also
+        /// takes a device that has bfloat16 arithmetic, otherwise float32 is computed in.
+        bf16: Option<bool> = Derived("true on a GPU with bfloat16 (compute capability 8.0) unless `fp16`"), ANY, "";
+        /// Compute in float16 with float32 accumulation and dynamic loss scaling.
+        fp16: bool = Text("false"), ANY, "";
+        /// Recompute activations in the backward pass instead of keeping them: less memory, a third more compute.
+        /// `activation_checkpointing` is the same key.
+        gradient_checkpointing: bool = Text("true"), ANY, "";
+        /// Where to compute: `auto` takes a GPU if there is one and the build can use it. Not in TRL.
+        device: DeviceChoice = Text("auto"), ANY, "";
+        /// Compute on the CPU: the same as `device: cpu`.
+        use_cpu: bool = Text("false"), ANY, "";
+    }
+    "Output, logging, evaluation, saving" for Both {
+        /// Folder for everything the run leaves.
+        output_dir: PathBuf = Text("trainer_output"), ANY, "";
+        /// Allow an `output_dir` that already holds a run.
+        overwrite_output_dir: bool = Text("false"), ANY, "";
+        /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one.
+        resume_from_checkpoint: Resume = Text("false"), ANY, "";
+        /// Optimizer steps between two log lines.
+        logging_steps: usize = Text("10"), FROM_1, "optimizer steps";
+        /// Metric sinks besides `output_dir/metrics.jsonl`.
+        report_to: Sinks = Text("none"), ANY, "";
+        /// Hide progress bars.
+        disable_tqdm: bool = Text("false"), ANY, "";
+        /// When to evaluate.
+        eval_strategy: Recurrence = Text("no"), ANY, "";
+        /// Optimizer steps between two evaluations, for `eval_strategy: steps`.
+        eval_steps: Option<usize> = Derived("`logging_steps`"), FROM_1, "optimizer steps";
+        /// When to save a checkpoint; the end of the run is always saved.
+        save_strategy: Recurrence = Text("steps"), ANY, "";
+        /// Optimizer steps between two checkpoints, for `save_strategy: steps`.
+        save_steps: usize = Text("500"), FROM_1, "optimizer steps";
+        /// Keep at most this many checkpoints, the newest ones.
+        save_total_limit: Option<usize> = Text("null"), FROM_1, "checkpoints";
+    }
+    "Supervised fine-tuning" for Sft {
+        /// Column with plain text.
+        dataset_text_field: String = Text("text"), ANY, "";
+        /// Longest example; what is longer is cut at the end. null keeps every length.
+        max_length: Option<usize> = Text("1024"), FROM_2, "tokens";
+        /// Put several examples into one sequence of `max_length` tokens.
+        packing: bool = Text("false"), ANY, "";
+        /// How examples are packed: `bfd` fits whole examples and cuts what is too long, `bfd_split` splits what is too
+        /// long, `wrapped` cuts the stream of all tokens every `max_length` tokens.
+        packing_strategy: PackingStrategy = Text("bfd"), ANY, "";
+        /// As `packing`, for the evaluation split.
+        eval_packing: Option<bool> = Derived("`packing`"), ANY, "";
+        /// Train on the completion only; null does so for rows with `prompt` and `completion`.
+        completion_only_loss: Option<bool> = Text("null"), ANY, "";
+        /// Train on the assistant's turns only; needs rows with `messages`.
+        assistant_only_loss: bool = Text("false"), ANY, "";
+        /// `nll` is cross-entropy, `dft` weights it by the token's own probability (2508.05629), `chunked_nll` is
+        /// TRL's old name for `nll`.
+        sft_loss_type named "loss_type": SftLossType = Text("nll"), ANY, "";
+    }
+    "Groups and rollout" for Grpo {
+        /// Completions sampled per prompt: the group size.
+        num_generations: usize = Text("8"), FROM_2, "completions";
+        /// The same for evaluation.
+        num_generations_eval: Option<usize> = Derived("`num_generations`"), FROM_1, "completions";
+        /// Longest prompt; a longer one is an error that names its row, unless `truncate_prompts` is set. null takes
+        /// every length the model can hold. Removed from TRL, kept here.
+        max_prompt_length: Option<usize> = Text("null"), FROM_1, "tokens";
+        /// Cut longer prompts on the left instead of refusing them. Not in TRL.
+        truncate_prompts: bool = Text("false"), ANY, "";
+        /// Longest completion.
+        max_completion_length: usize = Text("512"), FROM_1, "tokens";
+        /// Micro-batches per rank that one generation batch is cut into.
+        steps_per_generation: Option<usize> = Derived("`gradient_accumulation_steps`"), FROM_1, "micro-batches";
+        /// Completions generated at once over all ranks; the other way to give `steps_per_generation`.
+        generation_batch_size: Option<usize> = Derived(
+            "`per_device_train_batch_size` x ranks x `steps_per_generation`"
+        ), FROM_2, "completions";
+        /// Optimizer passes over each generation batch (the paper's mu).
+        num_iterations: usize = Text("1"), FROM_1, "passes";
+        /// Shuffle the prompts before every epoch.
+        shuffle_dataset: bool = Text("true"), ANY, "";
+        /// Most sequences decoded at the same time; bounds the memory of the KV cache. Not in TRL.
+        max_num_seqs: usize = Text("64"), FROM_1, "sequences";
+        /// Show sample completions in the console at every log line; they are always in
+        /// `output_dir/completions.jsonl`.
+        log_completions: bool = Text("false"), ANY, "";
+        /// How many of them; null shows all.
+        num_completions_to_print: Option<usize> = Text("null"), FROM_1, "completions";
+    }
+    "Sampling" for Grpo {
+        /// Divides the logits, in sampling and in training.
+        temperature: f64 = Text("1.0"), POSITIVE, "";
+        /// Keep the smallest set of tokens with at least this probability; 1 is off.
+        top_p: f64 = Text("1.0"), SHARE.above_low(), "probability";
+        /// Keep the k largest logits; 0 is off.
+        top_k: usize = Text("0"), ANY, "tokens";
+        /// Keep tokens with at least this share of the largest probability; null is off.
+        min_p: Option<f64> = Text("null"), SHARE, "share";
+        /// Divides the positive logits of tokens seen before and multiplies the negative ones; 1 is off.
+        repetition_penalty: f64 = Text("1.0"), POSITIVE, "";
+        /// Strings that end a completion, besides the end-of-sequence token. Not in TRL.
+        stop_strings: Vec<String> = Text("[]"), ANY, "";
+    }
+    "Rewards" for Grpo {
+        /// Reward functions: built-ins by name, programs by command line; see "Reward functions" below.
+        reward_funcs: RewardList = Required, ANY, "";
+        /// One weight per reward function.
+        reward_weights: Option<Vec<f64>> = Derived("1 for each"), ANY, "";
+        /// How rewards are scaled into advantages: by the standard deviation of the `group`, of the whole generation
+        /// `batch`, or not at all (`none`, Dr. GRPO). true means `group`, false `none`.
+        scale_rewards: ScaleRewards = Text("group"), ANY, "";
+        /// How several rewards become one advantage: weighted sum, then normalised; or each normalised, then summed
+        /// (GDPO).
+        multi_objective_aggregation: RewardAggregation = Text("sum_then_normalize"), ANY, "";
+    }
+    "Policy loss" for Grpo {
+        /// Which policy loss.
+        grpo_loss_type named "loss_type": GrpoLossType = Text("dapo"), ANY, "";
+        /// Weight of the KL term against the reference policy; 0 does without a reference.
+        beta: f64 = Text("0.0"), FROM_0, "";
+        /// Multiply the KL estimate by the importance ratio (DeepSeek-V3.2's unbiased form).
+        use_bias_correction_kl: bool = Text("true"), ANY, "";
+        /// Lower clip range: ratios below 1 - epsilon are clipped.
+        epsilon: f64 = Text("0.2"), SHARE.above_low(), "";
+        /// Upper clip range: ratios above 1 + epsilon_high are clipped. For `cispo` it is the cap itself.
+        epsilon_high: Option<f64> = Derived("`epsilon`"), POSITIVE, "";
+        /// Bound of the ratio for negative advantages (two-sided clipping, INTELLECT-2).
+        delta: Option<f64> = Text("null"), POSITIVE, "";
+        /// One importance ratio per token, or one per sequence (GSPO, 2507.18071).
+        importance_sampling_level: ImportanceSamplingLevel = Text("token"), ANY, "";
+        /// Leave completions that ran into the length limit out of the loss.
+        mask_truncated_completions: bool = Text("false"), ANY, "";
+        /// Share of tokens, those of highest entropy, that the policy loss looks at; 1 is all.
+        top_entropy_quantile: f64 = Text("1.0"), SHARE.above_low(), "share of tokens";
+        /// Weight of the entropy bonus; 0 is off.
+        entropy_coef: f64 = Text("0.0"), FROM_0, "";
+        /// Drop sequences of negative advantage whose mean log-ratio exceeds this (DeepSeek-V3.2); null is off.
+        off_policy_mask_threshold: Option<f64> = Text("null"), POSITIVE, "nats per token";
+        /// Temperature of `sapo` for negative advantages.
+        sapo_temperature_neg: f64 = Text("1.05"), POSITIVE, "";
+        /// Temperature of `sapo` for positive advantages.
+        sapo_temperature_pos: f64 = Text("1.0"), POSITIVE, "";
+        /// Exponent of `vespo` for non-negative advantages.
+        vespo_k_pos: f64 = Text("2.0"), FROM_0, "";
+        /// Rate of `vespo` for non-negative advantages.
+        vespo_lambda_pos: f64 = Text("3.0"), FROM_0, "";
+        /// Exponent of `vespo` for negative advantages.
+        vespo_k_neg: f64 = Text("3.0"), FROM_0, "";
+        /// Rate of `vespo` for negative advantages.
+        vespo_lambda_neg: f64 = Text("2.0"), FROM_0, "";
+        /// Correct for the difference between the log-probabilities of rollout and trainer. In TRL it only acts with
+        /// `use_vllm: true`, so that is the default here too; written out it acts on the built-in rollout.
+        vllm_importance_sampling_correction: Option<bool> = Derived("true if `use_vllm` is true, else false"), ANY, "";
+        /// Which correction.
+        vllm_importance_sampling_mode: RolloutCorrectionMode = Text("sequence_mask"), ANY, "";
+        /// Upper bound of the correction's ratio.
+        vllm_importance_sampling_clip_max: f64 = Text("3.0"), POSITIVE, "";
+        /// Lower bound of the correction's ratio.
+        vllm_importance_sampling_clip_min: Option<f64> = Text("null"), FROM_0, "";
+    }
+    "Reference policy" for Grpo {
+        /// Move the reference policy towards the policy while training; needs `beta` above 0 and no adapter.
+        sync_ref_model: bool = Text("false"), ANY, "";
+        /// Share of the policy in the mixed reference.
+        ref_model_mixup_alpha: f64 = Text("0.6"), SHARE, "share";
+        /// Optimizer steps between two synchronisations of the reference.
+        ref_model_sync_steps: usize = Text("512"), FROM_1, "optimizer steps";
+    }
+}
+
+/// The key of that name for a command.
+pub(super) fn find(name: &str, command: Command) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name && key.commands.include(command))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_default_can_be_read_and_is_in_range() {
+        for command in [Command::Sft, Command::Grpo] {
+            let raw = RawConfig::new(command);
+            assert_eq!(
+                raw.learning_rate.value().to_bits(),
+                if command == Command::Sft { 2e-5f64 } else { 1e-6 }.to_bits()
+            );
+        }
+    }
+
+    #[test]
+    fn keys_are_unique_for_each_command_and_documented() {
+        for command in [Command::Sft, Command::Grpo] {
+            let mut names: Vec<_> =
+                KEYS.iter().filter(|key| key.commands.include(command)).map(|key| key.name).collect();
+            let count = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), count);
+        }
+        for key in KEYS {
+            assert!(key.doc.ends_with('.'), "{}: {:?}", key.name, key.doc);
+        }
+    }
+}

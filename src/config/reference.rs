@@ -1,0 +1,172 @@
+//! The reference page of every key, written from the tables that also read them.
+
+use std::fmt::Write as _;
+
+use super::field::{Command, Commands, DefaultValue, Key};
+use super::foreign::{FOREIGN_KEYS, ForeignKey, Rule};
+use super::keys::KEYS;
+
+/// Every key of both commands, in the order of the page.
+#[must_use]
+pub fn keys() -> &'static [Key] {
+    KEYS
+}
+
+/// The reference page as Markdown: the text of `docs/config.md`.
+#[must_use]
+pub fn reference() -> String {
+    let mut page = String::from(INTRODUCTION);
+    let mut group = "";
+    for key in KEYS {
+        if key.group != group {
+            group = key.group;
+            let commands = match key.commands {
+                Commands::Both => String::new(),
+                Commands::Sft => format!(" (`{}`)", Command::Sft),
+                Commands::Grpo => format!(" (`{}`)", Command::Grpo),
+            };
+            let _ = write!(
+                page,
+                "\n## {group}{commands}\n\n| key | takes | default | what it does |\n| --- | --- | --- | --- |\n"
+            );
+        }
+        let _ = writeln!(page, "| `{}` | {} | {} | {} |", key.name, takes(key), default(key.default), cell(key.doc));
+    }
+    page.push_str(REWARDS);
+    page.push_str(FOREIGN);
+    section(&mut page, "Other spellings", "Accepted; the key on the right is what they set.", "means", |key| match key
+        .rule
+    {
+        Rule::Alias(of) => Some(format!("`{of}`")),
+        _ => None,
+    });
+    section(&mut page, "Renamed keys", "An error that names the new key.", "write", |key| match key.rule {
+        Rule::Renamed(to) => Some(format!("`{to}`")),
+        _ => None,
+    });
+    section(
+        &mut page,
+        "Accepted without effect",
+        "A warning says so at the start of the run.",
+        "why it has no effect",
+        |key| match key.rule {
+            Rule::NoEffect(why) => Some(cell(why)),
+            _ => None,
+        },
+    );
+    let about = "An error, unless the key is null or has the value in brackets.";
+    section(&mut page, "Not supported", about, "what is missing, what to do", |key| match key.rule {
+        Rule::Lacking { off, why } => {
+            let off = off.first().filter(|off| !off.is_empty()).map_or(String::new(), |off| format!(" (`{off}`)"));
+            Some(format!("{}{off}", cell(why)))
+        }
+        _ => None,
+    });
+    page
+}
+
+fn section(page: &mut String, title: &str, about: &str, column: &str, cell: impl Fn(&ForeignKey) -> Option<String>) {
+    let _ = write!(page, "\n### {title}\n\n{about}\n\n| key | {column} |\n| --- | --- |\n");
+    for key in FOREIGN_KEYS {
+        if let Some(text) = cell(key) {
+            let _ = writeln!(page, "| `{}` | {text} |", key.name);
+        }
+    }
+}
+
+fn takes(key: &Key) -> String {
+    let mut text = key.kind.to_owned();
+    if !key.values.is_empty() {
+        let values: Vec<_> = key.values.iter().map(|value| format!("`{value}`")).collect();
+        let _ = write!(text, " {}", values.join(", "));
+    }
+    let range = key.range.to_string();
+    if !range.is_empty() {
+        let _ = write!(text, ", {range}");
+    }
+    if !key.unit.is_empty() {
+        let _ = write!(text, " ({})", key.unit);
+    }
+    cell(&text)
+}
+
+fn default(default: DefaultValue) -> String {
+    match default {
+        DefaultValue::Required => "**required**".into(),
+        DefaultValue::Text(text) => format!("`{text}`"),
+        DefaultValue::PerCommand { sft, grpo } => format!("`{sft}` (sft), `{grpo}` (grpo)"),
+        DefaultValue::Derived(text) => cell(text),
+    }
+}
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+const INTRODUCTION: &str = "\
+# Config reference
+
+<!-- Written by `config::reference()`; `UPDATE_DOCS=1 cargo test --release --test config` writes it anew. -->
+
+`trainer sft FILE` and `trainer grpo FILE` read one flat YAML file. Keys have the names, meanings and defaults of
+TRL 1.16 (`SFTConfig`, `GRPOConfig`, `ModelConfig`, `ScriptArguments`) and of transformers 5.23 (`TrainingArguments`);
+where a default differs, the key says so and why. Everything that is wrong with a file is reported at once, with its
+line; the exit code is then 2.
+
+- `--set key=value` replaces what the file says for a key; it can be given several times, the value is YAML, and of
+  two for one key the later one counts.
+- Numbers are read the same way whatever the YAML version: `1e-5` is a number. A number in quotes is a number where
+  one is wanted. A leading zero (`010`) is an error, since YAML 1.1 and 1.2 disagree about it.
+- `null` or an empty value means \"not given\" for keys whose default is `null` or worked out from others.
+- Paths are relative to the working directory.
+- `output_dir/config.resolved.yaml` holds every key with its value; the same command with that file gives the same run.
+";
+
+const REWARDS: &str = "
+## Reward functions
+
+`reward_funcs` is a list; each entry is one of
+
+```yaml
+reward_funcs:
+  - accuracy                                # a built-in, by name
+  - {kind: accuracy, PARAMETER: VALUE}      # a built-in with parameters
+  - command: python3 style.py --strict      # a program; quotes work as in a shell, no shell is run
+  - kind: command                           # the same with all its keys
+    name: style                             # in metrics: rewards/style/mean; default: the script's or program's name
+    command: [python3, style.py, --strict]
+    timeout_secs: 60                        # seconds one batch may take; default 60
+```
+
+Names must differ, since metrics are filed under them. Python functions (`rewards.py`, `my_lib.rewards.score`) are not
+imported: run them as a program that answers each line of samples with a line of scores, as
+`scripts/rewards/brevity.py` does.
+";
+
+const FOREIGN: &str = "
+## Keys of TRL and transformers that are not listed above
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_its_row() {
+        let page = reference();
+        for key in KEYS {
+            assert!(page.contains(&format!("\n| `{}` | ", key.name)), "{}", key.name);
+        }
+        for key in FOREIGN_KEYS {
+            assert!(page.contains(&format!("\n| `{}` | ", key.name)), "{}", key.name);
+        }
+    }
+
+    #[test]
+    fn rows_have_four_cells() {
+        for line in reference().lines().filter(|line| line.starts_with("| `")) {
+            let bars = line.replace("\\|", "").matches('|').count();
+            assert!(bars == 5 || bars == 3, "{line}");
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! Settings back to the YAML text that gives them: `output_dir/config.resolved.yaml`.
+//!
+//! Every key of the command is spelled out, in the order of the table. The settings are taken apart field by field, so
+//! a field added to them does not compile until it is written here. Feeding the text back gives equal settings.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::field::Command;
+use super::keys::KEYS;
+use super::settings::{
+    DataSettings, DeviceChoice, GrpoSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings, Precision,
+    Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
+    SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
+};
+use super::value::{as_bool, as_float};
+
+/// Key to YAML text.
+type Texts = BTreeMap<&'static str, String>;
+
+/// The text for the settings of `trainer sft`, below `header` (lines of comment without their `#`).
+#[must_use]
+pub fn sft_yaml(settings: &SftSettings, header: &[String]) -> String {
+    let SftSettings {
+        model,
+        data,
+        training,
+        max_length,
+        packing,
+        packing_strategy,
+        eval_packing,
+        completion_only_loss,
+        assistant_only_loss,
+        loss_type,
+    } = settings;
+    let mut texts = Texts::new();
+    write_model(model, &mut texts);
+    write_data(data, Command::Sft, &mut texts);
+    write_training(training, &mut texts);
+    texts.extend([
+        ("max_length", optional(*max_length)),
+        ("packing", packing.to_string()),
+        ("packing_strategy", packing_strategy.to_string()),
+        ("eval_packing", eval_packing.to_string()),
+        ("completion_only_loss", optional(*completion_only_loss)),
+        ("assistant_only_loss", assistant_only_loss.to_string()),
+        ("loss_type", loss_type.to_string()),
+    ]);
+    document(Command::Sft, header, &texts)
+}
+
+/// The text for the settings of `trainer grpo`, below `header` (lines of comment without their `#`).
+#[must_use]
+pub fn grpo_yaml(settings: &GrpoSettings, header: &[String]) -> String {
+    let GrpoSettings {
+        model,
+        data,
+        training,
+        num_generations,
+        num_generations_eval,
+        max_prompt_length,
+        truncate_prompts,
+        max_completion_length,
+        sampling,
+        reward_funcs,
+        reward_weights,
+        scale_rewards,
+        multi_objective_aggregation,
+        loss_type,
+        beta,
+        use_bias_correction_kl,
+        epsilon,
+        epsilon_high,
+        delta,
+        importance_sampling_level,
+        num_iterations,
+        steps_per_generation,
+        generation_batch_size,
+        mask_truncated_completions,
+        top_entropy_quantile,
+        entropy_coef,
+        off_policy_mask_threshold,
+        sapo_temperature_neg,
+        sapo_temperature_pos,
+        vespo,
+        rollout_importance_sampling,
+        sync_ref_model,
+        ref_model_mixup_alpha,
+        ref_model_sync_steps,
+        shuffle_dataset,
+        log_completions,
+        num_completions_to_print,
+        max_num_seqs,
+    } = settings;
+    let mut texts = Texts::new();
+    write_model(model, &mut texts);
+    write_data(data, Command::Grpo, &mut texts);
+    write_training(training, &mut texts);
+    write_sampling(sampling, &mut texts);
+    write_vespo(vespo, &mut texts);
+    write_correction(rollout_importance_sampling.as_ref(), &mut texts);
+    texts.extend([
+        ("num_generations", num_generations.to_string()),
+        ("num_generations_eval", num_generations_eval.to_string()),
+        ("max_prompt_length", optional(*max_prompt_length)),
+        ("truncate_prompts", truncate_prompts.to_string()),
+        ("max_completion_length", max_completion_length.to_string()),
+        ("reward_funcs", rewards(reward_funcs)),
+        (
+            "reward_weights",
+            format!("[{}]", reward_weights.iter().map(|weight| float(*weight)).collect::<Vec<_>>().join(", ")),
+        ),
+        ("scale_rewards", scale_rewards.to_string()),
+        ("multi_objective_aggregation", multi_objective_aggregation.to_string()),
+        ("loss_type", loss_type.to_string()),
+        ("beta", float(*beta)),
+        ("use_bias_correction_kl", use_bias_correction_kl.to_string()),
+        ("epsilon", float(*epsilon)),
+        ("epsilon_high", float(*epsilon_high)),
+        ("delta", optional_float(*delta)),
+        ("importance_sampling_level", importance_sampling_level.to_string()),
+        ("num_iterations", num_iterations.to_string()),
+        ("steps_per_generation", steps_per_generation.to_string()),
+        // The two exclude each other in a file.
+        ("generation_batch_size", format!("null  # {generation_batch_size} from steps_per_generation")),
+        ("mask_truncated_completions", mask_truncated_completions.to_string()),
+        ("top_entropy_quantile", float(*top_entropy_quantile)),
+        ("entropy_coef", float(*entropy_coef)),
+        ("off_policy_mask_threshold", optional_float(*off_policy_mask_threshold)),
+        ("sapo_temperature_neg", float(*sapo_temperature_neg)),
+        ("sapo_temperature_pos", float(*sapo_temperature_pos)),
+        ("sync_ref_model", sync_ref_model.to_string()),
+        ("ref_model_mixup_alpha", float(*ref_model_mixup_alpha)),
+        ("ref_model_sync_steps", ref_model_sync_steps.to_string()),
+        ("shuffle_dataset", shuffle_dataset.to_string()),
+        ("log_completions", log_completions.to_string()),
+        ("num_completions_to_print", optional(*num_completions_to_print)),
+        ("max_num_seqs", max_num_seqs.to_string()),
+    ]);
+    document(Command::Grpo, header, &texts)
+}
+
+fn document(command: Command, header: &[String], texts: &Texts) -> String {
+    let mut text: String = header.iter().map(|line| format!("# {line}\n")).collect();
+    let mut group = "";
+    for key in KEYS.iter().filter(|key| key.commands.include(command)) {
+        if key.group != group {
+            group = key.group;
+            let _ = write!(text, "\n# {group}\n");
+        }
+        // Every key has a text: the test `every_key_is_written` holds the two lists together.
+        let value = texts.get(key.name).map_or("null", String::as_str);
+        let separator = if value.starts_with('\n') { "" } else { " " };
+        let _ = writeln!(text, "{}:{separator}{value}", key.name);
+    }
+    text
+}
+
+fn write_model(model: &ModelSettings, texts: &mut Texts) {
+    let ModelSettings {
+        model_name_or_path,
+        model_revision,
+        tokenizer_name_or_path,
+        chat_template_path,
+        init_random,
+        dtype,
+        quantization,
+        lora,
+        adapter_name_or_path,
+    } = model;
+    // What a switched-off group would be has no trace in the settings: the defaults stand for it.
+    let Quantization { quant_type, double_quant } =
+        quantization.unwrap_or(Quantization { quant_type: QuantType::Nf4, double_quant: false });
+    let plain = LoraSettings {
+        r: 16,
+        alpha: 32.0,
+        dropout: 0.05,
+        target_modules: vec![Projection::QProj, Projection::VProj],
+        use_rslora: false,
+    };
+    let LoraSettings { r, alpha, dropout, target_modules, use_rslora } = lora.as_ref().unwrap_or(&plain);
+    let names: Vec<_> = target_modules.iter().map(|projection| projection.name()).collect();
+    texts.extend([
+        ("model_name_or_path", string(model_name_or_path)),
+        ("model_revision", string(model_revision)),
+        ("tokenizer_name_or_path", optional_string(tokenizer_name_or_path.as_deref())),
+        ("chat_template_path", optional_path(chat_template_path.as_deref())),
+        ("init_random", init_random.to_string()),
+        ("dtype", dtype.to_string()),
+        ("load_in_4bit", quantization.is_some().to_string()),
+        ("bnb_4bit_quant_type", quant_type.to_string()),
+        ("use_bnb_nested_quant", double_quant.to_string()),
+        ("use_peft", lora.is_some().to_string()),
+        ("lora_r", r.to_string()),
+        ("lora_alpha", float(*alpha)),
+        ("lora_dropout", float(*dropout)),
+        ("lora_target_modules", format!("[{}]", names.join(", "))),
+        ("use_rslora", use_rslora.to_string()),
+        ("adapter_name_or_path", optional_path(adapter_name_or_path.as_deref())),
+    ]);
+}
+
+fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
+    let DataSettings {
+        dataset_name,
+        dataset_config,
+        dataset_revision,
+        dataset_train_split,
+        dataset_test_split,
+        dataset_text_field,
+        eval_fraction,
+        max_train_samples,
+        max_eval_samples,
+        chat_template_kwargs,
+        system_prompt,
+    } = data;
+    if command == Command::Sft {
+        texts.insert("dataset_text_field", string(dataset_text_field));
+    }
+    texts.extend([
+        ("dataset_name", string(dataset_name)),
+        ("dataset_config", optional_string(dataset_config.as_deref())),
+        ("dataset_revision", string(dataset_revision)),
+        ("dataset_train_split", string(dataset_train_split)),
+        ("dataset_test_split", string(dataset_test_split)),
+        ("eval_fraction", optional_float(*eval_fraction)),
+        ("max_train_samples", optional(*max_train_samples)),
+        ("max_eval_samples", optional(*max_eval_samples)),
+        ("chat_template_kwargs", map(chat_template_kwargs)),
+        ("system_prompt", optional_string(system_prompt.as_deref())),
+    ]);
+}
+
+fn write_training(training: &TrainingSettings, texts: &mut Texts) {
+    let TrainingSettings {
+        output_dir,
+        resume_from_checkpoint,
+        overwrite_output_dir,
+        seed,
+        data_seed,
+        device,
+        precision,
+        per_device_train_batch_size,
+        per_device_eval_batch_size,
+        gradient_accumulation_steps,
+        num_train_epochs,
+        max_steps,
+        gradient_checkpointing,
+        learning_rate,
+        lr_scheduler_type,
+        lr_scheduler_kwargs,
+        warmup,
+        optimizer: OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon },
+        max_grad_norm,
+        logging_steps,
+        eval_strategy,
+        save_strategy,
+        save_total_limit,
+        report_to,
+        disable_tqdm,
+    } = training;
+    let resume = match resume_from_checkpoint {
+        Resume::No => "false".into(),
+        Resume::Latest => "true".into(),
+        Resume::Path(path) => string(&path.to_string_lossy()),
+    };
+    let device_text = match device {
+        DeviceChoice::Auto => "auto".into(),
+        DeviceChoice::Cpu => "cpu".into(),
+        DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+    };
+    let (warmup_steps, warmup_ratio) = match warmup {
+        Warmup::Steps(steps) => (steps.to_string(), "null".into()),
+        Warmup::Ratio(ratio) => ("0".into(), float(*ratio)),
+    };
+    let (eval_word, eval_steps) = interval(*eval_strategy, "null");
+    let (save_word, save_steps) = interval(*save_strategy, "500");
+    let sinks: Vec<_> = report_to.iter().map(|sink| sink.as_str()).collect();
+    texts.extend([
+        ("output_dir", string(&output_dir.to_string_lossy())),
+        ("resume_from_checkpoint", resume),
+        ("overwrite_output_dir", overwrite_output_dir.to_string()),
+        ("seed", seed.to_string()),
+        ("data_seed", data_seed.to_string()),
+        ("device", device_text),
+        ("use_cpu", "false".into()),
+        ("bf16", (*precision == Precision::Bf16).to_string()),
+        ("fp16", (*precision == Precision::Fp16).to_string()),
+        ("per_device_train_batch_size", per_device_train_batch_size.to_string()),
+        ("per_device_eval_batch_size", per_device_eval_batch_size.to_string()),
+        ("gradient_accumulation_steps", gradient_accumulation_steps.to_string()),
+        ("num_train_epochs", float(*num_train_epochs)),
+        ("max_steps", max_steps.map_or_else(|| "-1".into(), |steps| steps.to_string())),
+        ("gradient_checkpointing", gradient_checkpointing.to_string()),
+        ("learning_rate", float(*learning_rate)),
+        ("lr_scheduler_type", lr_scheduler_type.to_string()),
+        ("lr_scheduler_kwargs", map(lr_scheduler_kwargs)),
+        ("warmup_steps", warmup_steps),
+        ("warmup_ratio", warmup_ratio),
+        ("optim", "adamw_torch".into()),
+        ("weight_decay", float(*weight_decay)),
+        ("adam_beta1", float(*adam_beta1)),
+        ("adam_beta2", float(*adam_beta2)),
+        ("adam_epsilon", float(*adam_epsilon)),
+        ("max_grad_norm", float(*max_grad_norm)),
+        ("logging_steps", logging_steps.to_string()),
+        ("eval_strategy", eval_word.into()),
+        ("eval_steps", eval_steps),
+        ("save_strategy", save_word.into()),
+        ("save_steps", save_steps),
+        ("save_total_limit", optional(*save_total_limit)),
+        ("report_to", if sinks.is_empty() { "none".into() } else { format!("[{}]", sinks.join(", ")) }),
+        ("disable_tqdm", disable_tqdm.to_string()),
+    ]);
+}
+
+fn write_sampling(sampling: &SamplingSettings, texts: &mut Texts) {
+    let SamplingSettings { repetition_penalty, temperature, top_k, top_p, min_p, stop_strings } = sampling;
+    let stops: Vec<_> = stop_strings.iter().map(|stop| quoted(stop)).collect();
+    texts.extend([
+        ("repetition_penalty", float(*repetition_penalty)),
+        ("temperature", float(*temperature)),
+        ("top_k", top_k.to_string()),
+        ("top_p", float(*top_p)),
+        ("min_p", float(*min_p)),
+        ("stop_strings", format!("[{}]", stops.join(", "))),
+    ]);
+}
+
+fn write_vespo(vespo: &VespoSettings, texts: &mut Texts) {
+    let VespoSettings { k_pos, lambda_pos, k_neg, lambda_neg } = vespo;
+    texts.extend([
+        ("vespo_k_pos", float(*k_pos)),
+        ("vespo_lambda_pos", float(*lambda_pos)),
+        ("vespo_k_neg", float(*k_neg)),
+        ("vespo_lambda_neg", float(*lambda_neg)),
+    ]);
+}
+
+fn write_correction(correction: Option<&RolloutCorrection>, texts: &mut Texts) {
+    let off = RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: 3.0, clip_min: None };
+    let RolloutCorrection { mode, clip_max, clip_min } = correction.unwrap_or(&off);
+    texts.extend([
+        ("vllm_importance_sampling_correction", correction.is_some().to_string()),
+        ("vllm_importance_sampling_mode", mode.to_string()),
+        ("vllm_importance_sampling_clip_max", float(*clip_max)),
+        ("vllm_importance_sampling_clip_min", optional_float(*clip_min)),
+    ]);
+}
+
+fn rewards(specs: &[RewardSpec]) -> String {
+    let mut text = String::new();
+    for spec in specs {
+        match spec {
+            RewardSpec::Builtin { name, parameters } if parameters.is_empty() => {
+                let _ = write!(text, "\n  - {}", string(name));
+            }
+            RewardSpec::Builtin { name, parameters } => {
+                let _ = write!(text, "\n  - {{kind: {}, {}}}", string(name), entries(parameters));
+            }
+            RewardSpec::Command { name, command, timeout_secs } => {
+                let words: Vec<_> = command.iter().map(|word| quoted(word)).collect();
+                let _ = write!(
+                    text,
+                    "\n  - {{kind: command, name: {}, command: [{}], timeout_secs: {}}}",
+                    quoted(name),
+                    words.join(", "),
+                    float(*timeout_secs),
+                );
+            }
+        }
+    }
+    text
+}
+
+fn interval(interval: Interval, idle_steps: &str) -> (&'static str, String) {
+    match interval {
+        Interval::No => ("\"no\"", idle_steps.into()),
+        Interval::Steps(steps) => ("steps", steps.to_string()),
+        Interval::Epoch => ("epoch", idle_steps.into()),
+    }
+}
+
+fn optional<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(|| "null".into(), |value| value.to_string())
+}
+
+fn optional_float(value: Option<f64>) -> String {
+    value.map_or_else(|| "null".into(), float)
+}
+
+fn optional_string(value: Option<&str>) -> String {
+    value.map_or_else(|| "null".into(), string)
+}
+
+fn optional_path(value: Option<&Path>) -> String {
+    value.map_or_else(|| "null".into(), |path| string(&path.to_string_lossy()))
+}
+
+/// The shortest text that reads back as the same number, with the point that YAML 1.1 wants: `1.0e-6`.
+fn float(value: f64) -> String {
+    let text = format!("{value:?}");
+    match text.split_once('e') {
+        Some((digits, exponent)) => {
+            let point = if digits.contains('.') { "" } else { ".0" };
+            let sign = if exponent.starts_with('-') { "" } else { "+" };
+            format!("{digits}{point}e{sign}{exponent}")
+        }
+        None => text,
+    }
+}
+
+/// Plain where that is safe in YAML 1.1 and 1.2, else in quotes.
+fn string(text: &str) -> String {
+    let is_word = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c));
+    let starts_well = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/');
+    let lower = text.to_lowercase();
+    let is_special = as_bool(text).is_some()
+        || as_float(text).is_some()
+        || ["null", "y", "n", "yes", "no", "true", "false", "on", "off"].contains(&lower.as_str());
+    if is_word && starts_well && !is_special { text.to_owned() } else { quoted(text) }
+}
+
+/// In double quotes, with everything escaped that YAML might not take as it is.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len() + 2);
+    quoted.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => quoted.push_str("\\\""),
+            '\\' => quoted.push_str("\\\\"),
+            '\n' => quoted.push_str("\\n"),
+            '\t' => quoted.push_str("\\t"),
+            ' '..='~' => quoted.push(c),
+            _ if c.is_alphanumeric() => quoted.push(c),
+            _ if u32::from(c) <= 0xFFFF => {
+                let _ = write!(quoted, "\\u{:04X}", u32::from(c));
+            }
+            _ => {
+                let _ = write!(quoted, "\\U{:08X}", u32::from(c));
+            }
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+fn map(map: &serde_json::Map<String, Value>) -> String {
+    format!("{{{}}}", entries(map))
+}
+
+fn entries(map: &serde_json::Map<String, Value>) -> String {
+    map.iter().map(|(key, value)| format!("{}: {}", quoted(key), json(value))).collect::<Vec<_>>().join(", ")
+}
+
+fn json(value: &Value) -> String {
+    match value {
+        Value::Null => "null".into(),
+        Value::Bool(value) => value.to_string(),
+        Value::Number(number) if number.is_f64() => float(number.as_f64().unwrap_or_default()),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) => quoted(text),
+        Value::Array(items) => format!("[{}]", items.iter().map(json).collect::<Vec<_>>().join(", ")),
+        Value::Object(entries) => map(entries),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_words_read_the_same_in_every_yaml() {
+        for (value, text) in [(1e-6, "1.0e-6"), (2.5e-7, "2.5e-7"), (1e300, "1.0e+300"), (0.05, "0.05"), (32.0, "32.0")]
+        {
+            assert_eq!(float(value), text);
+        }
+        for (value, text) in [
+            ("data/tiny-qwen", "data/tiny-qwen"),
+            ("main", "main"),
+            ("no", "\"no\""),
+            ("1e5", "\"1e5\""),
+            ("a b", "\"a b\""),
+            ("null", "\"null\""),
+            ("Yes", "\"Yes\""),
+            ("é\u{7}\u{1F600}", "\"é\\u0007\\U0001F600\""),
+        ] {
+            assert_eq!(string(value), text);
+        }
+    }
+}

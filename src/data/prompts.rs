@@ -1,0 +1,187 @@
+//! Prompts for sampling: rows to rendered, tokenised prompts.
+//!
+//! As TRL's `GRPOTrainer`: conversations go through the chat template with the header of the next assistant turn; plain
+//! prompts are tokenised as they are. All other columns travel along for the reward functions.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+use super::Error;
+use super::conversation::{Layout, Renderer, Shape, text, turns};
+use super::rows::{Dataset, Row};
+use super::sft::{no_template, require_no_system_prompt};
+use super::template::ChatTemplate;
+use super::tokenizer::Tokenizer;
+use crate::config::settings::GrpoSettings;
+
+/// One prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptExample {
+    /// Row of the data set.
+    pub index: usize,
+    /// The prompt as the row has it: a string or a list of messages.
+    pub prompt: Value,
+    /// The text the model sees.
+    pub prompt_text: String,
+    /// Its tokens, at least one.
+    pub prompt_ids: Vec<u32>,
+    /// The whole row, for reward functions.
+    pub row: Row,
+}
+
+/// How rows become prompts.
+#[derive(Clone, Debug, Default)]
+pub struct PromptOptions {
+    /// System message for conversations that have none.
+    pub system_prompt: Option<String>,
+    /// Variables for the chat template; a row's own `chat_template_kwargs` come on top.
+    pub chat_template_kwargs: Map<String, Value>,
+    /// Longest prompt in tokens.
+    pub max_prompt_length: Option<usize>,
+    /// Cut longer prompts on the left instead of refusing them.
+    pub truncate_prompts: bool,
+}
+
+impl PromptOptions {
+    /// The options of a run's settings.
+    pub fn from_settings(settings: &GrpoSettings) -> Self {
+        Self {
+            system_prompt: settings.data.system_prompt.clone(),
+            chat_template_kwargs: settings.data.chat_template_kwargs.clone(),
+            max_prompt_length: settings.max_prompt_length,
+            truncate_prompts: settings.truncate_prompts,
+        }
+    }
+}
+
+/// Turns rows into prompts, on all cores. `progress` gets the number of rows done so far.
+///
+/// # Errors
+/// If there is no `prompt` column, a row is broken, or a prompt is empty or too long.
+pub fn prepare_prompts(
+    dataset: &Dataset,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    options: &PromptOptions,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<Vec<PromptExample>, Error> {
+    let layout = Layout::of_prompts(dataset)?;
+    require_no_system_prompt(layout.is_conversational(), options.system_prompt.as_deref())?;
+    let renderer = template.map(|template| Renderer {
+        template,
+        system_prompt: options.system_prompt.as_deref(),
+        variables: &options.chat_template_kwargs,
+    });
+    let done = AtomicUsize::new(0);
+    let prepare = |(index, row): (usize, &Row)| {
+        let place = || dataset.place(index);
+        let (prompt_text, prompt_ids) = if layout == Layout::Prompt(Shape::Plain) {
+            let prompt = text(row, "prompt", &place)?;
+            (prompt.to_string(), tokenizer.encode_document(prompt)?)
+        } else {
+            let renderer = renderer.as_ref().ok_or_else(no_template)?;
+            let prompt_text = renderer.render(turns(row, "prompt", &place)?, row, true, &place)?.text;
+            let prompt_ids = tokenizer.encode(&prompt_text)?;
+            (prompt_text, prompt_ids)
+        };
+        if prompt_ids.is_empty() {
+            return Err(Error::Row {
+                place: place(),
+                problem: "the prompt is empty; expected at least one token".into(),
+            });
+        }
+        progress(done.fetch_add(1, Ordering::Relaxed) + 1);
+        let prompt = row.get("prompt").cloned().unwrap_or_default();
+        Ok(PromptExample { index, prompt, prompt_text, prompt_ids, row: row.clone() })
+    };
+    let prepared: Vec<Result<PromptExample, Error>> = dataset.rows().par_iter().enumerate().map(prepare).collect();
+    let mut prompts = prepared.into_iter().collect::<Result<Vec<_>, _>>()?;
+    if let Some(limit) = options.max_prompt_length {
+        limit_lengths(&mut prompts, limit, dataset, tokenizer, options.truncate_prompts)?;
+    }
+    Ok(prompts)
+}
+
+fn limit_lengths(
+    prompts: &mut [PromptExample],
+    limit: usize,
+    dataset: &Dataset,
+    tokenizer: &Tokenizer,
+    truncate: bool,
+) -> Result<(), Error> {
+    let is_long = |prompt: &PromptExample| prompt.prompt_ids.len() > limit;
+    let others = prompts.iter().filter(|prompt| is_long(prompt)).count().saturating_sub(1);
+    for prompt in prompts.iter_mut().filter(|prompt| is_long(prompt)) {
+        let tokens = prompt.prompt_ids.len();
+        if !truncate {
+            return Err(Error::PromptTooLong { place: dataset.place(prompt.index), tokens, limit, others });
+        }
+        prompt.prompt_ids.drain(..tokens - limit);
+        prompt.prompt_text = tokenizer.decode(&prompt.prompt_ids, false)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::fixture::tokenizer;
+    use super::*;
+    use crate::data::SpecialTokens;
+    use serde_json::json;
+
+    const CHAT: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ extra }}";
+
+    fn prepare(values: &[Value], options: &PromptOptions) -> Result<Vec<PromptExample>, Error> {
+        let rows = values.iter().map(|v| v.as_object().unwrap().clone()).collect();
+        let template = ChatTemplate::new(CHAT, &SpecialTokens::default()).unwrap();
+        prepare_prompts(&Dataset::from_rows("memory", rows), &tokenizer(), Some(&template), options, &|_| {})
+    }
+
+    #[test]
+    fn conversations_end_with_the_assistant_s_header_and_carry_their_row() {
+        let turns = json!([{"role": "user", "content": "2+2"}]);
+        let row = json!({"prompt": turns, "answer": "4", "chat_template_kwargs": {"extra": "!"}});
+        let options = PromptOptions { system_prompt: Some("S".into()), ..PromptOptions::default() };
+        let found = prepare(std::slice::from_ref(&row), &options).unwrap().remove(0);
+        let text = "<|im_start|>system\nS<|im_end|><|im_start|>user\n2+2<|im_end|><|im_start|>assistant\n!";
+        assert_eq!((found.index, found.prompt_text.as_str()), (0, text));
+        assert_eq!(found.prompt_ids, tokenizer().encode(text).unwrap());
+        assert_eq!((found.prompt, found.row["answer"].as_str()), (turns, Some("4")));
+    }
+
+    #[test]
+    fn plain_prompts_are_taken_as_they_are() {
+        let found = prepare(&[json!({"prompt": "the x"}), json!({"prompt": "y"})], &PromptOptions::default()).unwrap();
+        assert_eq!(found[0].prompt_text, "the x");
+        assert_eq!(tokenizer().decode(&found[1].prompt_ids, false).unwrap(), "y");
+        let options = PromptOptions { system_prompt: Some("S".into()), ..PromptOptions::default() };
+        assert!(prepare(&[json!({"prompt": "x"})], &options).unwrap_err().to_string().contains("`system_prompt`"));
+    }
+
+    #[test]
+    fn a_long_prompt_is_refused_by_name_or_cut_on_the_left() {
+        let values = [json!({"prompt": "ab"}), json!({"prompt": "abcdef"}), json!({"prompt": "ghijk"})];
+        let mut options = PromptOptions { max_prompt_length: Some(4), ..PromptOptions::default() };
+        let text = prepare(&values, &options).unwrap_err().to_string();
+        assert!(
+            text.starts_with("row 1 (`memory`, row 2): the prompt has 6 tokens, the limit (`max_prompt_length`) is 4 (and 1 other prompt is too long)"),
+            "{text}"
+        );
+        options.truncate_prompts = true;
+        let texts: Vec<String> = prepare(&values, &options).unwrap().into_iter().map(|p| p.prompt_text).collect();
+        assert_eq!(texts, ["ab", "cdef", "hijk"]);
+    }
+
+    #[test]
+    fn missing_empty_and_mixed_prompts_are_errors() {
+        let message = |values: &[Value]| prepare(values, &PromptOptions::default()).unwrap_err().to_string();
+        assert!(message(&[json!({"question": "x", "answer": "y"})]).contains("rename `question` to `prompt`"));
+        assert!(message(&[json!({"prompt": "x"}), json!({"prompt": ""})]).contains("row 2): the prompt is empty"));
+        let text = message(&[json!({"prompt": "x"}), json!({"prompt": []})]);
+        assert!(text.contains("row 2): `prompt` is an array, expected a string"), "{text}");
+        let text = message(&[json!({"prompt": [{"role": "user", "content": "x"}]}), json!({"prompt": "y"})]);
+        assert!(text.contains("`prompt` is a string, expected a list of messages"), "{text}");
+    }
+}

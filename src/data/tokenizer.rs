@@ -1,0 +1,656 @@
+//! Text to tokens and back.
+//!
+//! [`Tokenizer`] wraps the `tokenizers` crate, made from a folder with `tokenizer.json` or from the metadata of a GGUF
+//! file, and knows the special tokens of the model: which tokens end a sequence, which one pads, which strings the chat
+//! template sees. Data preparation, the rollout and `generate` call it. Invariant: `encode` adds no token of its own;
+//! special tokens written out in the text are parsed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+use tokenizers::decoders::DecoderWrapper;
+
+use super::Error;
+use super::gguf_tokenizer::GgufTokenizer;
+
+/// A tokenizer with the model's special tokens.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Bytes of each token where the tokenizer is byte-level.
+    token_bytes: Option<TokenBytes>,
+    special: SpecialTokens,
+    /// `tokenizer_config.json`, kept for saving.
+    config: Map<String, Value>,
+    /// Small files beside it (`special_tokens_map.json`, ...), kept for saving.
+    companions: BTreeMap<String, String>,
+}
+
+/// Ids and strings of the special tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Tokens that end a sequence; the first is the one appended to training text.
+    pub eos: Vec<u32>,
+    /// Padding token.
+    pub pad: Option<u32>,
+    /// Beginning-of-sequence token; never added by [`Tokenizer::encode`].
+    pub bos: Option<u32>,
+    /// Strings by the names that chat templates use: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+    pub strings: BTreeMap<String, String>,
+}
+
+/// A text's tokens with the characters they come from.
+#[derive(Clone, Debug)]
+pub struct OffsetEncoding {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each token its first character and the one after its last, counted in characters.
+    pub chars: Vec<(usize, usize)>,
+}
+
+/// Bytes of all tokens, one after another.
+#[derive(Debug)]
+struct TokenBytes {
+    bytes: Vec<u8>,
+    /// Token `i` has the bytes `starts[i]..starts[i + 1]`.
+    starts: Vec<u32>,
+    is_special: Vec<bool>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` and, where they are there, `tokenizer_config.json`, `special_tokens_map.json`,
+    /// `generation_config.json` and `config.json` of a model folder.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing or broken, or one of the others is not JSON.
+    pub fn from_folder(folder: &Path) -> Result<Self, Error> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::Tokenizer {
+                what: format!("`{}`", path.display()),
+                problem: "no such file; give `tokenizer_name_or_path`, a model folder that has one, or a GGUF file"
+                    .into(),
+            });
+        }
+        let bytes = crate::fs::map(&path)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&*bytes)
+            .map_err(|e| Error::Tokenizer { what: format!("`{}`", path.display()), problem: e.to_string() })?;
+        let config = read_object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let special_map = read_object(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
+        let mut strings = BTreeMap::new();
+        for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
+            if let Some(text) = config.get(name).or_else(|| special_map.get(name)).and_then(token_text) {
+                strings.insert(name.to_string(), text.to_string());
+            }
+        }
+        let id_of = |name: &str| strings.get(name).and_then(|text| inner.token_to_id(text));
+        let mut eos: Vec<u32> = id_of("eos_token").into_iter().collect();
+        let generation = read_object(&folder.join("generation_config.json"))?;
+        let model = read_object(&folder.join("config.json"))?;
+        let listed = [&generation, &model].into_iter().flatten().find_map(|c| c.get("eos_token_id").map(ids_in));
+        for id in listed.unwrap_or_default() {
+            if !eos.contains(&id) {
+                eos.push(id);
+            }
+        }
+        let special = SpecialTokens { pad: id_of("pad_token"), bos: id_of("bos_token"), eos, strings };
+        let mut companions = BTreeMap::new();
+        for name in ["special_tokens_map.json", "added_tokens.json"] {
+            let path = folder.join(name);
+            if path.is_file() {
+                let text = std::fs::read_to_string(&path).map_err(crate::fs::io_error("read", &path))?;
+                companions.insert(name.to_string(), text);
+            }
+        }
+        Self::new(inner, special, config, companions)
+    }
+
+    /// Builds the tokenizer that a GGUF file describes.
+    ///
+    /// # Errors
+    /// If the metadata has no tokenizer, or one of a kind that Qwen models do not use.
+    pub fn from_gguf(content: &candle_core::quantized::gguf_file::Content) -> Result<Self, Error> {
+        Self::from_gguf_parts(&GgufTokenizer::read(content)?)
+    }
+
+    /// As [`Tokenizer::from_gguf`], from parts already read.
+    ///
+    /// # Errors
+    /// If a merge or an id does not fit the vocabulary.
+    pub fn from_gguf_parts(parts: &GgufTokenizer) -> Result<Self, Error> {
+        let inner = parts.build()?;
+        let mut strings = BTreeMap::new();
+        for (name, id) in [("bos_token", parts.bos), ("eos_token", parts.eos), ("pad_token", parts.pad)] {
+            if let Some(text) = id.and_then(|id| parts.tokens.get(id as usize)) {
+                strings.insert(name.to_string(), text.clone());
+            }
+        }
+        let special = SpecialTokens { eos: parts.end_tokens(), pad: parts.pad, bos: parts.bos, strings };
+        let mut config = Map::new();
+        for (name, text) in &special.strings {
+            config.insert(name.clone(), json!(text));
+        }
+        config.insert("add_bos_token".into(), json!(false));
+        config.insert("clean_up_tokenization_spaces".into(), json!(false));
+        // The class that takes tokenizer.json as it is; Qwen2's own class would add a normaliser.
+        config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
+        if let Some(length) = parts.context_length {
+            config.insert("model_max_length".into(), json!(length));
+        }
+        if let Some(template) = &parts.chat_template {
+            config.insert("chat_template".into(), json!(template));
+        }
+        Self::new(inner, special, config, BTreeMap::new())
+    }
+
+    /// Wraps a tokenizer made elsewhere.
+    ///
+    /// # Errors
+    /// If it cannot drop its own truncation and padding.
+    pub fn new(
+        mut inner: tokenizers::Tokenizer,
+        special: SpecialTokens,
+        config: Map<String, Value>,
+        companions: BTreeMap<String, String>,
+    ) -> Result<Self, Error> {
+        inner.with_truncation(None).map_err(failed("set up"))?;
+        inner.with_padding(None);
+        let token_bytes = match inner.get_decoder() {
+            Some(DecoderWrapper::ByteLevel(_)) => Some(TokenBytes::of(&inner)),
+            _ => None,
+        };
+        Ok(Self { inner, token_bytes, special, config, companions })
+    }
+
+    /// The tokens of `text`. Adds none; special tokens inside the text are parsed.
+    ///
+    /// # Errors
+    /// If the tokenizer has no token for a part of the text and no unknown token.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let encoding = self.inner.encode_fast(text, false).map_err(failed("encode"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a text that went through no chat template: as [`Tokenizer::encode`], plus the tokens that
+    /// `tokenizer.json` itself wants around a text (the beginning-of-sequence token of DeepSeek's distills; Qwen's own
+    /// tokenizers add none). This is what `tokenizer(text)` gives in transformers.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let encoding = self.inner.encode_fast(text, true).map_err(failed("encode"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// As [`Tokenizer::encode`], with the characters of each token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_offsets(&self, text: &str) -> Result<OffsetEncoding, Error> {
+        let encoding = self.inner.encode_char_offsets(text, false).map_err(failed("encode"))?;
+        Ok(OffsetEncoding { ids: encoding.get_ids().to_vec(), chars: encoding.get_offsets().to_vec() })
+    }
+
+    /// Encodes many texts on all cores, in order.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_all<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
+        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    }
+
+    /// The text of `ids`, with or without special tokens. Broken UTF-8 becomes U+FFFD; unknown ids give no text.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails (never for byte-level tokenizers).
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, Error> {
+        match &self.token_bytes {
+            Some(table) => {
+                let bytes: Vec<u8> = ids.iter().flat_map(|&id| table.get(id, skip_special)).copied().collect();
+                Ok(match String::from_utf8(bytes) {
+                    Ok(text) => text,
+                    Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+                })
+            }
+            None => self.inner.decode(ids, skip_special).map_err(failed("decode")),
+        }
+    }
+
+    /// The bytes of one token; `None` where the tokenizer is not byte-level and a token alone has no text.
+    pub(super) fn bytes_of(&self, id: u32, skip_special: bool) -> Option<&[u8]> {
+        self.token_bytes.as_ref().map(|table| table.get(id, skip_special))
+    }
+
+    /// The special tokens.
+    pub fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// All tokens that end a sequence.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.special.eos
+    }
+
+    /// The token appended to training text.
+    ///
+    /// # Errors
+    /// If the model names none.
+    pub fn eos_id(&self) -> Result<u32, Error> {
+        self.special.eos.first().copied().ok_or_else(|| Error::Tokenizer {
+            what: "special tokens".into(),
+            problem: "no end-of-sequence token; give `eos_token` in tokenizer_config.json".into(),
+        })
+    }
+
+    /// The text of the token appended to training text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::eos_id`].
+    pub fn eos_text(&self) -> Result<String, Error> {
+        let id = self.eos_id()?;
+        self.id_to_token(id).ok_or_else(|| Error::Tokenizer {
+            what: "special tokens".into(),
+            problem: format!("the end-of-sequence token {id} is not in the vocabulary of {}", self.vocab_size()),
+        })
+    }
+
+    /// The padding token, or the end-of-sequence token where there is none.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special.pad.or_else(|| self.special.eos.first().copied())
+    }
+
+    /// One more than the largest token id.
+    pub fn vocab_size(&self) -> usize {
+        match &self.token_bytes {
+            Some(table) => table.is_special.len(),
+            None => self.inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1),
+        }
+    }
+
+    /// The id of a token written as in the vocabulary.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// A token as written in the vocabulary.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Tokens added to the vocabulary, by id: text, and whether decoding may skip it.
+    pub fn added_tokens(&self) -> BTreeMap<u32, (String, bool)> {
+        let decoder = self.inner.get_added_tokens_decoder();
+        decoder.into_iter().map(|(id, token)| (id, (token.content, token.special))).collect()
+    }
+
+    /// The chat template in `tokenizer_config.json` or in the GGUF metadata, under `name` where there are several.
+    pub(super) fn config_template(&self, name: &str) -> Option<&str> {
+        match self.config.get("chat_template")? {
+            Value::String(text) => Some(text),
+            Value::Array(entries) => {
+                let named =
+                    |wanted: &str| entries.iter().find(|e| e.get("name").and_then(Value::as_str) == Some(wanted));
+                named(name).and_then(|e| e.get("template")?.as_str())
+            }
+            _ => None,
+        }
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json`, the special-token files and `chat_template.jinja` into
+    /// `folder`, so that transformers loads the same tokenizer from there.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, folder: &Path, chat_template: Option<&str>) -> Result<(), Error> {
+        let text = self.inner.to_string(true).map_err(failed("serialise"))?;
+        crate::fs::write_atomic(&folder.join("tokenizer.json"), text.as_bytes())?;
+        let mut config = self.config.clone();
+        if let Some(template) = chat_template {
+            config.insert("chat_template".into(), json!(template));
+            crate::fs::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
+        }
+        let text = format!("{:#}\n", Value::Object(config));
+        crate::fs::write_atomic(&folder.join("tokenizer_config.json"), text.as_bytes())?;
+        for (name, text) in &self.companions {
+            crate::fs::write_atomic(&folder.join(name), text.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// The tokenizer of a GGUF file's metadata.
+///
+/// # Errors
+/// As [`Tokenizer::from_gguf`].
+pub fn from_gguf(content: &candle_core::quantized::gguf_file::Content) -> Result<Tokenizer, Error> {
+    Tokenizer::from_gguf(content)
+}
+
+impl TokenBytes {
+    fn of(inner: &tokenizers::Tokenizer) -> Self {
+        let count = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        let byte_of = byte_level_alphabet();
+        let added = inner.get_added_tokens_decoder();
+        let mut table = Self { bytes: Vec::new(), starts: vec![0], is_special: Vec::with_capacity(count) };
+        for id in 0..count as u32 {
+            if let Some(token) = inner.id_to_token(id) {
+                let before = table.bytes.len();
+                for character in token.chars() {
+                    match byte_of.get(&character) {
+                        Some(&byte) => table.bytes.push(byte),
+                        None => {
+                            // A token with a character outside the alphabet (an added one) stands for its own text.
+                            table.bytes.truncate(before);
+                            table.bytes.extend_from_slice(token.as_bytes());
+                            break;
+                        }
+                    }
+                }
+            }
+            table.starts.push(table.bytes.len() as u32);
+            table.is_special.push(added.get(&id).is_some_and(|token| token.special));
+        }
+        table
+    }
+
+    fn get(&self, id: u32, skip_special: bool) -> &[u8] {
+        let id = id as usize;
+        match self.is_special.get(id) {
+            Some(&special) if !(special && skip_special) => {
+                &self.bytes[self.starts[id] as usize..self.starts[id + 1] as usize]
+            }
+            _ => &[],
+        }
+    }
+}
+
+/// GPT-2's alphabet of 256 printable characters, one per byte: printable Latin-1 stands for itself, the other bytes
+/// for U+0100 and up in order (`bytes_to_unicode` in OpenAI's encoder.py).
+fn byte_level_alphabet() -> BTreeMap<char, u8> {
+    let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let shifted = (0..=u8::MAX).filter(|&b| !is_printable(b)).zip(0x100u32..);
+    let plain = (0..=u8::MAX).filter(|&b| is_printable(b)).map(|b| (char::from(b), b));
+    shifted.filter_map(|(byte, code)| Some((char::from_u32(code)?, byte))).chain(plain).collect()
+}
+
+fn failed(action: &'static str) -> impl Fn(tokenizers::Error) -> Error {
+    move |error| Error::Tokenizer { what: format!("cannot {action}"), problem: error.to_string() }
+}
+
+/// A token in a config: its text, or an object with `content`.
+fn token_text(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+/// One id or a list of them.
+fn ids_in(value: &Value) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+    match value {
+        Value::Array(list) => list.iter().filter_map(id).collect(),
+        other => id(other).into_iter().collect(),
+    }
+}
+
+fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(path).map_err(crate::fs::io_error("read", path))?;
+    let object = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::Content { path: path.into(), problem: format!("not a JSON object: {e}") })?;
+    Ok(Some(object))
+}
+
+#[cfg(test)]
+pub(super) mod fixture {
+    use super::super::GgufTokenizer;
+    use super::{Tokenizer, byte_level_alphabet};
+
+    /// A byte-level tokenizer of 256 bytes, three merges (`th`, `the`, ` the`) and three special tokens; `<tag>` is an
+    /// added token that decoding never skips.
+    pub(crate) fn parts() -> GgufTokenizer {
+        let mut letters: Vec<(u8, char)> = byte_level_alphabet().into_iter().map(|(c, b)| (b, c)).collect();
+        letters.sort_unstable();
+        let mut tokens: Vec<String> = letters.iter().map(|(_, c)| c.to_string()).collect();
+        let merges = ["t h", "th e", "Ġ the"].map(String::from).to_vec();
+        tokens.extend(["th", "the", "Ġthe"].map(String::from));
+        let mut token_types = vec![1; tokens.len()];
+        tokens.extend(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tag>"].map(String::from));
+        token_types.extend([3, 3, 3, 4]);
+        GgufTokenizer {
+            tokens,
+            token_types,
+            merges,
+            bos: Some(259),
+            eos: Some(261),
+            pad: Some(259),
+            pre: "qwen2".into(),
+            add_bos: false,
+            chat_template: Some("{% for m in messages %}{{ m.content }}{% endfor %}".into()),
+            context_length: Some(512),
+        }
+    }
+
+    pub(crate) fn tokenizer() -> Tokenizer {
+        Tokenizer::from_gguf_parts(&parts()).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::super::{ChatTemplate, StreamDecoder};
+    use super::fixture::{parts, tokenizer};
+    use super::*;
+
+    const SAMPLES: [&str; 5] =
+        ["", "the thethe  the\n", "naïve 你好 🌍", "<|im_start|>the<|im_end|>\n<tag>", "a<|im_en|>d \r\n\t 12'LL"];
+
+    #[test]
+    fn text_comes_back_and_special_tokens_inside_it_are_parsed() {
+        let tokenizer = tokenizer();
+        for text in SAMPLES {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+            assert_eq!(tokenizer.encode_document(text).unwrap(), ids, "nothing is added");
+            let offsets = tokenizer.encode_with_offsets(text).unwrap();
+            assert_eq!(offsets.ids, ids);
+            assert_eq!(offsets.chars.last().map_or(0, |&(_, end)| end), text.chars().count());
+        }
+        assert_eq!(tokenizer.encode("<|im_start|> the<|im_end|><tag>").unwrap(), [260, 258, 261, 262]);
+        assert_eq!(tokenizer.decode(&[260, 258, 261, 262], true).unwrap(), " the<tag>");
+        assert_eq!(tokenizer.decode(&[258, 100_000], false).unwrap(), " the", "an unknown id has no text");
+        assert_eq!(tokenizer.encode_all(&SAMPLES).unwrap().len(), SAMPLES.len());
+        assert_eq!(tokenizer.vocab_size(), 263);
+    }
+
+    #[test]
+    fn special_tokens_of_a_gguf_file_are_known() {
+        let tokenizer = tokenizer();
+        // The named end token first, then the family's other one.
+        assert_eq!(tokenizer.eos_ids(), [261, 259]);
+        assert_eq!((tokenizer.eos_id().unwrap(), tokenizer.eos_text().unwrap().as_str()), (261, "<|im_end|>"));
+        assert_eq!(tokenizer.pad_id(), Some(259));
+        assert_eq!(tokenizer.special().strings["bos_token"], "<|endoftext|>");
+        let mut without = parts();
+        (without.eos, without.pad, without.token_types) = (None, None, vec![1; 263]);
+        let without = Tokenizer::from_gguf_parts(&without).unwrap();
+        assert!(without.eos_id().unwrap_err().to_string().contains("no end-of-sequence token"));
+        assert_eq!(without.pad_id(), None);
+    }
+
+    #[test]
+    fn broken_parts_are_named() {
+        let mut parts = parts();
+        parts.pre = "llama3".into();
+        let text = Tokenizer::from_gguf_parts(&parts).unwrap_err().to_string();
+        assert!(text.contains("`tokenizer.ggml.pre` is `llama3`, known are qwen2"), "{text}");
+        parts.pre = "qwen2".into();
+        parts.merges.push("nospace".into());
+        let text = Tokenizer::from_gguf_parts(&parts).unwrap_err().to_string();
+        assert!(text.contains("merge `nospace` is not two tokens"), "{text}");
+        parts.merges = vec!["zz zz".into()];
+        assert!(Tokenizer::from_gguf_parts(&parts).is_err());
+        parts.merges.clear();
+        parts.tokens[3] = parts.tokens[4].clone();
+        let text = Tokenizer::from_gguf_parts(&parts).unwrap_err().to_string();
+        assert!(text.contains("has 263 tokens, 262 of them different"), "{text}");
+    }
+
+    #[test]
+    fn a_saved_tokenizer_is_the_same_tokenizer() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = tokenizer();
+        tokenizer.save(folder.path(), Some("{{ messages }}")).unwrap();
+        std::fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [261, 259]}"#).unwrap();
+        let again = Tokenizer::from_folder(folder.path()).unwrap();
+        for text in SAMPLES {
+            assert_eq!(again.encode(text).unwrap(), tokenizer.encode(text).unwrap());
+        }
+        assert_eq!(again.special(), tokenizer.special());
+        assert_eq!(again.added_tokens(), tokenizer.added_tokens());
+        let template = ChatTemplate::find(None, Some(folder.path()), &again).unwrap().unwrap();
+        assert_eq!(template.source(), "{{ messages }}");
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join("tokenizer_config.json")).unwrap()).unwrap();
+        assert_eq!(config["tokenizer_class"], "PreTrainedTokenizerFast");
+        assert_eq!((&config["eos_token"], &config["model_max_length"]), (&json!("<|im_end|>"), &json!(512)));
+        assert_eq!(config["chat_template"], "{{ messages }}");
+    }
+
+    #[test]
+    fn a_folder_s_special_tokens_and_templates_are_found_in_all_their_forms() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, value: Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+        tokenizer().save(folder.path(), None).unwrap();
+        let templates = json!([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]);
+        write("tokenizer_config.json", json!({"eos_token": {"content": "<|endoftext|>"}, "chat_template": templates}));
+        write("special_tokens_map.json", json!({"pad_token": "<|im_start|>"}));
+        write("config.json", json!({"eos_token_id": 261}));
+        let found = Tokenizer::from_folder(folder.path()).unwrap();
+        assert_eq!((found.eos_ids(), found.pad_id(), found.special().bos), (&[259, 261][..], Some(260), None));
+        let source = |path: Option<&Path>| {
+            ChatTemplate::find(path, Some(folder.path()), &found).unwrap().unwrap().source().to_string()
+        };
+        assert_eq!(source(None), "D");
+        write("chat_template.json", json!({"chat_template": "J"}));
+        assert_eq!(source(None), "J");
+        std::fs::write(folder.path().join("chat_template.jinja"), "F").unwrap();
+        assert_eq!(source(None), "F");
+        let own = folder.path().join("own.jinja");
+        std::fs::write(&own, "O").unwrap();
+        assert_eq!(source(Some(&own)), "O");
+        // Saving keeps the small files beside the tokenizer.
+        let copy = tempfile::tempdir().unwrap();
+        found.save(copy.path(), None).unwrap();
+        assert_eq!(Tokenizer::from_folder(copy.path()).unwrap().special().pad, Some(260));
+    }
+
+    #[test]
+    fn a_missing_or_broken_tokenizer_json_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = || Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(message().contains("tokenizer.json`: no such file"), "{}", message());
+        std::fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
+        assert!(message().contains("tokenizer.json`:"), "{}", message());
+        tokenizer().save(folder.path(), None).unwrap();
+        std::fs::write(folder.path().join("tokenizer_config.json"), "[]").unwrap();
+        assert!(message().contains("tokenizer_config.json`: not a JSON object"), "{}", message());
+    }
+
+    #[test]
+    fn a_tokenizer_that_is_not_byte_level_streams_words_with_their_spaces() {
+        let text = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+            "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false},
+            "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "one": 1, "two": 2, "##s": 3}, "unk_token": "[UNK]"},
+        });
+        let inner = tokenizers::Tokenizer::from_bytes(text.to_string()).unwrap();
+        let tokenizer = Tokenizer::new(inner, SpecialTokens::default(), Map::new(), BTreeMap::new()).unwrap();
+        let ids = [1, 2, 3, 1];
+        let mut stream = StreamDecoder::new(false);
+        let pieces: Vec<String> = ids.iter().map(|&id| stream.push(&tokenizer, id).unwrap()).collect();
+        assert_eq!(pieces.concat() + &stream.finish(), tokenizer.decode(&ids, false).unwrap());
+        assert_eq!(pieces.concat(), "one twos one");
+        assert_eq!(tokenizer.vocab_size(), 4);
+    }
+
+    /// Tokens per second of the real vocabulary; `TRAINER_QWEN05B_GGUF` names the file.
+    #[test]
+    #[ignore = "measures speed on a real GGUF file"]
+    #[expect(clippy::print_stdout, reason = "a measurement is for reading")]
+    fn speed_of_the_real_vocabulary() {
+        let path = PathBuf::from(std::env::var_os("TRAINER_QWEN05B_GGUF").expect("TRAINER_QWEN05B_GGUF is set"));
+        let mut file = std::io::BufReader::new(std::fs::File::open(&path).unwrap());
+        let content = candle_core::quantized::gguf_file::Content::read(&mut file).unwrap();
+        let start = std::time::Instant::now();
+        let tokenizer = Tokenizer::from_gguf(&content).unwrap();
+        println!("built in {:?}", start.elapsed());
+        let words = [
+            "the",
+            "sum",
+            "of",
+            "Natalia's",
+            "clips",
+            "48",
+            "=",
+            "$2",
+            "half",
+            "as",
+            "many,",
+            "```python",
+            "résumé",
+            "你好",
+            "x_1",
+        ];
+        let text = |row: usize| -> String {
+            (0..80).map(|i| words[(row * 31 + i * i * 7 + i) % words.len()]).collect::<Vec<_>>().join(" ")
+        };
+        let texts: Vec<String> = (0..100_000).map(text).collect();
+        let bytes: usize = texts.iter().map(String::len).sum();
+        let start = std::time::Instant::now();
+        let ids = tokenizer.encode_all(&texts).unwrap();
+        let (seconds, tokens) = (start.elapsed().as_secs_f64(), ids.iter().map(Vec::len).sum::<usize>());
+        println!(
+            "100,000 rows, {:.1} MB, {tokens} tokens in {seconds:.2} s: {:.2} MB/s, {:.0} tokens/s",
+            bytes as f64 / 1e6,
+            bytes as f64 / 1e6 / seconds,
+            tokens as f64 / seconds
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_survives_and_streams_in_whole_characters(text in "\\PC{0,40}|[\\x00-\\x7f<|>imend_ ]{0,40}") {
+            let tokenizer = tokenizer();
+            let ids = tokenizer.encode(&text).unwrap();
+            prop_assert_eq!(&tokenizer.decode(&ids, false).unwrap(), &text);
+            let mut stream = StreamDecoder::new(false);
+            let mut streamed = String::new();
+            for id in ids {
+                let piece = stream.push(&tokenizer, id).unwrap();
+                let is_broken = piece.contains(char::REPLACEMENT_CHARACTER) && !text.contains(char::REPLACEMENT_CHARACTER);
+                prop_assert!(!is_broken);
+                streamed.push_str(&piece);
+            }
+            prop_assert_eq!(streamed + &stream.finish(), text);
+        }
+
+        #[test]
+        fn any_tokens_stream_to_the_text_they_decode_to(ids in prop::collection::vec(0u32..270, 0..30), skip: bool) {
+            let tokenizer = tokenizer();
+            let mut stream = StreamDecoder::new(skip);
+            let mut streamed = String::new();
+            for &id in &ids {
+                streamed.push_str(&stream.push(&tokenizer, id).unwrap());
+            }
+            prop_assert_eq!(streamed + &stream.finish(), tokenizer.decode(&ids, skip).unwrap());
+        }
+    }
+}

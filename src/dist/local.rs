@@ -1,0 +1,367 @@
+//! Ranks as threads of one process: for tests, and for CPU ranks that share a machine.
+//!
+//! Each collective is one round: every rank leaves its contribution, waits until all are there, and reads them all.
+//! Each rank does the arithmetic for itself in the order of the ranks, so the results agree to the bit. A rank that is
+//! dropped (its thread returned or panicked) is lost to the others at once, not only at the deadline.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::collective::{check_root, check_shards};
+use super::{Collective, Error};
+
+/// One rank of a group of threads.
+#[derive(Debug)]
+pub struct Threads {
+    rank: usize,
+    world_size: usize,
+    deadline: Duration,
+    /// Number of this rank's next round.
+    round: Mutex<u64>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    rounds: BTreeMap<u64, Round>,
+    /// Ranks that were dropped or gave up.
+    is_gone: Vec<bool>,
+}
+
+#[derive(Debug)]
+struct Round {
+    contributions: Vec<Option<Arc<Contribution>>>,
+    readers: usize,
+}
+
+/// What one rank brings to a round.
+#[derive(Debug)]
+struct Contribution {
+    operation: &'static str,
+    payload: Payload,
+}
+
+#[derive(Debug)]
+enum Payload {
+    Floats(Vec<f32>),
+    Bytes(Vec<u8>),
+}
+
+impl Contribution {
+    /// What must agree between ranks, in words.
+    fn size(&self) -> String {
+        match &self.payload {
+            Payload::Floats(values) => format!("{} elements", values.len()),
+            Payload::Bytes(_) => "bytes".into(),
+        }
+    }
+
+    fn floats(&self) -> &[f32] {
+        match &self.payload {
+            Payload::Floats(values) => values,
+            Payload::Bytes(_) => &[],
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match &self.payload {
+            Payload::Floats(_) => &[],
+            Payload::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl Threads {
+    /// All ranks of a group; give one to each thread. `deadline` bounds every wait for the others.
+    ///
+    /// # Errors
+    /// If `world_size` is 0.
+    pub fn group(world_size: usize, deadline: Duration) -> Result<Vec<Self>, Error> {
+        if world_size == 0 {
+            return Err(Error::NoRanks);
+        }
+        let state = State { rounds: BTreeMap::new(), is_gone: vec![false; world_size] };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let rank = |rank| Self { rank, world_size, deadline, round: Mutex::new(0), shared: Arc::clone(&shared) };
+        Ok((0..world_size).map(rank).collect())
+    }
+
+    /// A thread that panicked while it held the lock left the state whole: it is only ever changed by single steps.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves a contribution and returns everybody's, in the order of the ranks.
+    fn exchange(&self, operation: &'static str, payload: Payload) -> Result<Vec<Arc<Contribution>>, Error> {
+        let mut next = self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = *next;
+        *next += 1;
+        let own = Arc::new(Contribution { operation, payload });
+        let until = Instant::now() + self.deadline;
+        let mut state = self.lock();
+        let empty = || Round { contributions: vec![None; self.world_size], readers: 0 };
+        let round = state.rounds.entry(number).or_insert_with(empty);
+        round.contributions[self.rank] = Some(Arc::clone(&own));
+        self.shared.changed.notify_all();
+        loop {
+            // The round stays until all ranks have read it, and this rank has not.
+            let round = state.rounds.entry(number).or_insert_with(empty);
+            let missing: Vec<usize> =
+                (0..self.world_size).filter(|&rank| round.contributions[rank].is_none()).collect();
+            if missing.is_empty() {
+                let all: Vec<_> = round.contributions.iter().flatten().cloned().collect();
+                round.readers += 1;
+                if round.readers == self.world_size {
+                    state.rounds.remove(&number);
+                }
+                drop(state);
+                return self.agree(&own, all);
+            }
+            if let Some(&peer) = missing.iter().find(|&&rank| state.is_gone[rank]) {
+                self.leave(state);
+                return Err(Error::PeerLost { rank: self.rank, peer, operation });
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.leave(state);
+                let secs = self.deadline.as_secs();
+                return Err(Error::Timeout { rank: self.rank, operation, secs, missing });
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Takes this rank out of the group: its rounds would not be those of the others any more.
+    fn leave(&self, mut state: MutexGuard<'_, State>) {
+        state.is_gone[self.rank] = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// Everybody must be in the same collective with the same size.
+    fn agree(&self, own: &Contribution, all: Vec<Arc<Contribution>>) -> Result<Vec<Arc<Contribution>>, Error> {
+        match all.iter().position(|other| other.operation != own.operation || other.size() != own.size()) {
+            None => Ok(all),
+            Some(peer) => Err(Error::Mismatch {
+                rank: self.rank,
+                operation: own.operation,
+                got: own.size(),
+                peer,
+                peer_operation: all[peer].operation,
+                expected: all[peer].size(),
+            }),
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.leave(self.lock());
+    }
+}
+
+impl Collective for Threads {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
+        let all = self.exchange("all_reduce_sum", Payload::Floats(values.to_vec()))?;
+        add_in_order(values, &all, 0);
+        Ok(())
+    }
+
+    fn all_gather(&self, shard: &[f32], full: &mut [f32]) -> Result<(), Error> {
+        check_shards("all_gather", self.world_size, shard.len(), full.len())?;
+        let all = self.exchange("all_gather", Payload::Floats(shard.to_vec()))?;
+        for (rank, contribution) in all.iter().enumerate() {
+            full[rank * shard.len()..(rank + 1) * shard.len()].copy_from_slice(contribution.floats());
+        }
+        Ok(())
+    }
+
+    fn reduce_scatter_sum(&self, full: &[f32], shard: &mut [f32]) -> Result<(), Error> {
+        check_shards("reduce_scatter_sum", self.world_size, shard.len(), full.len())?;
+        let all = self.exchange("reduce_scatter_sum", Payload::Floats(full.to_vec()))?;
+        add_in_order(shard, &all, self.rank * shard.len());
+        Ok(())
+    }
+
+    fn broadcast(&self, bytes: &mut Vec<u8>, root: usize) -> Result<(), Error> {
+        check_root(self.world_size, root)?;
+        let own = if self.rank == root { bytes.clone() } else { Vec::new() };
+        let all = self.exchange("broadcast", Payload::Bytes(own))?;
+        bytes.clear();
+        bytes.extend_from_slice(all[root].bytes());
+        Ok(())
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        let all = self.exchange("all_gather_bytes", Payload::Bytes(bytes.to_vec()))?;
+        Ok(all.iter().map(|contribution| contribution.bytes().to_vec()).collect())
+    }
+
+    fn barrier(&self) -> Result<(), Error> {
+        self.exchange("barrier", Payload::Bytes(Vec::new())).map(drop)
+    }
+}
+
+/// `values[i]` becomes the sum of element `offset + i` of all contributions, rank 0's first.
+fn add_in_order(values: &mut [f32], all: &[Arc<Contribution>], offset: usize) {
+    let count = values.len();
+    for (rank, contribution) in all.iter().enumerate() {
+        let part = &contribution.floats()[offset..offset + count];
+        if rank == 0 {
+            values.copy_from_slice(part);
+        } else {
+            values.iter_mut().zip(part).for_each(|(value, other)| *value += other);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    /// Runs `work` on every rank of a group and returns the results in their order.
+    fn on_ranks<T: Send>(world_size: usize, deadline: Duration, work: impl Fn(&Threads) -> T + Sync) -> Vec<T> {
+        let group = Threads::group(world_size, deadline).unwrap();
+        let work = &work;
+        std::thread::scope(|scope| {
+            let handles: Vec<_> = group.into_iter().map(|rank| scope.spawn(move || work(&rank))).collect();
+            handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+        })
+    }
+
+    fn values(rank: usize, count: usize) -> Vec<f32> {
+        let mut stream = Stream::new(4, "collective", 0, rank as u64);
+        (0..count).map(|_| (stream.normal() * 10f64.powf(6.0 * stream.uniform() - 3.0)) as f32).collect()
+    }
+
+    /// The sum as it is defined: rank 0's values first.
+    fn ordered_sum(world_size: usize, count: usize) -> Vec<f32> {
+        let mut sum = values(0, count);
+        for rank in 1..world_size {
+            sum.iter_mut().zip(values(rank, count)).for_each(|(s, v)| *s += v);
+        }
+        sum
+    }
+
+    #[test]
+    fn sums_are_added_in_the_order_of_the_ranks_and_equal_to_the_bit() {
+        for world_size in [1, 2, 5] {
+            let count = 30 * world_size;
+            let expected = ordered_sum(world_size, count);
+            let results = on_ranks(world_size, DEADLINE, |rank| {
+                let own = values(rank.rank(), count);
+                let mut reduced = own.clone();
+                rank.all_reduce_sum(&mut reduced).unwrap();
+                let mut shard = vec![0.0; count / rank.world_size()];
+                rank.reduce_scatter_sum(&own, &mut shard).unwrap();
+                let mut gathered = vec![0.0; count];
+                rank.all_gather(&shard, &mut gathered).unwrap();
+                (reduced, gathered)
+            });
+            for (reduced, gathered) in results {
+                assert_eq!(reduced, expected);
+                assert_eq!(gathered, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_and_f64_sums_keep_the_order_of_the_ranks() {
+        let results = on_ranks(3, DEADLINE, |rank| {
+            let mine = vec![rank.rank() as u8; rank.rank()];
+            let all = rank.all_gather_bytes(&mine).unwrap();
+            let mut message = if rank.rank() == 1 { b"from one".to_vec() } else { b"?".to_vec() };
+            rank.broadcast(&mut message, 1).unwrap();
+            let mut sums = [10f64.powi(rank.rank() as i32), 0.1];
+            rank.all_reduce_sum_f64(&mut sums).unwrap();
+            rank.barrier().unwrap();
+            (all, message, sums)
+        });
+        for (all, message, sums) in results {
+            assert_eq!(all, [vec![], vec![1], vec![2, 2]]);
+            assert_eq!(message, b"from one");
+            assert_eq!(sums, [111.0, 0.1 + 0.1 + 0.1]);
+        }
+    }
+
+    #[test]
+    fn many_rounds_in_a_row_do_not_mix() {
+        let sums = on_ranks(4, DEADLINE, |rank| {
+            (0..500).fold(0.0f32, |total, round| {
+                let mut value = [(round * (rank.rank() + 1)) as f32];
+                rank.all_reduce_sum(&mut value).unwrap();
+                assert!((value[0] - (round * 10) as f32).abs() < 1e-6);
+                total + value[0]
+            })
+        });
+        assert!(sums.iter().all(|s| s.to_bits() == sums[0].to_bits()));
+    }
+
+    #[test]
+    fn a_rank_that_does_not_come_is_named_at_the_deadline() {
+        let group = Threads::group(3, Duration::from_millis(50)).unwrap();
+        let started = Instant::now();
+        let error = group[1].barrier().unwrap_err();
+        assert_eq!(error, Error::Timeout { rank: 1, operation: "barrier", secs: 0, missing: vec![0, 2] });
+        assert!(started.elapsed() >= Duration::from_millis(50));
+        assert!(error.to_string().contains("ranks 0, 2"), "{error}");
+        // Rank 1 had come to this round; the next one it will not come to, and nobody waits for it there.
+        assert!(matches!(group[0].barrier(), Err(Error::Timeout { missing, .. }) if missing == [2]));
+        group[2].barrier().unwrap();
+        assert_eq!(group[2].barrier(), Err(Error::PeerLost { rank: 2, peer: 0, operation: "barrier" }));
+    }
+
+    #[test]
+    fn a_rank_that_ends_is_lost_to_the_others_at_once() {
+        let results = on_ranks(3, Duration::from_secs(600), |rank| {
+            rank.barrier().unwrap();
+            if rank.rank() == 2 { Ok(()) } else { rank.all_gather_bytes(b"x").map(drop) }
+        });
+        assert!(results[2].is_ok());
+        for (rank, result) in results[..2].iter().enumerate() {
+            assert_eq!(*result, Err(Error::PeerLost { rank, peer: 2, operation: "all_gather_bytes" }));
+        }
+    }
+
+    #[test]
+    fn ranks_in_different_collectives_find_out() {
+        let results =
+            on_ranks(
+                2,
+                DEADLINE,
+                |rank| {
+                    if rank.rank() == 0 { rank.barrier() } else { rank.all_reduce_sum(&mut [1.0, 2.0]) }
+                },
+            );
+        let error = results[0].clone().unwrap_err();
+        assert!(error.to_string().contains("`all_reduce_sum` with 2 elements"), "{error}");
+        assert!(matches!(results[1], Err(Error::Mismatch { rank: 1, peer: 0, .. })));
+        let sizes = on_ranks(2, DEADLINE, |rank| rank.all_reduce_sum(&mut vec![0.0; 1 + rank.rank()]));
+        assert!(sizes.iter().all(|r| matches!(r, Err(Error::Mismatch { .. }))));
+    }
+
+    #[test]
+    fn buffers_and_roots_are_checked_before_anybody_waits() {
+        let group = Threads::group(2, DEADLINE).unwrap();
+        assert!(matches!(group[0].all_gather(&[1.0], &mut [0.0; 3]), Err(Error::Length { expected: 2, .. })));
+        assert!(matches!(group[0].broadcast(&mut vec![], 2), Err(Error::Root { .. })));
+        assert_eq!(Threads::group(0, DEADLINE).unwrap_err(), Error::NoRanks);
+    }
+}

@@ -1,0 +1,151 @@
+//! From files to blocks: which weights stay frozen, which are trained, how adapters start.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::Error;
+use super::adapter::AdapterSettings;
+use super::config::{ModelConfig, TensorRole};
+use super::ends::{EMBEDDING, LM_HEAD};
+use super::params::{BlockInit, Trainable};
+use super::peft::{AdapterConfig, AdapterSpec, ModuleAdapter};
+use super::source::{LinearStorage, WeightSource};
+use crate::config::settings::ModelSettings;
+use crate::ops::buffer;
+use crate::quant::Weight;
+
+/// The module of the head in an adapter.
+const LM_HEAD_MODULE: &str = "lm_head";
+
+/// What the blocks are loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Adapters (or, without any, all weights) are trained.
+    Training,
+    /// Nothing is trained.
+    Inference,
+}
+
+/// A model in blocks: the embedding, the layers, the head.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// Sizes.
+    pub config: ModelConfig,
+    /// Adapters, if there are some.
+    pub adapter: Option<AdapterSettings>,
+    /// The adapter as PEFT describes it, to save it again.
+    pub adapter_spec: Option<AdapterSpec>,
+    /// One entry per block, in the order of the walk.
+    pub blocks: Vec<BlockInit>,
+}
+
+/// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time.
+///
+/// # Errors
+/// If a file is missing, damaged or does not fit the configuration.
+pub fn load(path: &Path, settings: &ModelSettings, seed: u64, purpose: Purpose) -> Result<LoadedModel, Error> {
+    let (config, source) = WeightSource::open(path, settings.init_random.then_some(seed))?;
+    let spec = match (&settings.adapter_name_or_path, &settings.lora) {
+        (Some(folder), _) => Some(AdapterSpec::load(folder, &config)?),
+        (None, Some(lora)) => {
+            let described = AdapterConfig::new(lora, Some(&settings.model_name_or_path));
+            Some(AdapterSpec::init(described, &config, seed)?)
+        }
+        (None, None) => None,
+    };
+    let trains_everything = purpose == Purpose::Training && spec.is_none();
+    let storage = LinearStorage { quantization: settings.quantization, dtype: settings.dtype };
+    let mut blocks = vec![BlockInit::default(); config.num_hidden_layers + 2];
+    for shape in config.tensors() {
+        let block = &mut blocks[block_of(&shape.name, &config)];
+        if trains_everything {
+            block.trainable.push(Trainable {
+                values: values(&source, &shape.name)?,
+                has_decay: matches!(shape.role, TensorRole::Embedding | TensorRole::Linear | TensorRole::Head),
+                name: shape.name,
+                shape: shape.shape,
+            });
+            continue;
+        }
+        let weight = match (shape.role, shape.shape.as_slice()) {
+            (TensorRole::Linear, &[rows, cols]) => source.linear(&shape.name, (rows, cols), storage)?,
+            (_, &[rows, cols]) => source.embedding(&shape.name, (rows, cols), settings.dtype)?,
+            _ => Weight::Dense(source.vector(&shape.name)?),
+        };
+        block.frozen.insert(shape.name, weight);
+    }
+    let adapter = match &spec {
+        None => None,
+        Some(spec) => Some(attach(spec, &config, &mut blocks, purpose)?),
+    };
+    Ok(LoadedModel { config, adapter, adapter_spec: spec, blocks })
+}
+
+fn values(source: &WeightSource, name: &str) -> Result<Vec<f32>, Error> {
+    Ok(buffer::to_vec(&source.tensor_f32(name)?)?)
+}
+
+/// The block a weight belongs to: 0 the embedding, then the layers, last the head.
+fn block_of(name: &str, config: &ModelConfig) -> usize {
+    if name == EMBEDDING {
+        return 0;
+    }
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    layer.map_or(config.num_hidden_layers + 1, |layer| layer + 1)
+}
+
+/// Puts the adapter's tensors, and weights that it replaces whole, into the blocks.
+fn attach(
+    spec: &AdapterSpec,
+    config: &ModelConfig,
+    blocks: &mut [BlockInit],
+    purpose: Purpose,
+) -> Result<AdapterSettings, Error> {
+    let mut settings = AdapterSettings { dropout: spec.config.lora_dropout, ..AdapterSettings::default() };
+    for (module, adapter) in &spec.modules {
+        if module == LM_HEAD_MODULE {
+            return Err(Error::HeadAdapter);
+        }
+        let block = &mut blocks[block_of(module, config)];
+        let ModuleAdapter { r, in_features, out_features, scaling, a, b, magnitude } = adapter;
+        settings.scaling.insert(module.clone(), *scaling);
+        put(block, format!("{module}.lora_A.weight"), vec![*r, *in_features], a.clone(), purpose)?;
+        put(block, format!("{module}.lora_B.weight"), vec![*out_features, *r], b.clone(), purpose)?;
+        if let Some(magnitude) = magnitude {
+            let name = format!("{module}.lora_magnitude_vector");
+            put(block, name, vec![*out_features], magnitude.clone(), purpose)?;
+        }
+    }
+    let replaces = |name: &str| spec.full_replacements.contains_key(name);
+    if config.tie_word_embeddings && replaces(EMBEDDING) && !replaces(LM_HEAD) {
+        // The head of a tied model keeps the stored table when only the embedding is replaced.
+        if let Some(table) = blocks[0].frozen.get(EMBEDDING).cloned() {
+            blocks[config.num_hidden_layers + 1].frozen.insert(LM_HEAD.into(), table);
+        }
+    }
+    for (name, tensor) in &spec.full_replacements {
+        let values = buffer::to_vec(&tensor.to_dtype(DType::F32)?)?;
+        put(&mut blocks[block_of(name, config)], name.clone(), tensor.dims().to_vec(), values, purpose)?;
+    }
+    Ok(settings)
+}
+
+/// Adds a tensor of the adapter to its block, in the place of a frozen one of that name.
+fn put(
+    block: &mut BlockInit,
+    name: String,
+    shape: Vec<usize>,
+    values: Vec<f32>,
+    purpose: Purpose,
+) -> Result<(), Error> {
+    block.frozen.remove(&name);
+    match purpose {
+        Purpose::Training => block.trainable.push(Trainable { name, shape, values, has_decay: true }),
+        Purpose::Inference => {
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+            block.frozen.insert(name, Weight::Dense(tensor));
+        }
+    }
+    Ok(())
+}

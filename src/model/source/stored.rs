@@ -1,0 +1,139 @@
+//! One weight as it lies in a mapped file, and its ways into memory.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::bnb::QuantState;
+use crate::config::settings::Quantization;
+use crate::fs::Bytes;
+use crate::model::Error;
+use crate::quant::{GgufMatrix, Nf4Matrix, Weight};
+
+/// Values converted by one task.
+const CHUNK: usize = 1 << 16;
+
+/// One weight in a mapped file.
+#[derive(Clone, Debug)]
+pub(super) struct Stored {
+    /// The file that holds it.
+    pub(super) file: Arc<Path>,
+    /// The file's own name for it, for messages.
+    pub(super) name: String,
+    /// `[out, in]` or `[length]`, of the values and not of their packing.
+    pub(super) shape: Vec<usize>,
+    /// The values, packed as `packing` says.
+    pub(super) bytes: Bytes,
+    /// How they are packed.
+    pub(super) packing: Packing,
+}
+
+/// How values are packed.
+#[derive(Clone, Debug)]
+pub(super) enum Packing {
+    /// F32, F16 or BF16, little-endian.
+    Dense(DType),
+    /// A GGUF block type.
+    Gguf(GgmlDType),
+    /// 4 bits as bitsandbytes saves them.
+    Bnb(Box<QuantState>),
+}
+
+impl Stored {
+    /// Bytes in the file.
+    pub(super) fn num_bytes(&self) -> usize {
+        self.bytes.len()
+            + match &self.packing {
+                Packing::Bnb(state) => state.num_bytes(),
+                _ => 0,
+            }
+    }
+
+    /// The type of the values where they are not packed.
+    pub(super) fn dense_dtype(&self) -> Option<DType> {
+        match self.packing {
+            Packing::Dense(dtype) => Some(dtype),
+            _ => None,
+        }
+    }
+
+    /// The matrix as stored, where it is packed.
+    pub(super) fn packed(&self) -> Option<Result<Weight, Error>> {
+        let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
+        match &self.packing {
+            Packing::Dense(_) => None,
+            Packing::Gguf(kind) => {
+                let matrix = GgufMatrix::new(*kind, rows, cols, self.bytes.clone());
+                Some(matrix.map(Weight::Gguf).map_err(|source| self.packing_error(source)))
+            }
+            Packing::Bnb(state) => {
+                let matrix = state.parts(&self.bytes).and_then(|parts| parts.read());
+                Some(matrix.map(Weight::Nf4).map_err(|source| self.packing_error(source)))
+            }
+        }
+    }
+
+    /// All values in f32.
+    pub(super) fn values(&self) -> Result<Vec<f32>, Error> {
+        if let Packing::Dense(dtype) = self.packing {
+            return Ok(dense_to_f32(&self.bytes, dtype));
+        }
+        let mut values = vec![0f32; self.shape.iter().product()];
+        if let Some(weight) = self.packed() {
+            let rows = self.shape.first().copied().unwrap_or(0);
+            weight?.dequantize_rows_into(0..rows, &mut values).map_err(|source| self.packing_error(source))?;
+        }
+        Ok(values)
+    }
+
+    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix.
+    pub(super) fn quantize(&self, quantization: Quantization) -> Option<Nf4Matrix> {
+        let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
+        let Quantization { quant_type, double_quant } = quantization;
+        let halves = self.bytes.as_chunks::<2>().0;
+        Some(match self.dense_dtype()? {
+            DType::BF16 => Nf4Matrix::quantize_from(halves, rows, cols, quant_type, double_quant, |bytes| {
+                bf16::from_le_bytes(bytes).to_f32()
+            }),
+            DType::F16 => Nf4Matrix::quantize_from(halves, rows, cols, quant_type, double_quant, |bytes| {
+                f16::from_le_bytes(bytes).to_f32()
+            }),
+            _ => {
+                let values = self.bytes.as_chunks::<4>().0;
+                Nf4Matrix::quantize_from(values, rows, cols, quant_type, double_quant, f32::from_le_bytes)
+            }
+        })
+    }
+
+    fn packing_error(&self, source: crate::quant::Error) -> Error {
+        Error::Packing { path: self.file.to_path_buf(), name: self.name.clone(), source: Box::new(source) }
+    }
+}
+
+/// Converts little-endian values of a dense type to f32, on all cores.
+pub(crate) fn dense_to_f32(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    let size = dtype.size_in_bytes();
+    let mut values = vec![0f32; bytes.len() / size];
+    values.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * size)).for_each(|(values, bytes)| match dtype {
+        DType::BF16 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = bf16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+        DType::F16 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = f16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+        _ => {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+    });
+    values
+}

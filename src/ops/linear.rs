@@ -1,0 +1,301 @@
+//! A projection with an optional low-rank adapter: `y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ` (Hu et al., 2106.09685, eq. 3).
+//!
+//! The base weight may be 4-bit, 16-bit or f32; it is frozen unless it has a gradient bucket. A frozen weight costs no
+//! weight gradient. The adapter is never merged, so the base keeps its exact values. With a magnitude vector the
+//! adapter is weight-decomposed (`DoRA`, Liu et al., 2402.09353, eq. 5): `y = m / ‖W + s B A‖ · x (W + s B A)ᵀ + b`,
+//! the norm of each output row taken as a constant in backward (sec. 4.3 there).
+//!
+//! Shapes: `N` tokens, `I` inputs, `O` outputs, `r` the adapter's rank.
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::view::{change, dims2, tensor, view};
+use super::{Error, Param, shape_error};
+use crate::kernels::cpu::matmul::{Matrix, Threads, multiply};
+use crate::kernels::cpu::vector;
+use crate::quant::Weight;
+use crate::rng;
+
+const OP: &str = "linear";
+const OP_BACKWARD: &str = "linear backward";
+
+/// A projection and its adapter. Cloning shares all values.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// `[O, I]`
+    pub weight: Weight,
+    /// Where the weight's gradient goes if it is trained: f32 `[O, I]`.
+    pub weight_grad: Option<Tensor>,
+    /// `[O]`
+    pub bias: Option<Param>,
+    /// The low-rank update, if this projection has one.
+    pub adapter: Option<Adapter>,
+}
+
+/// A low-rank update of a projection.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// `[r, I]`
+    pub a: Param,
+    /// `[O, r]`
+    pub b: Param,
+    /// `alpha / r`, or `alpha / sqrt(r)`.
+    pub scaling: f32,
+    /// `[O]`; with it the adapter is weight-decomposed.
+    pub magnitude: Option<Param>,
+}
+
+/// Dropout of the adapter's input in one projection of one pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout<'a> {
+    /// Probability of dropping an element, in (0, 1).
+    pub probability: f64,
+    /// Distinguishes projections.
+    pub key: u64,
+    /// One key per token, made of its sample and its position, so that a token drops the same elements however the
+    /// batch is cut.
+    pub token_keys: &'a [u64],
+}
+
+impl Dropout<'_> {
+    /// `x` with dropped elements set to 0 and the others scaled by `1 / (1 - p)`.
+    fn apply(&self, x: &[f32], cols: usize) -> Vec<f32> {
+        let keep = (1.0 / (1.0 - self.probability)) as f32;
+        let mut out = vec![0.0; x.len()];
+        out.par_chunks_mut(cols).zip(x.par_chunks(cols)).zip(self.token_keys.par_iter()).for_each(
+            |((out, x), &token)| {
+                let row = rng::mix(self.key ^ token);
+                for (col, (out, &x)) in out.iter_mut().zip(x).enumerate() {
+                    if rng::is_kept(row, col as u64, self.probability) {
+                        *out = x * keep;
+                    }
+                }
+            },
+        );
+        out
+    }
+}
+
+/// What backward needs besides the input.
+#[derive(Clone, Debug, Default)]
+pub struct Saved {
+    /// `drop(x) Aᵀ`: `[N, r]`.
+    low_rank: Option<Vec<f32>>,
+    /// `DoRA`: the output before the bias and `m / ‖W + s B A‖` per output.
+    decomposed: Option<(Tensor, Vec<f32>)>,
+}
+
+impl Saved {
+    /// Bytes held for backward.
+    pub fn size_bytes(&self) -> usize {
+        let low_rank = self.low_rank.as_ref().map_or(0, Vec::len);
+        4 * (low_rank + self.decomposed.as_ref().map_or(0, |(y, scale)| y.elem_count() + scale.len()))
+    }
+}
+
+impl Linear {
+    /// A frozen projection without bias or adapter.
+    pub fn frozen(weight: Weight) -> Self {
+        Self { weight, weight_grad: None, bias: None, adapter: None }
+    }
+
+    /// Projects `x`; with `use_adapter` false the base alone.
+    ///
+    /// # Shapes
+    /// `x`: f32 `[N, I]`; returns f32 `[N, O]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        use_adapter: bool,
+        dropout: Option<Dropout<'_>>,
+    ) -> Result<(Tensor, Saved), Error> {
+        let (n, inputs) = dims2(OP, "x", x)?;
+        let outputs = self.weight.rows();
+        let y = self.weight.forward(x)?;
+        let mut saved = Saved::default();
+        let adapter = self.adapter.as_ref().filter(|_| use_adapter);
+        if let Some(adapter) = adapter {
+            let rank = adapter.rank(inputs, outputs)?;
+            let x = view(OP, x)?;
+            let dropped = dropout.map(|d| d.apply(&x, inputs));
+            let source = dropped.as_deref().unwrap_or(&x);
+            let mut low_rank = vec![0.0; n * rank];
+            let (a, b) = (view(OP, &adapter.a.value)?, view(OP, &adapter.b.value)?);
+            let a_t = Matrix::new(&a, rank, inputs).t();
+            multiply(&mut low_rank, rank, 0.0, 1.0, Matrix::new(source, n, inputs), a_t, Threads::All);
+            change(OP, &y, |y| {
+                let b_t = Matrix::new(&b, outputs, rank).t();
+                multiply(y, outputs, 1.0, adapter.scaling, Matrix::new(&low_rank, n, rank), b_t, Threads::All);
+            })?;
+            saved.low_rank = Some(low_rank);
+            if let Some(magnitude) = &adapter.magnitude {
+                let norms = self.decomposed_norms(adapter, rank)?;
+                let m = view(OP, &magnitude.value)?;
+                let scale: Vec<f32> = m.iter().zip(&norms).map(|(m, n)| m / n).collect();
+                let plain = y.copy()?;
+                change(OP, &y, |y| {
+                    y.par_chunks_mut(outputs).for_each(|row| row.iter_mut().zip(&scale).for_each(|(y, s)| *y *= s));
+                })?;
+                saved.decomposed = Some((plain, scale));
+            }
+        }
+        if let Some(bias) = &self.bias {
+            let bias = view(OP, &bias.value)?;
+            if bias.len() != outputs {
+                return Err(shape_error(OP, "bias", bias.len(), outputs));
+            }
+            change(OP, &y, |y| y.par_chunks_mut(outputs).for_each(|row| vector::add_scaled(row, 1.0, &bias)))?;
+        }
+        Ok((y, saved))
+    }
+
+    /// The gradient with respect to `x`; gradients of trained parameters go to their buckets.
+    ///
+    /// # Shapes
+    /// `dy`: f32 `[N, O]`; `x`: f32 `[N, I]`, as given to [`Self::forward`]; returns f32 `[N, I]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    ///
+    /// # Equation
+    /// `dx = dy W + s · drop(dy B A)`, `dA = s (dy B)ᵀ drop(x)`, `dB = s dyᵀ (drop(x) Aᵀ)`, `dW = dyᵀ x`, `db = Σ dy`.
+    pub fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        saved: &Saved,
+        dropout: Option<Dropout<'_>>,
+    ) -> Result<Tensor, Error> {
+        let (n, inputs) = dims2(OP_BACKWARD, "x", x)?;
+        let outputs = self.weight.rows();
+        if dy.dims() != [n, outputs] {
+            return Err(shape_error(OP_BACKWARD, "dy", dy.dims(), [n, outputs]));
+        }
+        if let Some(bias) = self.bias.as_ref().filter(|b| b.grad.is_some()) {
+            let dy = view(OP_BACKWARD, dy)?;
+            let mut sum = vec![0.0; outputs];
+            dy.chunks_exact(outputs).for_each(|row| vector::add_scaled(&mut sum, 1.0, row));
+            bias.accumulate(OP_BACKWARD, &sum)?;
+        }
+        let scaled;
+        let dy = match (&saved.decomposed, self.adapter.as_ref().and_then(|a| a.magnitude.as_ref())) {
+            (Some((plain, scale)), Some(magnitude)) => {
+                scaled = decomposed_backward(dy, plain, scale, magnitude)?;
+                &scaled
+            }
+            _ => dy,
+        };
+        let dx = self.weight.backward_input(dy)?;
+        let (dy, x) = (view(OP_BACKWARD, dy)?, view(OP_BACKWARD, x)?);
+        if let Some(grad) = &self.weight_grad {
+            change(OP_BACKWARD, grad, |grad| {
+                let dy_t = Matrix::new(&dy, n, outputs).t();
+                multiply(grad, inputs, 1.0, 1.0, dy_t, Matrix::new(&x, n, inputs), Threads::All);
+            })?;
+        }
+        if let (Some(adapter), Some(low_rank)) = (&self.adapter, &saved.low_rank) {
+            adapter.backward(&dx, &dy, &x, low_rank, dropout)?;
+        }
+        Ok(dx)
+    }
+
+    /// The norm of each row of `W + s B A`.
+    fn decomposed_norms(&self, adapter: &Adapter, rank: usize) -> Result<Vec<f32>, Error> {
+        const PANEL: usize = 64;
+        let (outputs, inputs) = (self.weight.rows(), self.weight.cols());
+        let (a, b) = (view(OP, &adapter.a.value)?, view(OP, &adapter.b.value)?);
+        let mut panel = vec![0.0; PANEL * inputs];
+        let mut norms = Vec::with_capacity(outputs);
+        for start in (0..outputs).step_by(PANEL) {
+            let rows = PANEL.min(outputs - start);
+            let panel = &mut panel[..rows * inputs];
+            self.weight.dequantize_rows_into(start..start + rows, panel)?;
+            let b = Matrix::new(&b[start * rank..(start + rows) * rank], rows, rank);
+            multiply(panel, inputs, 1.0, adapter.scaling, b, Matrix::new(&a, rank, inputs), Threads::All);
+            norms.extend(panel.chunks_exact(inputs).map(|row| vector::dot(row, row).sqrt()));
+        }
+        Ok(norms)
+    }
+}
+
+/// Adds the magnitude's gradient to its bucket and returns `dy` times `m / ‖·‖`.
+fn decomposed_backward(dy: &Tensor, plain: &Tensor, scale: &[f32], magnitude: &Param) -> Result<Tensor, Error> {
+    let outputs = scale.len();
+    let (dy_view, plain) = (view(OP_BACKWARD, dy)?, view(OP_BACKWARD, plain)?);
+    if magnitude.grad.is_some() {
+        let mut sum = vec![0.0; outputs];
+        for (dy, plain) in dy_view.chunks_exact(outputs).zip(plain.chunks_exact(outputs)) {
+            for ((sum, &dy), &plain) in sum.iter_mut().zip(dy).zip(plain) {
+                *sum += dy * plain;
+            }
+        }
+        {
+            let m = view(OP_BACKWARD, &magnitude.value)?;
+            // scale / m is 1 / norm.
+            sum.iter_mut().zip(scale).zip(m.iter()).for_each(|((sum, s), m)| *sum *= s / m);
+        }
+        magnitude.accumulate(OP_BACKWARD, &sum)?;
+    }
+    let mut scaled = dy_view.to_vec();
+    scaled.par_chunks_mut(outputs).for_each(|row| row.iter_mut().zip(scale).for_each(|(v, s)| *v *= s));
+    tensor(scaled, dy.shape().clone())
+}
+
+impl Adapter {
+    fn rank(&self, inputs: usize, outputs: usize) -> Result<usize, Error> {
+        let rank = self.a.value.dims().first().copied().unwrap_or(0);
+        if self.a.value.dims() != [rank, inputs] {
+            return Err(shape_error(OP, "lora_a", self.a.value.dims(), [rank, inputs]));
+        }
+        if self.b.value.dims() != [outputs, rank] {
+            return Err(shape_error(OP, "lora_b", self.b.value.dims(), [outputs, rank]));
+        }
+        Ok(rank)
+    }
+
+    fn backward(
+        &self,
+        dx: &Tensor,
+        dy: &[f32],
+        x: &[f32],
+        low_rank: &[f32],
+        dropout: Option<Dropout<'_>>,
+    ) -> Result<(), Error> {
+        let (outputs, rank) = dims2(OP_BACKWARD, "lora_b", &self.b.value)?;
+        let (n, inputs) = dims2(OP_BACKWARD, "dx", dx)?;
+        let dy = Matrix::new(dy, n, outputs);
+        let mut d_low_rank = vec![0.0; n * rank];
+        {
+            let b = view(OP_BACKWARD, &self.b.value)?;
+            let b = Matrix::new(&b, outputs, rank);
+            multiply(&mut d_low_rank, rank, 0.0, self.scaling, dy, b, Threads::All);
+        }
+        let d_low = Matrix::new(&d_low_rank, n, rank);
+        if let Some(grad) = &self.b.grad {
+            change(OP_BACKWARD, grad, |grad| {
+                let low = Matrix::new(low_rank, n, rank);
+                multiply(grad, rank, 1.0, self.scaling, dy.t(), low, Threads::All);
+            })?;
+        }
+        let dropped = dropout.map(|d| d.apply(x, inputs));
+        if let Some(grad) = &self.a.grad {
+            let source = Matrix::new(dropped.as_deref().unwrap_or(x), n, inputs);
+            change(OP_BACKWARD, grad, |grad| multiply(grad, inputs, 1.0, 1.0, d_low.t(), source, Threads::All))?;
+        }
+        let a = view(OP_BACKWARD, &self.a.value)?;
+        let a = Matrix::new(&a, rank, inputs);
+        match dropout {
+            None => change(OP_BACKWARD, dx, |dx| multiply(dx, inputs, 1.0, 1.0, d_low, a, Threads::All)),
+            Some(dropout) => {
+                let mut through = vec![0.0; n * inputs];
+                multiply(&mut through, inputs, 0.0, 1.0, d_low, a, Threads::All);
+                let through = dropout.apply(&through, inputs);
+                change(OP_BACKWARD, dx, |dx| vector::add_scaled(dx, 1.0, &through))
+            }
+        }
+    }
+}

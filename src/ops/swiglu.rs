@@ -1,0 +1,56 @@
+//! The gated activation of the MLP: `silu(gate) * up` (Shazeer, 2002.05202, sec. 2).
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::view::{tensor, view};
+use super::{Error, shape_error};
+use crate::kernels::cpu::vector;
+
+/// Values one task works on.
+const CHUNK: usize = 1 << 14;
+
+/// `silu(gate) * up`, element by element.
+///
+/// # Shapes
+/// `gate`, `up`: f32 of one shape, which is returned.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor, Error> {
+    const OP: &str = "swiglu";
+    if gate.dims() != up.dims() {
+        return Err(shape_error(OP, "up", up.dims(), gate.dims()));
+    }
+    let (g, u) = (view(OP, gate)?, view(OP, up)?);
+    let mut out = vec![0.0; g.len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(g.par_chunks(CHUNK))
+        .zip(u.par_chunks(CHUNK))
+        .for_each(|((out, g), u)| vector::swiglu(out, g, u));
+    tensor(out, gate.shape().clone())
+}
+
+/// The gradients of [`forward`] with respect to `gate` and `up`.
+///
+/// # Shapes
+/// All f32 of one shape.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor), Error> {
+    const OP: &str = "swiglu backward";
+    if dy.dims() != gate.dims() || up.dims() != gate.dims() {
+        return Err(shape_error(OP, "dy", dy.dims(), gate.dims()));
+    }
+    let (d, g, u) = (view(OP, dy)?, view(OP, gate)?, view(OP, up)?);
+    let (mut d_gate, mut d_up) = (vec![0.0; g.len()], vec![0.0; g.len()]);
+    d_gate
+        .par_chunks_mut(CHUNK)
+        .zip(d_up.par_chunks_mut(CHUNK))
+        .zip(d.par_chunks(CHUNK))
+        .zip(g.par_chunks(CHUNK))
+        .zip(u.par_chunks(CHUNK))
+        .for_each(|((((dg, du), d), g), u)| vector::swiglu_backward(dg, du, d, g, u));
+    Ok((tensor(d_gate, gate.shape().clone())?, tensor(d_up, gate.shape().clone())?))
+}

@@ -1,0 +1,126 @@
+//! Rewards for the layout of a completion.
+//!
+//! Chat templates of reasoning models (DeepSeek-R1-Distill) end the prompt with `<think>`, so that the completion starts
+//! inside it. Every reward here then puts that tag in front of the completion, where TRL's would always give 0; the parameter
+//! `count_prompt: false` switches that off.
+
+use std::borrow::Cow;
+
+use super::Sample;
+use super::error::Error;
+use super::parameters::Parameters;
+use super::registry::Scorer;
+
+/// The completion with the tag that the prompt opened.
+fn with_opened_tag<'a>(sample: &Sample<'a>, counts_prompt: bool) -> Cow<'a, str> {
+    const TAG: &str = "<think>";
+    let prompt = sample.prompt_text;
+    if counts_prompt
+        && prompt.trim_end().ends_with(TAG)
+        && !sample.completion.trim_start().starts_with(TAG)
+        && let Some(start) = prompt.rfind(TAG)
+    {
+        return Cow::Owned(format!("{}{}", &prompt[start..], sample.completion));
+    }
+    Cow::Borrowed(sample.completion)
+}
+
+fn scorer(counts_prompt: bool, score: impl Fn(&str) -> f64 + Send + Sync + 'static) -> Scorer {
+    Box::new(move |_, sample| Ok(Some(score(&with_opened_tag(sample, counts_prompt)))))
+}
+
+/// `think_format`: TRL's `think_format_reward`. 1 if the completion matches `^<think>(?!.*<think>)(.*?)</think>.*$` with the dot
+/// matching line breaks: it starts with the only `<think>`, and a `</think>` follows.
+///
+/// Parameters: `count_prompt` (default true).
+pub(super) fn think_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
+    let counts_prompt = parameters.flag("count_prompt", true)?;
+    Ok(scorer(counts_prompt, |text| {
+        let is_right = text
+            .strip_prefix("<think>")
+            .is_some_and(|inside| !inside.contains("<think>") && inside.contains("</think>"));
+        f64::from(u8::from(is_right))
+    }))
+}
+
+/// `tag_format`: 1 if the completion is `<think>...</think><answer>...</answer>`, each tag once, with only spaces
+/// between and around the two parts.
+///
+/// Parameters: `newlines` (default false: tags need no lines of their own), `count_prompt` (default true).
+pub(super) fn tag_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
+    layout(parameters, false)
+}
+
+/// `format`: open-r1's `format_reward`, `^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$`. Stricter in two points: each tag
+/// occurs once, and nothing but spaces follows (open-r1's `$` also matches before any line break).
+///
+/// Parameters: as `tag_format`, `newlines` being true by default.
+pub(super) fn line_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
+    layout(parameters, true)
+}
+
+fn layout(parameters: &mut Parameters<'_>, newlines: bool) -> Result<Scorer, Error> {
+    let newlines = parameters.flag("newlines", newlines)?;
+    let counts_prompt = parameters.flag("count_prompt", true)?;
+    Ok(scorer(counts_prompt, move |text| f64::from(u8::from(has_layout(text.trim(), newlines)))))
+}
+
+fn has_layout(text: &str, newlines: bool) -> bool {
+    let tags = ["<think>", "</think>", "<answer>", "</answer>"];
+    if tags.iter().any(|tag| text.matches(tag).count() != 1) {
+        return false;
+    }
+    let parts = text
+        .strip_prefix("<think>")
+        .and_then(|rest| rest.strip_suffix("</answer>"))
+        .and_then(|inside| inside.split_once("</think>"))
+        .and_then(|(think, rest)| rest.split_once("<answer>").map(|(between, answer)| (think, between, answer)));
+    let Some((think, between, answer)) = parts else { return false };
+    let is_on_lines = |part: &str| part.len() >= 2 && part.starts_with('\n') && part.ends_with('\n');
+    between.trim().is_empty() && (!newlines || (is_on_lines(think) && between.contains('\n') && is_on_lines(answer)))
+}
+
+/// `tag_count`: open-r1's `tag_count_reward`. 0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n`, `\n</answer>`
+/// that occurs exactly once.
+///
+/// Parameters: `newlines` (default true; false counts the bare tags), `count_prompt` (default true).
+pub(super) fn tag_count(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
+    let newlines = parameters.flag("newlines", true)?;
+    let counts_prompt = parameters.flag("count_prompt", true)?;
+    let tags: [&str; 4] = if newlines {
+        ["<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>"]
+    } else {
+        ["<think>", "</think>", "<answer>", "</answer>"]
+    };
+    Ok(scorer(counts_prompt, move |text| {
+        tags.iter().map(|tag| if text.matches(tag).count() == 1 { 0.25 } else { 0.0 }).sum()
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_layout;
+
+    #[test]
+    fn the_layout_needs_every_tag_once_and_in_order() {
+        for text in ["<think>a</think><answer>b</answer>", "<think>\na\n</think>\n\n<answer>\nb\n</answer>"] {
+            assert!(has_layout(text, false), "{text}");
+        }
+        assert!(has_layout("<think>\na\n</think>\n<answer>\nb\n</answer>", true));
+        for text in [
+            "",
+            "<think>a</think>",
+            "a<think>b</think><answer>c</answer>",
+            "<think>a</think>so<answer>b</answer>",
+            "<think>a</think><answer>b</answer>c",
+            "<answer>b</answer><think>a</think>",
+            "<think>a<think>b</think><answer>c</answer>",
+            "<think>a</answer><answer>b</think>",
+        ] {
+            assert!(!has_layout(text, false), "{text}");
+        }
+        for text in ["<think>a</think><answer>b</answer>", "<think>\n</think>\n<answer>\nb\n</answer>"] {
+            assert!(!has_layout(text, true), "{text}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The trainer's own blocks as a model that can continue cached sequences: no copy of the weights, no merge.
+
+use candle_core::Tensor;
+
+use super::Error;
+use super::decode_model::{DecodeModel, StepBatch};
+use super::kv_cache::{KvCache, KvShape};
+use crate::engine::{self, Engine};
+use crate::model::layer::{DecoderLayer, Pass};
+use crate::model::{Embedding, Head};
+use crate::ops::attention::Layout;
+use crate::ops::{buffer, rows};
+
+/// An engine's model with its blocks bound for the length of a rollout.
+#[derive(Debug)]
+pub struct EngineModel<'a> {
+    engine: &'a Engine,
+    embedding: Embedding,
+    layers: Vec<DecoderLayer>,
+    head: Head,
+    use_adapter: bool,
+}
+
+impl<'a> EngineModel<'a> {
+    /// Binds the engine's blocks; with `use_adapter` false the base model speaks.
+    ///
+    /// # Errors
+    /// If a parameter is missing.
+    pub fn new(engine: &'a Engine, use_adapter: bool) -> Result<Self, engine::Error> {
+        let layers =
+            (0..engine.config().num_hidden_layers).map(|index| engine.layer(index)).collect::<Result<_, _>>()?;
+        Ok(Self { engine, embedding: engine.embedding()?, layers, head: engine.head()?, use_adapter })
+    }
+}
+
+impl DecodeModel for EngineModel<'_> {
+    fn vocab_size(&self) -> usize {
+        self.engine.config().vocab_size
+    }
+
+    fn kv_shape(&self) -> KvShape {
+        let config = self.engine.config();
+        KvShape { layers: config.num_hidden_layers, kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
+    }
+
+    fn max_positions(&self) -> usize {
+        self.engine.config().max_position_embeddings
+    }
+
+    fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {
+        let rotation = self.engine.rotation(&batch.positions);
+        // The halves of a layer around attention read no layout: attention runs over the cache.
+        let layout = Layout::default();
+        let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, dropout: None };
+        let mut hidden = self.embedding.forward(&batch.tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
+            let (_, heads, head_dim) = q.dims3()?;
+            let mut attended = vec![0.0; q.elem_count()];
+            buffer::read(&k, |k| buffer::read(&v, |v| cache.write_step(index, batch, k, v)))???;
+            let scale = (head_dim as f32).sqrt().recip();
+            buffer::read(&q, |q| cache.attend(index, batch, heads, scale, q, &mut attended))??;
+            let attended = Tensor::from_vec(attended, q.shape(), hidden.device())?;
+            hidden = layer.after_attention(&hidden, &attended, &pass)?.0;
+        }
+        let logit_rows: Vec<u32> = batch.logit_rows.iter().map(|&row| row as u32).collect();
+        Ok(self.head.logits(&rows::gather(&hidden, &logit_rows)?)?)
+    }
+}

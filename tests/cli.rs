@@ -1,0 +1,67 @@
+//! The command line through the real binary: help, exit codes, closed pipes.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+fn trainer(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_trainer")).args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
+    let (code, out, err) = trainer(&["--help"]);
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    for expected in ["sft", "grpo", "generate", "config", "Examples:", "Exit codes:", "TRAINER_LOG"] {
+        assert!(out.contains(expected), "{expected} is missing in\n{out}");
+    }
+    for subcommand in ["sft", "grpo", "generate", "config"] {
+        let (code, out, _) = trainer(&[subcommand, "--help"]);
+        assert_eq!(code, Some(0), "{subcommand}");
+        assert!(out.contains("Examples:") && out.contains(&format!("trainer {subcommand}")), "{out}");
+        assert!(out.lines().all(|line| line.chars().count() <= 120), "{subcommand} has a line too long:\n{out}");
+    }
+}
+
+#[test]
+fn bad_usage_is_exit_code_2_and_names_the_mistake() {
+    let cases: [(&[&str], &str); 5] = [
+        (&[], "Usage:"),
+        (&["grop", "c.yaml"], "grpo"),
+        (&["grpo"], "<CONFIG>"),
+        (&["sft", "c.yaml", "--set", "learning_rate"], "expected KEY=VALUE"),
+        (&["config"], "--explain"),
+    ];
+    for (arguments, expected) in cases {
+        let (code, out, err) = trainer(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}");
+        assert!(err.contains(expected) && out.is_empty(), "{arguments:?}: {out}{err}");
+    }
+}
+
+#[test]
+fn a_wrong_log_filter_is_bad_usage() {
+    let output = Command::new(env!("CARGO_BIN_EXE_trainer"))
+        .args(["config", "--reference"])
+        .env("TRAINER_LOG", "trainer=loud")
+        .output()
+        .unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.starts_with("error: `TRAINER_LOG=trainer=loud` is not a log filter"), "{message}");
+}
+
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_trainer"))
+        .args(["grpo", "--help"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut message = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut message).unwrap();
+    assert_eq!((child.wait().unwrap().code(), message.as_str()), (Some(0), ""));
+}

@@ -1,0 +1,742 @@
+//! Config files through the public door: what they become, what is said about wrong ones, and that nothing is lost.
+
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use trainer::config::settings::{
+    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, Interval, LrSchedulerType, ModelSettings,
+    OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection,
+    RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings, TrainingSettings, VespoSettings,
+    Warmup, WeightDtype,
+};
+use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
+
+const SFT: &str = "model_name_or_path: data/tiny-qwen\ndataset_name: data/arithmetic/sft.jsonl\n";
+const GRPO: &str =
+    "model_name_or_path: data/tiny-qwen\ndataset_name: data/arithmetic/train.jsonl\nreward_funcs: [accuracy]\n";
+
+fn sft_with(lines: &str, overrides: &[&str]) -> Result<Loaded<SftSettings>, ConfigError> {
+    let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+    config::load_sft(&Source::new("sft.yaml", format!("{SFT}{lines}")), &overrides, &Context::default())
+}
+
+fn grpo_with(lines: &str, overrides: &[&str]) -> Result<Loaded<GrpoSettings>, ConfigError> {
+    let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+    config::load_grpo(&Source::new("grpo.yaml", format!("{GRPO}{lines}")), &overrides, &Context::default())
+}
+
+fn sft(lines: &str) -> SftSettings {
+    sft_with(lines, &[]).unwrap_or_else(|error| panic!("{error}")).settings
+}
+
+fn grpo(lines: &str) -> GrpoSettings {
+    grpo_with(lines, &[]).unwrap_or_else(|error| panic!("{error}")).settings
+}
+
+/// The messages about a GRPO config that is wrong.
+fn grpo_errors(lines: &str) -> Vec<String> {
+    let error = grpo_with(lines, &[]).expect_err(lines);
+    error.messages().map(str::to_owned).collect()
+}
+
+fn sft_errors(lines: &str) -> Vec<String> {
+    let error = sft_with(lines, &[]).expect_err(lines);
+    error.messages().map(str::to_owned).collect()
+}
+
+fn assert_one(messages: &[String], part: &str) {
+    assert!(messages.len() == 1 && messages[0].contains(part), "expected one message with {part:?}, got {messages:#?}");
+}
+
+// ---- what a file becomes ----
+
+#[test]
+fn sft_defaults_are_those_of_trl() {
+    let settings = sft("");
+    let expected = SftSettings {
+        model: ModelSettings {
+            model_name_or_path: "data/tiny-qwen".into(),
+            model_revision: "main".into(),
+            tokenizer_name_or_path: None,
+            chat_template_path: None,
+            init_random: false,
+            dtype: WeightDtype::Auto, // TRL: float32
+            quantization: None,
+            lora: None,
+            adapter_name_or_path: None,
+        },
+        data: DataSettings {
+            dataset_name: "data/arithmetic/sft.jsonl".into(),
+            dataset_config: None,
+            dataset_revision: "main".into(),
+            dataset_train_split: "train".into(),
+            dataset_test_split: "test".into(),
+            dataset_text_field: "text".into(),
+            eval_fraction: None,
+            max_train_samples: None,
+            max_eval_samples: None,
+            chat_template_kwargs: serde_json::Map::new(),
+            system_prompt: None,
+        },
+        training: TrainingSettings {
+            output_dir: "trainer_output".into(),
+            resume_from_checkpoint: Resume::No,
+            overwrite_output_dir: false,
+            seed: 42,
+            data_seed: 42,
+            device: DeviceChoice::Auto,
+            precision: Precision::No, // TRL: bf16, which the default context does not have
+            per_device_train_batch_size: 8,
+            per_device_eval_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            num_train_epochs: 3.0,
+            max_steps: None,
+            gradient_checkpointing: true,
+            learning_rate: 2e-5,
+            lr_scheduler_type: LrSchedulerType::Linear,
+            lr_scheduler_kwargs: serde_json::Map::new(),
+            warmup: Warmup::Steps(0),
+            optimizer: OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 },
+            max_grad_norm: 1.0,
+            logging_steps: 10,
+            eval_strategy: Interval::No,
+            save_strategy: Interval::Steps(500),
+            save_total_limit: None,
+            report_to: vec![],
+            disable_tqdm: false,
+        },
+        max_length: Some(1024),
+        packing: false,
+        packing_strategy: PackingStrategy::Bfd,
+        eval_packing: false,
+        completion_only_loss: None,
+        assistant_only_loss: false,
+        loss_type: SftLossType::Nll,
+    };
+    assert_eq!(settings, expected);
+}
+
+#[test]
+fn grpo_defaults_are_those_of_trl() {
+    let settings = grpo("");
+    assert_eq!(settings.training.learning_rate.to_bits(), 1e-6f64.to_bits());
+    assert_eq!(settings.num_generations, 8);
+    assert_eq!(settings.num_generations_eval, 8);
+    assert_eq!(settings.max_completion_length, 512);
+    assert_eq!(settings.loss_type, GrpoLossType::Dapo);
+    assert_eq!((settings.beta, settings.epsilon, settings.epsilon_high, settings.delta), (0.0, 0.2, 0.2, None));
+    assert!(settings.use_bias_correction_kl);
+    assert_eq!(settings.scale_rewards, ScaleRewards::Group);
+    assert_eq!((settings.steps_per_generation, settings.generation_batch_size, settings.num_iterations), (1, 8, 1));
+    assert_eq!(settings.sampling, SamplingSettings::default());
+    assert_eq!((settings.sapo_temperature_neg, settings.sapo_temperature_pos), (1.05, 1.0));
+    assert_eq!(settings.vespo, VespoSettings { k_pos: 2.0, lambda_pos: 3.0, k_neg: 3.0, lambda_neg: 2.0 });
+    assert_eq!(settings.rollout_importance_sampling, None);
+    assert_eq!((settings.ref_model_mixup_alpha, settings.ref_model_sync_steps), (0.6, 512));
+    assert!(settings.shuffle_dataset);
+    assert_eq!(settings.reward_weights, [1.0]);
+}
+
+#[test]
+fn a_qlora_file_in_trl_style_is_understood() {
+    let settings =
+        sft("torch_dtype: bfloat16\nload_in_4bit: true\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: yes\n\
+         use_peft: true\n\
+         lora_r: \"8\"\nlora_alpha: 16\nlora_target_modules: all-linear\nlearning_rate: 1e-5\nwarmup_ratio: 0.1\n\
+         eval_strategy: no\nsave_strategy: epoch\nreport_to: none\nfp16: true\nmax_length: null\n\
+         optim: adamw_torch_fused\n");
+    assert_eq!(settings.model.dtype, WeightDtype::Bfloat16);
+    assert_eq!(settings.model.quantization, Some(Quantization { quant_type: QuantType::Nf4, double_quant: true }));
+    let lora = settings.model.lora.expect("use_peft is true");
+    assert_eq!((lora.r, lora.alpha, lora.dropout, lora.target_modules.len()), (8, 16.0, 0.05, 7));
+    assert_eq!(settings.training.learning_rate.to_bits(), 1e-5f64.to_bits());
+    assert_eq!(settings.training.warmup, Warmup::Ratio(0.1));
+    assert_eq!(settings.training.eval_strategy, Interval::No);
+    assert_eq!(settings.training.save_strategy, Interval::Epoch);
+    assert_eq!(settings.training.precision, Precision::Fp16);
+    assert_eq!(settings.max_length, None);
+}
+
+#[test]
+fn what_is_not_given_is_worked_out() {
+    let settings = grpo(
+        "per_device_train_batch_size: 4\ngradient_accumulation_steps: 6\nnum_generations: 4\nepsilon: 0.3\nseed: 7\n\
+         eval_strategy: steps\nlogging_steps: 3\nwarmup_steps: 0.25\n",
+    );
+    assert_eq!((settings.steps_per_generation, settings.generation_batch_size), (6, 24));
+    assert_eq!(settings.epsilon_high.to_bits(), 0.3f64.to_bits());
+    assert_eq!(settings.training.data_seed, 7);
+    assert_eq!(settings.training.eval_strategy, Interval::Steps(3));
+    assert_eq!(settings.training.warmup, Warmup::Ratio(0.25));
+    let settings = grpo("generation_batch_size: 32\n");
+    assert_eq!((settings.steps_per_generation, settings.generation_batch_size), (4, 32));
+    assert!(sft("packing: true\n").eval_packing);
+}
+
+#[test]
+fn ranks_and_the_device_take_part() {
+    let source = Source::new("grpo.yaml", GRPO);
+    let two = Context { world_size: 2, has_bf16: true, ..Context::default() };
+    let settings = config::load_grpo(&source, &[], &two).unwrap_or_else(|error| panic!("{error}")).settings;
+    assert_eq!(settings.generation_batch_size, 16);
+    assert_eq!(settings.training.precision, Precision::Bf16);
+    let on_cpu = config::load_grpo(&source, &["device=cpu".into()], &two).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(on_cpu.settings.training.precision, Precision::No);
+    assert_eq!(sft("bf16: true\n").training.precision, Precision::Bf16);
+    assert_eq!(sft("use_cpu: true\n").training.device, DeviceChoice::Cpu);
+}
+
+#[test]
+fn vllm_decides_the_default_of_the_correction() {
+    let sequence_mask = RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: 3.0, clip_min: None };
+    assert_eq!(grpo("use_vllm: true\n").rollout_importance_sampling, Some(sequence_mask));
+    assert_eq!(grpo("use_vllm: false\n").rollout_importance_sampling, None);
+    assert_eq!(grpo("vllm_importance_sampling_correction: true\n").rollout_importance_sampling, Some(sequence_mask));
+    let off = grpo("use_vllm: true\nvllm_importance_sampling_correction: false\n");
+    assert_eq!(off.rollout_importance_sampling, None);
+}
+
+#[test]
+fn rewards_keep_their_order_and_weights() {
+    let settings = sft_free_grpo(
+        "reward_funcs:\n  - accuracy\n  - command: python3 style.py\n  - {kind: length_penalty, soft: 10}\n\
+         reward_weights: [1, 0.5, 2e-1]\n",
+    );
+    assert_eq!(settings.reward_weights, [1.0, 0.5, 0.2]);
+    assert!(
+        matches!(&settings.reward_funcs[1], RewardSpec::Command { name, timeout_secs: 60.0, .. } if name == "style")
+    );
+    assert!(matches!(&settings.reward_funcs[2], RewardSpec::Builtin { parameters, .. } if parameters["soft"] == 10));
+}
+
+fn sft_free_grpo(rewards: &str) -> GrpoSettings {
+    let text = format!("model_name_or_path: m\ndataset_name: d\n{rewards}");
+    config::load_grpo(&Source::new("grpo.yaml", text), &[], &Context::default())
+        .unwrap_or_else(|error| panic!("{error}"))
+        .settings
+}
+
+// ---- overrides ----
+
+#[test]
+fn overrides_replace_what_the_file_says() {
+    let loaded = sft_with(
+        "torch_dtype: nonsense\nlearning_rate: x\n",
+        &["dtype=float16", "learning_rate = 2e-6", "seed=1", "seed=2"],
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(loaded.settings.model.dtype, WeightDtype::Float16);
+    assert_eq!(loaded.settings.training.learning_rate.to_bits(), 2e-6f64.to_bits());
+    assert_eq!(loaded.settings.training.seed, 2);
+    assert!(loaded.resolved_yaml.contains("# --set seed=2\n"));
+    let loaded = grpo_with(
+        "",
+        &[
+            "reward_funcs=[{kind: command, command: [a, b]}]",
+            "lr_scheduler_type=cosine_with_min_lr",
+            "lr_scheduler_kwargs={min_lr_rate: 0.1}",
+        ],
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    assert!(matches!(&loaded.settings.reward_funcs[0], RewardSpec::Command { .. }));
+}
+
+#[test]
+fn wrong_overrides_show_their_own_text() {
+    let error = sft_with(
+        "packing: true\n",
+        &[
+            "max_length=null",
+            "seed",
+            "learning_rte=1",
+            "lora_r=[",
+            "warmup_steps=-1",
+            "a.b=1",
+            "lr_scheduler_kwargs.x=1",
+        ],
+    )
+    .expect_err("seven mistakes");
+    insta::assert_snapshot!(error);
+}
+
+// ---- what is said about wrong files ----
+
+#[test]
+fn everything_is_reported_at_once() {
+    let error = config::load_grpo(
+        &Source::new(
+            "configs/wrong.yaml",
+            "model_name_or_path: data/tiny-qwen
+dataset_nme: data/arithmetic/train.jsonl
+reward_funcs: [rewards.py, accuracy]
+
+num_generations: 3
+per_device_train_batch_size: 4
+learning_rate: fast
+learning_rate: 1e-5
+lora_r: 0
+use_peft: maybe
+max_seq_length: 512
+top_p: 1.5
+loss_type: dappo
+load_in_8bit: true
+bf16: true
+fp16: true
+lora_target_modules: [q_proj, qkv_proj]
+packing: true
+",
+        ),
+        &[],
+        &Context::default(),
+    )
+    .expect_err("a dozen mistakes");
+    insta::assert_snapshot!(error);
+}
+
+#[test]
+fn clashes_show_both_values() {
+    let error = grpo_with(
+        "load_in_4bit: true
+warmup_ratio: 0.1
+warmup_steps: 10
+steps_per_generation: 2
+generation_batch_size: 16
+eval_strategy: steps
+per_device_eval_batch_size: 6
+reward_weights: [1, 2]
+sync_ref_model: true
+vllm_importance_sampling_correction: true
+vllm_importance_sampling_clip_min: 4
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1e-7, min_lr_rate: 0.1, minimum: 3}
+device: cuda:0
+use_cpu: true
+",
+        &[],
+    )
+    .expect_err("clashes");
+    insta::assert_snapshot!(error);
+}
+
+#[test]
+fn batches_say_which_numbers_work() {
+    let error = grpo_with("num_generations: 8\nper_device_train_batch_size: 3\ngradient_accumulation_steps: 5\n", &[]);
+    insta::assert_snapshot!("batch_from_accumulation", error.expect_err("15 is no multiple of 8"));
+    let error = grpo_with("num_generations: 8\nper_device_train_batch_size: 4\ngeneration_batch_size: 36\n", &[]);
+    insta::assert_snapshot!("batch_in_groups", error.expect_err("36 is no multiple of 8"));
+    let error = grpo_with("num_generations: 8\nper_device_train_batch_size: 4\ngeneration_batch_size: 42\n", &[]);
+    insta::assert_snapshot!("batch_in_micro_batches", error.expect_err("42 is no multiple of 4"));
+}
+
+#[test]
+fn text_that_is_not_a_map_of_keys() {
+    let read = |text: &str| {
+        let source = Source::new("broken.yaml", text);
+        config::load_sft(&source, &[], &Context::default()).expect_err("not a config")
+    };
+    insta::assert_snapshot!("not_yaml", read("model_name_or_path: a\ndataset_name: [1, 2\nseed: 3\n"));
+    insta::assert_snapshot!("not_a_map", read("- a\n- b\n"));
+    insta::assert_snapshot!("empty", read(""));
+    insta::assert_snapshot!("tabs", read("model_name_or_path: a\n\tdataset_name: b\n"));
+}
+
+#[test]
+fn line_ends_and_byte_order_marks_do_not_move_the_caret() {
+    for text in ["seed: 1\r\nné: 2\r\n", "\u{feff}seed: 1\nné: 2\n", "seed: 1\nné: 2"] {
+        let error = config::load_sft(&Source::new("a.yaml", text), &[], &Context::default()).expect_err(text);
+        let report = error.to_string();
+        assert!(report.contains("[a.yaml:2:1]") && report.contains("2 │ né: 2\n   · ─┬"), "{report}");
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let error = Source::read(Path::new("configs/no-such-file.yaml")).expect_err("no such file");
+    insta::assert_snapshot!("no_such_file", error);
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("latin1.yaml");
+    std::fs::write(&path, b"a: \xe9\n").expect("a file in it");
+    let error = Source::read(&path).expect_err("not UTF-8");
+    assert!(error.to_string().contains("byte 3"), "{error}");
+}
+
+#[test]
+fn colours_are_a_choice() {
+    let error = sft_with("sed: 1\n", &[]).expect_err("unknown key");
+    assert!(error.render(true).contains('\u{1b}'));
+    assert!(!error.render(false).contains('\u{1b}'));
+    assert_eq!(error.count(), 1);
+}
+
+#[test]
+fn a_broken_value_is_reported_once() {
+    // The batch does not divide by the default group size, but the group size is what is broken.
+    assert_one(&grpo_errors("num_generations: many\nper_device_train_batch_size: 3\n"), "expects an integer");
+    assert_one(&grpo_errors("num_generations: 1\n"), "at least 2");
+    assert_one(&grpo_errors("fp16: maybe\nbf16: true\n"), "true or false");
+    assert_eq!(grpo_errors("reward_weights: [1, 2]\nnum_iterations: 0\n").len(), 2);
+}
+
+#[test]
+fn each_check_across_keys() {
+    for (lines, part) in [
+        ("load_in_4bit: true\n", "needs `use_peft: true`"),
+        ("adapter_name_or_path: out\n", "`use_peft` is false"),
+        ("bf16: true\nfp16: true\n", "exclude each other"),
+        ("use_cpu: true\ndevice: cuda\n", "two devices"),
+        ("warmup_steps: 2.5\n", "whole number of steps"),
+        ("warmup_steps: 5\nwarmup_ratio: 0.1\n", "how long the warm-up"),
+        ("lr_scheduler_kwargs: {x: 1}\n", "does not take"),
+        ("lr_scheduler_type: polynomial\nlearning_rate: 1e-8\n", "lr_end"),
+        ("lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {power: two}\n", "power"),
+        ("lr_scheduler_type: cosine_with_min_lr\n", "neither"),
+        ("lr_scheduler_type: warmup_stable_decay\n", "num_decay_steps"),
+        ("packing: true\nmax_length: ~\n", "needs `max_length`"),
+        ("eval_packing: true\nmax_length: ~\n", "needs `max_length`"),
+        ("dtype: float32\ntorch_dtype: float32\n", "same key"),
+        ("seed: 1\nseed: 1\n", "twice"),
+        ("num_generations: 4\n", "`trainer grpo`"),
+        ("use_vllm: true\n", "`trainer grpo`"),
+        ("load_in_8bit: true\n", "not supported"),
+        ("push_to_hub: true\n", "nothing is uploaded"),
+        ("deepspeed: ds.json\n", "launcher"),
+        ("max_seq_length: 5\n", "called `max_length`"),
+        ("max_new_tokens: 5\n", "called `max_completion_length`, a key of `trainer grpo`"),
+        ("optim: sgd\n", "does not know `sgd`"),
+        ("max_steps: 0\n", "at least 1"),
+        ("logging_steps: 0\n", "at least 1"),
+        ("max_grad_norm: -1\n", "at least 0"),
+        ("num_train_epochs: 0\n", "greater than 0"),
+        ("lora_dropout: 1\nuse_peft: true\n", "less than 1"),
+        ("eval_fraction: 1\n", "less than 1"),
+        ("adam_beta1: 1.0\n", "less than 1"),
+    ] {
+        assert_one(&sft_errors(lines), part);
+    }
+    for (lines, part) in [
+        ("steps_per_generation: 1\ngeneration_batch_size: 8\n", "both say"),
+        ("per_device_train_batch_size: 6\n", "does not divide into groups"),
+        ("generation_batch_size: 12\n", "micro-batches"),
+        ("eval_strategy: steps\nper_device_eval_batch_size: 3\n", "evaluation batch"),
+        ("eval_strategy: steps\nnum_generations_eval: 3\n", "evaluation batch"),
+        ("reward_weights: [1, 2]\n", "2 weights for 1 reward function"),
+        ("sync_ref_model: true\n", "nothing to move"),
+        ("sync_ref_model: true\nbeta: 0.1\nuse_peft: true\n", "never moves"),
+        ("vllm_importance_sampling_correction: true\nloss_type: vespo\n", "does not go with"),
+        ("temperature: 0\n", "greater than 0"),
+        ("top_p: 0\n", "greater than 0 and at most 1"),
+        ("epsilon: 1.5\n", "at most 1"),
+        ("beta: -0.1\n", "at least 0"),
+        ("top_k: -1\n", "negative"),
+        ("packing: true\n", "`trainer sft`"),
+        ("max_length: 5\n", "`trainer sft`"),
+        ("use_adaptive_entropy: true\n", "not supported"),
+    ] {
+        assert_one(&grpo_errors(lines), part);
+    }
+}
+
+#[test]
+fn the_reward_room_checks_built_ins() {
+    fn check(spec: &RewardSpec) -> Result<(), String> {
+        match spec {
+            RewardSpec::Builtin { name, parameters } if name == "accuracy" => match parameters.keys().next() {
+                Some(key) => Err(format!("`accuracy` has no parameter `{key}`")),
+                None => Ok(()),
+            },
+            RewardSpec::Builtin { name, .. } => Err(format!("there is no built-in reward `{name}`")),
+            RewardSpec::Command { .. } => Err("programs are not given to the check".into()),
+        }
+    }
+    let context = Context { check_reward: Some(check), ..Context::default() };
+    let text = "model_name_or_path: m\ndataset_name: d\nreward_funcs:\n  - {kind: accuracy, strict: true}\n\
+                \x20 - acuracy\n\x20 - command: ./grade\n";
+    let error = config::load_grpo(&Source::new("grpo.yaml", text), &[], &context).expect_err("two wrong rewards");
+    insta::assert_snapshot!(error);
+}
+
+// ---- warnings ----
+
+#[test]
+fn warnings_name_the_key_and_the_reason() {
+    let loaded = grpo_with(
+        "use_vllm: true
+vllm_gpu_memory_utilization: 0.3
+dataloader_num_workers: 4
+attn_implementation: flash_attention_2
+lora_r: 8
+bnb_4bit_compute_dtype: float16
+gradient_checkpointing_kwargs: {use_reentrant: false}
+loss_type: cispo
+max_steps: 5
+num_train_epochs: 2
+push_to_hub: false
+use_dora: no
+lora_bias: none
+eval_steps: 5
+",
+        &["save_strategy=epoch", "save_steps=3"],
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    insta::assert_snapshot!(loaded.warnings.join("\n"));
+}
+
+#[test]
+fn values_that_ask_for_nothing_are_accepted() {
+    for key in FOREIGN_KEYS {
+        let load = |text: &str| {
+            let line = [format!("{}={text}", key.name)];
+            if key.commands.include(Command::Sft) {
+                config::load_sft(&Source::new("sft.yaml", SFT), &line, &Context::default())
+                    .map(|loaded| loaded.warnings)
+            } else {
+                config::load_grpo(&Source::new("grpo.yaml", GRPO), &line, &Context::default())
+                    .map(|loaded| loaded.warnings)
+            }
+        };
+        match key.rule {
+            Rule::NoEffect(_) => {
+                let warnings = load("true").unwrap_or_else(|error| panic!("{error}"));
+                assert!(warnings.len() == 1 && warnings[0].contains(key.name), "{}: {warnings:?}", key.name);
+            }
+            Rule::Lacking { off, .. } => {
+                for text in off.iter().chain(&["null"]) {
+                    assert_eq!(
+                        load(text).unwrap_or_else(|error| panic!("{error}")),
+                        Vec::<String>::new(),
+                        "{}",
+                        key.name
+                    );
+                }
+                let error = load("[something, else]").expect_err(key.name);
+                assert_eq!(error.count(), 1, "{error}");
+            }
+            Rule::Renamed(_) => assert_eq!(load("1").expect_err(key.name).count(), 1),
+            Rule::Alias(_) => assert!(load("[{}]").expect_err(key.name).messages().all(|m| !m.contains("no key"))),
+        }
+    }
+}
+
+// ---- the resolved config ----
+
+#[test]
+fn the_resolved_config_is_complete() {
+    let context = Context { git_commit: Some("0123abc"), ..Context::default() };
+    let loaded = config::load_grpo(&Source::new("grpo.yaml", GRPO), &["seed=5".into()], &context);
+    let text = loaded.unwrap_or_else(|error| panic!("{error}")).resolved_yaml;
+    for key in config::keys().iter().filter(|key| key.commands.include(Command::Grpo)) {
+        let lines = text.lines().filter(|line| line.starts_with(&format!("{}:", key.name))).count();
+        assert_eq!(lines, 1, "`{}` stands {lines} times in\n{text}", key.name);
+    }
+    let text = text.replace(concat!("trainer ", env!("CARGO_PKG_VERSION")), "trainer [version]");
+    insta::assert_snapshot!("resolved_grpo", text);
+}
+
+/// Loads a config and then its resolved text; both must give the same, and the second without `--set`.
+fn round_trip_sft(lines: &str, overrides: &[String]) -> Result<(), TestCaseError> {
+    let Ok(first) = config::load_sft(&Source::new("a.yaml", format!("{SFT}{lines}")), overrides, &Context::default())
+    else {
+        return Ok(());
+    };
+    let again = config::load_sft(&Source::new("b.yaml", first.resolved_yaml.as_str()), &[], &Context::default());
+    let again = again.map_err(|error| TestCaseError::fail(format!("{error}\n{}", first.resolved_yaml)))?;
+    prop_assert_eq!(&again.settings, &first.settings);
+    prop_assert!(
+        again.warnings.iter().all(|warning| first.warnings.iter().any(|w| tail(w) == tail(warning))),
+        "{:?}",
+        again.warnings
+    );
+    prop_assert_eq!(body(&again.resolved_yaml), body(&first.resolved_yaml));
+    Ok(())
+}
+
+fn round_trip_grpo(lines: &str, overrides: &[String]) -> Result<(), TestCaseError> {
+    let Ok(first) = config::load_grpo(&Source::new("a.yaml", format!("{GRPO}{lines}")), overrides, &Context::default())
+    else {
+        return Ok(());
+    };
+    let again = config::load_grpo(&Source::new("b.yaml", first.resolved_yaml.as_str()), &[], &Context::default());
+    let again = again.map_err(|error| TestCaseError::fail(format!("{error}\n{}", first.resolved_yaml)))?;
+    prop_assert_eq!(&again.settings, &first.settings);
+    prop_assert!(
+        again.warnings.iter().all(|warning| first.warnings.iter().any(|w| tail(w) == tail(warning))),
+        "{:?}",
+        again.warnings
+    );
+    prop_assert_eq!(body(&again.resolved_yaml), body(&first.resolved_yaml));
+    Ok(())
+}
+
+/// A warning without its place.
+fn tail(warning: &str) -> &str {
+    warning.split_once(": ").map_or(warning, |(_, tail)| tail)
+}
+
+/// A resolved config without its header.
+fn body(text: &str) -> &str {
+    &text[text.find("\n\n").expect("a blank line ends the header")..]
+}
+
+/// A value that the key might take: one of its words, a number in or near its range, text, a map, null.
+fn value_for(key: &'static config::Key) -> BoxedStrategy<String> {
+    let words: Vec<String> = key.values.iter().map(ToString::to_string).collect();
+    let default = match key.default {
+        DefaultValue::Text(text) => text.to_owned(),
+        _ => "null".to_owned(),
+    };
+    let number = prop_oneof![
+        (0u32..70).prop_map(|n| n.to_string()),
+        (0.0f64..1.0).prop_map(|x| format!("{x:?}")),
+        (1e-9f64..1e-3).prop_map(|x| format!("{x:e}")),
+    ];
+    let text = any::<String>().prop_map(|text| serde_json::Value::from(text).to_string());
+    match key.kind {
+        "one of" | "one or a list of" | "all-linear or a list of" if !words.is_empty() => {
+            proptest::sample::select(words).boxed()
+        }
+        "true or false" => any::<bool>().prop_map(|b| b.to_string()).boxed(),
+        "text" | "a path" => prop_oneof![text, Just("null".to_owned()), Just("plain".to_owned())].boxed(),
+        "an integer" | "a number" => prop_oneof![3 => number, 1 => Just(default)].boxed(),
+        "a list of strings" => {
+            proptest::collection::vec(text, 0..3).prop_map(|items| format!("[{}]", items.join(", "))).boxed()
+        }
+        "a map" => (text.clone(), number, text)
+            .prop_map(|(key, n, value)| format!("{{{key}: {n}, other: [{value}, true, null]}}"))
+            .boxed(),
+        _ => Just(default).boxed(),
+    }
+}
+
+fn overrides_for(command: Command) -> impl Strategy<Value = Vec<String>> {
+    // Keys whose values are tied to those of others would make almost every draw invalid.
+    let tied = ["reward_funcs", "reward_weights", "lr_scheduler_kwargs", "generation_batch_size", "num_generations"];
+    let keys: Vec<&'static config::Key> =
+        config::keys().iter().filter(|key| key.commands.include(command) && !tied.contains(&key.name)).collect();
+    proptest::collection::vec(proptest::sample::select(keys), 1..6).prop_flat_map(|keys| {
+        keys.into_iter()
+            .map(|key| value_for(key).prop_map(move |value| format!("{}={value}", key.name)))
+            .collect::<Vec<_>>()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_resolved_sft_config_gives_the_same_settings(overrides in overrides_for(Command::Sft)) {
+        round_trip_sft("", &overrides)?;
+    }
+
+    #[test]
+    fn a_resolved_grpo_config_gives_the_same_settings(overrides in overrides_for(Command::Grpo)) {
+        round_trip_grpo("", &overrides)?;
+    }
+
+    #[test]
+    fn no_text_makes_the_reader_panic(
+        text in "[a-z_:\\- \\[\\]{}\"'#&*!|>%@0-9.\\n\\t]{0,80}",
+        value in any::<String>(),
+    ) {
+        let source = Source::new("any.yaml", text);
+        let set = [format!("seed={value}"), value];
+        for overrides in [&[][..], &set[..]] {
+            for error in [
+                config::load_sft(&source, overrides, &Context::default()).err(),
+                config::load_grpo(&source, overrides, &Context::default()).err(),
+            ].into_iter().flatten() {
+                prop_assert!(error.count() > 0 && !error.render(true).is_empty());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_single_key_survives_the_round_trip() {
+    let extremes = [
+        "learning_rate=1.7976931348623157e308",
+        "learning_rate=5e-324",
+        "seed=18446744073709551615",
+        "max_steps=7",
+        "resume_from_checkpoint=true",
+        "resume_from_checkpoint=runs/a b/checkpoint-5",
+        "device=cuda:3",
+        "lora_target_modules=[v_proj]",
+        "system_prompt=\"line\\nwith \\\"quotes\\\" # and: more\\u0085 \\u2028 \\ufeff\"",
+        "system_prompt=|\n  block\n  of text\n",
+        "chat_template_kwargs={enable_thinking: no, depth: {a: [1, 1.0, 1e-7, \"1\", null]}}",
+        "model_revision=1e5",
+        "output_dir=~/x",
+        "report_to=[tensorboard]",
+        "warmup_ratio=0.03",
+    ];
+    let mut accepted = 0;
+    for set in extremes {
+        round_trip_sft("use_peft: true\n", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
+        accepted += usize::from(sft_with("use_peft: true\n", &[set]).is_ok());
+    }
+    assert_eq!(accepted, extremes.len());
+    for set in [
+        "reward_funcs=[accuracy, {kind: tag_count, a: [1, x], b: {c: 1.5}}]",
+        "reward_funcs=[{command: [sh, -c, \"echo 'a b' \\\\ \\\"\"], name: \"é: #\", timeout_secs: 0.5}]",
+        "stop_strings=[\"</answer>\", \"\\n\\n\", \"no\"]",
+        "reward_weights=[0.1]",
+        "vllm_importance_sampling_correction=true",
+        "generation_batch_size=32",
+        "scale_rewards=false",
+    ] {
+        round_trip_grpo("", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
+        grpo_with("", &[set]).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+// ---- files of the repository ----
+
+fn config_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("configs/ is there") {
+        let path = entry.expect("a readable folder").path();
+        if path.is_dir() {
+            files.extend(config_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "yaml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn every_config_of_the_repository_is_right() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let files = config_files(&root);
+    assert!(files.len() >= 7, "{files:?}");
+    for path in files {
+        let source = Source::read(&path).unwrap_or_else(|error| panic!("{error}"));
+        assert!(
+            source.text().starts_with("# ") && source.text().contains("# Hardware:"),
+            "{}: no header comment",
+            path.display()
+        );
+        let is_grpo = path.file_name().is_some_and(|name| name.to_string_lossy().contains("grpo"));
+        for world_size in [1, 2] {
+            let context = Context { world_size, ..Context::default() };
+            let warnings = if is_grpo {
+                config::load_grpo(&source, &[], &context).map(|loaded| loaded.warnings)
+            } else {
+                config::load_sft(&source, &[], &context).map(|loaded| loaded.warnings)
+            };
+            assert_eq!(warnings.unwrap_or_else(|error| panic!("{error}")), Vec::<String>::new(), "{}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_reference_page_is_up_to_date() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/config.md");
+    let page = config::reference();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, &page).expect("docs/ can be written");
+    }
+    let stored = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(stored == page, "docs/config.md is out of date: run `UPDATE_DOCS=1 cargo test --release --test config`");
+}

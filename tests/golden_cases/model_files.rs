@@ -1,0 +1,109 @@
+//! What the groups with models share: tensors by name, engines from a folder, padded batches as ragged ones.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor};
+use trainer::config::settings::{ModelSettings, Quantization, WeightDtype};
+use trainer::engine::Engine;
+use trainer::model::batch::{Batch, BatchBuilder};
+use trainer::model::load::{LoadedModel, Purpose, load};
+use trainer::zero::ParamStore;
+
+/// The tensors of a safetensors file by name.
+pub struct Tensors(HashMap<String, Tensor>);
+
+impl Tensors {
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        Ok(Self(candle_core::safetensors::load(path, &Device::Cpu).with_context(|| path.display().to_string())?))
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    pub fn get(&self, name: &str) -> anyhow::Result<&Tensor> {
+        self.0.get(name).with_context(|| format!("no tensor `{name}`"))
+    }
+
+    pub fn floats(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+        Ok(self.get(name)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+    }
+
+    pub fn integers(&self, name: &str) -> anyhow::Result<Vec<Vec<i64>>> {
+        let tensor = self.get(name)?;
+        let tensor = if tensor.rank() == 1 { tensor.unsqueeze(0)? } else { tensor.clone() };
+        Ok(tensor.to_dtype(DType::I64)?.to_vec2()?)
+    }
+
+    /// Names that start with `prefix`, sorted.
+    pub fn names<'a>(&'a self, prefix: &'a str) -> Vec<&'a str> {
+        let mut names: Vec<&str> = self.0.keys().filter(|n| n.starts_with(prefix)).map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+}
+
+/// The folders inside `folder`, sorted.
+pub fn folders(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
+    found.sort();
+    Ok(found)
+}
+
+/// The last part of a path.
+pub fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+pub fn settings(adapter: Option<&Path>, quantization: Option<Quantization>) -> ModelSettings {
+    ModelSettings {
+        model_name_or_path: String::new(),
+        model_revision: "main".into(),
+        tokenizer_name_or_path: None,
+        chat_template_path: None,
+        init_random: false,
+        dtype: WeightDtype::Auto,
+        quantization,
+        lora: None,
+        adapter_name_or_path: adapter.map(Path::to_path_buf),
+    }
+}
+
+/// An engine that trains the adapter, or everything if there is none.
+pub fn engine(
+    model: &Path,
+    adapter: Option<&Path>,
+    quantization: Option<Quantization>,
+    recompute: bool,
+) -> anyhow::Result<Engine> {
+    let LoadedModel { config, adapter, blocks, .. } =
+        load(model, &settings(adapter, quantization), 0, Purpose::Training)?;
+    Ok(Engine::new(config, adapter, ParamStore::new(blocks)?, recompute))
+}
+
+/// A padded batch without its padding, and where each real token stands in the padded one.
+pub struct Unpadded {
+    pub batch: Batch,
+    /// `(row, column)` of every token of the ragged batch.
+    pub places: Vec<(usize, usize)>,
+    /// `(row, column)` of every target of the head.
+    pub target_places: Vec<(usize, usize)>,
+}
+
+/// Takes the padding away. Asks the head for every token but the first of each row.
+pub fn unpad(ids: &[Vec<i64>], mask: &[Vec<i64>]) -> anyhow::Result<Unpadded> {
+    let mut builder = BatchBuilder::new();
+    let (mut places, mut target_places) = (vec![], vec![]);
+    for (row, (ids, mask)) in ids.iter().zip(mask).enumerate() {
+        let columns: Vec<usize> = (0..ids.len()).filter(|&c| mask[c] == 1).collect();
+        let tokens: Vec<u32> = columns.iter().map(|&c| ids[c] as u32).collect();
+        let rows = builder.push(&tokens, row as u64);
+        builder.predict_within(rows);
+        target_places.extend(columns.iter().skip(1).map(|&c| (row, c)));
+        places.extend(columns.iter().map(|&c| (row, c)));
+    }
+    Ok(Unpadded { batch: builder.build()?, places, target_places })
+}

@@ -1,0 +1,10 @@
+//! Rewards through their public interface: the table of answer pairs, every built-in, reward programs and their failures.
+
+#[path = "reward/arithmetic.rs"]
+mod arithmetic;
+#[path = "reward/builtins.rs"]
+mod builtins;
+#[path = "reward/math_pairs.rs"]
+mod math_pairs;
+#[path = "reward/programs.rs"]
+mod programs;

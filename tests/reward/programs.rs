@@ -1,0 +1,178 @@
+//! Reward programs: the example, and every way in which a program can fail.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+use trainer::config::settings::RewardSpec;
+use trainer::reward::{Error, Reward, Sample, build};
+
+fn start(command: &[&str], timeout_secs: f64) -> Result<Box<dyn Reward>, Error> {
+    let command = command.iter().map(|c| (*c).to_owned()).collect();
+    build(&RewardSpec::Command { name: "mine".to_owned(), command, timeout_secs })
+}
+
+fn shell(script: &str, timeout_secs: f64) -> Box<dyn Reward> {
+    start(&["/bin/sh", "-c", script], timeout_secs).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn score(reward: &mut dyn Reward, completions: &[&str]) -> Result<Vec<Option<f64>>, Error> {
+    let (prompt, row) = (json!([{"role": "user", "content": "hi"}]), Map::new());
+    let samples: Vec<Sample<'_>> = completions
+        .iter()
+        .map(|completion| Sample {
+            prompt: &prompt,
+            prompt_text: "hi",
+            completion,
+            completion_tokens: completion.len(),
+            max_completion_length: 100,
+            is_truncated: false,
+            row: &row,
+        })
+        .collect();
+    reward.score(&samples)
+}
+
+fn complaint(script: &str, timeout_secs: f64) -> String {
+    score(&mut *shell(script, timeout_secs), &["a", "b"]).expect_err("a complaint").to_string()
+}
+
+fn is_running(pid: &str) -> bool {
+    // A killed child of a killed parent is a zombie until init takes it.
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+#[test]
+fn the_example_program_scores_batch_after_batch() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/rewards/brevity.py");
+    let mut reward = start(&["python3", script.to_str().expect("utf-8"), "10"], 60.0).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(reward.name(), "mine");
+    assert_eq!(
+        score(&mut *reward, &["", "12345", "1234567890123"]).expect("scores"),
+        [Some(1.0), Some(0.5), Some(0.0)]
+    );
+    assert_eq!(score(&mut *reward, &["1"]).expect("scores"), [Some(0.9)]);
+    assert_eq!(score(&mut *reward, &[]).expect("scores"), []);
+    let row: Map<String, Value> = [("brevity".to_owned(), json!(false))].into_iter().collect();
+    let prompt = json!("p");
+    let sample = Sample {
+        prompt: &prompt,
+        prompt_text: "p",
+        completion: "line\nbreak \u{2028} \"quoted\"",
+        completion_tokens: 3,
+        max_completion_length: 4,
+        is_truncated: true,
+        row: &row,
+    };
+    assert_eq!(reward.score(&[sample]).expect("scores"), [None]);
+}
+
+#[test]
+fn a_large_batch_does_not_block_on_full_pipes() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/rewards/brevity.py");
+    let mut reward = start(&["python3", script.to_str().expect("utf-8")], 60.0).unwrap_or_else(|e| panic!("{e}"));
+    let long = "x".repeat(200_000);
+    let scores = score(&mut *reward, &[long.as_str(); 40]).expect("scores");
+    assert_eq!(scores, vec![Some(0.0); 40]);
+}
+
+#[test]
+fn a_program_that_hangs_is_killed_with_its_children() {
+    let folder = tempfile_folder("hang");
+    let pids = folder.join("pids");
+    // The program and a child of its own, both of which would stay for a minute.
+    let script = format!("echo loading >&2; sleep 61 & echo $! $$ > {}; wait", pids.display());
+    let mut reward = shell(&script, 0.5);
+    let begin = Instant::now();
+    let message = score(&mut *reward, &["a"]).expect_err("a complaint").to_string();
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert!(message.contains("reward program `mine` (`/bin/sh -c "), "{message}");
+    assert!(message.contains("did not answer request 1 (1 samples) within 0.5 seconds and was killed"), "{message}");
+    assert!(message.contains("timeout_secs") && message.ends_with("\n  loading"), "{message}");
+    let written = std::fs::read_to_string(&pids).expect("the program wrote its ids");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while written.split_whitespace().any(is_running) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!written.split_whitespace().any(is_running), "still running: {written}");
+    let again = score(&mut *reward, &["a"]).expect_err("a complaint").to_string();
+    assert!(again.contains("is not running any more"), "{again}");
+    std::fs::remove_dir_all(folder).expect("removed");
+}
+
+#[test]
+fn a_program_that_never_reads_runs_into_the_limit_as_well() {
+    let mut reward = shell("exec sleep 61", 0.5);
+    let long = "x".repeat(1_000_000);
+    let message = score(&mut *reward, &[long.as_str()]).expect_err("a complaint").to_string();
+    assert!(message.contains("within 0.5 seconds"), "{message}");
+    assert!(message.ends_with("it wrote nothing to standard error"), "{message}");
+}
+
+#[test]
+fn a_program_that_dies_is_reported_with_its_status_and_last_words() {
+    let message = complaint("for i in $(seq 30); do echo line $i >&2; done; read x; echo no model >&2; exit 7", 30.0);
+    assert!(message.contains("ended (exit status: 7) before it answered request 1"), "{message}");
+    assert!(message.contains("run it by hand with one request line"), "{message}");
+    assert!(message.ends_with("\n  line 30\n  no model"), "{message}");
+    assert!(!message.contains("line 11\n"), "only the last lines: {message}");
+    let message = complaint("read x; kill -9 $$", 30.0);
+    assert!(message.contains("signal: 9"), "{message}");
+    let message = complaint("exec >&-; cat > /dev/null", 30.0);
+    assert!(message.contains("closed its standard output"), "{message}");
+}
+
+#[test]
+fn answers_that_are_none_are_explained() {
+    for (answer, part) in [
+        ("hello", "request 1: it is not JSON"),
+        ("[1,2]", "it is not a JSON object"),
+        ("{\"scores\": [1, 2]}", "it has no `id`"),
+        ("{\"id\": 9, \"scores\": [1, 2]}", "its `id` is 9"),
+        ("{\"id\": 1}", "it has no list `scores`"),
+        ("{\"id\": 1, \"scores\": [NaN, 1]}", "NaN is not JSON; write null"),
+        ("{\"id\": 1, \"scores\": [1e999, 1]}", "it is not JSON"),
+        ("{\"id\": 1, \"scores\": [1]}", "with 1 scores for 2 samples; write one score per sample"),
+        ("{\"id\": 1, \"scores\": [1, \"2\"]}", "gave sample 1 of request 1 the score \"2\", expected a finite number"),
+        ("{\"id\": 1, \"error\": \"no GPU\"}", "refused request 1: no GPU"),
+        ("", "it is not JSON"),
+    ] {
+        let message = complaint(&format!("read x; echo '{answer}'; read x"), 30.0);
+        assert!(message.contains(part), "{answer}: {message}");
+    }
+}
+
+#[test]
+fn programs_that_do_not_start_are_explained() {
+    let message = |r: Result<Box<dyn Reward>, Error>| match r {
+        Ok(_) => panic!("it started"),
+        Err(error) => error.to_string(),
+    };
+    let text = message(start(&["/no/such/program", "x"], 1.0));
+    assert!(text.contains("`mine` (`/no/such/program x`) could not be started: No such file"), "{text}");
+    assert!(message(start(&[], 1.0)).contains("`command` is empty"));
+    assert!(message(start(&["true"], 0.0)).contains("time limit of 0 seconds"));
+    assert!(message(start(&["true"], f64::NAN)).contains("time limit of NaN seconds"));
+}
+
+#[test]
+fn the_program_ends_when_the_reward_is_dropped() {
+    let folder = tempfile_folder("drop");
+    let log = folder.join("log");
+    // Ends by itself at the end of its input.
+    drop(shell(&format!("echo $$ > {0}; cat > /dev/null; echo done >> {0}", log.display()), 5.0));
+    let written = std::fs::read_to_string(&log).expect("written");
+    assert!(written.ends_with("done\n"), "{written}");
+    // Ignores it, and is killed.
+    let begin = Instant::now();
+    drop(shell(&format!("echo $$ > {0}; exec sleep 61", log.display()), 5.0));
+    assert!(begin.elapsed() < Duration::from_secs(20));
+    assert!(!is_running(std::fs::read_to_string(&log).expect("written").trim()));
+    std::fs::remove_dir_all(folder).expect("removed");
+}
+
+fn tempfile_folder(name: &str) -> std::path::PathBuf {
+    let folder = std::env::temp_dir().join(format!("trainer-reward-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("created");
+    folder
+}
