@@ -172,7 +172,10 @@ mod tests {
             for k in [1, 2, 5, 40, 200, 299] {
                 let expected = if k < logits.len() { sorted[k - 1] } else { f32::NEG_INFINITY };
                 let got = top_k_threshold(logits, k, &mut Vec::new());
-                assert!(got == expected, "{k}: {got}, expected {expected}");
+                assert!(
+                    got.partial_cmp(&expected).is_some_and(std::cmp::Ordering::is_eq),
+                    "{k}: {got}, expected {expected}"
+                );
             }
         });
     }
