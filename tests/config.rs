@@ -517,6 +517,78 @@ fn values_that_ask_for_nothing_are_accepted() {
     }
 }
 
+/// The keys of transformers 5.23 (`TrainingArguments`) and TRL 1.16 (`ModelConfig`, `ScriptArguments`).
+const SHARED_KEYS: &str = "
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps average_tokens_across_devices max_grad_norm
+    label_smoothing_factor bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+    activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache neftune_noise_alpha
+    torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps logging_first_step
+    log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica
+    disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+    parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    dataloader_in_order remove_unused_columns label_names train_sampling_strategy length_column_name
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint
+    local_rank model_name_or_path model_revision dtype attn_implementation use_peft lora_r lora_alpha
+    lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_rslora
+    use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
+    dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming ignore_bias_buffers
+    datasets streaming test_split_size
+";
+
+/// The further keys of TRL 1.16's `SFTConfig`.
+const SFT_KEYS: &str = "
+    model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path dataset_text_field
+    dataset_kwargs dataset_num_proc eos_token max_length truncation_mode shuffle_dataset packing
+    packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss
+    loss_type activation_offloading pad_token
+";
+
+/// The further keys of TRL 1.16's `GRPOConfig` and of its command.
+const GRPO_KEYS: &str = "
+    model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32
+    num_generations num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset
+    pad_to_multiple_of generation_batch_size steps_per_generation temperature top_p top_k min_p
+    generation_kwargs chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode
+    vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url vllm_server_host
+    vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length
+    vllm_tensor_parallel_size beta num_iterations epsilon delta epsilon_high sapo_temperature_neg
+    sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level
+    reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions sync_ref_model
+    ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy
+    entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target max_tool_calling_iterations
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min off_policy_mask_threshold use_bias_correction_kl log_completions
+    log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+    use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
+    vllm_importance_sampling_cap reward_model_name_or_path reward_funcs
+";
+
+#[test]
+fn every_key_of_trl_is_known() {
+    for (command, more) in [(Command::Sft, SFT_KEYS), (Command::Grpo, GRPO_KEYS)] {
+        let ours = config::keys().iter().filter(|key| key.commands.include(command)).map(|key| key.name);
+        let foreign = FOREIGN_KEYS.iter().filter(|key| key.commands.include(command)).map(|key| key.name);
+        let known: Vec<&str> = ours.chain(foreign).collect();
+        let unknown: Vec<&str> = SHARED_KEYS
+            .split_whitespace()
+            .chain(more.split_whitespace())
+            .filter(|name| !known.contains(name))
+            .collect();
+        assert_eq!(unknown, Vec::<&str>::new(), "unknown to `{command}`");
+    }
+}
+
 // ---- the resolved config ----
 
 #[test]
@@ -532,39 +604,43 @@ fn the_resolved_config_is_complete() {
     insta::assert_snapshot!("resolved_grpo", text);
 }
 
-/// Loads a config and then its resolved text; both must give the same, and the second without `--set`.
-fn round_trip_sft(lines: &str, overrides: &[String]) -> Result<(), TestCaseError> {
-    let Ok(first) = config::load_sft(&Source::new("a.yaml", format!("{SFT}{lines}")), overrides, &Context::default())
-    else {
-        return Ok(());
-    };
-    let again = config::load_sft(&Source::new("b.yaml", first.resolved_yaml.as_str()), &[], &Context::default());
+/// Those of the drawn overrides with which the config still loads, taken one by one.
+fn acceptable(drawn: Vec<String>, loads: impl Fn(&[String]) -> bool) -> Vec<String> {
+    let mut kept = Vec::new();
+    for set in drawn {
+        kept.push(set);
+        if !loads(&kept) {
+            kept.pop();
+        }
+    }
+    kept
+}
+
+/// Holds a config against what its own resolved text gives: the same settings, no new warnings, the same text.
+fn assert_same<S: PartialEq + std::fmt::Debug>(
+    first: &Loaded<S>,
+    again: Result<Loaded<S>, ConfigError>,
+) -> Result<(), TestCaseError> {
     let again = again.map_err(|error| TestCaseError::fail(format!("{error}\n{}", first.resolved_yaml)))?;
     prop_assert_eq!(&again.settings, &first.settings);
-    prop_assert!(
-        again.warnings.iter().all(|warning| first.warnings.iter().any(|w| tail(w) == tail(warning))),
-        "{:?}",
-        again.warnings
-    );
+    let is_new = |warning: &&String| !first.warnings.iter().any(|known| tail(known) == tail(warning));
+    prop_assert_eq!(again.warnings.iter().find(is_new), None);
     prop_assert_eq!(body(&again.resolved_yaml), body(&first.resolved_yaml));
     Ok(())
 }
 
+fn round_trip_sft(lines: &str, overrides: &[String]) -> Result<(), TestCaseError> {
+    let first = config::load_sft(&Source::new("a.yaml", format!("{SFT}{lines}")), overrides, &Context::default());
+    let first = first.map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let resolved = Source::new("b.yaml", first.resolved_yaml.as_str());
+    assert_same(&first, config::load_sft(&resolved, &[], &Context::default()))
+}
+
 fn round_trip_grpo(lines: &str, overrides: &[String]) -> Result<(), TestCaseError> {
-    let Ok(first) = config::load_grpo(&Source::new("a.yaml", format!("{GRPO}{lines}")), overrides, &Context::default())
-    else {
-        return Ok(());
-    };
-    let again = config::load_grpo(&Source::new("b.yaml", first.resolved_yaml.as_str()), &[], &Context::default());
-    let again = again.map_err(|error| TestCaseError::fail(format!("{error}\n{}", first.resolved_yaml)))?;
-    prop_assert_eq!(&again.settings, &first.settings);
-    prop_assert!(
-        again.warnings.iter().all(|warning| first.warnings.iter().any(|w| tail(w) == tail(warning))),
-        "{:?}",
-        again.warnings
-    );
-    prop_assert_eq!(body(&again.resolved_yaml), body(&first.resolved_yaml));
-    Ok(())
+    let first = config::load_grpo(&Source::new("a.yaml", format!("{GRPO}{lines}")), overrides, &Context::default());
+    let first = first.map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let resolved = Source::new("b.yaml", first.resolved_yaml.as_str());
+    assert_same(&first, config::load_grpo(&resolved, &[], &Context::default()))
 }
 
 /// A warning without its place.
@@ -591,9 +667,7 @@ fn value_for(key: &'static config::Key) -> BoxedStrategy<String> {
     ];
     let text = any::<String>().prop_map(|text| serde_json::Value::from(text).to_string());
     match key.kind {
-        "one of" | "one or a list of" | "all-linear or a list of" if !words.is_empty() => {
-            proptest::sample::select(words).boxed()
-        }
+        "one of" | "one or a list of" if !words.is_empty() => proptest::sample::select(words).boxed(),
         "true or false" => any::<bool>().prop_map(|b| b.to_string()).boxed(),
         "text" | "a path" => prop_oneof![text, Just("null".to_owned()), Just("plain".to_owned())].boxed(),
         "an integer" | "a number" => prop_oneof![3 => number, 1 => Just(default)].boxed(),
@@ -612,7 +686,7 @@ fn overrides_for(command: Command) -> impl Strategy<Value = Vec<String>> {
     let tied = ["reward_funcs", "reward_weights", "lr_scheduler_kwargs", "generation_batch_size", "num_generations"];
     let keys: Vec<&'static config::Key> =
         config::keys().iter().filter(|key| key.commands.include(command) && !tied.contains(&key.name)).collect();
-    proptest::collection::vec(proptest::sample::select(keys), 1..6).prop_flat_map(|keys| {
+    proptest::collection::vec(proptest::sample::select(keys), 1..12).prop_flat_map(|keys| {
         keys.into_iter()
             .map(|key| value_for(key).prop_map(move |value| format!("{}={value}", key.name)))
             .collect::<Vec<_>>()
@@ -623,12 +697,16 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_resolved_sft_config_gives_the_same_settings(overrides in overrides_for(Command::Sft)) {
+    fn a_resolved_sft_config_gives_the_same_settings(drawn in overrides_for(Command::Sft)) {
+        let source = Source::new("a.yaml", SFT);
+        let overrides = acceptable(drawn, |set| config::load_sft(&source, set, &Context::default()).is_ok());
         round_trip_sft("", &overrides)?;
     }
 
     #[test]
-    fn a_resolved_grpo_config_gives_the_same_settings(overrides in overrides_for(Command::Grpo)) {
+    fn a_resolved_grpo_config_gives_the_same_settings(drawn in overrides_for(Command::Grpo)) {
+        let source = Source::new("a.yaml", GRPO);
+        let overrides = acceptable(drawn, |set| config::load_grpo(&source, set, &Context::default()).is_ok());
         round_trip_grpo("", &overrides)?;
     }
 
@@ -669,12 +747,9 @@ fn every_single_key_survives_the_round_trip() {
         "report_to=[tensorboard]",
         "warmup_ratio=0.03",
     ];
-    let mut accepted = 0;
     for set in extremes {
         round_trip_sft("use_peft: true\n", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
-        accepted += usize::from(sft_with("use_peft: true\n", &[set]).is_ok());
     }
-    assert_eq!(accepted, extremes.len());
     for set in [
         "reward_funcs=[accuracy, {kind: tag_count, a: [1, x], b: {c: 1.5}}]",
         "reward_funcs=[{command: [sh, -c, \"echo 'a b' \\\\ \\\"\"], name: \"é: #\", timeout_secs: 0.5}]",
@@ -685,7 +760,6 @@ fn every_single_key_survives_the_round_trip() {
         "scale_rewards=false",
     ] {
         round_trip_grpo("", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
-        grpo_with("", &[set]).unwrap_or_else(|error| panic!("{error}"));
     }
 }
 

@@ -15,6 +15,8 @@ mod report;
 mod chat;
 #[path = "golden_cases/grpo.rs"]
 mod grpo;
+#[path = "golden_cases/grpo_run.rs"]
+mod grpo_run;
 #[path = "golden_cases/lora.rs"]
 mod lora;
 #[path = "golden_cases/nf4.rs"]

@@ -1,4 +1,5 @@
-//! Rewards through their public interface: the table of answer pairs, every built-in, reward programs and their failures.
+//! Rewards through their public interface: the table of answer pairs, every built-in, reward programs and their
+//! failures.
 
 #[path = "reward/arithmetic.rs"]
 mod arithmetic;

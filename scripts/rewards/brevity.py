@@ -5,9 +5,9 @@ Reads one JSON object per line (a batch), writes one JSON object per line (its s
 The protocol is described in src/reward/command.rs. In a config file:
 
     reward_funcs:
-      - name: brevity
-        command: [python3, scripts/rewards/brevity.py, "200"]
-        timeout_secs: 10
+      - {command: [python3, scripts/rewards/brevity.py, "200"], timeout_secs: 10}
+
+Its name in the metrics is `brevity`, after the file; `name:` gives it another one.
 
 Scores 1 for an empty completion, falling linearly to 0 at LIMIT characters (the argument, 200 by default), and null
 ("does not apply") for a row whose column `brevity` is false.

@@ -2,7 +2,8 @@
 
 use clap::ArgGroup;
 
-use super::{Context, Exit};
+use super::{Context, Exit, UsageError};
+use crate::config;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -26,6 +27,10 @@ pub struct Args {
 ///
 /// # Errors
 /// If there is no such key.
-pub fn run(args: &Args, _context: &Context) -> anyhow::Result<Exit> {
-    anyhow::bail!("`trainer config` is not connected to the table of keys ({:?}, {})", args.explain, args.reference)
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    match &args.explain {
+        Some(name) => context.print(&config::explain(name).map_err(UsageError)?)?,
+        None => context.print(&config::reference())?,
+    }
+    Ok(Exit::Done)
 }

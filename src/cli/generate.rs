@@ -3,8 +3,20 @@
 use std::path::PathBuf;
 
 use clap::ArgGroup;
+use serde_json::json;
 
-use super::{Context, Exit};
+use super::{Context, Exit, UsageError};
+use crate::config::settings::{ModelSettings, SamplingSettings, WeightDtype};
+use crate::data::{RenderOptions, StreamDecoder};
+use crate::model::load::Purpose;
+use crate::rollout::forward::EngineModel;
+use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
+use crate::telemetry::{peak_resident_bytes, units};
+use crate::train::session::{self, Session};
+use crate::train;
+
+/// Prompts completed at the same time.
+const MOST_SEQUENCES: usize = 16;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -103,7 +115,7 @@ impl Args {
         let text = std::fs::read_to_string(path).map_err(crate::fs::io_error("read", path))?;
         let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(Into::into).collect();
         if prompts.is_empty() {
-            anyhow::bail!(super::UsageError(format!("`{}` holds no prompt; write one per line", path.display())));
+            anyhow::bail!(UsageError(format!("`{}` holds no prompt; write one per line", path.display())));
         }
         Ok(prompts)
     }
@@ -127,8 +139,101 @@ fn parse_top_p(text: &str) -> Result<f64, String> {
 ///
 /// # Errors
 /// If the model cannot be loaded or a prompt cannot be completed.
-pub fn run(args: &Args, _context: &Context) -> anyhow::Result<Exit> {
-    anyhow::bail!("`trainer generate --model {}` is not connected to the rollout", args.model)
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let prompts = args.prompts()?;
+    let mut progress = train::downloads(&context.terminal);
+    let session = session::open(&args.model_settings(), args.seed, Purpose::Inference, false, &mut progress)?;
+    drop(progress);
+    let requests = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, prompt)| args.request(index, prompt, &session))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rollout = Rollout::new(RolloutSettings {
+        max_num_seqs: MOST_SEQUENCES,
+        max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS,
+        kv_cache_bytes: usize::MAX,
+        max_new_tokens: args.max_new_tokens as usize,
+        eos_token_ids: session.tokenizer.eos_ids().to_vec(),
+    })?;
+    let sampling = SamplingSettings {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        ..SamplingSettings::default()
+    };
+    let mut stream = StreamDecoder::new(true);
+    let mut trouble = None;
+    let mut on_event = |event: Event| {
+        if let (true, Event::Token { token, .. }) = (args.stream, event) {
+            let printed = stream.push(&session.tokenizer, token).map_err(Into::into).and_then(|text| context.print(&text));
+            trouble = trouble.take().or(printed.err());
+        }
+    };
+    let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: None };
+    let mut model = EngineModel::new(&session.engine, true)?;
+    let completions = rollout.generate(&mut model, &requests, &sampling, args.seed, 0, &mut caller)?;
+    if let Some(error) = trouble {
+        return Err(error);
+    }
+    if args.stream {
+        context.print(&format!("{}\n", stream.finish()))?;
+    } else {
+        for (prompt, completion) in prompts.iter().zip(&completions) {
+            let text = session.tokenizer.decode(&completion.token_ids, true)?;
+            // Several completions are told apart by their prompts; one alone is printed as it is.
+            let heading = if prompts.len() > 1 { format!("### {prompt}\n") } else { String::new() };
+            context.print(&format!("{heading}{text}\n"))?;
+        }
+    }
+    let statistics = rollout.statistics();
+    tracing::info!(
+        "prefill {} tokens at {:.1} tokens/s, decode {} tokens at {:.1} tokens/s, peak memory {}",
+        statistics.prefill_tokens,
+        statistics.prefill_tokens as f64 / statistics.prefill_secs,
+        statistics.decode_tokens,
+        statistics.decode_tokens as f64 / (statistics.decode_secs + statistics.sampling_secs),
+        peak_resident_bytes().map_or_else(|| "unknown".into(), units::bytes)
+    );
+    Ok(Exit::Done)
+}
+
+impl Args {
+    fn model_settings(&self) -> ModelSettings {
+        ModelSettings {
+            model_name_or_path: self.model.clone(),
+            model_revision: "main".into(),
+            tokenizer_name_or_path: None,
+            chat_template_path: None,
+            init_random: false,
+            dtype: WeightDtype::Auto,
+            quantization: None,
+            lora: None,
+            adapter_name_or_path: self.adapter.clone(),
+        }
+    }
+
+    /// The tokens of a prompt, in the chat template where that is asked for and possible.
+    fn request(&self, index: usize, prompt: &str, session: &Session) -> anyhow::Result<Request> {
+        let template = match (self.prompt_form(), &session.template) {
+            (PromptForm::Raw, _) | (PromptForm::ChatIfPossible, None) => None,
+            (PromptForm::Chat, None) => {
+                anyhow::bail!(UsageError(format!("`{}` has no chat template; leave out --chat and --system", self.model)))
+            }
+            (_, template) => template.as_ref(),
+        };
+        let text = match template {
+            None => prompt.to_string(),
+            Some(template) => {
+                let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
+                let messages: Vec<_> = system.chain([json!({"role": "user", "content": prompt})]).collect();
+                let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+                template.render(&messages.into(), options)?
+            }
+        };
+        let prompt_ids = session.tokenizer.encode(&text)?;
+        Ok(Request { sample_id: index as u64, prompt_ids, group: index })
+    }
 }
 
 #[cfg(test)]

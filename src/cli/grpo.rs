@@ -1,6 +1,8 @@
 //! `trainer grpo`: reinforcement learning from verifiable rewards.
 
-use super::{Context, Exit, TrainingArgs};
+use super::{Context, Exit, TrainingArgs, training};
+use crate::config::load_grpo;
+use crate::train;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +25,6 @@ pub struct Args {
 ///
 /// # Errors
 /// If the configuration is wrong or the run fails.
-pub fn run(args: &Args, _context: &Context) -> anyhow::Result<Exit> {
-    anyhow::bail!("`trainer grpo {}` is not connected to the training loop", args.training.config.display())
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    training::run(&args.training, context, load_grpo, train::grpo::run)
 }

@@ -1,6 +1,8 @@
 //! `trainer sft`: supervised fine-tuning.
 
-use super::{Context, Exit, TrainingArgs};
+use super::{Context, Exit, TrainingArgs, training};
+use crate::config::load_sft;
+use crate::train;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -22,6 +24,6 @@ pub struct Args {
 ///
 /// # Errors
 /// If the configuration is wrong or the run fails.
-pub fn run(args: &Args, _context: &Context) -> anyhow::Result<Exit> {
-    anyhow::bail!("`trainer sft {}` is not connected to the training loop", args.training.config.display())
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    training::run(&args.training, context, load_sft, train::sft::run)
 }

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::config::settings::Resume;
+use super::{Context, Diagnostics, Exit, Interrupt};
+use crate::config::{self, ConfigError, Loaded, Source};
+use crate::reward;
+use crate::train::{self, Outcome};
 
 /// What to train, and with which changes to the file.
 #[derive(Clone, Debug, clap::Args)]
@@ -27,10 +30,48 @@ pub struct TrainingArgs {
 }
 
 impl TrainingArgs {
-    /// Where `--resume` says to go on from; `None` leaves it to the file.
-    pub fn resume(&self) -> Option<Resume> {
-        Some(self.resume.as_ref()?.clone().map_or(Resume::Latest, Resume::Path))
+    /// `--set` and `--resume` as overrides of the file, in this order: the last one wins.
+    fn overrides(&self) -> Vec<String> {
+        let mut overrides: Vec<String> = self.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        match &self.resume {
+            None => {}
+            Some(None) => overrides.push("resume_from_checkpoint=true".into()),
+            Some(Some(path)) => overrides.push(format!("resume_from_checkpoint='{}'", path.display())),
+        }
+        overrides
     }
+}
+
+/// Reads the configuration and runs a training loop on it.
+pub(super) fn run<S>(
+    args: &TrainingArgs,
+    context: &Context,
+    load: impl Fn(&Source, &[String], &config::Context<'_>) -> Result<Loaded<S>, ConfigError>,
+    train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
+) -> anyhow::Result<Exit> {
+    let has_colours = context.terminal.is_interactive();
+    let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
+    let source = Source::read(&args.config).map_err(in_colour)?;
+    let surroundings = config::Context {
+        git_commit: option_env!("TRAINER_GIT_COMMIT"),
+        check_reward: Some(reward::check),
+        ..config::Context::default()
+    };
+    let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
+    let interrupt = Interrupt::listen()?;
+    let outcome = train(
+        &loaded.settings,
+        train::Context {
+            terminal: context.terminal.clone(),
+            is_interrupted: &|| interrupt.requested(),
+            resolved_yaml: &loaded.resolved_yaml,
+            warnings: &loaded.warnings,
+        },
+    )?;
+    Ok(match outcome {
+        Outcome::Finished => Exit::Done,
+        Outcome::Interrupted => Exit::Interrupted,
+    })
 }
 
 fn parse_override(text: &str) -> Result<(String, String), String> {
@@ -68,13 +109,14 @@ mod tests {
     }
 
     #[test]
-    fn resume_takes_the_newest_or_a_path_and_leaves_the_file_alone_otherwise() {
-        assert_eq!(parse(&["c.yaml"]).unwrap().resume(), None);
-        assert_eq!(parse(&["c.yaml", "--resume"]).unwrap().resume(), Some(Resume::Latest));
-        assert_eq!(parse(&["c.yaml", "--resume", "--set", "a=1"]).unwrap().resume(), Some(Resume::Latest));
-        let path = Some(Resume::Path("out/checkpoint-5".into()));
-        assert_eq!(parse(&["c.yaml", "--resume", "out/checkpoint-5"]).unwrap().resume(), path);
-        assert_eq!(parse(&["--resume=out/checkpoint-5", "c.yaml"]).unwrap().resume(), path);
+    fn resume_is_an_override_of_the_file_that_comes_last() {
+        let overrides = |arguments: &[&str]| parse(arguments).unwrap().overrides();
+        assert!(overrides(&["c.yaml"]).is_empty());
+        assert_eq!(overrides(&["c.yaml", "--resume"]), ["resume_from_checkpoint=true"]);
+        assert_eq!(overrides(&["c.yaml", "--resume", "--set", "a=1"]), ["a=1", "resume_from_checkpoint=true"]);
+        let expected = ["resume_from_checkpoint='out/checkpoint-5'"];
+        assert_eq!(overrides(&["c.yaml", "--resume", "out/checkpoint-5"]), expected);
+        assert_eq!(overrides(&["--resume=out/checkpoint-5", "c.yaml"]), expected);
         // An empty variable of a script is not a wish for the newest.
         assert!(parse(&["c.yaml", "--resume", ""]).is_err());
     }

@@ -29,7 +29,7 @@ impl Source {
                 Ok(text) => Ok(Self { name, text }),
                 Err(error) => Err(ConfigError::of_file(
                     &name,
-                    format!("is not UTF-8 text: byte {} is the first that is not", error.utf8_error().valid_up_to()),
+                    &format!("is not UTF-8 text: byte {} is the first that is not", error.utf8_error().valid_up_to()),
                     "save it as UTF-8",
                 )),
             },
@@ -39,7 +39,7 @@ impl Source {
                 } else {
                     "check that it is a file and that you may read it"
                 };
-                Err(ConfigError::of_file(&name, format!("cannot be read: {error}"), help))
+                Err(ConfigError::of_file(&name, &format!("cannot be read: {error}"), help))
             }
         }
     }
@@ -176,7 +176,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    fn of_file(name: &str, message: String, help: &str) -> Self {
+    fn of_file(name: &str, message: &str, help: &str) -> Self {
         Self {
             sources: vec![Source::new(name, "")],
             problems: vec![Problem::new(format!("config file `{name}` {message}")).help(help)],

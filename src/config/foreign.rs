@@ -122,6 +122,8 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         "mixtures are not supported; put the files into one folder and name it in `dataset_name`",
     ),
     lacking("test_split_size", &[], "use `eval_fraction`"),
+    lacking("dataset_prompt_column", &["prompt"], "prompts are read from the column `prompt`"),
+    lacking("env", &["{}"], "set environment variables where the program is started"),
     lacking("group_by_length", &["false"], "batches are ragged, so grouping by length saves nothing"),
     lacking("train_sampling_strategy", &["random"], "the order of the data is a fresh shuffle per epoch"),
     only(Commands::Sft, lacking("truncation_mode", &["keep_start"], "examples are cut at the end")),

@@ -328,9 +328,9 @@ keys! {
         beta: f64 = Text("0.0"), FROM_0, "";
         /// Multiply the KL estimate by the importance ratio (DeepSeek-V3.2's unbiased form).
         use_bias_correction_kl: bool = Text("true"), ANY, "";
-        /// Lower clip range: ratios below 1 - epsilon are clipped.
+        /// Lower clip range: ratios below `1 - epsilon` are clipped.
         epsilon: f64 = Text("0.2"), SHARE.above_low(), "";
-        /// Upper clip range: ratios above 1 + epsilon_high are clipped. For `cispo` it is the cap itself.
+        /// Upper clip range: ratios above `1 + epsilon_high` are clipped. For `cispo` it is the cap itself.
         epsilon_high: Option<f64> = Derived("`epsilon`"), POSITIVE, "";
         /// Bound of the ratio for negative advantages (two-sided clipping, INTELLECT-2).
         delta: Option<f64> = Text("null"), POSITIVE, "";

@@ -226,7 +226,7 @@ fn sort_foreign(entry: &mut Entry, source: usize, command: Command, problems: &m
     match key.rule {
         Rule::Alias(of) => entry.key = of.to_owned(),
         Rule::NoEffect(why) => {
-            problems.warn(Problem::new(format!("`{}` has no effect: {why}", key.name)).at(at_key, ""))
+            problems.warn(Problem::new(format!("`{}` has no effect: {why}", key.name)).at(at_key, ""));
         }
         Rule::Lacking { off, .. } if foreign::is_off(&entry.node, off) => {}
         Rule::Lacking { off, why } => {

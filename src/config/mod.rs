@@ -37,6 +37,6 @@ pub use diagnose::{ConfigError, Source};
 pub use field::{Bounds, Command, Commands, DefaultValue, Key};
 pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 pub use load::{Loaded, load_grpo, load_sft};
-pub use reference::{keys, reference};
-pub use resolve::Context;
+pub use reference::{explain, keys, reference};
+pub use resolve::{Context, RewardCheck};
 pub use write::{grpo_yaml, sft_yaml};

@@ -12,6 +12,31 @@ pub fn keys() -> &'static [Key] {
     KEYS
 }
 
+/// What one key means, in a few lines of plain text.
+///
+/// # Errors
+/// If there is no such key; the message names the nearest one.
+pub fn explain(name: &str) -> Result<String, String> {
+    let Some(key) = KEYS.iter().find(|key| key.name == name) else {
+        let likeness = |key: &&Key| (strsim::jaro_winkler(name, key.name) * 1e6) as u64;
+        let nearest = KEYS.iter().max_by_key(likeness).map_or("", |key| key.name);
+        return Err(format!("there is no key `{name}`; the nearest is `{nearest}`, `trainer config --reference` lists all"));
+    };
+    let commands = match key.commands {
+        Commands::Both => format!("{} and {}", Command::Sft, Command::Grpo),
+        Commands::Sft => Command::Sft.to_string(),
+        Commands::Grpo => Command::Grpo.to_string(),
+    };
+    let plain = |text: String| text.replace('`', "").replace("\\|", "|");
+    Ok(format!(
+        "{}\n  {}\n  takes    {}\n  default  {}\n  used by  {commands}\n",
+        key.name,
+        key.doc,
+        plain(takes(key)),
+        plain(default(key.default))
+    ))
+}
+
 /// The reference page as Markdown: the text of `docs/config.md`.
 #[must_use]
 pub fn reference() -> String {

@@ -15,6 +15,9 @@ use super::settings::{
 };
 use super::special::Recurrence;
 
+/// Says what is wrong with the name or the parameters of a built-in reward.
+pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
+
 /// What resolving needs to know about the run besides the file.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
@@ -24,7 +27,7 @@ pub struct Context<'a> {
     pub has_bf16: bool,
     /// Says what is wrong with a built-in reward's name or parameters, which the `reward` room knows; programs are not
     /// given to it. Without it, built-ins are taken as they are.
-    pub check_reward: Option<fn(&RewardSpec) -> Result<(), String>>,
+    pub check_reward: Option<RewardCheck>,
     /// The commit this program was built from, for the header of the resolved config.
     pub git_commit: Option<&'a str>,
 }

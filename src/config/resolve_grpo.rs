@@ -131,7 +131,7 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
     if size.value().is_some() {
         let unit = least_common_multiple(batch.micro, group);
         let works = around(batch.completions, unit);
-        if batch.completions % batch.micro != 0 {
+        if !batch.completions.is_multiple_of(batch.micro) {
             problems.clash(
                 &[(size, "completions at once".into()), (per_device, "sequences per rank and micro-step".into())],
                 format!(
@@ -143,7 +143,7 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
                 ),
                 format!("`generation_batch_size` {works} works"),
             );
-        } else if batch.completions % group != 0 {
+        } else if !batch.completions.is_multiple_of(group) {
             problems.clash(
                 &[(size, "completions at once".into()), (&raw.num_generations, "completions per prompt".into())],
                 format!(
@@ -156,7 +156,7 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
                 ),
             );
         }
-    } else if batch.completions % group != 0 {
+    } else if !batch.completions.is_multiple_of(group) {
         let (field, name): (&dyn Named, _) = if steps.value().is_some() {
             (steps, "steps_per_generation")
         } else {
@@ -192,7 +192,7 @@ fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut
     let (per_device, train_group) = (*raw.per_device_eval_batch_size.value(), *raw.num_generations.value());
     let group = raw.num_generations_eval.value().unwrap_or(train_group);
     let batch = per_device.saturating_mul(context.world_size);
-    if group == 0 || batch % group == 0 {
+    if group == 0 || batch.is_multiple_of(group) {
         return;
     }
     let (group_field, name): (&dyn Named, _) = if raw.num_generations_eval.value().is_some() {

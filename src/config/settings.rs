@@ -34,6 +34,7 @@ pub struct SftSettings {
 
 /// Settings of `trainer grpo`.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the file")]
 pub struct GrpoSettings {
     /// The base model and its adapter.
     pub model: ModelSettings,

@@ -14,7 +14,7 @@ const TARGETS: &[&str] = &["all-linear", "q_proj", "k_proj", "v_proj", "o_proj",
 pub(super) struct TargetModules(pub(super) Vec<Projection>);
 
 impl Parse for TargetModules {
-    const KIND: &'static str = "all-linear or a list of";
+    const KIND: &'static str = "one or a list of";
     const VALUES: &'static [&'static str] = TARGETS;
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {

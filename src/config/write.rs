@@ -144,7 +144,10 @@ pub fn grpo_yaml(settings: &GrpoSettings, header: &[String]) -> String {
 }
 
 fn document(command: Command, header: &[String], texts: &Texts) -> String {
-    let mut text: String = header.iter().map(|line| format!("# {line}\n")).collect();
+    let mut text = String::new();
+    for line in header {
+        let _ = writeln!(text, "# {line}");
+    }
     let mut group = "";
     for key in KEYS.iter().filter(|key| key.commands.include(command)) {
         if key.group != group {

@@ -14,10 +14,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::Error;
-
-/// Qwen2's split before BPE (`pre_tokenizer` of its tokenizer.json; llama.cpp calls it `qwen2`).
-const QWEN2_SPLIT: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+use super::split::QWEN2_SPLIT;
 
 /// Values of `tokenizer.ggml.pre` that mean Qwen2's split.
 const QWEN2_NAMES: [&str; 2] = ["qwen2", "deepseek-r1-qwen"];

@@ -8,6 +8,7 @@
 
 mod batch;
 mod conversation;
+mod encoder;
 mod error;
 mod files;
 mod gguf_tokenizer;
@@ -19,6 +20,7 @@ mod python_json;
 mod rows;
 mod sampler;
 mod sft;
+mod split;
 mod statistics;
 mod stream;
 mod template;
@@ -28,6 +30,7 @@ mod training_template;
 
 pub use batch::{Batch, IGNORE, collate};
 pub use conversation::{Layout, Shape};
+pub use encoder::Encoder;
 pub use error::Error;
 pub use files::{Splits, load};
 pub use gguf_tokenizer::GgufTokenizer;
@@ -39,4 +42,4 @@ pub use sft::{SftData, SftExample, SftOptions, prepare_sft};
 pub use statistics::{Bucket, TokenStatistics};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, RenderOptions, Rendered, assistant_mask};
-pub use tokenizer::{SpecialTokens, Tokenizer};
+pub use tokenizer::{OffsetEncoding, SpecialTokens, Tokenizer};

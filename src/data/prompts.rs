@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::Error;
 use super::conversation::{Layout, Renderer, Shape, text, turns};
+use super::encoder::Encoder;
 use super::rows::{Dataset, Row};
 use super::sft::{no_template, require_no_system_prompt};
 use super::template::ChatTemplate;
@@ -75,15 +76,15 @@ pub fn prepare_prompts(
         variables: &options.chat_template_kwargs,
     });
     let done = AtomicUsize::new(0);
-    let prepare = |(index, row): (usize, &Row)| {
+    let prepare = |encoder: &mut Encoder<'_>, (index, row): (usize, &Row)| {
         let place = || dataset.place(index);
         let (prompt_text, prompt_ids) = if layout == Layout::Prompt(Shape::Plain) {
             let prompt = text(row, "prompt", &place)?;
-            (prompt.to_string(), tokenizer.encode_document(prompt)?)
+            (prompt.to_string(), encoder.encode_document(prompt)?)
         } else {
             let renderer = renderer.as_ref().ok_or_else(no_template)?;
             let prompt_text = renderer.render(turns(row, "prompt", &place)?, row, true, &place)?.text;
-            let prompt_ids = tokenizer.encode(&prompt_text)?;
+            let prompt_ids = encoder.encode(&prompt_text)?;
             (prompt_text, prompt_ids)
         };
         if prompt_ids.is_empty() {
@@ -96,7 +97,8 @@ pub fn prepare_prompts(
         let prompt = row.get("prompt").cloned().unwrap_or_default();
         Ok(PromptExample { index, prompt, prompt_text, prompt_ids, row: row.clone() })
     };
-    let prepared: Vec<Result<PromptExample, Error>> = dataset.rows().par_iter().enumerate().map(prepare).collect();
+    let rows = dataset.rows().par_iter().enumerate();
+    let prepared: Vec<Result<PromptExample, Error>> = rows.map_init(|| tokenizer.encoder(), prepare).collect();
     let mut prompts = prepared.into_iter().collect::<Result<Vec<_>, _>>()?;
     if let Some(limit) = options.max_prompt_length {
         limit_lengths(&mut prompts, limit, dataset, tokenizer, options.truncate_prompts)?;

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::Error;
 use super::conversation::{Layout, Renderer, Shape, text, turns};
+use super::encoder::Encoder;
 use super::rows::{Dataset, Row};
 use super::template::{ChatTemplate, Rendered, assistant_mask};
 use super::tokenizer::Tokenizer;
@@ -92,11 +93,14 @@ pub fn prepare_sft(
         .rows()
         .par_iter()
         .enumerate()
-        .map(|(index, row)| {
-            let prepared = preparation.prepare(row, renderer.as_ref(), &|| dataset.place(index));
-            progress(done.fetch_add(1, Ordering::Relaxed) + 1);
-            prepared
-        })
+        .map_init(
+            || tokenizer.encoder(),
+            |encoder, (index, row)| {
+                let prepared = preparation.prepare(row, renderer.as_ref(), encoder, &|| dataset.place(index));
+                progress(done.fetch_add(1, Ordering::Relaxed) + 1);
+                prepared
+            },
+        )
         .collect();
     let mut data = SftData::default();
     for (index, prepared) in prepared.into_iter().enumerate() {
@@ -137,7 +141,6 @@ struct Prepared {
 /// What is the same for all rows.
 struct Preparation<'a> {
     layout: &'a Layout,
-    tokenizer: &'a Tokenizer,
     template: Option<ChatTemplate>,
     options: &'a SftOptions,
     completion_only: bool,
@@ -147,7 +150,7 @@ struct Preparation<'a> {
 impl<'a> Preparation<'a> {
     fn new(
         layout: &'a Layout,
-        tokenizer: &'a Tokenizer,
+        tokenizer: &Tokenizer,
         template: Option<&ChatTemplate>,
         options: &'a SftOptions,
     ) -> Result<Self, Error> {
@@ -176,7 +179,7 @@ impl<'a> Preparation<'a> {
         };
         let eos = if is_conversational { String::new() } else { tokenizer.eos_text()? };
         let completion_only = options.completion_only_loss.unwrap_or(has_completion);
-        Ok(Self { layout, tokenizer, template, options, completion_only, eos })
+        Ok(Self { layout, template, options, completion_only, eos })
     }
 
     fn renderer(&self) -> Option<Renderer<'_>> {
@@ -191,34 +194,35 @@ impl<'a> Preparation<'a> {
         &self,
         row: &Row,
         renderer: Option<&Renderer<'_>>,
+        encoder: &mut Encoder<'_>,
         place: &dyn Fn() -> String,
     ) -> Result<Prepared, Error> {
         let renderer = || renderer.ok_or_else(no_template);
         match self.layout {
             Layout::Messages { column } => {
                 let rendered = renderer()?.render(turns(row, column, place)?, row, false, place)?;
-                let example = self.encode_conversation(&rendered)?;
+                let example = self.encode_conversation(&rendered, encoder)?;
                 Ok(Prepared { example, is_prefix: true })
             }
             Layout::Text { column } => {
-                let input_ids = self.tokenizer.encode_document(&self.with_eos(text(row, column, place)?))?;
+                let input_ids = encoder.encode_document(&self.with_eos(text(row, column, place)?))?;
                 let labels_mask = vec![true; input_ids.len()];
                 Ok(Prepared { example: SftExample { input_ids, labels_mask }, is_prefix: true })
             }
             Layout::PromptCompletion(Shape::Plain) => {
                 let prompt = text(row, "prompt", place)?;
                 let whole = format!("{prompt}{}", self.with_eos(text(row, "completion", place)?));
-                let input_ids = self.tokenizer.encode_document(&whole)?;
+                let input_ids = encoder.encode_document(&whole)?;
                 let labels_mask = vec![true; input_ids.len()];
-                let prompt_ids = self.tokenizer.encode_document(prompt)?;
+                let prompt_ids = encoder.encode_document(prompt)?;
                 Ok(self.after_prompt(&prompt_ids, SftExample { input_ids, labels_mask }))
             }
             Layout::PromptCompletion(Shape::Conversational) => {
                 let prompt = turns(row, "prompt", place)?;
                 let whole = [prompt.clone(), turns(row, "completion", place)?].concat();
                 let rendered = renderer()?.render(prompt, row, true, place)?;
-                let prompt_ids = self.tokenizer.encode(&rendered.text)?;
-                let example = self.encode_conversation(&renderer()?.render(whole, row, false, place)?)?;
+                let prompt_ids = encoder.encode(&rendered.text)?;
+                let example = self.encode_conversation(&renderer()?.render(whole, row, false, place)?, encoder)?;
                 Ok(self.after_prompt(&prompt_ids, example))
             }
             Layout::Prompt(_) => {
@@ -231,13 +235,13 @@ impl<'a> Preparation<'a> {
         if text.ends_with(&self.eos) { text.to_string() } else { format!("{text}{}", self.eos) }
     }
 
-    fn encode_conversation(&self, rendered: &Rendered) -> Result<SftExample, Error> {
+    fn encode_conversation(&self, rendered: &Rendered, encoder: &mut Encoder<'_>) -> Result<SftExample, Error> {
         if self.options.assistant_only_loss {
-            let encoding = self.tokenizer.encode_with_offsets(&rendered.text)?;
+            let encoding = encoder.encode_with_offsets(&rendered.text)?;
             let labels_mask = assistant_mask(&encoding.chars, &rendered.assistant);
             return Ok(SftExample { input_ids: encoding.ids, labels_mask });
         }
-        let input_ids = self.tokenizer.encode(&rendered.text)?;
+        let input_ids = encoder.encode(&rendered.text)?;
         let labels_mask = vec![true; input_ids.len()];
         Ok(SftExample { input_ids, labels_mask })
     }

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::decoders::DecoderWrapper;
 
 use super::Error;
+use super::encoder::{Encoder, Plan};
 use super::gguf_tokenizer::GgufTokenizer;
 
 /// A tokenizer with the model's special tokens.
@@ -21,6 +22,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Bytes of each token where the tokenizer is byte-level.
     token_bytes: Option<TokenBytes>,
+    /// The fast way to encode, where the tokenizer is of the family's kind.
+    plan: Option<Plan>,
     special: SpecialTokens,
     /// `tokenizer_config.json`, kept for saving.
     config: Map<String, Value>,
@@ -161,7 +164,13 @@ impl Tokenizer {
             Some(DecoderWrapper::ByteLevel(_)) => Some(TokenBytes::of(&inner)),
             _ => None,
         };
-        Ok(Self { inner, token_bytes, special, config, companions })
+        let plan = Plan::of(&inner);
+        Ok(Self { inner, token_bytes, plan, special, config, companions })
+    }
+
+    /// An encoder that remembers pieces of text; bulk work keeps one per thread.
+    pub fn encoder(&self) -> Encoder<'_> {
+        Encoder::new(self)
     }
 
     /// The tokens of `text`. Adds none; special tokens inside the text are parsed.
@@ -169,8 +178,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer has no token for a part of the text and no unknown token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let encoding = self.inner.encode_fast(text, false).map_err(failed("encode"))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encoder().encode(text)
     }
 
     /// The tokens of a text that went through no chat template: as [`Tokenizer::encode`], plus the tokens that
@@ -180,8 +188,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let encoding = self.inner.encode_fast(text, true).map_err(failed("encode"))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encoder().encode_document(text)
     }
 
     /// As [`Tokenizer::encode`], with the characters of each token.
@@ -189,8 +196,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str) -> Result<OffsetEncoding, Error> {
-        let encoding = self.inner.encode_char_offsets(text, false).map_err(failed("encode"))?;
-        Ok(OffsetEncoding { ids: encoding.get_ids().to_vec(), chars: encoding.get_offsets().to_vec() })
+        self.encoder().encode_with_offsets(text)
     }
 
     /// Encodes many texts on all cores, in order.
@@ -198,7 +204,27 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_all<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
-        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+        texts.par_iter().map_init(|| self.encoder(), |encoder, text| encoder.encode(text.as_ref())).collect()
+    }
+
+    pub(super) fn plan(&self) -> Option<&Plan> {
+        self.plan.as_ref()
+    }
+
+    pub(super) fn model(&self) -> &tokenizers::ModelWrapper {
+        self.inner.get_model()
+    }
+
+    /// Encodes with the crate's own pipeline.
+    pub(super) fn encode_by_crate(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed("encode"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Encodes with the crate's own pipeline, with offsets.
+    pub(super) fn offsets_by_crate(&self, text: &str) -> Result<OffsetEncoding, Error> {
+        let encoding = self.inner.encode_char_offsets(text, false).map_err(failed("encode"))?;
+        Ok(OffsetEncoding { ids: encoding.get_ids().to_vec(), chars: encoding.get_offsets().to_vec() })
     }
 
     /// The text of `ids`, with or without special tokens. Broken UTF-8 becomes U+FFFD; unknown ids give no text.
@@ -331,7 +357,7 @@ pub fn from_gguf(content: &candle_core::quantized::gguf_file::Content) -> Result
 impl TokenBytes {
     fn of(inner: &tokenizers::Tokenizer) -> Self {
         let count = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        let byte_of = byte_level_alphabet();
+        let byte_of: BTreeMap<char, u8> = byte_level_letters().into_iter().zip(0..=u8::MAX).collect();
         let added = inner.get_added_tokens_decoder();
         let mut table = Self { bytes: Vec::new(), starts: vec![0], is_special: Vec::with_capacity(count) };
         for id in 0..count as u32 {
@@ -368,14 +394,18 @@ impl TokenBytes {
 
 /// GPT-2's alphabet of 256 printable characters, one per byte: printable Latin-1 stands for itself, the other bytes
 /// for U+0100 and up in order (`bytes_to_unicode` in OpenAI's encoder.py).
-fn byte_level_alphabet() -> BTreeMap<char, u8> {
-    let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let shifted = (0..=u8::MAX).filter(|&b| !is_printable(b)).zip(0x100u32..);
-    let plain = (0..=u8::MAX).filter(|&b| is_printable(b)).map(|b| (char::from(b), b));
-    shifted.filter_map(|(byte, code)| Some((char::from_u32(code)?, byte))).chain(plain).collect()
+pub(super) fn byte_level_letters() -> [char; 256] {
+    let mut shifted = '\u{100}'..;
+    std::array::from_fn(|byte| {
+        let letter = char::from(byte as u8);
+        match byte as u8 {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => letter,
+            _ => shifted.next().unwrap_or(letter),
+        }
+    })
 }
 
-fn failed(action: &'static str) -> impl Fn(tokenizers::Error) -> Error {
+pub(super) fn failed(action: &'static str) -> impl Fn(tokenizers::Error) -> Error {
     move |error| Error::Tokenizer { what: format!("cannot {action}"), problem: error.to_string() }
 }
 
@@ -406,14 +436,12 @@ fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
 #[cfg(test)]
 pub(super) mod fixture {
     use super::super::GgufTokenizer;
-    use super::{Tokenizer, byte_level_alphabet};
+    use super::{Tokenizer, byte_level_letters};
 
     /// A byte-level tokenizer of 256 bytes, three merges (`th`, `the`, ` the`) and three special tokens; `<tag>` is an
     /// added token that decoding never skips.
     pub(crate) fn parts() -> GgufTokenizer {
-        let mut letters: Vec<(u8, char)> = byte_level_alphabet().into_iter().map(|(c, b)| (b, c)).collect();
-        letters.sort_unstable();
-        let mut tokens: Vec<String> = letters.iter().map(|(_, c)| c.to_string()).collect();
+        let mut tokens: Vec<String> = byte_level_letters().iter().map(char::to_string).collect();
         let merges = ["t h", "th e", "Ġ the"].map(String::from).to_vec();
         tokens.extend(["th", "the", "Ġthe"].map(String::from));
         let mut token_types = vec![1; tokens.len()];

@@ -162,7 +162,7 @@ pub enum Error {
         /// On which tensor.
         name: String,
         /// What the library said.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
 }
 
@@ -170,6 +170,6 @@ impl Error {
     /// Names the action and the tensor of a tensor library error.
     pub fn tensor(action: &'static str, name: &str) -> impl FnOnce(candle_core::Error) -> Self {
         let name = name.to_string();
-        move |source| Self::Tensor { action, name, source }
+        move |source| Self::Tensor { action, name, source: Box::new(source) }
     }
 }

@@ -321,7 +321,9 @@ impl ModuleAdapter {
             if let Some(magnitude) = &self.magnitude {
                 let norm = weight.iter().map(|w| f64::from(*w) * f64::from(*w)).sum::<f64>().sqrt();
                 let factor = (f64::from(magnitude[row]) / norm) as f32;
-                weight.iter_mut().for_each(|weight| *weight *= factor);
+                for weight in weight {
+                    *weight *= factor;
+                }
             }
         });
     }

@@ -203,9 +203,9 @@ fn write_tensor(writer: &mut impl Write, name: &str, tensor: &Tensor, dtype: DTy
 pub(crate) fn tensor_bytes(tensor: &Tensor, dtype: DType) -> candle_core::Result<Vec<u8>> {
     let flat = tensor.flatten_all()?.to_device(&Device::Cpu)?.to_dtype(dtype)?;
     Ok(match dtype {
-        DType::BF16 => little_endian(&flat.to_vec1::<half::bf16>()?, |value| value.to_le_bytes()),
-        DType::F16 => little_endian(&flat.to_vec1::<half::f16>()?, |value| value.to_le_bytes()),
-        _ => little_endian(&flat.to_dtype(DType::F32)?.to_vec1::<f32>()?, |value| value.to_le_bytes()),
+        DType::BF16 => little_endian(&flat.to_vec1()?, half::bf16::to_le_bytes),
+        DType::F16 => little_endian(&flat.to_vec1()?, half::f16::to_le_bytes),
+        _ => little_endian(&flat.to_dtype(DType::F32)?.to_vec1()?, f32::to_le_bytes),
     })
 }
 

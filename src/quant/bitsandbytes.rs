@@ -63,10 +63,13 @@ impl BitsandbytesParts {
             return Err(problem("quant_state", text));
         }
         let [rows, cols] = state.shape;
-        let length = rows * cols;
+        let length = rows
+            .checked_mul(cols)
+            .ok_or_else(|| problem("quant_state", format!("has the impossible shape [{rows}, {cols}]")))?;
         let blocks = length.div_ceil(BLOCK_LEN);
         expect_length("weight", self.weight.len(), length.div_ceil(2))?;
-        let values: [f32; 16] = floats("quant_map", &self.quant_map, 16)?.try_into().expect("16 values, as checked");
+        let mut values = [0f32; 16];
+        values.copy_from_slice(&floats("quant_map", &self.quant_map, 16)?);
         let maxima = match &self.nested_absmax {
             None => Maxima::Plain(floats("absmax", &self.absmax, blocks)?.into()),
             Some(nested_absmax) => {
@@ -97,6 +100,9 @@ impl BitsandbytesParts {
 impl Nf4Matrix {
     /// The parts that bitsandbytes writes for this matrix. `dtype` is the type that it says the values had and get
     /// back, for example `bfloat16`.
+    ///
+    /// # Panics
+    /// Never: a struct of strings and numbers is always JSON.
     pub fn to_bitsandbytes(&self, dtype: &str) -> BitsandbytesParts {
         let mut state = State {
             quant_type: if self.quant_type == QuantType::Nf4 { "nf4" } else { "fp4" }.into(),
@@ -116,7 +122,7 @@ impl Nf4Matrix {
                 (nested.codes.clone(), Some(bytes_of(&nested.absmax)), Some(bytes_of(&nested.map)))
             }
         };
-        let quant_state = serde_json::to_vec(&state).expect("a struct of strings and numbers is always JSON");
+        let quant_state = serde_json::to_vec(&state).expect("strings and numbers are always JSON");
         BitsandbytesParts {
             weight: self.packed.clone(),
             absmax,
@@ -137,7 +143,7 @@ impl Nf4Matrix {
 
     /// Whether the values of its codes are the usual ones of its type.
     pub fn has_usual_values(&self) -> bool {
-        self.values == codebook_of(self.quant_type).values
+        bytes_of(&self.values)[..] == bytes_of(&codebook_of(self.quant_type).values)[..]
     }
 }
 

@@ -1,6 +1,6 @@
 //! Products of dense matrices: trainable weights, adapters, and frozen weights in 16 or 32 bits.
 //!
-//! The slice functions are what `ops` calls for trainable matrices and LoRA. All split their result into tiles by
+//! The slice functions are what `ops` calls for trainable matrices and adapters. All split their result into tiles by
 //! shape alone, so that no result depends on the number of threads.
 
 use std::ops::Range;
@@ -10,8 +10,10 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::Error;
-use super::multiply::{FEW_ROWS, RowSource, panel_rows};
-use crate::kernels::cpu::{Activations, Level, Operand, TileMut, dot, gemm};
+use super::multiply::{FEW_ROWS, RowSource};
+use crate::kernels::cpu::activations::Order;
+use crate::kernels::cpu::packed_dot::{self, PackedRows};
+use crate::kernels::cpu::{Activations, BlockFormat, Level, Operand, TileMut, dot, gemm};
 
 /// Multiply-adds below which a product stays on the calling thread.
 const SERIAL_WORK: usize = 1 << 18;
@@ -146,7 +148,7 @@ fn for_tiles(
     if rows * columns * depth <= SERIAL_WORK {
         return work(0, 0, &mut whole);
     }
-    let width = panel_rows(columns);
+    let width = columns.div_ceil(16).next_multiple_of(16).clamp(32, 128);
     let bands = 16usize.div_ceil(columns.div_ceil(width));
     let height = rows.div_ceil(bands).next_multiple_of(16).clamp(32, 512);
     let mut tiles = Vec::new();
@@ -230,10 +232,27 @@ impl RowSource for DenseRows<'_> {
     }
 
     fn dot(&self, rows: Range<usize>, activations: &Activations, tile: &mut TileMut<'_>) {
-        dot_dequantized(self, rows, activations, tile);
+        if activations.order() == Order::Plain {
+            return dot_dequantized(self, rows, activations, tile);
+        }
+        let range = rows.start * self.cols..rows.end * self.cols;
+        let rows = match self.values {
+            DenseValues::F32(values) => PackedRows::F32(&values[range]),
+            DenseValues::Bf16(values) => PackedRows::Bf16(values[range].reinterpret_cast()),
+            DenseValues::F16(values) => PackedRows::F16(values[range].reinterpret_cast()),
+        };
+        packed_dot::dot(Level::best(), rows, activations, tile);
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        Activations::plain(x, m, self.cols)
+        let format = match self.values {
+            DenseValues::F32(_) => BlockFormat::F32,
+            DenseValues::Bf16(_) => BlockFormat::Bf16,
+            DenseValues::F16(_) => BlockFormat::F16,
+        };
+        match packed_dot::order_of_blocks(Level::best(), format, self.cols) {
+            Some(order) => Activations::ordered(Level::best(), order, false, x, m, self.cols),
+            None => Activations::plain(x, m, self.cols),
+        }
     }
 }

@@ -48,15 +48,15 @@ impl Maxima {
         match self {
             Self::Plain(values) => work(&values[blocks]),
             Self::Nested(nested) => {
-                const ON_STACK: usize = 512;
+                let (codes, map, absmax) = (&nested.codes[blocks.clone()], &nested.map, &nested.absmax);
                 let restore = |out: &mut [f32]| {
-                    for (value, block) in out.iter_mut().zip(blocks.clone()) {
-                        *value = nested.map[usize::from(nested.codes[block])] * nested.absmax[block / NESTED_BLOCK]
-                            + nested.offset;
+                    for ((value, &code), block) in out.iter_mut().zip(codes).zip(blocks.clone()) {
+                        *value = map[usize::from(code)] * absmax[block / NESTED_BLOCK] + nested.offset;
                     }
                 };
-                if blocks.len() <= ON_STACK {
-                    let mut few = [0.0; ON_STACK];
+                // A piece of a row is restored on the stack.
+                if blocks.len() <= 16 {
+                    let mut few = [0.0; 16];
                     restore(&mut few[..blocks.len()]);
                     work(&few[..blocks.len()])
                 } else {
@@ -105,10 +105,8 @@ fn sum(values: &[f32]) -> f32 {
             continue;
         }
         for level in 1..LEVELS {
-            for row in 0..ROWS {
-                let lower = std::mem::take(&mut levels[level - 1][row]);
-                add(&mut levels[level][row], lower);
-            }
+            let lower = std::mem::take(&mut levels[level - 1]);
+            levels[level].iter_mut().zip(lower).for_each(|(row, vector)| add(row, vector));
             if !(done >> (level * level_power)).is_multiple_of(1 << level_power) {
                 break;
             }
@@ -131,7 +129,11 @@ fn sum(values: &[f32]) -> f32 {
     tail.iter().chain(&total).fold(0.0, |sum, v| sum + v)
 }
 
+/// The code of a value in [-1, 1]: the nearest value of the map, ties to the lower one, after the value was rounded to
+/// one of 65,536 even steps, as bitsandbytes' CPU library does (read off its codes).
 fn nearest(map: &[f32], value: f32) -> u8 {
+    const STEPS: f32 = 65_535.0;
+    let value = ((value + 1.0) * 0.5 * STEPS).round() / STEPS * 2.0 - 1.0;
     let above = map.partition_point(|&m| m < value).clamp(1, map.len() - 1);
     if map[above] - value < value - map[above - 1] { above as u8 } else { (above - 1) as u8 }
 }
@@ -155,7 +157,7 @@ pub(crate) fn dynamic_map() -> Arc<[f32]> {
             };
             let scale = 10f64.powi(decade - 6) as f32;
             for part in 0..parts {
-                let mean = (border(part) + border(part + 1)) / 2.0;
+                let mean = f32::midpoint(border(part), border(part + 1));
                 map.extend([scale * mean, -(scale * mean)]);
             }
         }

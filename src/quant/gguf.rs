@@ -88,16 +88,12 @@ impl RowSource for GgufMatrix {
     }
 
     fn dequantize(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
-        let blocks = |len: usize| len / self.format.block_len() * self.format.block_bytes();
-        let (row_bytes, first, bytes) = (self.row_bytes(), blocks(columns.start), blocks(columns.len()));
-        if columns.len() == self.cols {
-            let stored = &self.data[rows.start * row_bytes..rows.end * row_bytes];
-            return blocks::dequantize(Level::best(), self.format, stored, out);
+        if rows.is_empty() || columns.is_empty() {
+            return;
         }
-        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
-            let stored = &self.data[row * row_bytes + first..][..bytes];
-            blocks::dequantize(Level::best(), self.format, stored, out);
-        }
+        let first = columns.start / self.format.block_len() * self.format.block_bytes();
+        let stored = &self.data[rows.start * self.row_bytes() + first..];
+        blocks::dequantize_rows(Level::best(), self.format, stored, self.row_bytes(), columns.len(), out);
     }
 
     fn dot(&self, rows: Range<usize>, activations: &Activations, tile: &mut TileMut<'_>) {
@@ -109,7 +105,7 @@ impl RowSource for GgufMatrix {
     }
 
     fn activations(&self, x: &[f32], m: usize) -> Activations {
-        match packed_dot::order_of_blocks(Level::best(), self.format) {
+        match packed_dot::order_of_blocks(Level::best(), self.format, self.cols) {
             Some(order) => {
                 let has_minimum = packed_dot::has_minimum(self.format);
                 Activations::ordered(Level::best(), order, has_minimum, x, m, self.cols)

@@ -9,19 +9,30 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernels::cpu::{Activations, Operand, TileMut, gemm};
+use crate::kernels::cpu::tile::{STRIP, multiply_strips, pack_strip};
+use crate::kernels::cpu::{Activations, Level, Operand, TileMut};
 
 /// Up to so many rows of activations the packed bytes are multiplied directly.
-pub(crate) const FEW_ROWS: usize = 8;
+pub(crate) const FEW_ROWS: usize = 16;
 
 /// Packed bytes below which a few-row product is not worth waking another thread.
 const SERIAL_BYTES: usize = 64 << 10;
 
-/// Columns of a gradient tile.
-const GRADIENT_COLUMNS: usize = 128;
+/// Packed bytes that stay in the second-level cache beside the activations.
+const CACHED_BYTES: usize = 128 << 10;
 
-/// Rows of a panel in the gradient product: 256 rows of 128 columns are 128 KiB of scratch.
-const GRADIENT_ROWS: usize = 256;
+/// Columns that a task dequantises before it multiplies; with a panel of 64 rows that is 256 KiB of scratch. A multiple
+/// of every block length.
+const DEPTH: usize = 1024;
+
+/// Columns dequantised at a time, 16 rows of which stay in the first-level cache until they are transposed.
+const PIECE: usize = 256;
+
+/// Columns of a gradient tile, if the storage's blocks are not longer.
+const GRADIENT_COLUMNS: usize = 64;
+
+/// Values of a panel in the gradient product: 128 KiB of scratch.
+const GRADIENT_VALUES: usize = 1 << 15;
 
 /// A weight matrix that can be read row by row.
 pub(crate) trait RowSource: Sync {
@@ -58,10 +69,10 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
     })
 }
 
-/// Rows of a panel: enough panels to keep many threads busy, tall enough for the product to run at its full speed.
+/// Rows of a panel: enough panels to keep many threads busy, tall enough that activations are not read too often.
 /// A function of the shape only, so that results do not depend on the number of threads.
 pub(crate) fn panel_rows(rows: usize) -> usize {
-    (rows.div_ceil(16)).next_multiple_of(16).clamp(32, 128)
+    rows.div_ceil(16).next_multiple_of(STRIP).clamp(STRIP, 4 * STRIP)
 }
 
 /// `y[M, N] = x[M, K] W^T`.
@@ -70,19 +81,43 @@ pub(crate) fn forward(source: &dyn RowSource, x: &[f32], m: usize, y: &mut [f32]
     if m == 0 || n == 0 {
         return;
     }
+    if k == 0 {
+        return y.fill(0.0);
+    }
     let tile = TileMut::new(y, m, n);
     if m <= FEW_ROWS {
         return forward_few(source, x, m, tile);
     }
     let height = panel_rows(n);
-    let panel = |(index, mut tile): (usize, TileMut<'_>)| {
+    tile.split_columns(height).into_par_iter().enumerate().for_each(|(index, mut tile)| {
         let rows = index * height..index * height + tile.columns();
-        with_scratch(rows.len() * k, |weights| {
-            source.dequantize(rows, 0..k, weights);
-            gemm(&mut tile, k, Operand::row_major(x, k), Operand::row_major(weights, k).t(), 1.0, 0.0);
+        let depth = DEPTH.min(k);
+        with_scratch(STRIP * PIECE + rows.len().next_multiple_of(STRIP) * depth, |scratch| {
+            let (piece, panel) = scratch.split_at_mut(STRIP * PIECE);
+            for first in (0..k).step_by(DEPTH) {
+                let columns = first..k.min(first + DEPTH);
+                let strips = &mut panel[..rows.len().next_multiple_of(STRIP) * columns.len()];
+                pack(source, rows.clone(), columns.clone(), piece, strips);
+                let keep = if first == 0 { 0.0 } else { 1.0 };
+                let left = Operand::row_major(&x[first..], k);
+                multiply_strips(Level::best(), left, strips, columns.len(), keep, &mut tile);
+            }
         });
-    };
-    tile.split_columns(height).into_par_iter().enumerate().for_each(panel);
+    });
+}
+
+/// Dequantises `rows` and `columns` into strips of 16 rows.
+fn pack(source: &dyn RowSource, rows: Range<usize>, columns: Range<usize>, piece: &mut [f32], strips: &mut [f32]) {
+    for (strip, first_row) in strips.chunks_exact_mut(STRIP * columns.len()).zip(rows.clone().step_by(STRIP)) {
+        let rows = first_row..rows.end.min(first_row + STRIP);
+        for first in columns.clone().step_by(PIECE) {
+            let part = first..columns.end.min(first + PIECE);
+            let piece = &mut piece[..rows.len() * part.len()];
+            source.dequantize(rows.clone(), part.clone(), piece);
+            let inside = first - columns.start..part.end - columns.start;
+            pack_strip(Level::best(), piece, part.len(), &mut strip[inside.start * STRIP..inside.end * STRIP]);
+        }
+    }
 }
 
 fn forward_few(source: &dyn RowSource, x: &[f32], m: usize, mut tile: TileMut<'_>) {
@@ -93,9 +128,13 @@ fn forward_few(source: &dyn RowSource, x: &[f32], m: usize, mut tile: TileMut<'_
     }
     // How rows are shared out does not touch the result: each product of two rows is computed alone.
     let height = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(16);
-    tile.split_columns(height).into_par_iter().enumerate().for_each(|(index, mut tile)| {
-        let rows = index * height..index * height + tile.columns();
-        source.dot(rows, &activations, &mut tile);
+    tile.split_columns(height).into_par_iter().enumerate().for_each(|(index, tile)| {
+        // Packed rows are read once for each 4 rows of activations: after the first time from the cache.
+        let part = (CACHED_BYTES * n / source.stored_bytes()).next_multiple_of(16);
+        for (piece, mut tile) in tile.split_columns(part).into_iter().enumerate() {
+            let first = index * height + piece * part;
+            source.dot(first..first + tile.columns(), &activations, &mut tile);
+        }
     });
 }
 
@@ -109,17 +148,36 @@ pub(crate) fn backward_input(source: &dyn RowSource, dy: &[f32], m: usize, dx: &
         return dx.fill(0.0);
     }
     let width = GRADIENT_COLUMNS.next_multiple_of(source.column_step()).min(k);
+    let height = GRADIENT_VALUES / width;
     TileMut::new(dx, m, k).split_columns(width).into_par_iter().enumerate().for_each(|(index, mut tile)| {
         let columns = index * width..index * width + tile.columns();
-        with_scratch(GRADIENT_ROWS.min(n) * columns.len(), |scratch| {
-            for first in (0..n).step_by(GRADIENT_ROWS) {
-                let rows = first..n.min(first + GRADIENT_ROWS);
-                let weights = &mut scratch[..rows.len() * columns.len()];
-                source.dequantize(rows.clone(), columns.clone(), weights);
+        let padded = columns.len().next_multiple_of(STRIP);
+        with_scratch(STRIP * columns.len() + height.min(n) * padded, |scratch| {
+            let (piece, panel) = scratch.split_at_mut(STRIP * columns.len());
+            for first in (0..n).step_by(height) {
+                let rows = first..n.min(first + height);
+                let strips = &mut panel[..rows.len() * padded];
+                for first in rows.clone().step_by(STRIP) {
+                    let part = first..rows.end.min(first + STRIP);
+                    let piece = &mut piece[..part.len() * columns.len()];
+                    source.dequantize(part, columns.clone(), piece);
+                    split_strips(piece, columns.len(), first - rows.start, rows.len(), strips);
+                }
                 let keep = if first == 0 { 0.0 } else { 1.0 };
                 let left = Operand::row_major(&dy[first..], n);
-                gemm(&mut tile, rows.len(), left, Operand::row_major(weights, columns.len()), 1.0, keep);
+                multiply_strips(Level::best(), left, strips, rows.len(), keep, &mut tile);
             }
         });
     });
+}
+
+/// Copies rows of `columns` values into strips of 16 columns and `depth` rows, from row `first` of them on. What lies
+/// beyond the last column is not read by the product.
+fn split_strips(rows: &[f32], columns: usize, first: usize, depth: usize, strips: &mut [f32]) {
+    for (row, values) in rows.chunks_exact(columns).enumerate() {
+        for (strip, values) in values.chunks(STRIP).enumerate() {
+            let at = (strip * depth + first + row) * STRIP;
+            strips[at..at + values.len()].copy_from_slice(values);
+        }
+    }
 }

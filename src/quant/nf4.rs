@@ -19,7 +19,7 @@ use crate::kernels::cpu::{Activations, Level, TileMut};
 const BLOCKS_PER_TASK: usize = 64;
 
 /// NF4 (2305.14314, appendix E), the values of bitsandbytes.
-#[expect(clippy::excessive_precision, reason = "the digits as published; each rounds to the f32 meant")]
+#[expect(clippy::excessive_precision, clippy::unreadable_literal, reason = "the digits as published")]
 const NF4: [f32; 16] = [
     -1.0,
     -0.6961928009986877,

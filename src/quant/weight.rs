@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 
-use super::dense::{self, DenseRows, DenseValues};
-use super::multiply::{self, FEW_ROWS, RowSource};
+use super::dense::{DenseRows, DenseValues};
+use super::multiply::{self, RowSource};
 use super::{Error, GgufMatrix, Nf4Matrix};
 use crate::config::settings::QuantType;
 
@@ -41,7 +41,7 @@ impl Weight {
     ///
     /// # Errors
     /// If `tensor` is no matrix of f32, bf16 or f16.
-    pub fn dense(tensor: Tensor) -> Result<Self, Error> {
+    pub fn dense(tensor: &Tensor) -> Result<Self, Error> {
         if tensor.rank() != 2 {
             return Err(Error::Shape {
                 operation: "Weight::dense",
@@ -49,7 +49,7 @@ impl Weight {
                 expected: "a matrix [N, K]".into(),
             });
         }
-        float_type("Weight::dense", &tensor)?;
+        float_type("Weight::dense", tensor)?;
         Ok(Self::Dense(tensor.contiguous()?))
     }
 
@@ -180,9 +180,6 @@ impl Weight {
     pub fn forward_slice(&self, x: &[f32], m: usize, y: &mut [f32]) -> Result<(), Error> {
         expect_values("forward x", x.len(), m, self.cols())?;
         expect_values("forward y", y.len(), m, self.rows())?;
-        if m > FEW_ROWS && self.is_f32() {
-            return self.with_f32(|w| dense::matmul_nt(x, w, m, self.rows(), self.cols(), y));
-        }
         self.with_rows("forward", |source| multiply::forward(source, x, m, y))
     }
 
@@ -196,14 +193,7 @@ impl Weight {
     pub fn backward_input_slice(&self, dy: &[f32], m: usize, dx: &mut [f32]) -> Result<(), Error> {
         expect_values("backward_input dy", dy.len(), m, self.rows())?;
         expect_values("backward_input dx", dx.len(), m, self.cols())?;
-        if self.is_f32() {
-            return self.with_f32(|w| dense::matmul_nn(dy, w, m, self.rows(), self.cols(), dx));
-        }
         self.with_rows("backward_input", |source| multiply::backward_input(source, dy, m, dx))
-    }
-
-    fn is_f32(&self) -> bool {
-        matches!(self, Self::Dense(tensor) if tensor.dtype() == DType::F32)
     }
 
     fn product(
@@ -244,17 +234,6 @@ impl Weight {
             Self::Nf4(matrix) => Ok(work(matrix)),
             Self::Gguf(matrix) => Ok(work(matrix)),
         }
-    }
-
-    fn with_f32(&self, work: impl FnOnce(&[f32]) -> Result<(), Error>) -> Result<(), Error> {
-        let Self::Dense(tensor) = self else { unreachable!("asked for a dense weight only") };
-        if !tensor.device().is_cpu() {
-            return Err(self.no_kernel("a product on slices", tensor.device()));
-        }
-        with_dense(&tensor.contiguous()?, |values| match values {
-            DenseValues::F32(values) => work(values),
-            DenseValues::Bf16(_) | DenseValues::F16(_) => unreachable!("asked for an f32 weight only"),
-        })?
     }
 
     fn no_kernel(&self, operation: &'static str, device: &Device) -> Error {

@@ -67,8 +67,8 @@ fn extraction(parameters: &mut Parameters<'_>) -> Result<Extraction, Error> {
     Ok(if parameters.flag("require_boxed", false)? { Extraction::Boxed } else { Extraction::Any })
 }
 
-/// `accuracy`: TRL's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0 if not or if the
-/// completion has none, `None` if the right answer cannot be read.
+/// `accuracy`: TRL's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0 if not or if
+/// the completion has none, `None` if the right answer cannot be read.
 ///
 /// Parameters: `column` (default `answer`, else `solution`), `require_boxed` (default false: see
 /// [`Extraction::Any`]; TRL looks for boxes and formulas only).
@@ -110,17 +110,21 @@ fn is_accurate(
     Ok(Some(f64::from(u8::from(answer.is_some_and(|a| right.iter().any(|r| r.equals(&a)))))))
 }
 
-/// Reads a right answer: the answer itself, or a worked solution that ends in one.
+/// Reads a right answer: the answer itself, or a worked solution or sentence that ends in one.
 fn read_gold(text: &str) -> Option<Answer> {
     let is_worked = text.contains("####") || text.contains("\\boxed") || text.contains("</answer>");
     let direct = if is_worked { None } else { Answer::parse(text).ok() };
-    direct.or_else(|| final_answer(text, Extraction::Any).and_then(|a| Answer::parse(&a).ok()))
+    let is_final = |a: &Answer| a.is_mathematics() || !text.contains(|c: char| c.is_ascii_digit());
+    if direct.as_ref().is_some_and(is_final) {
+        return direct;
+    }
+    final_answer(text, Extraction::Any).and_then(|a| Answer::parse(&a).ok()).or(direct)
 }
 
 /// `exact_match`: 1 if the completion is the right answer to the letter, 0 if not, `None` if the column is null.
 ///
-/// Parameters: `column`, `ignore_case` (default false), `extract` (default false: compare the whole completion; true: its
-/// final answer as `accuracy` finds it). Spaces at the ends never count.
+/// Parameters: `column`, `ignore_case` (default false), `extract` (default false: compare the whole completion; true:
+/// its final answer as `accuracy` finds it). Spaces at the ends never count.
 pub(super) fn exact_match(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
     let gold = Gold::from_parameters(parameters)?;
     let ignores_case = parameters.flag("ignore_case", false)?;

@@ -1,7 +1,7 @@
 //! Rewards computed by a program of the user.
 //!
-//! The program is started once, when the run starts, and kept alive between batches, so that it can load what it needs once. For each
-//! batch it reads one line from standard input and writes one line to standard output:
+//! The program is started once, when the run starts, and kept alive between batches, so that it can load what it needs
+//! once. For each batch it reads one line from standard input and writes one line to standard output:
 //!
 //! ```text
 //! -> {"id": 1, "samples": [{"prompt": ..., "prompt_text": "...", "completion": "...", "completion_tokens": 17,
@@ -9,14 +9,15 @@
 //! <- {"id": 1, "scores": [1.0, null, ...]}
 //! ```
 //!
-//! - One score per sample, in order: a finite number, or null where the reward does not apply. The answer is one line and must
-//!   be flushed. `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
-//! - `prompt` is what the data set has (a text or messages), `row` has all its columns. Unknown fields are to be ignored.
+//! - One score per sample, in order: a finite number, or null where the reward does not apply. The answer is one line
+//!   and must be flushed. `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
+//! - `prompt` is what the data set has (a text or messages), `row` has all its columns. Unknown fields are to be
+//!   ignored.
 //! - Standard error is free for messages; its last lines are shown if something fails.
-//! - When the run ends, or the trainer dies in whatever way, standard input ends: the program must exit then. One that has
-//!   not done so a second after the run ended is killed.
-//! - It runs in its own process group, so Ctrl-C reaches only the trainer, and on a time-out the whole group is killed, children
-//!   included. `PYTHONUNBUFFERED=1` is set for it. With several ranks each starts its own.
+//! - When the run ends, or the trainer dies in whatever way, standard input ends: the program must exit then. One that
+//!   has not done so a second after the run ended is killed.
+//! - It runs in its own process group, so Ctrl-C reaches only the trainer, and on a time-out the whole group is killed,
+//!   children included. `PYTHONUNBUFFERED=1` is set for it. With several ranks each starts its own.
 //!
 //! `scripts/rewards/brevity.py` is an example.
 
@@ -45,21 +46,12 @@ impl CommandReward {
     /// # Errors
     /// If the command is empty, the time limit is not above 0, or the system cannot start the program.
     pub(super) fn start(name: &str, command: &[String], timeout_secs: f64) -> Result<Self, Error> {
-        let mut reward =
-            Self { name: name.to_owned(), command: command.to_vec(), timeout_secs, process: None, next_id: 1 };
-        if !(timeout_secs > 0.0) {
-            return Err(reward.error(ProgramError::Limit(timeout_secs), Vec::new()));
-        }
-        let Some((program, arguments)) = command.split_first() else {
-            return Err(reward.error(ProgramError::Empty, Vec::new()));
-        };
-        let process = Process::start(program, arguments);
-        reward.process = Some(process.map_err(|e| reward.error(ProgramError::Start(e), Vec::new()))?);
-        Ok(reward)
-    }
-
-    fn error(&self, problem: ProgramError, stderr: Vec<String>) -> Error {
-        Error::Program { name: self.name.clone(), command: self.command.join(" "), problem, stderr }
+        let failed = |problem| failure(name, command, problem, Vec::new());
+        check(name, command, timeout_secs)?;
+        let (program, arguments) = command.split_first().ok_or_else(|| failed(ProgramError::Empty))?;
+        let process = Process::start(program, arguments).map_err(|e| failed(ProgramError::Start(e)))?;
+        let (name, command) = (name.to_owned(), command.to_vec());
+        Ok(Self { name, command, timeout_secs, process: Some(process), next_id: 1 })
     }
 
     fn exchange(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, ProgramError> {
@@ -83,6 +75,24 @@ impl CommandReward {
     }
 }
 
+/// Checks what can be checked without starting the program.
+///
+/// # Errors
+/// If the command is empty or the time limit is not above 0.
+pub(super) fn check(name: &str, command: &[String], timeout_secs: f64) -> Result<(), Error> {
+    if command.is_empty() {
+        return Err(failure(name, command, ProgramError::Empty, Vec::new()));
+    }
+    if timeout_secs.is_nan() || timeout_secs <= 0.0 {
+        return Err(failure(name, command, ProgramError::Limit(timeout_secs), Vec::new()));
+    }
+    Ok(())
+}
+
+fn failure(name: &str, command: &[String], problem: ProgramError, stderr: Vec<String>) -> Error {
+    Error::Program { name: name.to_owned(), command: command.join(" "), problem: Box::new(problem), stderr }
+}
+
 impl Reward for CommandReward {
     fn name(&self) -> &str {
         &self.name
@@ -95,7 +105,7 @@ impl Reward for CommandReward {
         self.exchange(samples).map_err(|problem| {
             // After any failure the conversation is out of step: stop the program and keep its last words.
             let stderr = self.process.take().map_or_else(Vec::new, Process::kill);
-            self.error(problem, stderr)
+            failure(&self.name, &self.command, problem, stderr)
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The countdown task: reach a target with given numbers, each used once.
 //!
-//! The task and its part credit are those of TinyZero (github.com/Jiayi-Pan/TinyZero, `verl/utils/reward_score/countdown.py`):
-//! columns `nums` (or `numbers`) and `target`, the answer in `<answer>`.
+//! The task and its part credit are those of `TinyZero` (github.com/Jiayi-Pan/TinyZero,
+//! `verl/utils/reward_score/countdown.py`): columns `nums` (or `numbers`) and `target`, the answer in `<answer>`.
 
 use num_bigint::BigInt;
 use num_rational::BigRational;

@@ -71,14 +71,14 @@ pub enum Error {
         index: usize,
     },
     /// A reward program failed.
-    #[error("reward program `{name}` (`{command}`) {problem}{}", last_words(stderr))]
+    #[error("reward program `{name}` (`{command}`) {problem}{}", last_words(problem, stderr))]
     Program {
         /// Name of the reward.
         name: String,
         /// Program and arguments.
         command: String,
         /// What happened.
-        problem: ProgramError,
+        problem: Box<ProgramError>,
         /// The last lines it wrote to standard error, oldest first.
         stderr: Vec<String>,
     },
@@ -182,7 +182,11 @@ fn describe(status: Option<&ExitStatus>) -> String {
     status.map_or_else(|| "it closed its standard output".to_owned(), ToString::to_string)
 }
 
-fn last_words(stderr: &[String]) -> String {
+fn last_words(problem: &ProgramError, stderr: &[String]) -> String {
+    if matches!(problem, ProgramError::Empty | ProgramError::Limit(_) | ProgramError::Start(_) | ProgramError::Stopped)
+    {
+        return String::new();
+    }
     if stderr.is_empty() {
         return "; it wrote nothing to standard error".to_owned();
     }

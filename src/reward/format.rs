@@ -1,8 +1,8 @@
 //! Rewards for the layout of a completion.
 //!
-//! Chat templates of reasoning models (DeepSeek-R1-Distill) end the prompt with `<think>`, so that the completion starts
-//! inside it. Every reward here then puts that tag in front of the completion, where TRL's would always give 0; the parameter
-//! `count_prompt: false` switches that off.
+//! Chat templates of reasoning models (DeepSeek-R1-Distill) end the prompt with `<think>`, so that the completion
+//! starts inside it. Every reward here then puts that tag in front of the completion, where TRL's would always give 0;
+//! the parameter `count_prompt: false` switches that off.
 
 use std::borrow::Cow;
 
@@ -29,8 +29,8 @@ fn scorer(counts_prompt: bool, score: impl Fn(&str) -> f64 + Send + Sync + 'stat
     Box::new(move |_, sample| Ok(Some(score(&with_opened_tag(sample, counts_prompt)))))
 }
 
-/// `think_format`: TRL's `think_format_reward`. 1 if the completion matches `^<think>(?!.*<think>)(.*?)</think>.*$` with the dot
-/// matching line breaks: it starts with the only `<think>`, and a `</think>` follows.
+/// `think_format`: TRL's `think_format_reward`. 1 if the completion matches `^<think>(?!.*<think>)(.*?)</think>.*$`
+/// with the dot matching line breaks: it starts with the only `<think>`, and a `</think>` follows.
 ///
 /// Parameters: `count_prompt` (default true).
 pub(super) fn think_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
@@ -51,8 +51,8 @@ pub(super) fn tag_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Erro
     layout(parameters, false)
 }
 
-/// `format`: open-r1's `format_reward`, `^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$`. Stricter in two points: each tag
-/// occurs once, and nothing but spaces follows (open-r1's `$` also matches before any line break).
+/// `format`: open-r1's `format_reward`, `^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$`. Stricter in two points:
+/// each tag occurs once, and nothing but spaces follows (open-r1's `$` also matches before any line break).
 ///
 /// Parameters: as `tag_format`, `newlines` being true by default.
 pub(super) fn line_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
@@ -80,8 +80,8 @@ fn has_layout(text: &str, newlines: bool) -> bool {
     between.trim().is_empty() && (!newlines || (is_on_lines(think) && between.contains('\n') && is_on_lines(answer)))
 }
 
-/// `tag_count`: open-r1's `tag_count_reward`. 0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n`, `\n</answer>`
-/// that occurs exactly once.
+/// `tag_count`: open-r1's `tag_count_reward`. 0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n`,
+/// `\n</answer>` that occurs exactly once.
 ///
 /// Parameters: `newlines` (default true; false counts the bare tags), `count_prompt` (default true).
 pub(super) fn tag_count(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {

@@ -9,8 +9,8 @@ use super::registry::Scorer;
 /// `length_penalty`: the soft overlong punishment of DAPO (2503.14476, eq. 13), TRL's `get_soft_overlong_punishment`.
 /// With y tokens, the longest length L and the cache C: 0 for y <= L - C; (L - C - y) / C up to L; -1 beyond.
 ///
-/// Parameters: `max_completion_len` (L in tokens; default: the run's `max_completion_length`), `soft_punish_cache` (C in
-/// tokens, at most L; default a fifth of L, as in the paper).
+/// Parameters: `max_completion_len` (L in tokens; default: the run's `max_completion_length`), `soft_punish_cache` (C
+/// in tokens, at most L; default a fifth of L, as in the paper).
 pub(super) fn length_penalty(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
     let longest = parameters.count("max_completion_len", 1)?;
     let cache = parameters.count("soft_punish_cache", 0)?;
@@ -33,9 +33,9 @@ pub(super) fn length_penalty(parameters: &mut Parameters<'_>) -> Result<Scorer, 
     }))
 }
 
-/// `repetition_penalty`: open-r1's `get_repetition_penalty_reward` (2502.03373, appendix C.2): (1 - distinct n-grams / all
-/// n-grams) * `max_penalty`, over the words of the completion in lower case; 0 for fewer than n words. (TRL's function
-/// of the same name counts tokens.)
+/// `repetition_penalty`: open-r1's `get_repetition_penalty_reward` (2502.03373, appendix C.2): (1 - distinct n-grams /
+/// all n-grams) * `max_penalty`, over the words of the completion in lower case; 0 for fewer than n words. (TRL's
+/// function of the same name counts tokens.)
 ///
 /// Parameters: `ngram_size` (default 3, at least 1), `max_penalty` (default -1, at most 0).
 pub(super) fn repetition_penalty(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {

@@ -120,15 +120,17 @@ pub fn build(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
     }
 }
 
-/// Checks one entry of `reward_funcs` without starting anything.
+/// Says what is wrong with one entry of `reward_funcs`, without starting a program; the message names the reward or its
+/// parameter in backticks. `config` calls it through its `RewardCheck`, so that the place in the file is shown.
 ///
 /// # Errors
-/// As [`build`], but for the start of a program.
-pub fn check(spec: &RewardSpec) -> Result<(), Error> {
+/// As [`build`], but for whether a program starts.
+pub fn check(spec: &RewardSpec) -> Result<(), String> {
     match spec {
-        RewardSpec::Builtin { name, parameters } => builtin(name, parameters).map(|_| ()),
-        RewardSpec::Command { .. } => Ok(()),
+        RewardSpec::Builtin { name, parameters } => builtin(name, parameters).map(drop),
+        RewardSpec::Command { name, command, timeout_secs } => command::check(name, command, *timeout_secs),
     }
+    .map_err(|error| error.to_string())
 }
 
 fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> {

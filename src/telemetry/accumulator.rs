@@ -3,18 +3,19 @@
 //! Averaging follows TRL's `GRPOTrainer.log`: the mean over everything recorded since the last row, leaving out NaN, and
 //! null where nothing but NaN came. Keys keep the order in which they first appeared, in every later row as well.
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// One logged row: keys in insertion order.
 pub type Row = serde_json::Map<String, Value>;
 
 /// Collects metrics until [`Accumulator::drain`] makes a row of them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Accumulator {
     entries: Vec<(String, Entry)>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 enum Entry {
     Mean { sum: f64, count: u64, has_nan: bool },
     Latest(Option<Value>),

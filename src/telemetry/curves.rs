@@ -280,7 +280,7 @@ enum TickFormat {
 }
 
 fn tick_format(span: f64, largest: f64) -> TickFormat {
-    if largest < 1e-2 || largest >= 1e6 {
+    if !(1e-2..1e6).contains(&largest) {
         return TickFormat::Exponent;
     }
     TickFormat::Decimals((-(span / 8.0).log10().floor()).clamp(0.0, 6.0) as usize)

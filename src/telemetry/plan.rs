@@ -41,22 +41,20 @@ pub(super) fn render(sections: &[Section], terminal: &Terminal) -> String {
         .map(|(key, _)| console::measure_text_width(key))
         .max()
         .unwrap_or(0);
-    let mut text = String::new();
+    let indent = 2 + column + 2;
+    let width = terminal.width().saturating_sub(indent).max(20);
+    let mut lines = Vec::new();
     for section in sections {
-        text.push_str(&terminal.bold(&format!("[{}]", section.title)));
-        text.push('\n');
+        lines.push(terminal.bold(&format!("[{}]", section.title)));
         for (key, value) in &section.rows {
-            let padding = column - console::measure_text_width(key);
-            let indent = 2 + column + 2;
-            let width = terminal.width().saturating_sub(indent).max(20);
-            let lines = super::samples::wrap(value, width);
-            text.push_str(&format!("  {}{}  ", terminal.dim(key), " ".repeat(padding)));
-            text.push_str(&lines.join(&format!("\n{}", " ".repeat(indent))));
-            text.push('\n');
+            let padding = " ".repeat(column - console::measure_text_width(key));
+            let value = super::samples::wrap(value, width).join(&format!("\n{}", " ".repeat(indent)));
+            lines.push(format!("  {}{padding}  {value}", terminal.dim(key)));
         }
-        text.push('\n');
+        lines.push(String::new());
     }
-    text
+    lines.push(String::new());
+    lines.join("\n")
 }
 
 #[cfg(test)]

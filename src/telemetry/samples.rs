@@ -24,29 +24,31 @@ pub struct Sample {
 pub(super) fn render(step: u64, samples: &[Sample], terminal: &Terminal) -> String {
     let width = terminal.width().min(120);
     let title = format!("── completions at step {step} ");
-    let mut text = format!("{}\n", terminal.dim(&rule(&title, width)));
+    let mut lines = vec![terminal.dim(&rule(&title, width))];
     for (index, sample) in samples.iter().enumerate() {
         if index > 0 {
-            text.push_str(&format!("{}\n", terminal.dim(&rule("", width / 4))));
+            lines.push(terminal.dim(&rule("", width / 4)));
         }
-        field(&mut text, "prompt", &sample.prompt, width, terminal);
-        field(&mut text, "completion", &sample.completion, width, terminal);
+        lines.extend(field("prompt", &sample.prompt, width, terminal));
+        lines.extend(field("completion", &sample.completion, width, terminal));
         let mut scores: Vec<String> = sample.rewards.iter().map(|(name, score)| format!("{name} {score:.2}")).collect();
         scores.extend(sample.advantage.map(|advantage| format!("advantage {advantage:+.2}")));
         scores.extend(sample.completion_tokens.map(|tokens| format!("{tokens} tokens")));
         if !scores.is_empty() {
-            field(&mut text, "rewards", &scores.join(" · "), width, terminal);
+            lines.extend(field("rewards", &scores.join(" · "), width, terminal));
         }
     }
-    text.push_str(&format!("{}\n", terminal.dim(&rule("", width))));
-    text
+    lines.push(terminal.dim(&rule("", width)));
+    lines.push(String::new());
+    lines.join("\n")
 }
 
 fn rule(start: &str, width: usize) -> String {
     format!("{start}{}", "─".repeat(width.saturating_sub(console::measure_text_width(start))))
 }
 
-fn field(text: &mut String, label: &str, value: &str, width: usize, terminal: &Terminal) {
+/// A label and its wrapped value beside it.
+fn field(label: &str, value: &str, width: usize, terminal: &Terminal) -> Vec<String> {
     const COLUMN: usize = 12;
     let mut lines = wrap(&printable(value.trim()), width.saturating_sub(COLUMN).max(20));
     if lines.len() > MOST_LINES {
@@ -54,12 +56,11 @@ fn field(text: &mut String, label: &str, value: &str, width: usize, terminal: &T
         lines.truncate(MOST_LINES);
         lines.push(format!("… {hidden} more lines in completions.jsonl"));
     }
-    for (index, line) in lines.iter().enumerate() {
-        let label = if index == 0 { label } else { "" };
-        let row = format!("{}{line}", terminal.dim(&format!("{label:<COLUMN$}")));
-        text.push_str(row.trim_end());
-        text.push('\n');
-    }
+    let labels = std::iter::once(label).chain(std::iter::repeat(""));
+    labels
+        .zip(&lines)
+        .map(|(label, line)| format!("{}{line}", terminal.dim(&format!("{label:<COLUMN$}"))).trim_end().to_string())
+        .collect()
 }
 
 /// Control characters as escapes, so that no completion can move the cursor or change colours; tabs as spaces.

@@ -3,7 +3,7 @@
 //! An event file is a sequence of TFRecords: length (u64), masked CRC-32C of the length, payload, masked CRC-32C of the
 //! payload, all little-endian; the payload is an `Event` message. Tags are named as transformers' TensorBoard callback
 //! names them: `train/<key>`, and `eval/<key>` for keys that begin with `eval_`.
-//! Sources: tensorflow/core/lib/io/record_writer.cc, tensorflow/core/util/event.proto, framework/summary.proto.
+//! Sources: `tensorflow/core/lib/io/record_writer.cc`, `core/util/event.proto`, `core/framework/summary.proto`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -13,6 +13,7 @@ use trainer::algo::{
 };
 use trainer::config::settings::{ScaleRewards, VespoSettings};
 
+use crate::grpo_run;
 use crate::report::Report;
 
 /// f32 sums in another order.
@@ -34,16 +35,8 @@ pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let mut runs: Vec<_> = std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
     runs.sort();
     for run in runs {
-        run_e2e(&run, report).with_context(|| run.display().to_string())?;
+        grpo_run::run(&run, report).with_context(|| run.display().to_string())?;
     }
-    Ok(())
-}
-
-/// One whole run of the trainer on the recorded micro-batches.
-fn run_e2e(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
-    let name = folder.file_name().context("a folder has a name")?.to_string_lossy();
-    ensure!(folder.join("run.json").is_file(), "no run.json");
-    report.skip(&name, "the GRPO loop over a model is not joined to this group yet");
     Ok(())
 }
 
@@ -279,7 +272,7 @@ struct Rollouts {
 #[derive(Deserialize)]
 struct AdvantageFile {
     num_generations: usize,
-    cases: serde_json::Map<String, Value>,
+    cases: Map<String, Value>,
     rollouts: Rollouts,
     #[serde(flatten)]
     rest: BTreeMap<String, Value>,

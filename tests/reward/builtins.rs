@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 use trainer::config::settings::RewardSpec;
-use trainer::reward::{Error, Reward, Sample, build, builtin_names};
+use trainer::reward::{Error, Reward, Sample, build, builtin_names, check};
 
 fn object(value: Value) -> Map<String, Value> {
     match value {
@@ -20,9 +20,12 @@ fn make(name: &str, parameters: Value) -> Box<dyn Reward> {
 }
 
 fn complaint(name: &str, parameters: Value) -> String {
-    match build(&spec(name, parameters)) {
+    match build(&spec(name, parameters.clone())) {
         Ok(_) => panic!("`{name}` was made"),
-        Err(error) => error.to_string(),
+        Err(error) => {
+            assert_eq!(check(&spec(name, parameters)), Err(error.to_string()), "checked without building");
+            error.to_string()
+        }
     }
 }
 
@@ -61,6 +64,8 @@ fn accuracy_is_one_zero_or_none() {
     assert_eq!(of("The answer is 1,234.", json!({"answer": "He sold 600 and 634.\n#### 1234"})), Some(1.0));
     assert_eq!(of("4", json!({"solution": r"We get $2+2$, hence $\boxed{4}$."})), Some(1.0));
     assert_eq!(of("it is 3", json!({"answer": ["2", "3"]})), Some(1.0));
+    assert_eq!(of("it is 12", json!({"answer": "He has 12 left"})), Some(1.0));
+    assert_eq!(of("Tuesday", json!({"answer": "on a Tuesday"})), Some(0.0));
     assert_eq!(of("4", json!({"answer": null})), None);
     assert_eq!(of("4", json!({"answer": ""})), None);
     assert_eq!(of("4", json!({"answer": "it depends very much on who you ask about it today"})), None);
@@ -245,6 +250,7 @@ fn every_builtin_has_a_description_and_its_name_makes_it() {
     for (name, doc) in builtin_names() {
         assert!(doc.len() > 20 && !doc.contains('\n'), "{name}: {doc}");
         let parameters = if name == "regex" { json!({"pattern": "x"}) } else { json!({}) };
+        assert_eq!(check(&spec(name, parameters.clone())), Ok(()));
         assert_eq!(make(name, parameters).name(), name);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use trainer::config::settings::RewardSpec;
-use trainer::reward::{Error, Reward, Sample, build};
+use trainer::reward::{Error, Reward, Sample, build, check};
 
 fn start(command: &[&str], timeout_secs: f64) -> Result<Box<dyn Reward>, Error> {
     let command = command.iter().map(|c| (*c).to_owned()).collect();
@@ -65,6 +65,46 @@ fn the_example_program_scores_batch_after_batch() {
         row: &row,
     };
     assert_eq!(reward.score(&[sample]).expect("scores"), [None]);
+}
+
+#[test]
+fn a_request_is_one_line_with_all_there_is_to_know() {
+    let folder = tempfile_folder("request");
+    let log = folder.join("request");
+    let script =
+        format!("read -r line; printf '%s' \"$line\" > {}; echo '{{\"id\": 1, \"scores\": [null]}}'", log.display());
+    let row: Map<String, Value> = [("answer".to_owned(), json!(4))].into_iter().collect();
+    let prompt = json!([{"role": "user", "content": "2+2?"}]);
+    let sample = Sample {
+        prompt: &prompt,
+        prompt_text: "<user>2+2?",
+        completion: "it is\n\"4\"",
+        completion_tokens: 7,
+        max_completion_length: 9,
+        is_truncated: true,
+        row: &row,
+    };
+    assert_eq!(shell(&script, 30.0).score(&[sample]).expect("scores"), [None]);
+    let request: Value =
+        serde_json::from_str(&std::fs::read_to_string(&log).expect("written")).expect("one line of JSON");
+    let expected = json!({"id": 1, "samples": [{
+        "prompt": [{"role": "user", "content": "2+2?"}], "prompt_text": "<user>2+2?", "completion": "it is\n\"4\"",
+        "completion_tokens": 7, "max_completion_length": 9, "is_truncated": true, "row": {"answer": 4},
+    }]});
+    assert_eq!(request, expected);
+    std::fs::remove_dir_all(folder).expect("removed");
+}
+
+#[test]
+fn checking_a_program_does_not_start_it() {
+    let spec = |command: &[&str], timeout_secs| RewardSpec::Command {
+        name: "mine".to_owned(),
+        command: command.iter().map(|c| (*c).to_owned()).collect(),
+        timeout_secs,
+    };
+    assert_eq!(check(&spec(&["/no/such/program"], 1.0)), Ok(()));
+    assert!(check(&spec(&[], 1.0)).is_err_and(|m| m.contains("`command` is empty")));
+    assert!(check(&spec(&["true"], -1.0)).is_err_and(|m| m.contains("-1 seconds")));
 }
 
 #[test]

@@ -26,8 +26,8 @@ pub enum Order {
     /// Pairs of groups of 32 codes, those of the high nibbles (even values), then those of the low ones; looked up with AVX2,
     /// register `j` holding 4 bytes of each half.
     Avx2Codes,
-    /// Groups of 32 bytes in their natural order.
-    Avx512Bytes,
+    /// Groups of 32 values in their natural order.
+    Natural,
     /// Pairs of groups of 32 codes, even values, then odd ones.
     Avx512Codes,
 }
@@ -41,7 +41,7 @@ impl Order {
             let (group, inside) = (position / GROUP, position % GROUP);
             let (register, lane) = (inside / 8, inside % 8);
             sources[position] = match self {
-                Self::Plain | Self::Avx512Bytes => position,
+                Self::Plain | Self::Natural => position,
                 Self::Avx2Bytes => GROUP * group + 4 * lane + register,
                 Self::Avx2Codes => 2 * (16 * (lane / 4) + 4 * register + lane % 4) + group,
                 Self::Avx512Codes => 2 * inside + group,
@@ -180,7 +180,7 @@ fn reorder_any(order: Order, values: &[f32], height: usize, row: usize, lines: &
                 }
             }
         }
-        Order::Avx512Bytes => {
+        Order::Natural => {
             for (group, values) in values.as_chunks::<GROUP>().0.iter().enumerate() {
                 let target = &mut lines[2 * (group * height + row)..][..2];
                 for position in 0..GROUP {
@@ -208,7 +208,7 @@ fn reorder_pairs(sources: &[u8; 2 * GROUP], values: &[f32], height: usize, row: 
 /// Sums of a group's activations, spread over lanes so that the first half of the lanes belongs to its first 16 values.
 fn group_sums(order: Order, values: &[f32; GROUP]) -> Line {
     let mut sums = [0.0; SUMS];
-    let lanes = if order == Order::Avx512Bytes { 16 } else { 8 };
+    let lanes = if order == Order::Natural { 16 } else { 8 };
     let each = GROUP / lanes;
     for (lane, sum) in sums.iter_mut().take(lanes).enumerate() {
         *sum = values[each * lane..][..each].iter().sum();

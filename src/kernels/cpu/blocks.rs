@@ -85,7 +85,11 @@ impl BlockFormat {
 
     /// Bytes of `len` values; `None` where `len` is no whole number of blocks.
     pub const fn bytes_of(self, len: usize) -> Option<usize> {
-        if len.is_multiple_of(self.block_len()) { Some(len / self.block_len() * self.block_bytes()) } else { None }
+        if len.is_multiple_of(self.block_len()) {
+            (len / self.block_len()).checked_mul(self.block_bytes())
+        } else {
+            None
+        }
     }
 }
 
@@ -95,72 +99,93 @@ impl BlockFormat {
 /// If `bytes` are not exactly the blocks of `out.len()` values.
 pub fn dequantize(level: Level, format: BlockFormat, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(format.bytes_of(out.len()), Some(bytes.len()), "{format:?} blocks of {} values", out.len());
+    dequantize_rows(level, format, bytes, bytes.len(), out.len(), out);
+}
+
+/// Dequantises `columns` values of each row; rows begin `row_bytes` apart, and `out` is `[rows, columns]`.
+///
+/// # Panics
+/// If `columns` are no whole number of blocks or a row lacks bytes.
+pub fn dequantize_rows(
+    level: Level,
+    format: BlockFormat,
+    bytes: &[u8],
+    row_bytes: usize,
+    columns: usize,
+    out: &mut [f32],
+) {
+    if out.is_empty() {
+        return;
+    }
+    let used = format.bytes_of(columns).expect("rows of whole blocks");
+    assert!(out.len().is_multiple_of(columns), "{} values in rows of {columns}", out.len());
+    let needed = (out.len() / columns - 1) * row_bytes + used;
+    assert!(bytes.len() >= needed, "{} bytes, {needed} needed", bytes.len());
     #[cfg(target_arch = "x86_64")]
     match level.supported() {
         // SAFETY: `supported` yields a level only where `Level::best` found its instructions.
-        Level::Avx512 => unsafe { dequantize_avx512(format, bytes, out) },
+        Level::Avx512 => unsafe { dequantize_avx512(format, bytes, row_bytes, columns, out) },
         // SAFETY: as above.
-        Level::Avx2 => unsafe { dequantize_avx2(format, bytes, out) },
-        Level::Portable => dequantize_portable(format, bytes, out),
+        Level::Avx2 => unsafe { dequantize_avx2(format, bytes, row_bytes, columns, out) },
+        Level::Portable => dequantize_portable(format, bytes, row_bytes, columns, out),
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = level;
-        dequantize_portable(format, bytes, out);
+        dequantize_portable(format, bytes, row_bytes, columns, out);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,f16c")]
-fn dequantize_avx512(format: BlockFormat, bytes: &[u8], out: &mut [f32]) {
-    dequantize_portable(format, bytes, out);
+fn dequantize_avx512(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns: usize, out: &mut [f32]) {
+    dequantize_portable(format, bytes, row_bytes, columns, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
-fn dequantize_avx2(format: BlockFormat, bytes: &[u8], out: &mut [f32]) {
-    dequantize_portable(format, bytes, out);
+fn dequantize_avx2(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns: usize, out: &mut [f32]) {
+    dequantize_portable(format, bytes, row_bytes, columns, out);
 }
 
 #[inline(always)]
-fn dequantize_portable(format: BlockFormat, bytes: &[u8], out: &mut [f32]) {
+fn dequantize_portable(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns: usize, out: &mut [f32]) {
     match format {
-        BlockFormat::F32 => {
-            for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *value = f32::from_le_bytes(*raw);
-            }
-        }
-        BlockFormat::F16 => {
-            for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *value = f16_to_f32(u16::from_le_bytes(*raw));
-            }
-        }
-        BlockFormat::Bf16 => {
-            for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *value = bf16_to_f32(u16::from_le_bytes(*raw));
-            }
-        }
-        BlockFormat::Q4_0 => each_block::<18, 32>(bytes, out, q4_0),
-        BlockFormat::Q4_1 => each_block::<20, 32>(bytes, out, q4_1),
-        BlockFormat::Q5_0 => each_block::<22, 32>(bytes, out, q5_0),
-        BlockFormat::Q5_1 => each_block::<24, 32>(bytes, out, q5_1),
-        BlockFormat::Q8_0 => each_block::<34, 32>(bytes, out, q8_0),
-        BlockFormat::Q2K => each_block::<84, 256>(bytes, out, k_blocks::q2_k),
-        BlockFormat::Q3K => each_block::<110, 256>(bytes, out, k_blocks::q3_k),
-        BlockFormat::Q4K => each_block::<144, 256>(bytes, out, k_blocks::q4_k),
-        BlockFormat::Q5K => each_block::<176, 256>(bytes, out, k_blocks::q5_k),
-        BlockFormat::Q6K => each_block::<210, 256>(bytes, out, k_blocks::q6_k),
+        BlockFormat::F32 => each_block::<4, 1>(bytes, row_bytes, columns, out, |raw, value| {
+            value[0] = f32::from_le_bytes(*raw);
+        }),
+        BlockFormat::F16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
+            value[0] = f16_to_f32(u16::from_le_bytes(*raw));
+        }),
+        BlockFormat::Bf16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
+            value[0] = bf16_to_f32(u16::from_le_bytes(*raw));
+        }),
+        BlockFormat::Q4_0 => each_block::<18, 32>(bytes, row_bytes, columns, out, q4_0),
+        BlockFormat::Q4_1 => each_block::<20, 32>(bytes, row_bytes, columns, out, q4_1),
+        BlockFormat::Q5_0 => each_block::<22, 32>(bytes, row_bytes, columns, out, q5_0),
+        BlockFormat::Q5_1 => each_block::<24, 32>(bytes, row_bytes, columns, out, q5_1),
+        BlockFormat::Q8_0 => each_block::<34, 32>(bytes, row_bytes, columns, out, q8_0),
+        BlockFormat::Q2K => each_block::<84, 256>(bytes, row_bytes, columns, out, k_blocks::q2_k),
+        BlockFormat::Q3K => each_block::<110, 256>(bytes, row_bytes, columns, out, k_blocks::q3_k),
+        BlockFormat::Q4K => each_block::<144, 256>(bytes, row_bytes, columns, out, k_blocks::q4_k),
+        BlockFormat::Q5K => each_block::<176, 256>(bytes, row_bytes, columns, out, k_blocks::q5_k),
+        BlockFormat::Q6K => each_block::<210, 256>(bytes, row_bytes, columns, out, k_blocks::q6_k),
     }
 }
 
 #[inline(always)]
 fn each_block<const BYTES: usize, const LEN: usize>(
     bytes: &[u8],
+    row_bytes: usize,
+    columns: usize,
     out: &mut [f32],
     block: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
 ) {
-    for (bytes, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<LEN>().0) {
-        block(bytes, out);
+    for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+        let bytes = bytes[row * row_bytes..].as_chunks::<BYTES>().0;
+        for (bytes, out) in bytes.iter().zip(out.as_chunks_mut::<LEN>().0) {
+            block(bytes, out);
+        }
     }
 }
 

@@ -102,49 +102,70 @@ fn quantize_portable(book: &Codebook, values: &[f32], packed: &mut [u8], absmax:
 pub fn dequantize(level: Level, values: &[f32; 16], packed: &[u8], absmax: &[f32], start: usize, out: &mut [f32]) {
     let end = start + out.len();
     assert!(end.div_ceil(2) <= packed.len(), "codes {start}..{end} of {} bytes", packed.len());
-    let first_block = start / BLOCK_LEN;
-    let mut at = start;
-    let mut rest = out;
-    while !rest.is_empty() {
-        let block = at / BLOCK_LEN;
-        let (part, tail) = rest.split_at_mut(rest.len().min((block + 1) * BLOCK_LEN - at));
-        let maximum = absmax[block - first_block];
-        match <&mut [f32; BLOCK_LEN]>::try_from(&mut *part) {
-            Ok(whole) => {
-                let bytes =
-                    packed[at / 2..].first_chunk::<{ BLOCK_LEN / 2 }>().expect("the range ends inside `packed`");
-                dequantize_block(level, values, bytes, maximum, whole);
-            }
-            Err(_) => {
-                for (i, value) in part.iter_mut().enumerate() {
-                    let byte = packed[(at + i) / 2];
-                    let code = if (at + i).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
-                    *value = values[usize::from(code)] * maximum;
-                }
-            }
-        }
-        at += part.len();
-        rest = tail;
-    }
-}
-
-#[inline]
-fn dequantize_block(level: Level, values: &[f32; 16], bytes: &[u8; 32], maximum: f32, out: &mut [f32; 64]) {
+    let last_block = if out.is_empty() { start / BLOCK_LEN } else { end.div_ceil(BLOCK_LEN) };
+    assert!(last_block - start / BLOCK_LEN <= absmax.len(), "maxima of codes {start}..{end}");
     #[cfg(target_arch = "x86_64")]
     if level.supported() >= Level::Avx2 {
         // SAFETY: `supported` yields a level only where `Level::best` found its instructions.
-        return unsafe { dequantize_block_avx2(values, bytes, maximum, out) };
+        return unsafe { dequantize_avx2(values, packed, absmax, start, out) };
     }
     let _ = level;
-    for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
-        pair[0] = values[usize::from(byte >> 4)] * maximum;
-        pair[1] = values[usize::from(byte & 15)] * maximum;
+    dequantize_by(values, packed, absmax, start, out, |bytes, maximum, out| {
+        for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+            pair[0] = values[usize::from(byte >> 4)] * maximum;
+            pair[1] = values[usize::from(byte & 15)] * maximum;
+        }
+    });
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn dequantize_avx2(values: &[f32; 16], packed: &[u8], absmax: &[f32], start: usize, out: &mut [f32]) {
+    dequantize_by(values, packed, absmax, start, out, |bytes, maximum, out| {
+        dequantize_block_avx2(values, bytes, maximum, out);
+    });
+}
+
+/// Whole blocks go to `block`, pieces at the ends value by value.
+#[inline(always)]
+fn dequantize_by(
+    values: &[f32; 16],
+    packed: &[u8],
+    absmax: &[f32],
+    start: usize,
+    out: &mut [f32],
+    block: impl Fn(&[u8; BLOCK_LEN / 2], f32, &mut [f32; BLOCK_LEN]),
+) {
+    let piece = |at: usize, maximum: f32, out: &mut [f32]| {
+        for (i, value) in out.iter_mut().enumerate() {
+            let byte = packed[(at + i) >> 1];
+            let code = if (at + i).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+            *value = values[usize::from(code)] * maximum;
+        }
+    };
+    let first_block = start / BLOCK_LEN;
+    let head_len = (start.next_multiple_of(BLOCK_LEN) - start).min(out.len());
+    let (head, rest) = out.split_at_mut(head_len);
+    let mut maxima = absmax.iter();
+    if !head.is_empty() {
+        piece(start, *maxima.next().expect("a maximum for each block"), head);
+    }
+    let start = start + head_len;
+    let (blocks, tail) = rest.as_chunks_mut::<BLOCK_LEN>();
+    let bytes = packed[(start / 2).min(packed.len())..].as_chunks::<{ BLOCK_LEN / 2 }>().0;
+    let tail_start = start + blocks.len() * BLOCK_LEN;
+    for ((out, bytes), &maximum) in blocks.iter_mut().zip(bytes).zip(&mut maxima) {
+        block(bytes, maximum, out);
+    }
+    if !tail.is_empty() {
+        piece(tail_start, absmax[tail_start / BLOCK_LEN - first_block], tail);
     }
 }
 
 /// The table lies in two registers; the low 3 bits of a code pick a lane of each, its high bit picks the register.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
+#[inline]
 fn dequantize_block_avx2(values: &[f32; 16], bytes: &[u8; 32], maximum: f32, out: &mut [f32; 64]) {
     use std::arch::x86_64::{
         _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_permutevar8x32_ps,

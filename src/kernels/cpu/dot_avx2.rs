@@ -12,10 +12,12 @@ use std::arch::x86_64::{
     _mm256_unpackhi_epi16, _mm256_unpacklo_epi8, _mm256_unpacklo_epi16,
 };
 
+use std::marker::PhantomData;
+
 use super::BlockFormat;
 use super::activations::{GROUP, SUMS};
 use super::packed_dot::Job;
-use super::unpack::{Codes, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Unpack};
+use super::unpack::{Bf16, Codes, F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Sink, Unpack};
 
 /// Weight rows whose partial sums are kept while a piece of the activations stays in the first-level cache.
 const BAND: usize = 16;
@@ -42,9 +44,9 @@ pub(crate) unsafe fn run(format: Option<BlockFormat>, height: usize, job: &Job) 
             Some(BlockFormat::Q4K) => heights::<Q4K>(height, job),
             Some(BlockFormat::Q5K) => heights::<Q5K>(height, job),
             Some(BlockFormat::Q6K) => heights::<Q6K>(height, job),
-            Some(BlockFormat::F32 | BlockFormat::F16 | BlockFormat::Bf16) => {
-                unreachable!("floats have no packed order")
-            }
+            Some(BlockFormat::F32) => heights::<F32>(height, job),
+            Some(BlockFormat::F16) => heights::<F16>(height, job),
+            Some(BlockFormat::Bf16) => heights::<Bf16>(height, job),
         }
     }
 }
@@ -63,6 +65,8 @@ unsafe fn heights<U: Unpack>(height: usize, job: &Job) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows<U: Unpack, const M: usize>(job: &Job) {
+    // SAFETY: a job of codes points at 16 values.
+    let tables = if U::IS_CODE { unsafe { byte_planes(job.values) } } else { [_mm256_setzero_si256(); 4] };
     let piece = (PIECE / (M * U::GROUPS * GROUP)).max(1);
     for first in (0..job.rows).step_by(BAND) {
         let band = BAND.min(job.rows - first);
@@ -71,7 +75,7 @@ unsafe fn rows<U: Unpack, const M: usize>(job: &Job) {
             let blocks = piece.min(job.blocks - block);
             for (row, partial) in partial[..band].iter_mut().enumerate() {
                 // SAFETY: the row and its blocks lie inside the job.
-                unsafe { blocks_of_row::<U, M>(job, first + row, block, blocks, partial) };
+                unsafe { blocks_of_row::<U, M>(job, first + row, block, blocks, &tables, partial) };
             }
         }
         for (row, partial) in partial[..band].iter().enumerate() {
@@ -89,39 +93,75 @@ unsafe fn blocks_of_row<U: Unpack, const M: usize>(
     row: usize,
     first: usize,
     blocks: usize,
+    tables: &[__m256i; 4],
     partial: &mut [__m256; M],
 ) {
     // SAFETY: the caller's row and blocks lie inside the job; activations and sums are cache-line aligned.
     unsafe {
-        let tables = if U::IS_CODE { byte_planes(job.values) } else { [_mm256_setzero_si256(); 4] };
         let mut weights = job.weights.add((row * job.blocks + first) * U::BYTES);
         let mut absmax = job.absmax.wrapping_add(row * job.blocks + first);
-        let mut activations = job.activations.add(first * U::GROUPS * M * GROUP);
-        let mut sums = job.sums.wrapping_add(first * U::GROUPS * M * SUMS);
-        let mut totals = *partial;
+        let mut sink = Accumulate::<U, M> {
+            activations: job.activations.add(first * U::GROUPS * M * GROUP),
+            sums: job.sums.wrapping_add(first * U::GROUPS * M * SUMS),
+            tables,
+            totals: *partial,
+            format: PhantomData,
+        };
         for _ in 0..blocks {
-            U::unpack(weights, absmax, |group, bytes, scale, offset| {
-                let [w0, w1, w2, w3] = if U::IS_CODE { look_up(bytes, &tables) } else { widen(bytes) };
-                for (m, total) in totals.iter_mut().enumerate() {
-                    let x = activations.add((group * M + m) * GROUP);
-                    let product = _mm256_mul_ps(w0, _mm256_load_ps(x));
-                    let product = _mm256_fmadd_ps(w1, _mm256_load_ps(x.add(8)), product);
-                    let product = _mm256_fmadd_ps(w2, _mm256_load_ps(x.add(16)), product);
-                    let product = _mm256_fmadd_ps(w3, _mm256_load_ps(x.add(24)), product);
-                    if U::HAS_MINIMUM {
-                        let minimum = _mm256_mul_ps(offset, _mm256_load_ps(sums.add((group * M + m) * SUMS)));
-                        *total = _mm256_add_ps(*total, _mm256_fmadd_ps(scale, product, minimum));
-                    } else {
-                        *total = _mm256_fmadd_ps(scale, product, *total);
-                    }
-                }
-            });
+            U::unpack(weights, absmax, &mut sink);
             weights = weights.add(U::BYTES);
             absmax = absmax.wrapping_add(1);
-            activations = activations.add(U::GROUPS * M * GROUP);
-            sums = sums.wrapping_add(U::GROUPS * M * SUMS);
+            sink.activations = sink.activations.add(U::GROUPS * M * GROUP);
+            sink.sums = sink.sums.wrapping_add(U::GROUPS * M * SUMS);
         }
-        *partial = totals;
+        *partial = sink.totals;
+    }
+}
+
+/// Sums of one weight row with each row of activations of a tile.
+struct Accumulate<'a, U, const M: usize> {
+    activations: *const f32,
+    sums: *const f32,
+    tables: &'a [__m256i; 4],
+    totals: [__m256; M],
+    format: PhantomData<U>,
+}
+
+impl<U: Unpack, const M: usize> Sink for Accumulate<'_, U, M> {
+    #[inline(always)]
+    unsafe fn group(&mut self, group: usize, bytes: __m256i, scale: __m256, offset: __m256) {
+        // SAFETY: `blocks_of_row` keeps the pointers at the block that is unpacked, which has `U::GROUPS` groups.
+        unsafe {
+            let [w0, w1, w2, w3] = if U::IS_CODE { look_up(bytes, self.tables) } else { widen(bytes) };
+            for (m, total) in self.totals.iter_mut().enumerate() {
+                let x = self.activations.add((group * M + m) * GROUP);
+                let product = _mm256_mul_ps(w0, _mm256_load_ps(x));
+                let product = _mm256_fmadd_ps(w1, _mm256_load_ps(x.add(8)), product);
+                let product = _mm256_fmadd_ps(w2, _mm256_load_ps(x.add(16)), product);
+                let product = _mm256_fmadd_ps(w3, _mm256_load_ps(x.add(24)), product);
+                if U::HAS_MINIMUM {
+                    let minimum = _mm256_mul_ps(offset, _mm256_load_ps(self.sums.add((group * M + m) * SUMS)));
+                    *total = _mm256_add_ps(*total, _mm256_fmadd_ps(scale, product, minimum));
+                } else {
+                    *total = _mm256_fmadd_ps(scale, product, *total);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(&mut self, values: [__m256; 4]) {
+        // SAFETY: as above.
+        unsafe {
+            for (m, total) in self.totals.iter_mut().enumerate() {
+                let x = self.activations.add(m * GROUP);
+                let product = _mm256_mul_ps(values[0], _mm256_load_ps(x));
+                let product = _mm256_fmadd_ps(values[1], _mm256_load_ps(x.add(8)), product);
+                let product = _mm256_fmadd_ps(values[2], _mm256_load_ps(x.add(16)), product);
+                let product = _mm256_fmadd_ps(values[3], _mm256_load_ps(x.add(24)), product);
+                *total = _mm256_add_ps(*total, product);
+            }
+        }
     }
 }
 
@@ -152,7 +192,10 @@ unsafe fn byte_planes(values: *const f32) -> [__m256i; 4] {
         }
     }
     // SAFETY: each plane is 16 bytes; the machine has AVX2.
-    planes.map(|plane| unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(plane.as_ptr().cast())) })
+    unsafe {
+        let table = |plane: &[u8; 16]| _mm256_broadcastsi128_si256(_mm_loadu_si128(plane.as_ptr().cast()));
+        [table(&planes[0]), table(&planes[1]), table(&planes[2]), table(&planes[3])]
+    }
 }
 
 /// The values of 32 codes: looks up each of their 4 bytes and zips them together.
@@ -160,7 +203,8 @@ unsafe fn byte_planes(values: *const f32) -> [__m256i; 4] {
 unsafe fn look_up(codes: __m256i, planes: &[__m256i; 4]) -> [__m256; 4] {
     // SAFETY: the machine has AVX2.
     unsafe {
-        let [b0, b1, b2, b3] = planes.map(|plane| _mm256_shuffle_epi8(plane, codes));
+        let (b0, b1) = (_mm256_shuffle_epi8(planes[0], codes), _mm256_shuffle_epi8(planes[1], codes));
+        let (b2, b3) = (_mm256_shuffle_epi8(planes[2], codes), _mm256_shuffle_epi8(planes[3], codes));
         let (low_a, high_a) = (_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1));
         let (low_b, high_b) = (_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3));
         [

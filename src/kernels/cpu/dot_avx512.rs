@@ -10,10 +10,12 @@ use std::arch::x86_64::{
     _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_setzero_ps,
 };
 
+use std::marker::PhantomData;
+
 use super::BlockFormat;
 use super::activations::{GROUP, SUMS};
 use super::packed_dot::Job;
-use super::unpack::{Codes, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Unpack};
+use super::unpack::{Codes, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Sink, Unpack};
 
 /// Weight rows whose partial sums are kept while a piece of the activations stays in the first-level cache.
 const BAND: usize = 16;
@@ -42,7 +44,7 @@ pub(crate) unsafe fn run(format: Option<BlockFormat>, height: usize, job: &Job) 
             Some(BlockFormat::Q5K) => heights::<Q5K>(height, job),
             Some(BlockFormat::Q6K) => heights::<Q6K>(height, job),
             Some(BlockFormat::F32 | BlockFormat::F16 | BlockFormat::Bf16) => {
-                unreachable!("floats have no packed order")
+                unreachable!("floats take the AVX2 kernel")
             }
         }
     }
@@ -92,40 +94,65 @@ unsafe fn blocks_of_row<U: Unpack, const M: usize>(
 ) {
     // SAFETY: the caller's row and blocks lie inside the job; activations and sums are cache-line aligned.
     unsafe {
-        let table = if U::IS_CODE { _mm512_loadu_ps(job.values) } else { _mm512_setzero_ps() };
         let mut weights = job.weights.add((row * job.blocks + first) * U::BYTES);
         let mut absmax = job.absmax.wrapping_add(row * job.blocks + first);
-        let mut activations = job.activations.add(first * U::GROUPS * M * GROUP);
-        let mut sums = job.sums.wrapping_add(first * U::GROUPS * M * SUMS);
-        let mut totals = *partial;
+        let mut sink = Accumulate::<U, M> {
+            activations: job.activations.add(first * U::GROUPS * M * GROUP),
+            sums: job.sums.wrapping_add(first * U::GROUPS * M * SUMS),
+            table: if U::IS_CODE { _mm512_loadu_ps(job.values) } else { _mm512_setzero_ps() },
+            totals: *partial,
+            format: PhantomData,
+        };
         for _ in 0..blocks {
-            U::unpack(weights, absmax, |group, bytes, scale, offset| {
-                let [w0, w1] = if U::IS_CODE { look_up(bytes, table) } else { widen(bytes) };
-                let low_scale = low_half(scale);
-                for (m, total) in totals.iter_mut().enumerate() {
-                    let x = activations.add((group * M + m) * GROUP);
-                    let low = _mm512_mul_ps(w0, _mm512_load_ps(x));
-                    if U::HALVES {
-                        let high = _mm512_mul_ps(w1, _mm512_load_ps(x.add(16)));
-                        *total = _mm512_fmadd_ps(low_scale, low, *total);
-                        *total = _mm512_fmadd_ps(high_half(scale), high, *total);
-                    } else {
-                        let both = _mm512_fmadd_ps(w1, _mm512_load_ps(x.add(16)), low);
-                        *total = _mm512_fmadd_ps(low_scale, both, *total);
-                    }
-                    if U::HAS_MINIMUM {
-                        let offset = _mm512_mask_blend_ps(0xff00, low_half(offset), high_half(offset));
-                        let sum = _mm512_load_ps(sums.add((group * M + m) * SUMS));
-                        *total = _mm512_add_ps(*total, _mm512_mul_ps(offset, sum));
-                    }
-                }
-            });
+            U::unpack(weights, absmax, &mut sink);
             weights = weights.add(U::BYTES);
             absmax = absmax.wrapping_add(1);
-            activations = activations.add(U::GROUPS * M * GROUP);
-            sums = sums.wrapping_add(U::GROUPS * M * SUMS);
+            sink.activations = sink.activations.add(U::GROUPS * M * GROUP);
+            sink.sums = sink.sums.wrapping_add(U::GROUPS * M * SUMS);
         }
-        *partial = totals;
+        *partial = sink.totals;
+    }
+}
+
+/// Sums of one weight row with each row of activations of a tile.
+struct Accumulate<U, const M: usize> {
+    activations: *const f32,
+    sums: *const f32,
+    table: __m512,
+    totals: [__m512; M],
+    format: PhantomData<U>,
+}
+
+impl<U: Unpack, const M: usize> Sink for Accumulate<U, M> {
+    #[inline(always)]
+    unsafe fn group(&mut self, group: usize, bytes: __m256i, scale: __m256, offset: __m256) {
+        // SAFETY: `blocks_of_row` keeps the pointers at the block that is unpacked, which has `U::GROUPS` groups.
+        unsafe {
+            let [w0, w1] = if U::IS_CODE { look_up(bytes, self.table) } else { widen(bytes) };
+            let low_scale = low_half(scale);
+            for (m, total) in self.totals.iter_mut().enumerate() {
+                let x = self.activations.add((group * M + m) * GROUP);
+                let low = _mm512_mul_ps(w0, _mm512_load_ps(x));
+                if U::HALVES {
+                    let high = _mm512_mul_ps(w1, _mm512_load_ps(x.add(16)));
+                    *total = _mm512_fmadd_ps(low_scale, low, *total);
+                    *total = _mm512_fmadd_ps(high_half(scale), high, *total);
+                } else {
+                    let both = _mm512_fmadd_ps(w1, _mm512_load_ps(x.add(16)), low);
+                    *total = _mm512_fmadd_ps(low_scale, both, *total);
+                }
+                if U::HAS_MINIMUM {
+                    let offset = _mm512_mask_blend_ps(0xff00, low_half(offset), high_half(offset));
+                    let sum = _mm512_load_ps(self.sums.add((group * M + m) * SUMS));
+                    *total = _mm512_add_ps(*total, _mm512_mul_ps(offset, sum));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(&mut self, _: [__m256; 4]) {
+        unreachable!("floats take the AVX2 kernel")
     }
 }
 

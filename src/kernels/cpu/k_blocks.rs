@@ -2,7 +2,7 @@
 
 use super::half_float::f16_at;
 
-/// Scale and minimum of group `group` (of 8) out of the 12 packed bytes of Q4_K and Q5_K, 6 bits each.
+/// Scale and minimum of group `group` (of 8) out of the 12 packed bytes of `Q4_K` and `Q5_K`, 6 bits each.
 #[inline(always)]
 pub(crate) fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     if group < 4 {
@@ -13,7 +13,7 @@ pub(crate) fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     }
 }
 
-/// The 16 scales of Q3_K, 6 bits each with an offset of 32, out of their 12 packed bytes.
+/// The 16 scales of `Q3_K`, 6 bits each with an offset of 32, out of their 12 packed bytes.
 #[inline(always)]
 pub(crate) fn q3_scales(packed: &[u8]) -> [i8; 16] {
     std::array::from_fn(|i| {

@@ -25,7 +25,12 @@ impl<'a> Operand<'a> {
         Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
 
-    fn check(&self, rows: usize, columns: usize, name: &str) {
+    /// Where row `row` starts, and the floats between rows and between columns.
+    pub(crate) fn at_row(&self, row: usize) -> (*const f32, usize, usize) {
+        (self.data[row * self.row_stride..].as_ptr(), self.row_stride, self.column_stride)
+    }
+
+    pub(crate) fn check(&self, rows: usize, columns: usize, name: &str) {
         if rows > 0 && columns > 0 {
             let last = (rows - 1) * self.row_stride + (columns - 1) * self.column_stride;
             assert!(last < self.data.len(), "{name} [{rows}, {columns}] does not fit {} values", self.data.len());
@@ -54,6 +59,12 @@ impl<'a> TileMut<'a> {
     pub fn new(data: &'a mut [f32], rows: usize, columns: usize) -> Self {
         assert_eq!(data.len(), rows * columns, "a matrix [{rows}, {columns}]");
         Self { start: data.as_mut_ptr(), rows, columns, row_stride: columns, owner: PhantomData }
+    }
+
+    /// The same tile for a while.
+    pub fn reborrow(&mut self) -> TileMut<'_> {
+        let Self { start, rows, columns, row_stride, .. } = *self;
+        TileMut { start, rows, columns, row_stride, owner: PhantomData }
     }
 
     /// Its number of rows.

@@ -4,6 +4,7 @@
 //! same dequantised values to the last bit, and sums of products differ between levels by their order only. No
 //! result depends on the number of threads: a task owns its outputs and computes each in a fixed order.
 #![expect(unsafe_code, reason = "vector instructions, and tiles of one matrix that several tasks write")]
+#![expect(clippy::inline_always, reason = "a function must be inlined to be compiled with its caller's instructions")]
 
 pub mod activations;
 pub mod blocks;
@@ -19,10 +20,11 @@ pub mod level;
 pub mod matmul;
 pub mod matrix;
 pub mod packed_dot;
-pub mod paged;
+pub mod tile;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 pub mod vector;
+pub mod paged;
 
 pub use activations::Activations;
 pub use blocks::BlockFormat;

@@ -6,11 +6,28 @@
 use std::arch::x86_64::{
     __m256, __m256i, _mm_cvtsi32_si128, _mm_cvtsi64_si128, _mm_loadl_epi64, _mm_loadu_si128, _mm_set1_epi16,
     _mm256_add_epi8, _mm256_and_si256, _mm256_andnot_si256, _mm256_blend_ps, _mm256_broadcast_ss,
-    _mm256_broadcastsi128_si256, _mm256_cmpeq_epi8, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32,
-    _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi32,
-    _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_epi8,
-    _mm256_slli_epi16, _mm256_srl_epi16, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
+    _mm256_broadcastsi128_si256, _mm256_castsi256_ps, _mm256_cmpeq_epi8, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi16,
+    _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi8,
 };
+
+/// What takes the groups of a block. A trait and not a closure, because its function must be inlined into a kernel to be
+/// compiled with the kernel's instructions.
+pub(crate) trait Sink {
+    /// Takes group `group` of the block: 32 bytes, their scale and offset.
+    ///
+    /// # Safety
+    /// The machine has what the kernel behind this sink needs.
+    unsafe fn group(&mut self, group: usize, bytes: __m256i, scale: __m256, offset: __m256);
+
+    /// Takes a block of one group of 32 floats.
+    ///
+    /// # Safety
+    /// The machine has what the kernel behind this sink needs.
+    unsafe fn floats(&mut self, values: [__m256; 4]);
+}
 
 /// A storage format whose blocks unpack into groups.
 pub(crate) trait Unpack {
@@ -31,7 +48,7 @@ pub(crate) trait Unpack {
     /// # Safety
     /// The machine has AVX2 and F16C, `block` points at [`Unpack::BYTES`] readable bytes, and `absmax`, for such a format,
     /// at a float.
-    unsafe fn unpack(block: *const u8, absmax: *const f32, each: impl FnMut(usize, __m256i, __m256, __m256));
+    unsafe fn unpack(block: *const u8, absmax: *const f32, sink: &mut impl Sink);
 }
 
 /// An f16 in all lanes.
@@ -90,16 +107,61 @@ unsafe fn scaled(bytes: __m256i, factor: __m256) -> [f32; 8] {
     out
 }
 
+pub(crate) struct F32;
+impl Unpack for F32 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 128;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| _mm256_castsi256_ps(_mm256_loadu_si256(block.add(32 * i).cast()));
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
+}
+
+pub(crate) struct F16;
+impl Unpack for F16 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| _mm256_cvtph_ps(_mm_loadu_si128(block.add(16 * i).cast()));
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
+}
+
+pub(crate) struct Bf16;
+impl Unpack for Bf16 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
+        // SAFETY: the caller's promises; every offset stays inside the block.
+        unsafe {
+            let part = |i: usize| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(block.add(16 * i).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            };
+            sink.floats([part(0), part(1), part(2), part(3)]);
+        }
+    }
+}
+
 pub(crate) struct Q4_0;
 impl Unpack for Q4_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 18;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let bytes = _mm256_sub_epi8(nibbles(block.add(2)), _mm256_set1_epi8(8));
-            each(0, bytes, half(block), _mm256_setzero_ps());
+            sink.group(0, bytes, half(block), _mm256_setzero_ps());
         }
     }
 }
@@ -110,9 +172,9 @@ impl Unpack for Q4_1 {
     const BYTES: usize = 20;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
-        unsafe { each(0, nibbles(block.add(4)), half(block), half(block.add(2))) }
+        unsafe { sink.group(0, nibbles(block.add(4)), half(block), half(block.add(2))) }
     }
 }
 
@@ -121,12 +183,12 @@ impl Unpack for Q5_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 22;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             // Without its fifth bit a value is 16 less: the upper nibble of a negative byte.
             let upper = _mm256_andnot_si256(spread_bits(block.add(2)), _mm256_set1_epi8(-16));
-            each(0, _mm256_or_si256(nibbles(block.add(6)), upper), half(block), _mm256_setzero_ps());
+            sink.group(0, _mm256_or_si256(nibbles(block.add(6)), upper), half(block), _mm256_setzero_ps());
         }
     }
 }
@@ -137,11 +199,11 @@ impl Unpack for Q5_1 {
     const BYTES: usize = 24;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let upper = _mm256_and_si256(spread_bits(block.add(4)), _mm256_set1_epi8(16));
-            each(0, _mm256_or_si256(nibbles(block.add(8)), upper), half(block), half(block.add(2)));
+            sink.group(0, _mm256_or_si256(nibbles(block.add(8)), upper), half(block), half(block.add(2)));
         }
     }
 }
@@ -151,9 +213,9 @@ impl Unpack for Q8_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 34;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
-        unsafe { each(0, _mm256_loadu_si256(block.add(2).cast()), half(block), _mm256_setzero_ps()) }
+        unsafe { sink.group(0, _mm256_loadu_si256(block.add(2).cast()), half(block), _mm256_setzero_ps()) }
     }
 }
 
@@ -164,7 +226,7 @@ impl Unpack for Q2K {
     const HAS_MINIMUM: bool = true;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scale, minimum) = (half(block.add(80)), _mm256_mul_ps(half(block.add(82)), _mm256_set1_ps(-1.0)));
@@ -176,7 +238,7 @@ impl Unpack for Q2K {
                 for pair in 0..4 {
                     let bytes = shift_and_mask(codes, 2 * pair, 3);
                     let scale = halves(&scales[2 * pair], &scales[2 * pair + 1]);
-                    each(4 * part + pair, bytes, scale, halves(&offsets[2 * pair], &offsets[2 * pair + 1]));
+                    sink.group(4 * part + pair, bytes, scale, halves(&offsets[2 * pair], &offsets[2 * pair + 1]));
                 }
             }
         }
@@ -189,7 +251,7 @@ impl Unpack for Q3K {
     const BYTES: usize = 110;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let scale = half(block.add(108));
@@ -205,14 +267,14 @@ impl Unpack for Q3K {
                     let missing =
                         _mm256_andnot_si256(_mm256_cmpeq_epi8(_mm256_and_si256(mask, bit), bit), _mm256_set1_epi8(-4));
                     let scale = halves(&scales[2 * pair], &scales[2 * pair + 1]);
-                    each(4 * part + pair, _mm256_add_epi8(low, missing), scale, _mm256_setzero_ps());
+                    sink.group(4 * part + pair, _mm256_add_epi8(low, missing), scale, _mm256_setzero_ps());
                 }
             }
         }
     }
 }
 
-/// Scales and negated minima of the 8 groups of a Q4_K or Q5_K block.
+/// Scales and negated minima of the 8 groups of a `Q4_K` or `Q5_K` block.
 #[inline(always)]
 unsafe fn scales_and_offsets(block: *const u8) -> ([f32; 8], [f32; 8]) {
     // SAFETY: callers point at a block, whose first 16 bytes are two f16 and 12 bytes of scales.
@@ -237,7 +299,7 @@ impl Unpack for Q4K {
     const BYTES: usize = 144;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scales, offsets) = scales_and_offsets(block);
@@ -246,7 +308,7 @@ impl Unpack for Q4K {
                 for part in 0..2 {
                     let group = 2 * pair + part;
                     let bytes = shift_and_mask(codes, 4 * part, 15);
-                    each(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
+                    sink.group(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
                 }
             }
         }
@@ -259,7 +321,7 @@ impl Unpack for Q5K {
     const BYTES: usize = 176;
     const HAS_MINIMUM: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let (scales, offsets) = scales_and_offsets(block);
@@ -270,7 +332,7 @@ impl Unpack for Q5K {
                     let group = 2 * pair + part;
                     let fifth = _mm256_slli_epi16::<4>(shift_and_mask(high, group, 1));
                     let bytes = _mm256_or_si256(shift_and_mask(codes, 4 * part, 15), fifth);
-                    each(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
+                    sink.group(group, bytes, _mm256_broadcast_ss(&scales[group]), _mm256_broadcast_ss(&offsets[group]));
                 }
             }
         }
@@ -283,7 +345,7 @@ impl Unpack for Q6K {
     const BYTES: usize = 210;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, _: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, _: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises; every offset stays inside the block.
         unsafe {
             let scale = half(block.add(208));
@@ -298,7 +360,7 @@ impl Unpack for Q6K {
                     let top = _mm256_slli_epi16::<4>(shift_and_mask(high, 2 * quarter, 3));
                     let bytes = _mm256_sub_epi8(_mm256_or_si256(low, top), _mm256_set1_epi8(32));
                     let scale = halves(&scales[2 * quarter], &scales[2 * quarter + 1]);
-                    each(4 * part + quarter, bytes, scale, _mm256_setzero_ps());
+                    sink.group(4 * part + quarter, bytes, scale, _mm256_setzero_ps());
                 }
             }
         }
@@ -312,14 +374,14 @@ impl Unpack for Codes {
     const BYTES: usize = 32;
     const IS_CODE: bool = true;
     #[inline(always)]
-    unsafe fn unpack(block: *const u8, absmax: *const f32, mut each: impl FnMut(usize, __m256i, __m256, __m256)) {
+    unsafe fn unpack(block: *const u8, absmax: *const f32, sink: &mut impl Sink) {
         // SAFETY: the caller's promises.
         unsafe {
             let codes = _mm256_loadu_si256(block.cast());
             let scale = _mm256_broadcast_ss(&*absmax);
             let mask = _mm256_set1_epi8(15);
-            each(0, _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask), scale, _mm256_setzero_ps());
-            each(1, _mm256_and_si256(codes, mask), scale, _mm256_setzero_ps());
+            sink.group(0, _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask), scale, _mm256_setzero_ps());
+            sink.group(1, _mm256_and_si256(codes, mask), scale, _mm256_setzero_ps());
         }
     }
 }

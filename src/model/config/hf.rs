@@ -234,7 +234,7 @@ impl Fields<'_> {
             None => self.number("rope_theta")?.unwrap_or(10_000.0),
         };
         for fields in [&inner, self] {
-            if fields.number("partial_rotary_factor")?.is_some_and(|share| share < 1.0 || share > 1.0) {
+            if fields.number("partial_rotary_factor")?.is_some_and(|share| (share - 1.0).abs() > 0.0) {
                 return Err(self.unsupported("a `partial_rotary_factor` other than 1".into(), "1"));
             }
         }

@@ -90,7 +90,7 @@ impl Yarn {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, high) = (low.max(0.0), high.min(dim - 1.0));
-        (low, if low == high { high + 0.001 } else { high })
+        (low, if (high - low).abs() > 0.0 { high } else { high + 0.001 })
     }
 
     /// What multiplies cos and sin: 2309.00071 eq. 22, or the configured value.

@@ -87,12 +87,13 @@ impl ModuleSet {
 
 /// Whether a regular expression out of an adapter's configuration matches.
 fn matches(pattern: &str, module: &str) -> Result<bool, Error> {
-    Regex::new(pattern).and_then(|regex| regex.is_match(module)).map_err(|error| Error::Key {
+    let wrong = |error: fancy_regex::Error| Error::Key {
         path: super::CONFIG_FILE.into(),
         key: "target_modules, exclude_modules, rank_pattern or alpha_pattern".into(),
         found: format!("`{pattern}` ({error})"),
         expected: "a regular expression".into(),
-    })
+    };
+    Regex::new(pattern).map_err(wrong)?.is_match(module).map_err(wrong)
 }
 
 /// The value of the first pattern that matches the end of a module's path, as PEFT's `get_pattern_key` finds it.

@@ -100,7 +100,7 @@ pub(super) fn gather(
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
             // Buffers that some releases saved, such as masks; an error only where a block asks for one.
-            _ if !name.ends_with(".weight") && !name.ends_with(".bias") => continue,
+            _ if !matches!(name.rsplit('.').next(), Some("weight" | "bias")) => continue,
             other => {
                 return Err(Error::Dtype {
                     path: tensor.file.to_path_buf(),

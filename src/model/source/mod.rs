@@ -167,16 +167,14 @@ impl WeightSource {
         if let Some(packed) = self.stored(name).and_then(Stored::packed) {
             return packed;
         }
-        match storage.quantization {
-            None => self.dense(name, storage.dtype).map(Weight::Dense),
-            Some(quantization) => match self.stored(name).and_then(|stored| stored.quantize(quantization)) {
-                Some(matrix) => Ok(Weight::Nf4(matrix)),
-                None => {
-                    let Quantization { quant_type, double_quant } = quantization;
-                    Ok(Weight::Nf4(Nf4Matrix::quantize(&self.values(name)?, rows, cols, quant_type, double_quant)))
-                }
-            },
+        let Some(quantization) = storage.quantization else {
+            return self.dense(name, storage.dtype).map(Weight::Dense);
+        };
+        if let Some(matrix) = self.stored(name).and_then(|stored| stored.quantize(quantization)) {
+            return Ok(Weight::Nf4(matrix));
         }
+        let Quantization { quant_type, double_quant } = quantization;
+        Ok(Weight::Nf4(Nf4Matrix::quantize(&self.values(name)?, rows, cols, quant_type, double_quant)))
     }
 
     /// The token embedding or the head: never quantised here, 16-bit stays 16-bit, GGUF stays packed.
@@ -283,6 +281,17 @@ impl Place {
             }
         }
     }
+}
+
+/// The GGUF file that a model path means, if it means one.
+///
+/// # Errors
+/// If the path holds no model.
+pub fn gguf_file_of(path: &Path) -> Result<Option<PathBuf>, Error> {
+    Ok(match Place::find(path, true)? {
+        Place::Gguf(file) => Some(file),
+        Place::Folder(_) => None,
+    })
 }
 
 /// Holds what is stored against what the configuration asks for.

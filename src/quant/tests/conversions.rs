@@ -73,7 +73,7 @@ fn pieces_of_rows_and_columns_are_those_of_the_whole() {
     }
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let values = Tensor::from_vec(normals("dense", 7 * 96), (7, 96), &Device::Cpu).unwrap();
-        weights.push(Weight::dense(values.to_dtype(dtype).unwrap()).unwrap());
+        weights.push(Weight::dense(&values.to_dtype(dtype).unwrap()).unwrap());
     }
     for weight in &weights {
         let (name, whole, k) = (weight.kind_name(), values_of(weight), weight.cols());
@@ -133,7 +133,7 @@ fn what_does_not_fit_is_refused_with_its_numbers() {
     assert!(weight.dequantize_rows_into(5..7, &mut [0.0; 128]).is_err());
     assert!(weight.dequantize_rows_into(0..1, &mut [0.0; 63]).is_err());
     assert!(weight.forward_slice(&[0.0; 64], 1, &mut [0.0; 7]).is_err());
-    assert!(Weight::dense(Tensor::zeros(5, DType::F32, &Device::Cpu).unwrap()).is_err());
+    assert!(Weight::dense(&Tensor::zeros(5, DType::F32, &Device::Cpu).unwrap()).is_err());
 }
 
 #[test]

@@ -5,7 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use super::{GGUF_KINDS, bits, four_bit, gguf, normals};
 use crate::config::settings::QuantType;
 use crate::kernels::cpu::packed_dot::{self, PackedRows};
-use crate::kernels::cpu::{Activations, BlockFormat, Level, TileMut};
+use crate::kernels::cpu::tile::{STRIP, multiply_strips, pack_strip};
+use crate::kernels::cpu::{Activations, BlockFormat, Level, Operand, TileMut};
 use crate::quant::{Weight, dense};
 
 /// Rounding of an f32 sum, as a share of the sum of the products' sizes. Formats with a minimum round its share apart.
@@ -20,7 +21,7 @@ fn storages(rows: usize, cols: usize) -> Vec<Weight> {
     ];
     let values = Tensor::from_vec(normals("dense", rows * cols), (rows, cols), &Device::Cpu).unwrap();
     for dtype in [DType::F32, DType::BF16, DType::F16] {
-        weights.push(Weight::dense(values.to_dtype(dtype).unwrap()).unwrap());
+        weights.push(Weight::dense(&values.to_dtype(dtype).unwrap()).unwrap());
     }
     for kind in GGUF_KINDS {
         if cols.is_multiple_of(kind.block_size()) {
@@ -97,7 +98,7 @@ fn every_level_multiplies_every_packed_format() {
         let mut values = vec![0f32; n * k];
         Weight::Gguf(matrix).dequantize_rows_into(0..n, &mut values).unwrap();
         for level in Level::available() {
-            let Some(order) = packed_dot::order_of_blocks(level, format) else { continue };
+            let Some(order) = packed_dot::order_of_blocks(level, format, k) else { continue };
             for m in 1..=6 {
                 let x = normals("level", m * k);
                 let laid_out = Activations::ordered(level, order, packed_dot::has_minimum(format), &x, m, k);
@@ -121,6 +122,27 @@ fn every_level_multiplies_every_packed_format() {
             let mut y = vec![f32::NAN; m * n];
             packed_dot::dot(level, rows, &laid_out, &mut TileMut::new(&mut y, m, n));
             assert_products(&format!("nf4 at {level:?}"), &y, (m, n, k), |r, i| x[r * k + i], |c, i| values[c * k + i]);
+        }
+    }
+}
+
+#[test]
+fn every_level_multiplies_packed_strips() {
+    for (m, n, k) in [(1, 1, 1), (5, 16, 40), (13, 33, 7), (61, 47, 130)] {
+        let (x, w) = (normals("x", m * k), normals("w", n * k));
+        for level in Level::available() {
+            let mut strips = vec![f32::NAN; n.next_multiple_of(STRIP) * k];
+            for (rows, strip) in w.chunks(STRIP * k).zip(strips.chunks_mut(STRIP * k)) {
+                pack_strip(level, rows, k, strip);
+            }
+            let mut y = vec![f32::NAN; m * n];
+            let left = Operand::row_major(&x, k);
+            multiply_strips(level, left, &strips, k, 0.0, &mut TileMut::new(&mut y, m, n));
+            let what = format!("strips of {n} at {level:?}");
+            assert_products(&what, &y, (m, n, k), |r, i| x[r * k + i], |c, i| w[c * k + i]);
+            // Once more on top, less the first time.
+            multiply_strips(level, left, &strips, k, -1.0, &mut TileMut::new(&mut y, m, n));
+            assert!(y.iter().all(|v| v.abs() < 1e-4), "{what}: {y:?}");
         }
     }
 }

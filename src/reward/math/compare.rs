@@ -1,5 +1,7 @@
 //! Whether two expressions are the same answer.
 
+use std::sync::LazyLock;
+
 use num_bigint::BigInt;
 use num_rational::BigRational;
 use num_traits::Zero;
@@ -266,20 +268,36 @@ fn constant(name: &str) -> Option<f64> {
     }
 }
 
-/// A point of random integers of up to 2^32 in size, none of them 0; the same for every comparison.
-fn exact_point(names: &[&str], point: u64) -> impl Fn(&str) -> BigRational + use<> {
-    let values: Vec<(String, BigRational)> = names
-        .iter()
-        .enumerate()
-        .map(|(index, name)| {
-            let mut stream = Stream::new(0, "reward/math/exact", point, index as u64);
-            let size = BigInt::from(1 + stream.below(1 << 32));
-            // Every symbol is negative at some point, so that |x| is not x.
-            let value = if (point + index as u64).is_multiple_of(2) { size } else { -size };
-            ((*name).to_owned(), BigRational::from_integer(value))
-        })
-        .collect();
-    move |name| values.iter().find(|(n, _)| n == name).map_or_else(BigRational::zero, |(_, value)| value.clone())
+/// Symbols whose random values are kept; more of them are drawn when they are needed.
+const KEPT_SYMBOLS: u64 = 8;
+
+/// The random integers of up to 2^32 in size, none of them 0, by point and symbol; the same for every comparison.
+static INTEGERS: LazyLock<Vec<Vec<BigRational>>> =
+    LazyLock::new(|| (0..EXACT_POINTS).map(|p| (0..KEPT_SYMBOLS).map(|s| draw_integer(p, s)).collect()).collect());
+
+fn draw_integer(point: u64, symbol: u64) -> BigRational {
+    let size = BigInt::from(1 + Stream::new(0, "reward/math/exact", point, symbol).below(1 << 32));
+    // Every symbol is negative at some point, so that |x| is not x.
+    BigRational::from_integer(if (point + symbol).is_multiple_of(2) { size } else { -size })
+}
+
+/// The values of the symbols `names` at an exact point.
+fn exact_point(names: &[&str], point: u64) -> impl Fn(&str) -> BigRational {
+    move |name| match names.iter().position(|n| *n == name) {
+        Some(symbol) => match INTEGERS[point as usize].get(symbol) {
+            Some(integer) => integer.clone(),
+            None => draw_integer(point, symbol as u64),
+        },
+        None => BigRational::zero(),
+    }
+}
+
+/// The random numbers in [0, 1) behind the points in f64.
+static UNIFORMS: LazyLock<Vec<Vec<f64>>> =
+    LazyLock::new(|| (0..FLOAT_POINTS).map(|p| (0..KEPT_SYMBOLS).map(|s| draw_uniform(p, s)).collect()).collect());
+
+fn draw_uniform(point: u64, symbol: u64) -> f64 {
+    Stream::new(0, "reward/math/float", point, symbol).uniform()
 }
 
 /// Compares in f64 at several points, the first half of them positive.
@@ -293,7 +311,8 @@ fn in_floats(one: &Expression, two: &Expression, names: &[&str]) -> bool {
     for point in 0..points {
         let values: Vec<f64> = (0..variables.len())
             .map(|index| {
-                let uniform = Stream::new(0, "reward/math/float", point, index as u64).uniform();
+                let kept = UNIFORMS[point as usize].get(index).copied();
+                let uniform = kept.unwrap_or_else(|| draw_uniform(point, index as u64));
                 if point < FLOAT_POINTS / 2 { 0.5 + 3.0 * uniform } else { 6.0 * uniform - 3.0 }
             })
             .collect();
@@ -323,11 +342,10 @@ fn is_rounding(one: &Expression, two: &Expression) -> bool {
     match literal(two) {
         None => {}
         // Two decimals: the coarser one may be a rounding of the finer one.
-        Some(other) if other.is_decimal && decimal.last_place >= other.last_place => {
-            if decimal.last_place > -(ROUNDED_DIGITS as i32) {
-                return false;
-            }
-        }
+        Some(other)
+            if other.is_decimal
+                && decimal.last_place >= other.last_place
+                && decimal.last_place <= -(ROUNDED_DIGITS as i32) => {}
         Some(_) => return false,
     }
     let unit = 10f64.powi(decimal.last_place);

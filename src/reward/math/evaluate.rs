@@ -65,7 +65,7 @@ impl Exact {
             }
             Expression::Power(base, exponent) => {
                 let (base, exponent) = (self.value(base, symbol)?, self.value(exponent, symbol)?);
-                self.power(base, &exponent)
+                power(base, &exponent)
             }
             Expression::Root(inner, index) => {
                 let inner = self.value(inner, symbol)?;
@@ -77,7 +77,7 @@ impl Exact {
             }
             Expression::Logarithm(base, inner) => {
                 let (base, inner) = (self.value(base, symbol)?, self.value(inner, symbol)?);
-                self.logarithm(&base, &inner)
+                logarithm(&base, &inner)
             }
             Expression::Binomial(n, k) => {
                 let (n, k) = (self.value(n, symbol)?, self.value(k, symbol)?);
@@ -96,38 +96,6 @@ impl Exact {
         }
         self.work -= bits + STEP;
         Ok(value)
-    }
-
-    fn power(&mut self, base: BigRational, exponent: &BigRational) -> Exactly {
-        if !exponent.is_integer() {
-            // b^(p/q) is the q-th root of b, to the power p.
-            let index = exponent.denom().to_u32().filter(|i| *i <= 64).ok_or(Stop::Irrational)?;
-            if base.is_negative() {
-                return Err(Stop::Irrational);
-            }
-            let base = root(&base, index)?;
-            return self.power(base, &BigRational::from_integer(exponent.numer().clone()));
-        }
-        if base.is_zero() {
-            return match exponent.numer().sign() {
-                num_bigint::Sign::Plus => Ok(base),
-                num_bigint::Sign::NoSign => Ok(BigRational::one()),
-                num_bigint::Sign::Minus => Err(Stop::Undefined),
-            };
-        }
-        if base.is_one() {
-            return Ok(base);
-        }
-        if (-&base).is_one() {
-            let is_even = (exponent.numer() % BigInt::from(2)).is_zero();
-            return Ok(if is_even { BigRational::one() } else { base });
-        }
-        let exponent = exponent.numer().to_i32().ok_or(Stop::TooLarge)?;
-        let bits = base.numer().bits().max(base.denom().bits()) - 1;
-        if bits.max(1).saturating_mul(u64::from(exponent.unsigned_abs())) > MOST_BITS {
-            return Err(Stop::TooLarge);
-        }
-        Ok(base.pow(exponent))
     }
 
     fn call(&mut self, function: Function, inner: &BigRational) -> Exactly {
@@ -155,21 +123,6 @@ impl Exact {
         }
     }
 
-    /// The logarithm where it is a whole number of at most 1024: found by powers of the base.
-    fn logarithm(&mut self, base: &BigRational, inner: &BigRational) -> Exactly {
-        if !inner.is_positive() || !base.is_positive() || base.is_one() {
-            return Err(Stop::Undefined);
-        }
-        let guess = (approximate(inner).ln() / approximate(base).ln()).round();
-        if guess.is_finite() && guess.abs() <= 1024.0 {
-            let exponent = BigRational::from_integer(BigInt::from(guess as i64));
-            if self.power(base.clone(), &exponent)? == *inner {
-                return Ok(exponent);
-            }
-        }
-        Err(Stop::Irrational)
-    }
-
     fn binomial(&mut self, n: &BigRational, k: &BigRational) -> Exactly {
         const LARGEST: u32 = 2000;
         if !n.is_integer() || !k.is_integer() {
@@ -191,9 +144,57 @@ impl Exact {
     }
 }
 
+/// The power of a base, where it is rational and within the limits.
+fn power(base: BigRational, exponent: &BigRational) -> Exactly {
+    if !exponent.is_integer() {
+        // b^(p/q) is the q-th root of b, to the power p.
+        let index = exponent.denom().to_u32().filter(|i| *i <= 64).ok_or(Stop::Irrational)?;
+        if base.is_negative() {
+            return Err(Stop::Irrational);
+        }
+        let base = root(&base, index)?;
+        return power(base, &BigRational::from_integer(exponent.numer().clone()));
+    }
+    if base.is_zero() {
+        return match exponent.numer().sign() {
+            num_bigint::Sign::Plus => Ok(base),
+            num_bigint::Sign::NoSign => Ok(BigRational::one()),
+            num_bigint::Sign::Minus => Err(Stop::Undefined),
+        };
+    }
+    if base.is_one() {
+        return Ok(base);
+    }
+    if (-&base).is_one() {
+        let is_even = (exponent.numer() % BigInt::from(2)).is_zero();
+        return Ok(if is_even { BigRational::one() } else { base });
+    }
+    let exponent = exponent.numer().to_i32().ok_or(Stop::TooLarge)?;
+    let bits = base.numer().bits().max(base.denom().bits()) - 1;
+    if bits.max(1).saturating_mul(u64::from(exponent.unsigned_abs())) > MOST_BITS {
+        return Err(Stop::TooLarge);
+    }
+    Ok(base.pow(exponent))
+}
+
+/// The logarithm where it is a whole number of at most 1024: found by powers of the base.
+fn logarithm(base: &BigRational, inner: &BigRational) -> Exactly {
+    if !inner.is_positive() || !base.is_positive() || base.is_one() {
+        return Err(Stop::Undefined);
+    }
+    let guess = (approximate(inner).ln() / approximate(base).ln()).round();
+    if guess.is_finite() && guess.abs() <= 1024.0 {
+        let exponent = BigRational::from_integer(BigInt::from(guess as i64));
+        if power(base.clone(), &exponent)? == *inner {
+            return Ok(exponent);
+        }
+    }
+    Err(Stop::Irrational)
+}
+
 /// The real root of a perfect power.
 fn root(value: &BigRational, index: u32) -> Exactly {
-    if value.is_negative() && index % 2 == 0 {
+    if value.is_negative() && index.is_multiple_of(2) {
         return Err(Stop::Irrational);
     }
     let (above, below) = (value.numer().nth_root(index), value.denom().nth_root(index));

@@ -164,10 +164,16 @@ impl Expression {
                 one.walk(visit);
                 two.walk(visit);
             }
-            Self::Matrix(rows) => rows.iter().flatten().for_each(|i| i.walk(visit)),
+            Self::Matrix(rows) => {
+                for cell in rows.iter().flatten() {
+                    cell.walk(visit);
+                }
+            }
             Self::Relation(first, rest) => {
                 first.walk(visit);
-                rest.iter().for_each(|(_, side)| side.walk(visit));
+                for (_, side) in rest {
+                    side.walk(visit);
+                }
             }
         }
     }

@@ -12,8 +12,8 @@ const TAIL: usize = 4000;
 pub enum Extraction {
     /// In `\boxed{}` or `\fbox{}` only.
     Boxed,
-    /// In `\boxed{}`, else in `<answer>`, else after "the answer is" or `####`, else the whole text if it is one short line,
-    /// else the last formula or number.
+    /// In `\boxed{}`, else in `<answer>`, else after "the answer is" or `####`, else the whole text if it is one short
+    /// line, else the last formula or number.
     Any,
 }
 

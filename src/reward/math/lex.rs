@@ -260,7 +260,7 @@ impl Lexer {
                 "neq" => self.push(Kind::Command("ne".to_owned())),
                 "lt" => self.push(Kind::Sign('<')),
                 "gt" => self.push(Kind::Sign('>')),
-                "degree" | "degrees" => self.push(Kind::Command("circ".to_owned())),
+                "degree" | "degrees" | "textdegree" => self.push(Kind::Command("circ".to_owned())),
                 "lbrace" | "rbrace" => {
                     self.push(Kind::Command(if name == "lbrace" { "{" } else { "}" }.to_owned()));
                 }
@@ -271,7 +271,6 @@ impl Lexer {
                 "ast" => self.push(Kind::Sign('*')),
                 "dots" | "ldots" | "cdots" => self.push(Kind::Command("dots".to_owned())),
                 "tbinom" | "dbinom" => self.push(Kind::Command("binom".to_owned())),
-                "textdegree" => self.push(Kind::Command("circ".to_owned())),
                 "textpercent" => self.push(Kind::Sign('%')),
                 _ => self.push(Kind::Command(name)),
             }
@@ -317,7 +316,7 @@ impl Lexer {
             text.push('.');
             self.at += 1;
             self.digits(&mut text);
-        } else if self.peek(0) == Some('.') && !self.peek(1).is_some_and(|c| c == '.') {
+        } else if self.peek(0) == Some('.') && self.peek(1) != Some('.') {
             // `3.` is 3: a full stop or a bare decimal point.
             self.at += 1;
         }

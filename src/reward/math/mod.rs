@@ -7,10 +7,11 @@
 //! - Numbers are exact rationals: `0.5`, `1/2`, `\frac12`, `5\times 10^{-1}` are one value. A decimal with at least six
 //!   significant digits also equals a value it is a rounding of (`0.333333` and `1/3`, `3.14159` and `\pi`).
 //! - `50\%` equals `0.5`, and also `50`, because the question often asks for the number of percent.
-//! - Expressions with variables are evaluated exactly at three points of random integers of 32 bits, with both signs. Two different
-//!   rational functions of total degree d agree at one such point with probability at most d / 2^32 (Schwartz, 1980),
-//!   so at all three with at most (d / 2^32)^3; values are limited to 8192 bits, so d stays below about 8192 / 32 and a false
-//!   "equal" has a probability below 1e-21. `\pi` counts as a variable there, which is exact since it is transcendental.
+//! - Expressions with variables are evaluated exactly at three points of random integers of 32 bits, with both signs.
+//!   Two different rational functions of total degree d agree at one such point with probability at most d / 2^32
+//!   (Schwartz, 1980), so at all three with at most (d / 2^32)^3; values are limited to 8192 bits, so d stays below
+//!   about 8192 / 32 and a false "equal" has a probability below 1e-21. `\pi` counts as a variable there, which is
+//!   exact since it is transcendental.
 //! - Roots and functions that are not rational are evaluated in f64 at six points; there "equal" means a relative
 //!   difference below 1e-10. A point where a side is undefined is skipped, two points at least must remain.
 //! - Lists without brackets (`1, 2`, `1 \text{ and } 2`, `x = \pm 3`) and sets have no order; tuples and intervals do.
@@ -55,9 +56,9 @@ pub enum ParseError {
     /// Nothing is left once spaces and decoration are gone.
     #[error("it is empty")]
     Empty,
-    /// Longer than 4096 characters, nested deeper than 48 levels, or a number beyond 8192 bits.
-    #[error("it is too long, too deeply nested or too large to compare")]
-    TooLarge,
+    /// Longer than 4096 characters.
+    #[error("it has more than 4096 characters")]
+    TooLong,
     /// Neither mathematics nor a text of at most eight words.
     #[error("it is neither mathematics nor a short text")]
     NotAnAnswer,
@@ -70,21 +71,23 @@ impl Answer {
     /// If it is neither, or beyond the limits.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         const MOST_WORDS: usize = 8;
-        let written = text::written_form(text);
-        if written.is_empty() {
+        let tokens = text::answer_tokens(text).ok_or(ParseError::TooLong)?;
+        if tokens.is_empty() {
             return Err(ParseError::Empty);
         }
-        let choice = text::choice_letter(text);
-        match parse::parse(text) {
-            Ok(meaning) => Ok(Self { written, meaning: Some(meaning), choice }),
-            Err(parse::Failure::TooLarge) if written.len() > lex::LONGEST => Err(ParseError::TooLarge),
-            Err(parse::Failure::TooLarge) => Ok(Self { written, meaning: None, choice }),
-            Err(parse::Failure::NotMathematics) if text.split_whitespace().count() <= MOST_WORDS => {
-                Ok(Self { written, meaning: None, choice })
+        let (written, choice) = (text::written_form(&tokens), text::choice_letter(&tokens));
+        let meaning = match parse::parse(tokens) {
+            Ok(meaning) => Some(meaning),
+            // Equal to what is written in the same way only.
+            Err(parse::Failure::TooLarge) => None,
+            Err(parse::Failure::NotMathematics) => {
+                if choice.is_none() && text.split_whitespace().count() > MOST_WORDS {
+                    return Err(ParseError::NotAnAnswer);
+                }
+                None
             }
-            Err(parse::Failure::NotMathematics) if choice.is_some() => Ok(Self { written, meaning: None, choice }),
-            Err(parse::Failure::NotMathematics) => Err(ParseError::NotAnAnswer),
-        }
+        };
+        Ok(Self { written, meaning, choice })
     }
 
     /// Whether it was understood as mathematics, not only as text.

@@ -1,6 +1,6 @@
 //! Answers as text: decoration, words, multiple-choice letters and a canonical written form.
 
-use super::lex::{Kind, tokens};
+use super::lex::{Kind, Token, tokens};
 
 /// Short words that are units or language and never a product of variables. Longer runs of letters always are words.
 const SHORT_WORDS: &[&str] = &[
@@ -35,14 +35,16 @@ pub(super) fn without_decoration(text: &str) -> &str {
     }
 }
 
-/// A form of `text` in which equal writing is equal: no spaces, no style, words in lower case.
-pub(super) fn written_form(text: &str) -> String {
-    let Some(tokens) = tokens(without_decoration(text)) else {
-        return text.chars().filter(|c| !c.is_whitespace()).collect();
-    };
+/// The tokens of an answer without its decoration; `None` if it is too long.
+pub(super) fn answer_tokens(text: &str) -> Option<Vec<Token>> {
+    tokens(without_decoration(text))
+}
+
+/// A form of `tokens` in which equal writing is equal: no spaces, no style, words in lower case.
+pub(super) fn written_form(tokens: &[Token]) -> String {
     let mut form = String::new();
     let mut before: Option<&Kind> = None;
-    for token in &tokens {
+    for token in tokens {
         let is_joined = !matches!(
             (before, &token.kind),
             (Some(Kind::Number(_)), Kind::Number(_)) | (Some(Kind::Command(_)), Kind::Word(_))
@@ -67,9 +69,7 @@ pub(super) fn written_form(text: &str) -> String {
 }
 
 /// The letter of a multiple-choice answer: `A`, `(A)`, `A.`, `A) twelve`, `\text{(A)}`.
-pub(super) fn choice_letter(text: &str) -> Option<char> {
-    let start: String = without_decoration(text).chars().take(200).collect();
-    let tokens = tokens(&start)?;
+pub(super) fn choice_letter(tokens: &[Token]) -> Option<char> {
     let letter = |kind: &Kind| match kind {
         Kind::Word(word) | Kind::Text(word) => {
             let mut letters = word.chars();
@@ -77,11 +77,14 @@ pub(super) fn choice_letter(text: &str) -> Option<char> {
         }
         _ => None,
     };
-    let kinds: Vec<&Kind> = tokens.iter().map(|t| &t.kind).collect();
+    let kinds: Vec<&Kind> = tokens.iter().take(4).map(|t| &t.kind).collect();
     let is_over_or_spaced = |at: usize| tokens.get(at).is_none_or(|t| t.is_spaced || matches!(t.kind, Kind::Text(_)));
     match kinds.as_slice() {
-        [Kind::Text(inner)] if inner.chars().count() > 1 && !inner.contains("\\text") => choice_letter(inner),
-        [one] => letter(one),
+        // What `\\text` holds is plain text, which has no `\\text` in it again.
+        [Kind::Text(inner)] if inner.chars().count() > 1 && !inner.contains('\\') => {
+            answer_tokens(inner).and_then(|tokens| choice_letter(&tokens))
+        }
+        [one] if tokens.len() == 1 => letter(one),
         [Kind::Sign('('), one, Kind::Sign(')'), ..] if is_over_or_spaced(3) => letter(one),
         [one, Kind::Sign(')' | '.' | ':'), ..] if is_over_or_spaced(2) => letter(one),
         _ => None,
@@ -90,7 +93,15 @@ pub(super) fn choice_letter(text: &str) -> Option<char> {
 
 #[cfg(test)]
 mod tests {
-    use super::{choice_letter, without_decoration, written_form};
+    use super::{answer_tokens, without_decoration};
+
+    fn choice_letter(text: &str) -> Option<char> {
+        super::choice_letter(&answer_tokens(text).expect("short"))
+    }
+
+    fn written_form(text: &str) -> String {
+        super::written_form(&answer_tokens(text).expect("short"))
+    }
 
     #[test]
     fn letters_are_found_in_every_usual_writing_and_not_in_products() {

@@ -1,0 +1,154 @@
+//! The sections that a run opens with, and checks that both loops make in each step.
+
+use anyhow::bail;
+
+use super::session::Session;
+use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
+use crate::data::TokenStatistics;
+use crate::data::hub::Download;
+use crate::model::batch::Batch;
+use crate::optim::LrSchedule;
+use crate::quant::Weight;
+use crate::telemetry::{Console, Progress, Section, Terminal, units};
+use crate::zero::{ShardedAdamW, StepReport};
+
+/// A progress bar for downloads, made when the first one starts.
+pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
+    let console = Console::new(terminal.clone(), false);
+    let mut bar: Option<(String, Progress)> = None;
+    move |download| {
+        if bar.as_ref().is_none_or(|(file, _)| file != download.file) {
+            console.note(&format!("downloading {} ({})", download.file, units::bytes(download.total_bytes)));
+            bar = Some((download.file.into(), console.progress("download", download.total_bytes, "bytes")));
+        }
+        if let Some((_, bar)) = &bar {
+            bar.set(download.done_bytes, 0);
+        }
+    }
+}
+
+/// The learning-rate schedule over `total` optimizer steps.
+pub(super) fn schedule(training: &TrainingSettings, total: u64) -> anyhow::Result<LrSchedule> {
+    let warmup = match training.warmup {
+        Warmup::Steps(steps) => steps,
+        Warmup::Ratio(ratio) => (ratio * total as f64).ceil() as usize,
+    };
+    let kind = training.lr_scheduler_type;
+    if kind == LrSchedulerType::Constant && warmup > 0 {
+        tracing::warn!("`lr_scheduler_type: constant` has no warm-up; use `constant_with_warmup` to warm up");
+    }
+    Ok(LrSchedule::new(kind, training.learning_rate, warmup, total as usize, &training.lr_scheduler_kwargs)?)
+}
+
+/// Stops the run when the loss is not a number, and says where that began.
+pub(super) fn check_loss(loss: f64, step: u64, session: &Session, batch: &Batch) -> anyhow::Result<()> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    let place = match session.engine.first_non_finite(batch)? {
+        Some(block) => format!("the first values that are not finite come from {block}"),
+        None => "all blocks compute finite values, so it comes from the loss itself".into(),
+    };
+    bail!(
+        "the loss of step {step} is {loss}: {place}; the parameters of the last finite step are in the newest checkpoint. \
+         Lower `learning_rate` or `max_grad_norm`, or look at the rows of this batch"
+    )
+}
+
+/// Stops the run when gradients are not finite; the parameters are as before the step.
+pub(super) fn check_step(report: &StepReport, step: u64) -> anyhow::Result<()> {
+    if report.is_skipped {
+        bail!(
+            "the gradients of step {step} are not finite (norm {}); no parameter was changed. Lower `learning_rate`, or \
+             look at the rows of this batch",
+            report.grad_norm
+        );
+    }
+    Ok(())
+}
+
+/// What the run does and how long.
+pub(super) fn run_section(task: &str, training: &TrainingSettings, total: u64, batch: &str) -> Section {
+    let clip = match training.max_grad_norm {
+        0.0 => "no clipping".to_string(),
+        norm => format!("clipped at norm {norm}"),
+    };
+    Section::new("Run")
+        .row("task", task)
+        .row("output", training.output_dir.display())
+        .row("device", format!("CPU, {} threads, f32", rayon::current_num_threads()))
+        .row("steps", total)
+        .row("batch", batch)
+        .row("optimizer", format!("AdamW, learning rate {:e} ({}), {clip}", training.learning_rate, training.lr_scheduler_type))
+        .row("seed", training.seed)
+}
+
+/// The model, its storage and what is trained.
+pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Section {
+    let config = session.engine.config();
+    let store = session.engine.store();
+    let trained = store.num_trainable();
+    let kind = match store.fetch(1).get("model.layers.0.mlp.up_proj.weight").map(|slot| &slot.weight) {
+        Some(weight @ (Weight::Nf4(_) | Weight::Gguf(_) | Weight::Dense(_))) => weight.kind_name().to_string(),
+        None => String::new(),
+    };
+    let mut section = Section::new("Model")
+        .row("base", &settings.model_name_or_path)
+        .row(
+            "shape",
+            format!(
+                "{} layers, hidden {}, {} heads ({} kv), vocabulary {}",
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.vocab_size
+            ),
+        )
+        .row("parameters", units::count(config.num_parameters() as u64))
+        .row("linear weights", kind);
+    match &settings.lora {
+        Some(lora) if session.adapter_spec.is_some() => {
+            let modules: Vec<&str> = lora.target_modules.iter().map(|p| p.name()).collect();
+            section.push("adapter", format!("LoRA r={} alpha={} on {}", lora.r, lora.alpha, modules.join(", ")));
+        }
+        _ if session.adapter_spec.is_some() => section.push("adapter", "as stored"),
+        _ => section.push("adapter", "none: all weights are trained"),
+    }
+    let share = 100.0 * trained as f64 / config.num_parameters() as f64;
+    section.row("trained", format!("{} ({share:.2}%)", units::count(trained as u64)))
+}
+
+/// The data and its token counts.
+pub(super) fn data_section(settings: &DataSettings, statistics: &TokenStatistics) -> Section {
+    Section::new("Data")
+        .row("set", &settings.dataset_name)
+        .row("rows", units::count(statistics.count as u64))
+        .row(
+            "tokens",
+            format!(
+                "{} in all; per row mean {:.1}, median {}, 95% below {}, longest {}",
+                units::count(statistics.total as u64),
+                statistics.mean,
+                statistics.median,
+                statistics.p95,
+                statistics.max
+            ),
+        )
+}
+
+/// Bytes of everything that lives as long as the run.
+pub(super) fn memory_section(session: &Session, optimizer: &ShardedAdamW) -> Section {
+    let store = session.engine.store();
+    let trained = 4 * store.num_trainable() as u64;
+    let name = if session.adapter_spec.is_some() { "adapter" } else { "weights" };
+    let mut section = Section::new("Memory");
+    section.push("base weights", units::bytes(store.frozen_bytes() as u64));
+    section.push(name, units::bytes(trained));
+    section.push("gradients", units::bytes(trained));
+    section.push("optimizer", units::bytes(optimizer.size_bytes() as u64));
+    if store.has_reference() {
+        section.push("reference", units::bytes(trained));
+    }
+    section
+}

@@ -1,0 +1,67 @@
+//! Writing models: the adapter in PEFT's format or the whole model in Hugging Face's, and back into a run's state.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::session::Session;
+use crate::model::params::Slot;
+use crate::model::save::save_model;
+use crate::model::{self};
+use crate::ops::buffer;
+use crate::quant::Weight;
+
+/// Size up to which one safetensors file holds the whole model, as Hugging Face's default.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// Writes what was trained into `folder`, with the tokenizer beside it: an adapter that PEFT loads, or a model folder
+/// that transformers loads.
+///
+/// # Errors
+/// If a file cannot be written.
+pub(super) fn write_model(folder: &Path, session: &Session) -> anyhow::Result<()> {
+    match &session.adapter_spec {
+        Some(_) => write_adapter(folder, session)?,
+        None => write_whole_model(folder, session)?,
+    }
+    session.tokenizer.save(folder, session.template.as_ref().map(crate::data::ChatTemplate::source))?;
+    Ok(())
+}
+
+fn write_adapter(folder: &Path, session: &Session) -> anyhow::Result<()> {
+    let Some(mut spec) = session.adapter_spec.clone() else { return Ok(()) };
+    for flat in session.engine.store().flats() {
+        let values = buffer::to_vec(flat.values())?;
+        for entry in flat.entries() {
+            let own = &values[entry.range.clone()];
+            let module = |part: &str| entry.name.strip_suffix(part).map(str::to_string);
+            if let Some(adapter) = module(".lora_A.weight").and_then(|m| spec.modules.get_mut(&m)) {
+                adapter.a = own.to_vec();
+            } else if let Some(adapter) = module(".lora_B.weight").and_then(|m| spec.modules.get_mut(&m)) {
+                adapter.b = own.to_vec();
+            } else if let Some(adapter) = module(".lora_magnitude_vector").and_then(|m| spec.modules.get_mut(&m)) {
+                adapter.magnitude = Some(own.to_vec());
+            } else {
+                let tensor = Tensor::from_slice(own, entry.shape.as_slice(), &Device::Cpu)?;
+                spec.full_replacements.insert(entry.name.clone(), tensor);
+            }
+        }
+    }
+    Ok(spec.save(folder)?)
+}
+
+fn write_whole_model(folder: &Path, session: &Session) -> anyhow::Result<()> {
+    let engine = &session.engine;
+    let config = engine.config();
+    let dtype = config.torch_dtype.unwrap_or(DType::F32);
+    let blocks: Vec<_> = (0..engine.store().num_blocks()).map(|block| engine.store().fetch(block)).collect();
+    save_model(folder, config, dtype, SHARD_BYTES, |name| {
+        let slot: Option<&Slot> = blocks.iter().find_map(|block| block.get(name));
+        match slot.map(|slot| &slot.weight) {
+            Some(Weight::Dense(tensor)) => Ok(tensor.clone()),
+            Some(packed) => Ok(packed.dequantize().map_err(crate::ops::Error::from)?),
+            None => Err(model::Error::MissingParameter { name: name.into() }),
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! Opening a model: files, tokenizer, chat template, blocks, engine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use candle_core::quantized::gguf_file::Content;
+
+use crate::config::settings::{DeviceChoice, ModelSettings, Precision};
+use crate::data::hub;
+use crate::data::{ChatTemplate, Tokenizer};
+use crate::engine::Engine;
+use crate::model::load::{LoadedModel, Purpose, load};
+use crate::model::peft::AdapterSpec;
+use crate::model::source::gguf_file_of;
+use crate::zero::ParamStore;
+
+/// A model ready to train or to speak.
+pub struct Session {
+    /// The model.
+    pub engine: Engine,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template, if it has one.
+    pub template: Option<ChatTemplate>,
+    /// Its adapter as PEFT describes it; the values are those at the start.
+    pub adapter_spec: Option<AdapterSpec>,
+    /// Where it lies on this machine.
+    pub folder: PathBuf,
+}
+
+/// Opens the model that `settings` name.
+///
+/// # Errors
+/// If a file is missing, damaged or does not fit the others.
+pub fn open(
+    settings: &ModelSettings,
+    seed: u64,
+    purpose: Purpose,
+    recompute: bool,
+    progress: &mut hub::Progress<'_>,
+) -> anyhow::Result<Session> {
+    let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
+        .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
+    let tokenizer_place = match &settings.tokenizer_name_or_path {
+        Some(name) => local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?,
+        None => folder.clone(),
+    };
+    // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.
+    let LoadedModel { config, adapter, adapter_spec, blocks } = load(&folder, settings, seed, purpose)?;
+    let tokenizer = open_tokenizer(&tokenizer_place)?;
+    let template_folder = tokenizer_place.is_dir().then_some(tokenizer_place.as_path());
+    let template = ChatTemplate::find(settings.chat_template_path.as_deref(), template_folder, &tokenizer)?;
+    if tokenizer.vocab_size() > config.vocab_size {
+        bail!(
+            "the tokenizer in `{}` has {} tokens, the model `{}` only {}; they do not belong together",
+            tokenizer_place.display(),
+            tokenizer.vocab_size(),
+            folder.display(),
+            config.vocab_size
+        );
+    }
+    let engine = Engine::new(config, adapter, ParamStore::new(blocks)?, recompute);
+    Ok(Session { engine, tokenizer, template, adapter_spec, folder })
+}
+
+/// A local path as it is; a hub id through the cache.
+fn local_path(name: &str, revision: &str, progress: &mut hub::Progress<'_>) -> anyhow::Result<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() || !hub::is_repo_id(name) {
+        return Ok(path.to_path_buf());
+    }
+    let is_wanted = |file: &str| {
+        let extension = Path::new(file).extension().and_then(|e| e.to_str()).unwrap_or_default();
+        !file.contains('/') && matches!(extension, "json" | "safetensors" | "jinja" | "txt" | "gguf")
+    };
+    Ok(hub::fetch(name, hub::Kind::Model, revision, is_wanted, progress)?)
+}
+
+/// The tokenizer of a model folder or a GGUF file.
+fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
+    if place.is_dir() && place.join("tokenizer.json").is_file() {
+        return Ok(Tokenizer::from_folder(place)?);
+    }
+    let Some(file) = gguf_file_of(place)? else { return Ok(Tokenizer::from_folder(place)?) };
+    let bytes = crate::fs::map(&file)?;
+    let content = Content::read(&mut std::io::Cursor::new(&*bytes))
+        .with_context(|| format!("cannot read the tokenizer in `{}`", file.display()))?;
+    Ok(Tokenizer::from_gguf(&content)?)
+}
+
+/// Refuses what this build or machine cannot do, before anything is loaded.
+///
+/// # Errors
+/// If a GPU is asked for that is not there, or a precision the device does not have.
+pub fn check_device(device: DeviceChoice, precision: Precision) -> anyhow::Result<()> {
+    if let DeviceChoice::Cuda(ordinal) = device {
+        bail!(
+            "`device: cuda:{ordinal}` was asked for, but training runs on the CPU in this version; set `device: cpu` or \
+             leave it out"
+        );
+    }
+    if precision == Precision::Fp16 {
+        tracing::warn!("`fp16: true`: the CPU computes in f32, which needs no loss scaling");
+    }
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! Supervised fine-tuning.
+
+use anyhow::bail;
+use serde_json::Value;
+
+use super::plan;
+use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, restore};
+use super::session::{self, Session};
+use super::{Context, Outcome};
+use crate::algo::{Metrics, SftInputs, sft_loss};
+use crate::config::settings::{SftSettings, TrainingSettings};
+use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, TokenStatistics};
+use crate::engine::{DropoutKey, Speaker};
+use crate::model::HeadGradient;
+use crate::model::batch::{Batch, BatchBuilder};
+use crate::model::load::Purpose;
+use crate::telemetry::Section;
+use crate::zero::ShardedAdamW;
+
+/// Examples of one split, cut into the sequences that training draws from.
+struct Split {
+    data: SftData,
+    bins: Vec<Bin>,
+}
+
+/// Trains on the examples that `settings` name.
+///
+/// Each optimizer step draws `gradient_accumulation_steps` micro-batches, sums the gradients of
+/// `-log p(token | tokens before)` over their target tokens, divides by the number of targets in the whole step, clips,
+/// and moves the trained parameters by AdamW.
+///
+/// # Errors
+/// If the input is unusable, the loss stops being finite, or a file cannot be written.
+pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
+    let training = &settings.training;
+    session::check_device(training.device, training.precision)?;
+    check_output_dir(training)?;
+    let checkpoint = find_checkpoint(training)?;
+    let mut progress = plan::downloads(&context.terminal);
+    let session =
+        session::open(&settings.model, training.seed, Purpose::Training, training.gradient_checkpointing, &mut progress)?;
+    let (train, eval) = prepare(settings, &session, &mut progress)?;
+    drop(progress);
+
+    let sequences_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps;
+    let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
+    let schedule = plan::schedule(training, total)?;
+    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store());
+    let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
+    let resumed: Option<State<()>> =
+        checkpoint.map(|c| restore(&c, "sft", training, &session, &mut optimizer)).transpose()?;
+    if let Some(state) = &resumed {
+        sampler.resume(state.sampler)?;
+    }
+    let mut run = Run::begin("sft", training, context, total, resumed.as_ref())?;
+    run.open(&show_plan(settings, &session, &train, eval.as_ref(), &optimizer, total));
+
+    while run.step < run.total {
+        let epoch_before = sampler.epochs();
+        let step = run.step;
+        let batches: Vec<Batch> = (0..training.gradient_accumulation_steps)
+            .map(|_| train.batch(&sampler.next_share(training.per_device_train_batch_size)))
+            .collect::<anyhow::Result<_>>()?;
+        let num_targets = batches.iter().map(|b| b.targets.len()).sum();
+
+        session.engine.store().zero_gradients()?;
+        let (mut loss, mut metrics) = (0.0, Metrics::default());
+        for batch in &batches {
+            let dropout = Some(DropoutKey { seed: training.seed, step });
+            let output = session.engine.forward_backward(batch, 1.0, dropout, |head| {
+                let inputs = SftInputs {
+                    logprobs: &head.logprobs,
+                    mask: None,
+                    entropies: Some(&head.entropies),
+                    is_correct: Some(&head.is_argmax),
+                    num_items_in_batch: num_targets,
+                    num_processes: 1,
+                };
+                let output = sft_loss(&inputs, settings.loss_type)?;
+                plan::check_loss(output.loss, step + 1, &session, batch)?;
+                let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] };
+                Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
+            })?;
+            loss += output.0;
+            metrics.merge(&output.1);
+            run.num_tokens += batch.tokens.len() as u64;
+        }
+        let lr = schedule.lr(step);
+        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm)?;
+        plan::check_step(&report, step + 1)?;
+
+        run.accumulator.mean("loss", loss);
+        run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
+        run.accumulator.latest("learning_rate", lr);
+        metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
+        let epoch = sampler.epochs();
+        run.finish_step(epoch, &format!("loss {loss:.4}"))?;
+
+        if let Some(eval) = eval.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
+            let values = evaluate(eval, &session, settings, &run)?;
+            run.log_now(values)?;
+        }
+        let is_interrupted = run.is_interrupted();
+        if is_interrupted || run.is_due(training.save_strategy, epoch_before, epoch) {
+            run.save(&session, &optimizer, LoopState::<()> { sampler: sampler.state(), buffer: None })?;
+        }
+        if is_interrupted && run.step < run.total {
+            return Ok(run.stop());
+        }
+    }
+    run.save(&session, &optimizer, LoopState::<()> { sampler: sampler.state(), buffer: None })?;
+    run.finish(&session, Section::new("Summary"))
+}
+
+/// Optimizer steps of the run; an epoch may end inside a step, which then goes on into the next one.
+fn total_steps(training: &TrainingSettings, steps_per_epoch: f64) -> u64 {
+    let from_epochs = (training.num_train_epochs * steps_per_epoch).ceil().max(1.0) as u64;
+    training.max_steps.map_or(from_epochs, |steps| steps as u64)
+}
+
+fn prepare(
+    settings: &SftSettings,
+    session: &Session,
+    progress: &mut data::hub::Progress<'_>,
+) -> anyhow::Result<(Split, Option<Split>)> {
+    let splits = data::load(&settings.data, settings.training.seed, progress)?;
+    let limit = session.engine.config().max_position_embeddings;
+    let split = |dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
+        let options = SftOptions::from_settings(settings, packing);
+        let data = data::prepare_sft(dataset, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
+        let lengths: Vec<usize> = data.examples.iter().map(|e| e.input_ids.len()).collect();
+        let bins = match settings.max_length.filter(|_| packing) {
+            Some(length) => data::pack(&lengths, length, settings.packing_strategy)?,
+            None => data::whole(&lengths),
+        };
+        if let Some(longest) = lengths.iter().max().filter(|&&longest| longest > limit && !packing) {
+            bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
+        }
+        if let Some(place) = &data.first_mismatch {
+            tracing::warn!(
+                "{} rows: the tokens of the prompt are not the first tokens of prompt + completion (first: {place}); \
+                 the boundary of the loss is off by a token there",
+                data.prefix_mismatches
+            );
+        }
+        Ok(Split { data, bins })
+    };
+    let train = split(&splits.train, settings.packing)?;
+    let eval = splits.eval.as_ref().map(|dataset| split(dataset, settings.eval_packing)).transpose()?;
+    Ok((train, eval))
+}
+
+impl Split {
+    /// The bins `indices` as one ragged batch with a target for every learnt token.
+    fn batch(&self, indices: &[usize]) -> anyhow::Result<Batch> {
+        let collated = data::collate(&self.data.examples, indices.iter().map(|&i| &self.bins[i]));
+        let targets = collated.targets();
+        let mut builder = BatchBuilder::new();
+        for (sequence, ends) in collated.cu_seqlens.windows(2).enumerate() {
+            let range = ends[0] as usize..ends[1] as usize;
+            // A bin's index is the same in every epoch and on every rank; its sequences follow one another.
+            let sample = (indices[sequence.min(indices.len() - 1)] as u64) << 20 | sequence as u64;
+            let rows = builder.push(&collated.tokens[range.clone()], sample);
+            for (row, &target) in rows.zip(&targets[range]) {
+                if target != IGNORE {
+                    builder.predict(row, target as u32);
+                }
+            }
+        }
+        Ok(builder.build()?)
+    }
+
+    fn statistics(&self) -> TokenStatistics {
+        TokenStatistics::of(self.data.examples.iter().map(|e| e.input_ids.len()))
+    }
+}
+
+/// Mean loss, accuracy and entropy over the evaluation split.
+fn evaluate(
+    eval: &Split,
+    session: &Session,
+    settings: &SftSettings,
+    run: &Run<'_>,
+) -> anyhow::Result<Vec<(String, Value)>> {
+    let started = std::time::Instant::now();
+    let bar = run.console.progress("eval", eval.bins.len() as u64, "sequences");
+    let mut metrics = Metrics::default();
+    let (mut sum, mut count, mut tokens) = (0.0, 0usize, 0);
+    let indices: Vec<usize> = (0..eval.bins.len()).collect();
+    for chunk in indices.chunks(settings.training.per_device_eval_batch_size) {
+        let batch = eval.batch(chunk)?;
+        let head = session.engine.logprobs(&batch, Speaker::Policy, 1.0)?;
+        let inputs = SftInputs {
+            logprobs: &head.logprobs,
+            mask: None,
+            entropies: Some(&head.entropies),
+            is_correct: Some(&head.is_argmax),
+            num_items_in_batch: 1,
+            num_processes: 1,
+        };
+        let output = sft_loss(&inputs, settings.loss_type)?;
+        sum += output.loss;
+        count += batch.targets.len();
+        tokens += batch.tokens.len() as u64;
+        metrics.merge(&output.metrics);
+        bar.set(chunk.last().map_or(0, |&last| last as u64 + 1), tokens);
+    }
+    let secs = started.elapsed().as_secs_f64();
+    let mut values = vec![("eval_loss".to_string(), Value::from(sum / count.max(1) as f64))];
+    values.extend(metrics.values().into_iter().map(|(name, value)| (format!("eval_{name}"), Value::from(value))));
+    values.push(("eval_runtime".into(), secs.into()));
+    values.push(("eval_samples_per_second".into(), (eval.data.examples.len() as f64 / secs).into()));
+    Ok(values)
+}
+
+fn show_plan(
+    settings: &SftSettings,
+    session: &Session,
+    train: &Split,
+    eval: Option<&Split>,
+    optimizer: &ShardedAdamW,
+    total: u64,
+) -> Vec<Section> {
+    let training = &settings.training;
+    let mut data = plan::data_section(&settings.data, &train.statistics());
+    if train.data.dropped > 0 {
+        data.push("left out", format!("{} rows without a token to learn", train.data.dropped));
+    }
+    if train.data.truncated > 0 {
+        data.push("cut", format!("{} examples at `max_length`", train.data.truncated));
+    }
+    if settings.packing {
+        let tokens: usize = train.bins.iter().map(Bin::num_tokens).sum();
+        let fill = tokens as f64 / (train.bins.len() * settings.max_length.unwrap_or(1)) as f64;
+        data.push("packing", format!("{} sequences, {:.1}% full", train.bins.len(), 100.0 * fill));
+    }
+    if let Some(eval) = eval {
+        data.push("evaluation", format!("{} examples", eval.data.examples.len()));
+    }
+    let sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps;
+    let mean = train.bins.iter().map(Bin::num_tokens).sum::<usize>() as f64 / train.bins.len() as f64;
+    let batch = format!(
+        "{} x {} sequences, about {:.0} tokens",
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        mean * sequences as f64
+    );
+    vec![
+        plan::run_section("sft", training, total, &batch),
+        plan::model_section(&settings.model, session),
+        data,
+        plan::memory_section(session, optimizer),
+    ]
+}

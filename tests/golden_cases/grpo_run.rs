@@ -1,0 +1,178 @@
+//! A whole GRPO run of TRL on a tiny model, micro-batch by micro-batch: log-probabilities, losses, weights.
+
+use std::path::Path;
+
+use anyhow::Context;
+use serde_json::Value;
+use trainer::algo::{GrpoBatch, GrpoInputs, GrpoLossSettings, GrpoOutput, grpo_loss};
+use trainer::config::settings::{
+    GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, OptimizerSettings, VespoSettings,
+};
+use trainer::engine::Engine;
+use trainer::model::HeadGradient;
+use trainer::model::batch::BatchBuilder;
+use trainer::ops::buffer;
+use trainer::optim::LrSchedule;
+use trainer::zero::ShardedAdamW;
+
+use crate::model_files::{Tensors, engine, name};
+use crate::report::{Report, max_difference};
+
+/// As the group's README advises for the first micro-batch; each step of Adam adds to it.
+const LOSS: f64 = 1e-4;
+const LOGPS: f64 = 1e-4;
+const GRAD_NORM: f64 = 1e-3;
+
+/// Settings of the recorded run.
+struct Config {
+    loss: GrpoLossSettings,
+    optimizer: OptimizerSettings,
+    learning_rate: f64,
+    max_grad_norm: f64,
+    temperature: f64,
+    steps: usize,
+    accumulation: usize,
+    steps_per_generation: usize,
+}
+
+impl Config {
+    fn read(run: &Value) -> anyhow::Result<Self> {
+        let (config, resolved) = (&run["config"], &run["config"]["resolved"]);
+        let number = |key: &str| {
+            let value = resolved.get(key).or_else(|| config.get(key));
+            value.and_then(Value::as_f64).with_context(|| format!("no number `{key}`"))
+        };
+        let loss_type: GrpoLossType =
+            config["loss_type"].as_str().and_then(|t| t.parse().ok()).context("loss_type")?;
+        Ok(Self {
+            loss: GrpoLossSettings {
+                loss_type,
+                importance_sampling_level: ImportanceSamplingLevel::Token,
+                beta: number("beta")?,
+                use_bias_correction_kl: resolved["use_bias_correction_kl"].as_bool().context("use_bias_correction_kl")?,
+                epsilon: number("epsilon")?,
+                epsilon_high: number("epsilon_high")?,
+                delta: None,
+                top_entropy_quantile: 1.0,
+                entropy_coef: 0.0,
+                off_policy_mask_threshold: None,
+                sapo_temperature_neg: 1.05,
+                sapo_temperature_pos: 1.0,
+                vespo: VespoSettings { k_pos: 2.0, lambda_pos: 3.0, k_neg: 3.0, lambda_neg: 2.0 },
+                max_completion_length: number("max_completion_length")? as usize,
+            },
+            optimizer: OptimizerSettings {
+                weight_decay: number("weight_decay")?,
+                adam_beta1: number("adam_beta1")?,
+                adam_beta2: number("adam_beta2")?,
+                adam_epsilon: number("adam_epsilon")?,
+            },
+            learning_rate: number("learning_rate")?,
+            max_grad_norm: number("max_grad_norm")?,
+            temperature: number("temperature")?,
+            steps: number("steps")? as usize,
+            accumulation: number("gradient_accumulation_steps")? as usize,
+            steps_per_generation: number("steps_per_generation")? as usize,
+        })
+    }
+}
+
+pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+    let case = name(folder);
+    let run: Value = serde_json::from_slice(&std::fs::read(folder.join("run.json"))?)?;
+    let config = Config::read(&run)?;
+    let io = Tensors::read(&folder.join("io.safetensors"))?;
+    let weights = Tensors::read(&folder.join("weights_after_step.safetensors"))?;
+    let engine = engine(folder, None, None, true)?;
+    let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store());
+    let schedule =
+        LrSchedule::new(LrSchedulerType::Linear, config.learning_rate, 0, config.steps, &serde_json::Map::new())?;
+    let logs = run["logs"].as_array().context("logs")?;
+    for step in 0..config.steps {
+        engine.store().zero_gradients()?;
+        let slack = 1.0 + step as f64;
+        for micro in step * config.accumulation..(step + 1) * config.accumulation {
+            let (logps, output) = micro_batch(&engine, &io, micro, &config)?;
+            let (logp_error, label) = (logps, format!("{case} micro {micro}"));
+            report.check(&format!("{label} logps"), logp_error, LOGPS * slack);
+            let expected = f64::from(io.floats(&format!("micro{micro}.loss"))?[0]);
+            report.check(&format!("{label} loss"), (output.loss - expected).abs(), LOSS * slack);
+        }
+        let done = optimizer.step(engine.store(), schedule.lr(step as u64), config.max_grad_norm)?;
+        let expected = logs[step]["grad_norm"].as_f64().context("grad_norm")?;
+        let error = (f64::from(done.grad_norm) - expected).abs() / expected;
+        report.check(&format!("{case} step {} grad norm", step + 1), error, GRAD_NORM * slack);
+        let tolerance = 1e-5 * slack + 1e-3 * config.learning_rate * slack;
+        for flat in engine.store().flats() {
+            let values = buffer::to_vec(flat.values())?;
+            for entry in flat.entries() {
+                let expected = weights.floats(&format!("step{}.{}", step + 1, entry.name))?;
+                let error = max_difference(&values[entry.range.clone()], &expected);
+                report.check(&format!("{case} step {} {}", step + 1, entry.name), error, tolerance);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds the gradients of a recorded micro-batch; returns the largest difference of its log-probabilities, and the loss.
+fn micro_batch(engine: &Engine, io: &Tensors, micro: usize, config: &Config) -> anyhow::Result<(f64, GrpoOutput)> {
+    let field = |part: &str| format!("micro{micro}.{part}");
+    let (prompts, prompt_mask) = (io.integers(&field("prompt_ids"))?, io.integers(&field("prompt_mask"))?);
+    let (completions, mask) = (io.integers(&field("completion_ids"))?, io.integers(&field("completion_mask"))?);
+    let unmasked = |ids: &[i64], mask: &[i64]| -> Vec<u32> {
+        ids.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(i, _)| *i as u32).collect()
+    };
+    // The values of unmasked completion tokens, row by row.
+    let tokens_of = |part: &str| -> anyhow::Result<Option<Vec<f32>>> {
+        if !io.has(&field(part)) {
+            return Ok(None);
+        }
+        let values = io.floats(&field(part))?;
+        Ok(Some(values.iter().zip(mask.iter().flatten()).filter(|(_, m)| **m == 1).map(|(v, _)| *v).collect()))
+    };
+    let mut builder = BatchBuilder::new();
+    let mut row_starts = vec![0];
+    for row in 0..prompts.len() {
+        let prompt = unmasked(&prompts[row], &prompt_mask[row]);
+        let completion = unmasked(&completions[row], &mask[row]);
+        let sequence = [prompt.as_slice(), &completion].concat();
+        let rows = builder.push(&sequence, row as u64);
+        for (index, &token) in completion.iter().enumerate() {
+            builder.predict(rows.start + prompt.len() - 1 + index, token);
+        }
+        row_starts.push(row_starts[row] + completion.len());
+    }
+    let batch = builder.build()?;
+    let (old, reference) = (tokens_of("old_per_token_logps")?, tokens_of("ref_per_token_logps")?);
+    let expected = tokens_of("logps")?.context("logps")?;
+    let ones = vec![1; expected.len()];
+    let num_items = io.integers(&field("num_items_in_batch"))?[0][0] as usize;
+    let advantages = io.floats(&field("advantages"))?;
+    engine.forward_backward(&batch, config.temperature, None, |head| {
+        let inputs = GrpoInputs {
+            row_starts: &row_starts,
+            logprobs: &head.logprobs,
+            old_logprobs: old.as_deref(),
+            ref_logprobs: reference.as_deref(),
+            sampling_logprobs: None,
+            entropies: Some(&head.entropies),
+            mask: &ones,
+            tool_mask: None,
+            advantages: &advantages,
+            importance_ratio: None,
+            entropy_threshold: None,
+            batch: GrpoBatch {
+                num_items_in_batch: num_items,
+                num_processes: 1,
+                gradient_accumulation_steps: config.accumulation,
+                steps_per_generation: config.steps_per_generation,
+                is_training: true,
+            },
+        };
+        let output = grpo_loss(&inputs, &config.loss)?;
+        let error = max_difference(&head.logprobs, &expected);
+        let gradient = HeadGradient { d_logprobs: output.d_logprobs.clone(), d_entropies: vec![] };
+        Ok::<_, anyhow::Error>((gradient, (error, output)))
+    })
+}
