@@ -4,8 +4,6 @@
 //! are token ids in ascending order; `logits` are those of the whole vocabulary, already divided by the temperature.
 //! Invariant: at least one candidate is left. Rules: transformers 5, `generation/logits_process.py`.
 
-use std::cmp::Ordering;
-
 /// Smallest logit that top-k keeps: the k-th largest one. Tokens that tie with it are all kept, as transformers does.
 /// `O(V)`; `buffer` is scratch.
 pub(super) fn top_k_threshold(logits: &[f32], k: usize, buffer: &mut Vec<f32>) -> f32 {
@@ -36,65 +34,67 @@ fn keep_largest(numbers: &mut Vec<f32>, k: usize) -> f32 {
     smallest
 }
 
-/// Order in which top-p drops tokens: by logit, ties by id (transformers' stable ascending sort).
-fn by_logit(logits: &[f32], a: u32, b: u32) -> Ordering {
-    let (x, y) = (logits[a as usize], logits[b as usize]);
-    x.partial_cmp(&y).unwrap_or_else(|| x.total_cmp(&y)).then(a.cmp(&b))
+/// Orders tokens as top-p drops them: by logit, ties by id (transformers' stable ascending sort). The id is in the low
+/// half.
+fn sort_key(logits: &[f32], id: u32) -> u64 {
+    // Adding 0 turns -0 into 0, which ties with it. Then the bits of positive floats order as integers do, and those of
+    // negative ones the other way round.
+    let bits = (logits[id as usize] + 0.0).to_bits();
+    let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+    u64::from(ordered) << 32 | u64::from(id)
 }
 
 /// Removes the least probable candidates whose cumulative probability, from the smallest, is at most `1 - top_p`.
 ///
-/// `probability(id)` is normalised over the candidates. As in torch the running sum is f64, rounded to f32 before the
-/// comparison. Expected `O(V)`: instead of sorting, halves the candidates around a median and goes on in the half that
-/// holds the border. `scratch` is overwritten.
+/// A candidate's probability is its weight divided by `sum`, in f32; as in torch the running sum is f64, rounded to f32
+/// before the comparison. Expected `O(V)`: instead of sorting, halves the candidates around a median and goes on in the
+/// half that holds the border. `keys` is scratch.
 pub(super) fn top_p(
     candidates: &mut Vec<u32>,
     logits: &[f32],
     top_p: f64,
-    probability: impl Fn(u32) -> f32,
-    scratch: &mut Vec<u32>,
+    weights: &[f32],
+    sum: f64,
+    keys: &mut Vec<u64>,
 ) {
+    let probability = |key: u64| f64::from((f64::from(weights[key as u32 as usize]) / sum) as f32);
     let limit = (1.0 - top_p) as f32;
     // All tokens below limit / n together stay below the limit, so they go without being ordered. Halved, to stay
     // clear of rounding in the sum.
-    let negligible = limit / (2.0 * candidates.len() as f32);
+    let negligible = (f64::from(limit) * sum / (2.0 * candidates.len() as f64)) as f32;
     let mut dropped = 0.0_f64;
-    scratch.clear();
+    keys.clear();
     for &id in candidates.iter() {
-        let share = probability(id);
-        if share < negligible {
-            dropped += f64::from(share);
+        let weight = weights[id as usize];
+        if weight < negligible {
+            dropped += f64::from(weight);
         } else {
-            scratch.push(id);
+            keys.push(sort_key(logits, id));
         }
     }
+    dropped /= sum;
+    let Some(&largest) = keys.iter().max() else { return };
     // The border lies in `rest`; everything below it is dropped, everything above it is kept.
-    let mut rest = scratch.as_mut_slice();
+    let mut rest = keys.as_mut_slice();
     while rest.len() > 1 {
         let half = rest.len() / 2;
-        rest.select_nth_unstable_by(half, |&a, &b| by_logit(logits, a, b));
+        rest.select_nth_unstable(half);
         let (lower, upper) = std::mem::take(&mut rest).split_at_mut(half);
-        let sum = lower.iter().fold(dropped, |sum, &id| sum + f64::from(probability(id)));
-        if (sum as f32) <= limit {
-            dropped = sum;
+        let below = lower.iter().fold(dropped, |below, &key| below + probability(key));
+        if (below as f32) <= limit {
+            dropped = below;
             rest = upper;
         } else {
             rest = lower;
         }
     }
-    // One candidate is left: the first that is kept, unless it still fits under the limit and is not the largest.
-    let Some(&border) = rest.first() else { return };
-    let is_dropped = (dropped + f64::from(probability(border))) as f32 <= limit;
-    let is_kept = |id: u32| match by_logit(logits, id, border) {
-        Ordering::Less => false,
-        Ordering::Equal => !is_dropped,
-        Ordering::Greater => true,
-    };
-    if candidates.iter().any(|&id| is_kept(id)) {
-        candidates.retain(|&id| is_kept(id));
-    } else {
-        candidates.retain(|&id| id == border);
-    }
+    // One is left: the first that is kept, or, where rounding lets even the largest under the limit, the largest.
+    let border = rest.first().copied().unwrap_or(largest);
+    let is_dropped = (dropped + probability(border)) as f32 <= limit && border != largest;
+    candidates.retain(|&id| {
+        let key = sort_key(logits, id);
+        key > border || (key == border && !is_dropped)
+    });
 }
 
 /// Removes candidates with less than `min_p` times the largest probability.
@@ -158,7 +158,7 @@ mod tests {
             let shares = softmax(logits);
             for p in [1e-6, 0.1, 0.5, 0.9, 0.95, 0.999_999] {
                 let mut kept: Vec<u32> = (0..logits.len() as u32).collect();
-                top_p(&mut kept, logits, p, |id| shares[id as usize], &mut Vec::new());
+                top_p(&mut kept, logits, p, &shares, 1.0, &mut Vec::new());
                 assert_eq!(kept, top_p_by_sorting(logits, p), "{p} {logits:?}");
             }
         });
@@ -172,7 +172,10 @@ mod tests {
             for k in [1, 2, 5, 40, 200, 299] {
                 let expected = if k < logits.len() { sorted[k - 1] } else { f32::NEG_INFINITY };
                 let got = top_k_threshold(logits, k, &mut Vec::new());
-                assert!(got == expected, "{k}: {got}, expected {expected}");
+                assert!(
+                    got.partial_cmp(&expected).is_some_and(std::cmp::Ordering::is_eq),
+                    "{k}: {got}, expected {expected}"
+                );
             }
         });
     }

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::{Error, filters};
 use crate::config::settings::SamplingSettings;
+use crate::kernels::cpu::vector;
 
 /// A drawn token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,6 +46,10 @@ pub struct Sampler {
     min_p: f64,
 }
 
+/// Weights that are summed in f32 before the sums are added in f64: few enough for f32, and many enough that a draw
+/// passes over most of the vocabulary in large steps.
+const CHUNK: usize = 512;
+
 /// Buffers of one thread, kept between draws.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -52,9 +57,11 @@ pub struct Scratch {
     scaled: Vec<f32>,
     /// `exp(scaled - largest)`, `[V]`.
     weights: Vec<f32>,
+    /// The sum of each [`CHUNK`] weights.
+    sums: Vec<f64>,
     /// Ids kept by the filters, ascending; unused without filters.
     kept: Vec<u32>,
-    ids: Vec<u32>,
+    keys: Vec<u64>,
     numbers: Vec<f32>,
 }
 
@@ -104,30 +111,37 @@ impl Sampler {
     /// Inversion: the first id, in ascending order, whose cumulative probability exceeds the uniform number.
     pub fn draw(&self, job: DrawJob<'_>, scratch: &mut Scratch) -> Result<Draw, Error> {
         self.scale(job.logits, job.seen, &mut scratch.scaled);
-        let largest = largest_logit(&scratch.scaled)?;
-        let plain = |token: u32| -> Result<f32, Error> {
-            let temperature = if self.is_greedy() { 1.0 } else { self.temperature };
-            let top = largest_logit(job.logits)? / temperature;
-            let sum: f64 = job.logits.iter().map(|l| f64::from((l / temperature - top).exp())).sum();
-            Ok((f64::from(job.logits[token as usize] / temperature - top) - sum.ln()) as f32)
-        };
+        let (largest, sum) = exponentials(&scratch.scaled, &mut scratch.weights, &mut scratch.sums)?;
         if self.is_greedy() {
             let token = scratch.scaled.iter().position(|&l| l == largest).map_or(0, |index| index as u32);
-            return Ok(Draw { token, logprob: plain(token)?, sampling_logprob: 0.0 });
+            return Ok(Draw { token, logprob: self.plain(token, job.logits, scratch)?, sampling_logprob: 0.0 });
         }
-        let sum = exponentials(&scratch.scaled, largest, &mut scratch.weights);
         let is_filtered = self.filter(sum, scratch);
-        let Scratch { weights, kept, .. } = &*scratch;
+        let Scratch { weights, kept, sums, .. } = &*scratch;
         let (token, total) = if is_filtered {
             let total: f64 = kept.iter().map(|&id| f64::from(weights[id as usize])).sum();
             let pairs = kept.iter().map(|&id| (id, weights[id as usize]));
             (invert(pairs, job.uniform * total), total)
         } else {
-            (invert((0..).zip(weights.iter().copied()), job.uniform * sum), sum)
+            (invert_in_chunks(weights, sums, job.uniform * sum), sum)
         };
         let above = f64::from(scratch.scaled[token as usize] - largest);
-        let logprob = if self.needs_seen_tokens() { plain(token)? } else { (above - sum.ln()) as f32 };
-        Ok(Draw { token, logprob, sampling_logprob: (above - total.ln()) as f32 })
+        let sampling_logprob = (above - total.ln()) as f32;
+        let is_plain = !self.needs_seen_tokens();
+        let logprob = if is_plain { (above - sum.ln()) as f32 } else { self.plain(token, job.logits, scratch)? };
+        Ok(Draw { token, logprob, sampling_logprob })
+    }
+
+    /// [`Draw::logprob`] of a token, from the logits as the model gave them.
+    fn plain(&self, token: u32, logits: &[f32], scratch: &mut Scratch) -> Result<f32, Error> {
+        let Scratch { scaled, weights, sums, .. } = scratch;
+        scaled.clear();
+        scaled.extend_from_slice(logits);
+        if !self.is_greedy() && self.temperature != 1.0 {
+            scaled.iter_mut().for_each(|logit| *logit /= self.temperature);
+        }
+        let (largest, sum) = exponentials(scaled, weights, sums)?;
+        Ok((f64::from(scaled[token as usize] - largest) - sum.ln()) as f32)
     }
 
     /// The logits after every processor, removed tokens at minus infinity, as transformers' processors return them.
@@ -138,12 +152,8 @@ impl Sampler {
     pub fn process(&self, logits: &[f32], seen: &[u32]) -> Result<Vec<f32>, Error> {
         let mut scratch = Scratch::default();
         self.scale(logits, seen, &mut scratch.scaled);
-        let largest = largest_logit(&scratch.scaled)?;
-        if self.is_greedy() {
-            return Ok(scratch.scaled);
-        }
-        let sum = exponentials(&scratch.scaled, largest, &mut scratch.weights);
-        if !self.filter(sum, &mut scratch) {
+        let (_, sum) = exponentials(&scratch.scaled, &mut scratch.weights, &mut scratch.sums)?;
+        if self.is_greedy() || !self.filter(sum, &mut scratch) {
             return Ok(scratch.scaled);
         }
         let mut processed = vec![f32::NEG_INFINITY; logits.len()];
@@ -172,7 +182,7 @@ impl Sampler {
 
     /// Puts the ids that top-k, top-p and min-p keep into `scratch.kept`; false if none of them is on.
     fn filter(&self, sum: f64, scratch: &mut Scratch) -> bool {
-        let Scratch { scaled, weights, kept, ids, numbers } = scratch;
+        let Scratch { scaled, weights, kept, keys, numbers, .. } = scratch;
         let is_top_k = self.top_k > 0 && self.top_k < scaled.len();
         let is_top_p = self.top_p < 1.0;
         if !is_top_k && !is_top_p && self.min_p == 0.0 {
@@ -188,7 +198,7 @@ impl Sampler {
             kept.extend(0..scaled.len() as u32);
         }
         if is_top_p {
-            filters::top_p(kept, scaled, self.top_p, |id| (f64::from(weights[id as usize]) / sum) as f32, ids);
+            filters::top_p(kept, scaled, self.top_p, weights, sum, keys);
             sum = kept.iter().map(|&id| f64::from(weights[id as usize])).sum();
         }
         if self.min_p > 0.0 {
@@ -198,35 +208,49 @@ impl Sampler {
     }
 }
 
-/// The largest logit; an error if there is none to draw from.
-fn largest_logit(logits: &[f32]) -> Result<f32, Error> {
-    let mut largest = f32::NEG_INFINITY;
-    let mut is_number = true;
-    for &logit in logits {
-        largest = largest.max(logit);
-        is_number &= !logit.is_nan();
+/// `exp(scaled - largest)`, its sum over each chunk, the largest and the sum of all; an error where no token can be drawn.
+fn exponentials(scaled: &[f32], weights: &mut Vec<f32>, sums: &mut Vec<f64>) -> Result<(f32, f64), Error> {
+    let largest = vector::max(scaled);
+    if !largest.is_finite() {
+        return Err(unusable(scaled));
     }
-    let find = |reason, test: fn(f32) -> bool| Error::Logits {
-        reason,
-        index: logits.iter().position(|&l| test(l)).unwrap_or(0),
-    };
-    if !is_number {
-        return Err(find("a NaN", f32::is_nan));
-    }
-    if largest == f32::INFINITY {
-        return Err(find("an infinity", |l| l == f32::INFINITY));
-    }
-    if largest == f32::NEG_INFINITY {
-        return Err(Error::Logits { reason: "nothing above minus infinity", index: 0 });
-    }
-    Ok(largest)
+    weights.clear();
+    weights.extend_from_slice(scaled);
+    sums.clear();
+    sums.extend(weights.chunks_mut(CHUNK).map(|chunk| f64::from(vector::exp_in_place(chunk, 1.0, largest))));
+    let sum: f64 = sums.iter().sum();
+    // A NaN is not the largest, but it is in the sum.
+    if sum.is_finite() { Ok((largest, sum)) } else { Err(unusable(scaled)) }
 }
 
-/// `exp(scaled - largest)` and its sum.
-fn exponentials(scaled: &[f32], largest: f32, weights: &mut Vec<f32>) -> f64 {
-    weights.clear();
-    weights.extend(scaled.iter().map(|logit| (logit - largest).exp()));
-    weights.iter().map(|&weight| f64::from(weight)).sum()
+/// What is wrong with the logits.
+fn unusable(logits: &[f32]) -> Error {
+    let find = |reason, test: fn(f32) -> bool| {
+        let index = logits.iter().position(|&logit| test(logit))?;
+        Some(Error::Logits { reason, index })
+    };
+    find("a NaN", f32::is_nan)
+        .or_else(|| find("an infinity", |logit| logit == f32::INFINITY))
+        .unwrap_or(Error::Logits { reason: "nothing above minus infinity", index: 0 })
+}
+
+/// As [`invert`] for all weights, of which the sums over chunks are known.
+fn invert_in_chunks(weights: &[f32], sums: &[f64], target: f64) -> u32 {
+    let mut before = 0.0;
+    let mut chosen = (0, 0.0);
+    for (chunk, &sum) in sums.iter().enumerate() {
+        if sum > 0.0 {
+            chosen = (chunk, before);
+            before += sum;
+            if before > target {
+                break;
+            }
+        }
+    }
+    let (chunk, before) = chosen;
+    let first = chunk * CHUNK;
+    let chunk = &weights[first..(first + CHUNK).min(weights.len())];
+    invert((first as u32..).zip(chunk.iter().copied()), target - before)
 }
 
 /// The first id whose cumulative weight exceeds `target`; the last with a weight where rounding leaves none.

@@ -116,8 +116,8 @@ fn dot(left: &[f32], right: &[f32]) -> f32 {
     let (left_chunks, right_chunks) = (left.chunks_exact(8), right.chunks_exact(8));
     let rest: f32 = left_chunks.remainder().iter().zip(right_chunks.remainder()).map(|(l, r)| l * r).sum();
     for (l, r) in left_chunks.zip(right_chunks) {
-        for lane in 0..8 {
-            lanes[lane] += l[lane] * r[lane];
+        for ((lane, l), r) in lanes.iter_mut().zip(l).zip(r) {
+            *lane += l * r;
         }
     }
     let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];

@@ -228,6 +228,23 @@ fn a_group_prefills_its_prompt_once_and_shares_its_pages() {
 }
 
 #[test]
+fn samples_computed_again_share_only_pages_that_are_filled() {
+    // Chunks of a few tokens, so that a sample comes back while another one of its prompt is half computed.
+    let requests = requests(&[64], 6);
+    let sampling = SamplingSettings::default();
+    let settings = RolloutSettings { eos_token_ids: vec![], ..settings() };
+    let expected = run(settings.clone(), &requests, &sampling).completions;
+    let mut preemptions = 0;
+    for pages in 6..30 {
+        let settings = RolloutSettings { max_batch_tokens: 7, kv_cache_bytes: pages * PAGE_BYTES, ..settings.clone() };
+        let got = run(settings, &requests, &sampling);
+        assert_eq!(got.completions, expected, "{pages} pages");
+        preemptions += got.statistics.preemptions;
+    }
+    assert!(preemptions > 20, "only {preemptions} preemptions");
+}
+
+#[test]
 fn all_pages_are_free_at_the_end() {
     let requests = requests(&[20, 16, 40], 4);
     let sampler = Sampler::new(&SamplingSettings::default()).unwrap();
