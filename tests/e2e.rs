@@ -1,0 +1,19 @@
+//! End to end: the real binary on tiny models. What it learns and leaves, how it resumes, and how it fails.
+//!
+//! Nothing here needs a network, a GPU or more than a minute on 2 cores.
+
+#[path = "support/test_run.rs"]
+mod test_run;
+
+#[path = "e2e/bad_input.rs"]
+mod bad_input;
+#[path = "e2e/disk.rs"]
+mod disk;
+#[path = "e2e/generate.rs"]
+mod generate;
+#[path = "e2e/resume.rs"]
+mod resume;
+#[path = "e2e/rewards.rs"]
+mod rewards;
+#[path = "e2e/training.rs"]
+mod training;
