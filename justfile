@@ -25,10 +25,6 @@ golden *GROUPS:
 e2e:
     cargo test --release --test quickstart -- --ignored --nocapture --test-threads=1
 
-# Tests that need a GPU
-test-gpu:
-    cargo test --release --features cuda,nccl -- --ignored gpu
-
 # Benchmarks of the CPU paths
 bench *ARGS:
     cargo bench {{ARGS}}

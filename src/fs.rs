@@ -205,8 +205,8 @@ pub fn sync_folder(folder: &Path) -> Result<(), Error> {
 pub fn checksum(path: &Path) -> Result<(String, u64), Error> {
     let mut hasher = blake3::Hasher::new();
     let file = File::open(path).map_err(io_error("open", path))?;
-    let length = io::copy(&mut io::BufReader::with_capacity(1 << 20, file), &mut hasher)
-        .map_err(io_error("read", path))?;
+    let length =
+        io::copy(&mut io::BufReader::with_capacity(1 << 20, file), &mut hasher).map_err(io_error("read", path))?;
     Ok((hasher.finalize().to_hex().to_string(), length))
 }
 

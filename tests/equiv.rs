@@ -120,7 +120,8 @@ fn packed(sequences: &[(u64, Vec<u32>)]) -> Batch {
 
 #[test]
 fn packing_and_micro_batch_splits_give_the_same_gradients() {
-    let sequences: Vec<(u64, Vec<u32>)> = [3, 70, 1, 20, 33].iter().zip(0..).map(|(&n, i)| (i, sequence(n, i))).collect();
+    let sequences: Vec<(u64, Vec<u32>)> =
+        [3, 70, 1, 20, 33].iter().zip(0..).map(|(&n, i)| (i, sequence(n, i))).collect();
     for (architecture, dropout) in [("qwen2", None), ("qwen2", Some(0.3)), ("qwen3", Some(0.0)), ("qwen3", None)] {
         let engine = engine(architecture, dropout, false);
         let together = gradients(&engine, &[packed(&sequences)]);
@@ -204,7 +205,11 @@ fn the_cached_decoder_says_what_the_trainer_says() {
     for architecture in ["qwen2", "qwen3"] {
         let engine = engine(architecture, Some(0.0), true);
         let requests: Vec<Request> = (0..9)
-            .map(|i| Request { sample_id: i, prompt_ids: sequence(5 + 9 * (i as usize / 3), i / 3), group: i as usize / 3 })
+            .map(|i| Request {
+                sample_id: i,
+                prompt_ids: sequence(5 + 9 * (i as usize / 3), i / 3),
+                group: i as usize / 3,
+            })
             .collect();
         let mut rollout = Rollout::new(RolloutSettings {
             max_num_seqs: 4,

@@ -582,7 +582,8 @@ fn a_damaged_4_bit_checkpoint_is_an_error_and_never_a_panic() {
 #[test]
 #[ignore = "needs the Qwen2.5-Coder-0.5B GGUF file"]
 fn the_real_model_s_tensors_are_those_of_the_reference() {
-    let path = PathBuf::from(std::env::var_os("TRAINER_QWEN05B_GGUF").expect("TRAINER_QWEN05B_GGUF names the GGUF file"));
+    let path =
+        PathBuf::from(std::env::var_os("TRAINER_QWEN05B_GGUF").expect("TRAINER_QWEN05B_GGUF names the GGUF file"));
     let root = std::env::var_os("TRAINER_GOLDEN_DIR")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), PathBuf::from);
     let reference = json_of(&root.join("real05b/real05b.json"));

@@ -12,8 +12,8 @@ use crate::model::load::Purpose;
 use crate::rollout::forward::EngineModel;
 use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
 use crate::telemetry::{peak_resident_bytes, units};
-use crate::train::session::{self, Session};
 use crate::train;
+use crate::train::session::{self, Session};
 
 /// Prompts completed at the same time.
 const MOST_SEQUENCES: usize = 16;
@@ -166,7 +166,8 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let mut trouble = None;
     let mut on_event = |event: Event| {
         if let (true, Event::Token { token, .. }) = (args.stream, event) {
-            let printed = stream.push(&session.tokenizer, token).map_err(Into::into).and_then(|text| context.print(&text));
+            let printed =
+                stream.push(&session.tokenizer, token).map_err(Into::into).and_then(|text| context.print(&text));
             trouble = trouble.take().or(printed.err());
         }
     };
@@ -218,7 +219,10 @@ impl Args {
         let template = match (self.prompt_form(), &session.template) {
             (PromptForm::Raw, _) | (PromptForm::ChatIfPossible, None) => None,
             (PromptForm::Chat, None) => {
-                anyhow::bail!(UsageError(format!("`{}` has no chat template; leave out --chat and --system", self.model)))
+                anyhow::bail!(UsageError(format!(
+                    "`{}` has no chat template; leave out --chat and --system",
+                    self.model
+                )))
             }
             (_, template) => template.as_ref(),
         };

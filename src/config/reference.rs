@@ -20,7 +20,9 @@ pub fn explain(name: &str) -> Result<String, String> {
     let Some(key) = KEYS.iter().find(|key| key.name == name) else {
         let likeness = |key: &&Key| (strsim::jaro_winkler(name, key.name) * 1e6) as u64;
         let nearest = KEYS.iter().max_by_key(likeness).map_or("", |key| key.name);
-        return Err(format!("there is no key `{name}`; the nearest is `{nearest}`, `trainer config --reference` lists all"));
+        return Err(format!(
+            "there is no key `{name}`; the nearest is `{nearest}`, `trainer config --reference` lists all"
+        ));
     };
     let commands = match key.commands {
         Commands::Both => format!("{} and {}", Command::Sft, Command::Grpo),

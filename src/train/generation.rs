@@ -9,15 +9,13 @@ use serde_json::{Value, json};
 
 use super::run::Run;
 use super::session::Session;
-use crate::algo::{
-    AdvantageInputs, AdvantageOutput, advantages, completion_statistics,
-};
+use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
 use crate::config::settings::{GrpoSettings, SamplingSettings};
 use crate::data::{PromptExample, Tokenizer};
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::reward::{self, Reward};
 use crate::rollout::forward::EngineModel;
-use crate::rollout::{Caller, Completion, Event, Request, Rollout, RolloutSettings, Statistics};
+use crate::rollout::{Caller, Completion, Event, KvShape, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::Sample;
 
 /// One completion with everything the loss needs of it.
@@ -90,6 +88,25 @@ impl<'a> Generator<'a> {
         self.rollout.statistics()
     }
 
+    /// Bytes that the rollout's cache takes now.
+    pub(super) fn cache_bytes(&self) -> usize {
+        self.rollout.cache_bytes()
+    }
+
+    /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once.
+    pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &[PromptExample]) -> u64 {
+        let config = session.engine.config();
+        let shape = KvShape {
+            layers: config.num_hidden_layers,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        };
+        let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
+        let pages = (longest + self.settings.max_completion_length - 1).div_ceil(PAGE_TOKENS) + 2;
+        let lanes = self.settings.max_num_seqs.min(self.settings.generation_batch_size) + 1;
+        (lanes * pages * shape.page_bytes()) as u64
+    }
+
     /// Samples one completion for each entry of `prompts` (indices into `examples`, groups contiguous).
     ///
     /// `key` is the number of the generation batch: it and the place in `prompts` key the random draws.
@@ -121,8 +138,7 @@ impl<'a> Generator<'a> {
         };
         let detokenize = |ids: &[u32]| session.tokenizer.decode(ids, false).unwrap_or_default();
         // A signal is looked at between steps: a rollout that was begun is finished, so that nothing is lost.
-        let mut caller =
-            Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: Some(&detokenize) };
+        let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: Some(&detokenize) };
         let seed = self.settings.training.seed;
         Ok(self.rollout.generate(&mut model, &requests, sampling, seed, key, &mut caller)?)
     }
@@ -136,10 +152,8 @@ impl<'a> Generator<'a> {
         group_size: usize,
         step: u64,
     ) -> anyhow::Result<Scored> {
-        let texts: Vec<String> = completions
-            .iter()
-            .map(|c| completion_text(&session.tokenizer, &c.token_ids))
-            .collect::<Result<_, _>>()?;
+        let texts: Vec<String> =
+            completions.iter().map(|c| completion_text(&session.tokenizer, &c.token_ids)).collect::<Result<_, _>>()?;
         let samples: Vec<reward::Sample<'_>> = completions
             .iter()
             .zip(&texts)

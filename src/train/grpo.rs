@@ -33,8 +33,13 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
-    let mut session =
-        session::open(&settings.model, training.seed, Purpose::Training, training.gradient_checkpointing, &mut progress)?;
+    let mut session = session::open(
+        &settings.model,
+        training.seed,
+        Purpose::Training,
+        training.gradient_checkpointing,
+        &mut progress,
+    )?;
     let splits = data::load(&settings.data, training.seed, &mut progress)?;
     drop(progress);
     let prompts = prepare(settings, &session, &splits.train)?;
@@ -52,8 +57,9 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
     }
-    let mut run = Run::begin("grpo", training, context, total, resumed.as_ref())?;
-    run.open(&show_plan(settings, &session, &prompts, &generator, &optimizer, total));
+    let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
+    let mut run = Run::begin("grpo", training, context, total, memory, resumed.as_ref())?;
+    run.open(show_plan(settings, &session, &prompts, &generator, total));
 
     let num_prompts = settings.generation_batch_size / settings.num_generations;
     while run.step < run.total {
@@ -102,7 +108,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         }
     }
     run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref()))?;
-    run.finish(&session, Section::new("Summary"))
+    run.finish(&session)
 }
 
 /// Micro-steps that a generation batch serves.
@@ -122,8 +128,7 @@ fn total_steps(settings: &GrpoSettings, num_prompts: usize) -> u64 {
 
 fn prepare(settings: &GrpoSettings, session: &Session, rows: &Dataset) -> anyhow::Result<Vec<PromptExample>> {
     let options = PromptOptions::from_settings(settings);
-    let prompts =
-        data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
+    let prompts = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
     let limit = session.engine.config().max_position_embeddings;
     let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
     if longest + settings.max_completion_length > limit {
@@ -164,6 +169,7 @@ fn generate(
     let started = std::time::Instant::now();
     let key = run.step;
     let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run)?;
+    run.memory.set_kv_cache(generator.cache_bytes());
     let statistics = generator.statistics();
     run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
@@ -194,7 +200,8 @@ fn add_logprobs(
 ) -> anyhow::Result<()> {
     let accumulation = settings.training.gradient_accumulation_steps;
     // As TRL: the batch stays on policy if it is used up within whole optimizer steps that each see it once.
-    let needs_old = !accumulation.is_multiple_of(batch_life(settings)) || settings.rollout_importance_sampling.is_some();
+    let needs_old =
+        !accumulation.is_multiple_of(batch_life(settings)) || settings.rollout_importance_sampling.is_some();
     let needs_ref = settings.beta != 0.0;
     for samples in batch.samples.chunks_mut(settings.training.per_device_train_batch_size) {
         if !needs_old && !needs_ref {
@@ -258,7 +265,9 @@ fn policy_gradient(
                 mask: &micro.mask,
                 tool_mask: None,
                 advantages: &micro.advantages,
-                importance_ratio: correction.as_ref().and_then(|c| c.importance_ratio(0..samples.len(), 0..micro.mask.len())),
+                importance_ratio: correction
+                    .as_ref()
+                    .and_then(|c| c.importance_ratio(0..samples.len(), 0..micro.mask.len())),
                 entropy_threshold: None,
                 batch: GrpoBatch {
                     num_items_in_batch: num_items,
@@ -294,7 +303,8 @@ fn evaluate(
     let started = std::time::Instant::now();
     let group = settings.num_generations_eval;
     let indices: Vec<usize> = (0..prompts.len()).flat_map(|p| std::iter::repeat_n(p, group)).collect();
-    let completions = generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
+    let completions =
+        generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
     let scored = generator.score(session, prompts, &completions, group, run.step)?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
@@ -318,7 +328,6 @@ fn show_plan(
     session: &Session,
     prompts: &[PromptExample],
     generator: &Generator<'_>,
-    optimizer: &ShardedAdamW,
     total: u64,
 ) -> Vec<Section> {
     let training = &settings.training;
@@ -337,8 +346,17 @@ fn show_plan(
         .collect();
     let mut policy = Section::new("Policy")
         .row("rewards", rewards.join(", "))
-        .row("loss", format!("{}, clipped to [1 - {}, 1 + {}]", settings.loss_type, settings.epsilon, settings.epsilon_high))
-        .row("sampling", format!("temperature {}, at most {} new tokens", settings.sampling.temperature, settings.max_completion_length));
+        .row(
+            "loss",
+            format!("{}, clipped to [1 - {}, 1 + {}]", settings.loss_type, settings.epsilon, settings.epsilon_high),
+        )
+        .row(
+            "sampling",
+            format!(
+                "temperature {}, at most {} new tokens",
+                settings.sampling.temperature, settings.max_completion_length
+            ),
+        );
     if settings.beta != 0.0 {
         let reference = match (session.engine.store().has_reference(), settings.sync_ref_model) {
             (true, true) => "a copy that follows the policy",
@@ -352,6 +370,5 @@ fn show_plan(
         plan::model_section(&settings.model, session),
         plan::data_section(&settings.data, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len()))),
         policy,
-        plan::memory_section(session, optimizer),
     ]
 }

@@ -9,7 +9,7 @@ use crate::data::hub::Download;
 use crate::model::batch::Batch;
 use crate::optim::LrSchedule;
 use crate::quant::Weight;
-use crate::telemetry::{Console, Progress, Section, Terminal, units};
+use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
 use crate::zero::{ShardedAdamW, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
@@ -79,7 +79,10 @@ pub(super) fn run_section(task: &str, training: &TrainingSettings, total: u64, b
         .row("device", format!("CPU, {} threads, f32", rayon::current_num_threads()))
         .row("steps", total)
         .row("batch", batch)
-        .row("optimizer", format!("AdamW, learning rate {:e} ({}), {clip}", training.learning_rate, training.lr_scheduler_type))
+        .row(
+            "optimizer",
+            format!("AdamW, learning rate {:e} ({}), {clip}", training.learning_rate, training.lr_scheduler_type),
+        )
         .row("seed", training.seed)
 }
 
@@ -121,34 +124,66 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
 
 /// The data and its token counts.
 pub(super) fn data_section(settings: &DataSettings, statistics: &TokenStatistics) -> Section {
-    Section::new("Data")
-        .row("set", &settings.dataset_name)
-        .row("rows", units::count(statistics.count as u64))
-        .row(
-            "tokens",
-            format!(
-                "{} in all; per row mean {:.1}, median {}, 95% below {}, longest {}",
-                units::count(statistics.total as u64),
-                statistics.mean,
-                statistics.median,
-                statistics.p95,
-                statistics.max
-            ),
-        )
+    Section::new("Data").row("set", &settings.dataset_name).row("rows", units::count(statistics.count as u64)).row(
+        "tokens",
+        format!(
+            "{} in all; per row mean {:.1}, median {}, 95% below {}, longest {}",
+            units::count(statistics.total as u64),
+            statistics.mean,
+            statistics.median,
+            statistics.p95,
+            statistics.max
+        ),
+    )
 }
 
-/// Bytes of everything that lives as long as the run.
-pub(super) fn memory_section(session: &Session, optimizer: &ShardedAdamW) -> Section {
-    let store = session.engine.store();
-    let trained = 4 * store.num_trainable() as u64;
-    let name = if session.adapter_spec.is_some() { "adapter" } else { "weights" };
-    let mut section = Section::new("Memory");
-    section.push("base weights", units::bytes(store.frozen_bytes() as u64));
-    section.push(name, units::bytes(trained));
-    section.push("gradients", units::bytes(trained));
-    section.push("optimizer", units::bytes(optimizer.size_bytes() as u64));
-    if store.has_reference() {
-        section.push("reference", units::bytes(trained));
+/// The run's ledger with what lives as long as the run, and the rollout's cache, which grows when it is first used.
+pub(super) struct Memory {
+    ledger: Ledger,
+    kv_cache: Allocation,
+    _held: Vec<Allocation>,
+}
+
+impl Memory {
+    /// Registers the session's parameters and the optimizer's state; `kv_cache_bytes` is what the rollout may need.
+    pub(super) fn new(session: &Session, optimizer: &ShardedAdamW, kv_cache_bytes: u64) -> Self {
+        let store = session.engine.store();
+        let trained = 4 * store.num_trainable() as u64;
+        let copies = if store.has_reference() { 2 } else { 1 };
+        let (weights, adapters) = match session.adapter_spec {
+            Some(_) => (store.frozen_bytes() as u64, copies * trained),
+            None => (copies * trained, 0),
+        };
+        let ledger = Ledger::default();
+        let kinds = [
+            (Kind::Weights, weights),
+            (Kind::Adapters, adapters),
+            (Kind::Gradients, trained),
+            (Kind::Optimizer, optimizer.size_bytes() as u64),
+        ];
+        let held = kinds.into_iter().filter(|&(_, bytes)| bytes > 0).map(|(kind, bytes)| {
+            ledger.plan(kind, bytes);
+            ledger.register(kind, bytes)
+        });
+        let held = held.collect();
+        if kv_cache_bytes > 0 {
+            ledger.plan(Kind::KvCache, kv_cache_bytes);
+        }
+        Self { kv_cache: ledger.register(Kind::KvCache, 0), _held: held, ledger }
     }
-    section
+
+    /// Notes the bytes that the rollout's cache takes now.
+    pub(super) fn set_kv_cache(&mut self, bytes: usize) {
+        self.kv_cache.resize(bytes as u64);
+    }
+
+    /// The plan, for the opening of the run.
+    pub(super) fn planned(&self) -> Section {
+        self.ledger.planned_section()
+    }
+
+    /// Plan and measured peak, for its end.
+    pub(super) fn measured(&self) -> Section {
+        self.ledger.section()
+    }
 }

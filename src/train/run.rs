@@ -8,13 +8,14 @@ use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::plan::Memory;
 use super::session::Session;
 use super::{Context, Outcome, save};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, Resume, TrainingSettings};
 use crate::data::SamplerState;
 use crate::ops::buffer;
-use crate::telemetry::{Accumulator, Console, Metrics, Row, Section, peak_resident_bytes, read_rows, units, write_curves};
+use crate::telemetry::{Accumulator, Console, Metrics, Row, Section, read_rows, units, write_curves};
 use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
 
 /// File of a checkpoint with the state below.
@@ -53,6 +54,7 @@ pub(super) struct Run<'a> {
     settings: &'a TrainingSettings,
     context: Context<'a>,
     pub(super) console: Console,
+    pub(super) memory: Memory,
     metrics: Metrics,
     pub(super) accumulator: Accumulator,
     /// Optimizer steps taken.
@@ -126,7 +128,11 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         bail!("`{place}` holds state of `trainer {}` (format {}), not of `trainer {task}`", state.task, state.version);
     }
     if state.seed != settings.seed {
-        bail!("`{place}` was made with `seed: {}`, this run has {}; resume with the same seed", state.seed, settings.seed);
+        bail!(
+            "`{place}` was made with `seed: {}`, this run has {}; resume with the same seed",
+            state.seed,
+            settings.seed
+        );
     }
     let tensors: std::collections::BTreeMap<String, Vec<f32>> =
         checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
@@ -135,7 +141,10 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         let mut values = buffer::to_vec(flat.values())?;
         for entry in flat.entries() {
             let saved = tensors.get(&entry.name).filter(|v| v.len() == entry.range.len()).with_context(|| {
-                format!("`{place}` has no fitting `{}`; resume with the model and adapter settings of that run", entry.name)
+                format!(
+                    "`{place}` has no fitting `{}`; resume with the model and adapter settings of that run",
+                    entry.name
+                )
             })?;
             values[entry.range.clone()].copy_from_slice(saved);
         }
@@ -163,6 +172,7 @@ impl<'a> Run<'a> {
         settings: &'a TrainingSettings,
         context: Context<'a>,
         total: u64,
+        memory: Memory,
         resumed: Option<&State<B>>,
     ) -> anyhow::Result<Self> {
         let console = Console::new(context.terminal.clone(), settings.disable_tqdm);
@@ -178,6 +188,7 @@ impl<'a> Run<'a> {
             settings,
             context,
             console,
+            memory,
             metrics,
             accumulator,
             step,
@@ -192,8 +203,9 @@ impl<'a> Run<'a> {
     }
 
     /// Prints the plan and starts the clock.
-    pub(super) fn open(&mut self, sections: &[Section]) {
-        self.console.sections(sections);
+    pub(super) fn open(&mut self, mut sections: Vec<Section>) {
+        sections.push(self.memory.planned());
+        self.console.sections(&sections);
         for warning in self.context.warnings {
             self.console.note(&format!("warning: {warning}"));
         }
@@ -278,9 +290,10 @@ impl<'a> Run<'a> {
         };
         writer.add_json(STATE_FILE, &state)?;
         let store = session.engine.store();
-        let copies = |tensors: &mut dyn Iterator<Item = &candle_core::Tensor>| -> Result<Vec<Vec<f32>>, crate::ops::Error> {
-            tensors.map(buffer::to_vec).collect()
-        };
+        let copies =
+            |tensors: &mut dyn Iterator<Item = &candle_core::Tensor>| -> Result<Vec<Vec<f32>>, crate::ops::Error> {
+                tensors.map(buffer::to_vec).collect()
+            };
         let values = copies(&mut store.flats().map(|flat| flat.values()))?;
         let references = copies(&mut store.reference().into_iter().flatten())?;
         let tensors = named(store, &values, "")
@@ -296,27 +309,26 @@ impl<'a> Run<'a> {
     }
 
     /// Ends a run that took all its steps: final model, curves, summary.
-    pub(super) fn finish(mut self, session: &Session, mut summary: Section) -> anyhow::Result<Outcome> {
+    pub(super) fn finish(mut self, session: &Session) -> anyhow::Result<Outcome> {
         let output_dir = &self.settings.output_dir;
         self.console.finish_steps();
+        let mut summary = Section::new("Summary");
         save::write_model(output_dir, session)?;
         let curves = output_dir.join("curves.svg");
-        let has_curves = write_curves(&curves, &title(self.task, output_dir), &read_rows(&output_dir.join("metrics.jsonl"))?)?;
+        let has_curves =
+            write_curves(&curves, &title(self.task, output_dir), &read_rows(&output_dir.join("metrics.jsonl"))?)?;
         let secs = self.started.elapsed().as_secs_f64();
         let steps = self.step - self.first_step;
         let tokens = self.num_tokens - self.first_tokens;
         summary.push("steps", format!("{steps} in {}", units::duration(secs)));
         summary.push("throughput", format!("{:.0} tokens/s ({} tokens)", tokens as f64 / secs, units::count(tokens)));
-        if let Some(bytes) = peak_resident_bytes() {
-            summary.push("peak memory", units::bytes(bytes));
-        }
         let kind = if session.adapter_spec.is_some() { "adapter" } else { "model" };
         summary.push(kind, output_dir.display());
         summary.push("metrics", output_dir.join("metrics.jsonl").display());
         if has_curves {
             summary.push("curves", curves.display());
         }
-        self.console.sections(&[summary]);
+        self.console.sections(&[self.memory.measured(), summary]);
         Ok(Outcome::Finished)
     }
 

@@ -42,7 +42,9 @@ pub fn open(
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
     let tokenizer_place = match &settings.tokenizer_name_or_path {
-        Some(name) => local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?,
+        Some(name) => {
+            local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?
+        }
         None => folder.clone(),
     };
     // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.

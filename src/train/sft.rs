@@ -37,8 +37,13 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
-    let session =
-        session::open(&settings.model, training.seed, Purpose::Training, training.gradient_checkpointing, &mut progress)?;
+    let session = session::open(
+        &settings.model,
+        training.seed,
+        Purpose::Training,
+        training.gradient_checkpointing,
+        &mut progress,
+    )?;
     let (train, eval) = prepare(settings, &session, &mut progress)?;
     drop(progress);
 
@@ -52,8 +57,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
     }
-    let mut run = Run::begin("sft", training, context, total, resumed.as_ref())?;
-    run.open(&show_plan(settings, &session, &train, eval.as_ref(), &optimizer, total));
+    let memory = plan::Memory::new(&session, &optimizer, 0);
+    let mut run = Run::begin("sft", training, context, total, memory, resumed.as_ref())?;
+    run.open(show_plan(settings, &session, &train, eval.as_ref(), total));
 
     while run.step < run.total {
         let epoch_before = sampler.epochs();
@@ -109,7 +115,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         }
     }
     run.save(&session, &optimizer, LoopState::<()> { sampler: sampler.state(), buffer: None })?;
-    run.finish(&session, Section::new("Summary"))
+    run.finish(&session)
 }
 
 /// Optimizer steps of the run; an epoch may end inside a step, which then goes on into the next one.
@@ -218,7 +224,6 @@ fn show_plan(
     session: &Session,
     train: &Split,
     eval: Option<&Split>,
-    optimizer: &ShardedAdamW,
     total: u64,
 ) -> Vec<Section> {
     let training = &settings.training;
@@ -245,10 +250,5 @@ fn show_plan(
         training.gradient_accumulation_steps,
         mean * sequences as f64
     );
-    vec![
-        plan::run_section("sft", training, total, &batch),
-        plan::model_section(&settings.model, session),
-        data,
-        plan::memory_section(session, optimizer),
-    ]
+    vec![plan::run_section("sft", training, total, &batch), plan::model_section(&settings.model, session), data]
 }

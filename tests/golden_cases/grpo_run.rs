@@ -42,14 +42,15 @@ impl Config {
             let value = resolved.get(key).or_else(|| config.get(key));
             value.and_then(Value::as_f64).with_context(|| format!("no number `{key}`"))
         };
-        let loss_type: GrpoLossType =
-            config["loss_type"].as_str().and_then(|t| t.parse().ok()).context("loss_type")?;
+        let loss_type: GrpoLossType = config["loss_type"].as_str().and_then(|t| t.parse().ok()).context("loss_type")?;
         Ok(Self {
             loss: GrpoLossSettings {
                 loss_type,
                 importance_sampling_level: ImportanceSamplingLevel::Token,
                 beta: number("beta")?,
-                use_bias_correction_kl: resolved["use_bias_correction_kl"].as_bool().context("use_bias_correction_kl")?,
+                use_bias_correction_kl: resolved["use_bias_correction_kl"]
+                    .as_bool()
+                    .context("use_bias_correction_kl")?,
                 epsilon: number("epsilon")?,
                 epsilon_high: number("epsilon_high")?,
                 delta: None,

@@ -38,8 +38,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
     let io = Tensors::read(&case.join("io.safetensors"))?;
     let config = &run["config"];
     let number = |key: &str| config[key].as_f64().with_context(|| format!("`{key}`"));
-    let count =
-        |key: &str| config[key].as_u64().map(|c| c as usize).with_context(|| format!("`{key}`"));
+    let count = |key: &str| config[key].as_u64().map(|c| c as usize).with_context(|| format!("`{key}`"));
     let settings = OptimizerSettings {
         weight_decay: number("wd")?,
         adam_beta1: run["betas"][0].as_f64().context("betas")?,

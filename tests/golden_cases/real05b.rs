@@ -87,8 +87,7 @@ fn check_prompt(engine: &Engine, prompt: &Value, logits: &Tensors, report: &mut 
     let last = all.last().context("a prompt without tokens")?;
     let top: Vec<i64> = logits.integers(&format!("prompt{index}.top50_ids"))?.concat();
     let values = logits.floats(&format!("prompt{index}.top50_values"))?;
-    let error =
-        top.iter().zip(&values).map(|(&id, v)| f64::from((last[id as usize] - v).abs())).fold(0.0, f64::max);
+    let error = top.iter().zip(&values).map(|(&id, v)| f64::from((last[id as usize] - v).abs())).fold(0.0, f64::max);
     report.check(&format!("prompt {index} top 50 logits"), error, LOGITS);
     Ok(())
 }
@@ -99,9 +98,7 @@ fn check_chats(engine: &Engine, chats: &[Value], report: &mut Report) -> anyhow:
     let requests = chats
         .iter()
         .enumerate()
-        .map(|(group, chat)| {
-            Ok(Request { sample_id: group as u64, prompt_ids: ids_of(&chat["prompt_ids"])?, group })
-        })
+        .map(|(group, chat)| Ok(Request { sample_id: group as u64, prompt_ids: ids_of(&chat["prompt_ids"])?, group }))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let mut rollout = Rollout::new(RolloutSettings {
         max_num_seqs: chats.len(),

@@ -32,7 +32,7 @@ fn solve(prompt: &str) -> i64 {
 fn the_files_are_what_the_example_makes_and_small() {
     for (name, made) in make_arithmetic::files() {
         assert!(content(name) == made, "data/{name} differs; run `cargo run --release --example make_arithmetic`");
-        assert!(made.len() < 300_000, "data/{name} has {} bytes", made.len());
+        assert!(made.len() < 400_000, "data/{name} has {} bytes", made.len());
     }
 }
 
