@@ -132,7 +132,9 @@ fn what_does_not_belong_to_the_checkpoint_is_refused_and_changes_nothing() {
     ];
     for (sets, parts) in cases {
         let mut arguments = vec!["--resume", "--set", "max_steps=6"];
-        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        for set in sets {
+            arguments.extend(["--set", set]);
+        }
         run.run(&arguments).expect_error(1, parts);
         assert!(run.rows() == rows && run.weights() == weights && run.checkpoints() == [2, 4], "{sets:?}");
     }

@@ -168,6 +168,18 @@ fn grpo_leaves_metrics_with_the_names_of_trl_and_every_completion() {
 }
 
 #[test]
+fn the_stored_weights_of_the_repository_answer_and_train() {
+    let run = TestRun::grpo().set("init_random", "false").set("reward_funcs", "[accuracy]").set("max_steps", 8);
+    let run = run.set("per_device_train_batch_size", 16).done();
+    // The model was trained until a part of its answers is right.
+    let right: f64 = run.metric("rewards/accuracy/mean").iter().sum::<f64>() / 8.0;
+    assert!(right > 0.1 && right < 0.9, "{right:.3} of the answers are right");
+    assert!(run.metric("grad_norm").iter().any(|&norm| norm > 0.0));
+    let sft = TestRun::sft().set("init_random", "false").set("adapter_name_or_path", run.output().display()).done();
+    assert!(sft.metric("loss")[0] < 0.8 * TestRun::sft().done().metric("loss")[0]);
+}
+
+#[test]
 fn the_resolved_config_gives_the_same_run() {
     let first = TestRun::sft().done();
     let again = TestRun::of("sft", first.output().join("config.resolved.yaml")).done();

@@ -23,7 +23,7 @@ const TIMINGS: [&str; 5] =
 const REWARDS: &str = r#"[{kind: regex, pattern: "[0-9]"}, {kind: length_penalty, soft_punish_cache: 6}, accuracy]"#;
 
 /// A command line of `trainer sft` or `trainer grpo`, and the folder it writes to.
-pub struct TestRun {
+pub(crate) struct TestRun {
     folder: TempDir,
     task: &'static str,
     config: PathBuf,
@@ -32,33 +32,33 @@ pub struct TestRun {
 
 /// How a process ended and what it said.
 #[derive(Debug)]
-pub struct Ended {
-    pub code: Option<i32>,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 /// The binary, started in the root of the repository and without the tester's settings.
-pub fn trainer() -> Command {
+pub(crate) fn trainer() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("TRAINER_LOG").env_remove("NO_COLOR");
     command
 }
 
 /// Runs `trainer generate` and returns how it ended.
-pub fn generate(model: &Path, arguments: &[&str]) -> Ended {
+pub(crate) fn generate(model: &Path, arguments: &[&str]) -> Ended {
     let mut command = trainer();
     command.arg("generate").arg("--model").arg(model).args(arguments);
     end(start(&mut command))
 }
 
 /// Starts a command with both outputs piped.
-pub fn start(command: &mut Command) -> Child {
+pub(crate) fn start(command: &mut Command) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// Waits for a process while reading what it says.
-pub fn end(child: Child) -> Ended {
+pub(crate) fn end(child: Child) -> Ended {
     end_watching(child, |_, _| ())
 }
 
@@ -99,14 +99,14 @@ fn end_watching(mut child: Child, mut watch: impl FnMut(u32, &str) + Send + 'sta
 impl Ended {
     /// Asserts the exit code.
     #[track_caller]
-    pub fn expect(self, code: i32) -> Self {
+    pub(crate) fn expect(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "{}\n{}", self.out, self.err);
         self
     }
 
     /// Asserts a failure with exactly one message, which contains all of `parts`: what, where and what to do.
     #[track_caller]
-    pub fn expect_error(self, code: i32, parts: &[&str]) -> Self {
+    pub(crate) fn expect_error(self, code: i32, parts: &[&str]) -> Self {
         let ended = self.expect(code);
         let count = ended.err.lines().filter(|line| line.starts_with("error: ") || line.ends_with(" problem")).count();
         assert_eq!(count, 1, "expected one message, got\n{}", ended.err);
@@ -120,7 +120,7 @@ impl Ended {
     }
 
     /// The optimizer steps shown on the console.
-    pub fn steps(&self) -> Vec<u64> {
+    pub(crate) fn steps(&self) -> Vec<u64> {
         self.out.lines().filter_map(step_of).collect()
     }
 }
@@ -132,50 +132,50 @@ fn step_of(line: &str) -> Option<u64> {
 
 impl TestRun {
     /// SFT of an adapter on a 4-bit base: packing, accumulation, evaluation and saving every 2 steps, 4 steps.
-    pub fn sft() -> Self {
+    pub(crate) fn sft() -> Self {
         Self::of("sft", "configs/ci/sft.yaml")
     }
 
     /// GRPO of an adapter on a 4-bit base: saving every 2 steps, 3 steps.
-    pub fn grpo() -> Self {
+    pub(crate) fn grpo() -> Self {
         Self::of("grpo", "configs/ci/grpo.yaml").set("reward_funcs", REWARDS)
     }
 
     /// SFT of all weights, saving at the end only, 30 steps.
-    pub fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self::of("sft", "configs/ci/full.yaml")
     }
 
     /// A run of the configuration in `path`, from random weights.
-    pub fn of(task: &'static str, path: impl Into<PathBuf>) -> Self {
+    pub(crate) fn of(task: &'static str, path: impl Into<PathBuf>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let sets = vec![format!("output_dir={}", folder.path().join("out").display())];
         Self { folder, task, config: path.into(), sets }.set("init_random", "true")
     }
 
     /// With another value for a key.
-    pub fn set(mut self, key: &str, value: impl std::fmt::Display) -> Self {
+    pub(crate) fn set(mut self, key: &str, value: impl std::fmt::Display) -> Self {
         self.sets.push(format!("{key}={value}"));
         self
     }
 
     /// With the weights of a folder or file instead of random ones.
-    pub fn model(self, path: &Path) -> Self {
+    pub(crate) fn model(self, path: &Path) -> Self {
         self.set("init_random", "false").set("model_name_or_path", path.display())
     }
 
     /// The run's `output_dir`.
-    pub fn output(&self) -> PathBuf {
+    pub(crate) fn output(&self) -> PathBuf {
         self.folder.path().join("out")
     }
 
     /// A place beside `output_dir` for what a test needs besides.
-    pub fn beside(&self, name: &str) -> PathBuf {
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// The command line.
-    pub fn command(&self, more: &[&str]) -> Command {
+    pub(crate) fn command(&self, more: &[&str]) -> Command {
         let mut command = trainer();
         command.arg(self.task).arg(&self.config);
         for set in &self.sets {
@@ -186,19 +186,19 @@ impl TestRun {
     }
 
     /// Runs to the end.
-    pub fn run(&self, more: &[&str]) -> Ended {
+    pub(crate) fn run(&self, more: &[&str]) -> Ended {
         end(start(&mut self.command(more)))
     }
 
     /// Runs to the end and resumes nothing: the usual start of a test.
     #[track_caller]
-    pub fn done(self) -> Self {
+    pub(crate) fn done(self) -> Self {
         self.run(&[]).expect(0);
         self
     }
 
     /// Runs and sends a signal once the console shows `step`.
-    pub fn run_until(&self, step: u64, signal: &'static str) -> Ended {
+    pub(crate) fn run_until(&self, step: u64, signal: &'static str) -> Ended {
         let mut is_sent = false;
         end_watching(start(&mut self.command(&[])), move |id, line| {
             if !is_sent && step_of(line).is_some_and(|shown| shown >= step) {
@@ -209,7 +209,7 @@ impl TestRun {
     }
 
     /// Runs under bash with `limit` set up before, e.g. a limit on file sizes.
-    pub fn run_limited(&self, limit: &str, more: &[&str]) -> Ended {
+    pub(crate) fn run_limited(&self, limit: &str, more: &[&str]) -> Ended {
         let inner = self.command(more);
         let mut command = Command::new("bash");
         command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["-c", &format!("{limit}; exec \"$0\" \"$@\"")]);
@@ -218,42 +218,44 @@ impl TestRun {
     }
 
     /// The rows of metrics.jsonl.
-    pub fn rows(&self) -> Vec<Row> {
+    pub(crate) fn rows(&self) -> Vec<Row> {
         read_rows(&self.output().join("metrics.jsonl")).unwrap()
     }
 
     /// The rows of metrics.jsonl without what measures time.
-    pub fn rows_without_timings(&self) -> Vec<Row> {
+    pub(crate) fn rows_without_timings(&self) -> Vec<Row> {
         let mut rows = self.rows();
-        rows.iter_mut().for_each(|row| row.retain(|key, _| !TIMINGS.contains(&key.as_str())));
+        for row in &mut rows {
+            row.retain(|key, _| !TIMINGS.contains(&key.as_str()));
+        }
         rows
     }
 
     /// The values of one metric, in order.
-    pub fn metric(&self, key: &str) -> Vec<f64> {
+    pub(crate) fn metric(&self, key: &str) -> Vec<f64> {
         self.rows().iter().filter_map(|row| row.get(key)?.as_f64()).collect()
     }
 
     /// The lines of completions.jsonl.
-    pub fn completions(&self) -> Vec<Value> {
+    pub(crate) fn completions(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.output().join("completions.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// The bytes of the final weights: the adapter's, else the model's.
-    pub fn weights(&self) -> Vec<u8> {
+    pub(crate) fn weights(&self) -> Vec<u8> {
         let adapter = self.output().join("adapter_model.safetensors");
         fs::read(&adapter).or_else(|_| fs::read(self.output().join("model.safetensors"))).unwrap()
     }
 
     /// Whether `output_dir` has something of this name.
-    pub fn has(&self, name: &str) -> bool {
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.output().join(name).exists()
     }
 
     /// The steps of the checkpoints, ascending. Fails on leftovers of a save that did not end.
     #[track_caller]
-    pub fn checkpoints(&self) -> Vec<u64> {
+    pub(crate) fn checkpoints(&self) -> Vec<u64> {
         let names = names(&self.output());
         assert!(names.iter().all(|name| !name.starts_with('.')), "leftovers in {names:?}");
         let mut steps: Vec<u64> =
@@ -264,14 +266,14 @@ impl TestRun {
 
     /// Asserts that the checkpoint of `step` is whole.
     #[track_caller]
-    pub fn assert_checkpoint(&self, step: u64) {
+    pub(crate) fn assert_checkpoint(&self, step: u64) {
         let opened = trainer::checkpoint::open(&self.output().join(format!("checkpoint-{step}"))).unwrap();
         assert_eq!(opened.step(), step);
     }
 
     /// Asserts that two runs left the same weights, rows and completions.
     #[track_caller]
-    pub fn assert_same(&self, other: &Self) {
+    pub(crate) fn assert_same(&self, other: &Self) {
         let (own, others) = (self.rows_without_timings(), other.rows_without_timings());
         for (row, expected) in own.iter().zip(&others) {
             assert_eq!(row, expected);
@@ -285,12 +287,12 @@ impl TestRun {
 }
 
 /// The names in a folder.
-pub fn names(folder: &Path) -> BTreeSet<String> {
+pub(crate) fn names(folder: &Path) -> BTreeSet<String> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// Copies the files of a folder, not its folders.
-pub fn copy_files(from: &Path, to: &Path) {
+pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for name in names(from) {
         if from.join(&name).is_file() {
