@@ -15,7 +15,7 @@ mod write;
 
 pub use manifest::{FORMAT_VERSION, FileEntry, Manifest};
 pub use open::{Checkpoint, Found, Skipped, StoredTensor, find_latest, open};
-pub use rotate::{CleanedUp, clean_up};
+pub use rotate::{CleanedUp, clean_up, newest_step, remove_all};
 pub use write::{Committed, Writer};
 
 use std::path::{Path, PathBuf};

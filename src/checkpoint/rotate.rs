@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Error, PREFIX, entries, folder, list};
+use super::{Error, MANIFEST, PREFIX, entries, folder, list};
 use crate::fs::{self, io_error};
 
 const REPLACED: &str = ".replaced";
@@ -42,6 +42,27 @@ pub fn clean_up(output_dir: &Path) -> Result<CleanedUp, Error> {
         fs::sync_folder(output_dir)?;
     }
     Ok(cleaned)
+}
+
+/// The step of the newest checkpoint by name, whole or not; `None` where there is none or the folder cannot be read.
+pub fn newest_step(output_dir: &Path) -> Option<u64> {
+    let entries = entries(output_dir).ok()?;
+    entries.iter().filter_map(|(name, _)| name.strip_prefix(PREFIX)?.parse().ok()).max()
+}
+
+/// Deletes every checkpoint of `output_dir`, for a run that starts anew there. Folders without a manifest are not ours and
+/// stay.
+///
+/// # Errors
+/// If one cannot be deleted.
+pub fn remove_all(output_dir: &Path) -> Result<(), Error> {
+    for (name, path) in entries(output_dir)? {
+        let is_checkpoint = name.strip_prefix(PREFIX).is_some_and(|step| step.parse::<u64>().is_ok());
+        if is_checkpoint && path.join(MANIFEST).is_file() {
+            std::fs::remove_dir_all(&path).map_err(io_error("remove the checkpoint", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Splits `.checkpoint-12.partial-x` into 12 and `.partial-x`.

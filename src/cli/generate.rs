@@ -149,6 +149,13 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         .enumerate()
         .map(|(index, prompt)| args.request(index, prompt, &session))
         .collect::<anyhow::Result<Vec<_>>>()?;
+    let (longest, room) =
+        (requests.iter().map(|r| r.prompt_ids.len()).max(), session.engine.config().max_position_embeddings);
+    if longest.is_some_and(|tokens| tokens + args.max_new_tokens as usize > room) {
+        tracing::info!(
+            "the model holds {room} tokens: the completion of the longest prompt ends there, before --max-new-tokens"
+        );
+    }
     let mut rollout = Rollout::new(RolloutSettings {
         max_num_seqs: MOST_SEQUENCES,
         max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS,

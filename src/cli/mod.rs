@@ -16,6 +16,8 @@ pub use interrupt::Interrupt;
 pub use training::TrainingArgs;
 
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, Subcommand};
 
@@ -90,6 +92,7 @@ pub fn main() -> Exit {
         }
     };
     let context = Context { terminal: Terminal::detect() };
+    ignore_file_size_signal();
     let result = telemetry::init_logs(&context.terminal)
         .map_err(|error| UsageError(error.to_string()).into())
         .and_then(|()| run(&cli, &context));
@@ -104,6 +107,12 @@ pub fn main() -> Exit {
             exit
         }
     }
+}
+
+/// Makes a write beyond the file size limit (`ulimit -f`) an error of the write, with its message, instead of the sudden
+/// death that SIGXFSZ is by default. Where the handler is refused that default stays.
+fn ignore_file_size_signal() {
+    let _ = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false)));
 }
 
 fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {

@@ -1,16 +1,19 @@
 //! The metric sinks of a run under its `output_dir`: `metrics.jsonl`, `completions.jsonl`, `runs/` for TensorBoard.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::{Error, EventWriter, JsonLines, Row};
+use crate::fs::io_error;
 
 /// All sinks of one run. Only rank 0 has one.
 #[derive(Debug)]
 pub struct Metrics {
     rows: JsonLines,
-    completions: JsonLines,
+    /// Made with the first completions: only GRPO has some.
+    completions: Option<JsonLines>,
+    completions_path: PathBuf,
     events: Option<EventWriter>,
 }
 
@@ -30,9 +33,21 @@ impl Metrics {
             }
             Ok(file)
         };
+        let completions_path = output_dir.join("completions.jsonl");
+        let completions = match (completions_path.exists(), resumed_from) {
+            (true, Some(_)) => Some(open("completions.jsonl")?),
+            // What is no ordinary file stays and is written to.
+            (true, None) if !completions_path.is_file() => Some(open("completions.jsonl")?),
+            (true, None) => {
+                std::fs::remove_file(&completions_path).map_err(io_error("remove the old", &completions_path))?;
+                None
+            }
+            (false, _) => None,
+        };
         Ok(Self {
             rows: open("metrics.jsonl")?,
-            completions: open("completions.jsonl")?,
+            completions,
+            completions_path,
             events: if has_tensorboard {
                 Some(EventWriter::open(&output_dir.join("runs"), resumed_from)?)
             } else {
@@ -58,7 +73,11 @@ impl Metrics {
     /// # Errors
     /// If the file cannot be written.
     pub fn log_completions(&mut self, completions: &[impl Serialize]) -> Result<(), Error> {
-        self.completions.append_all(completions)
+        let file = match self.completions.take() {
+            Some(file) => file,
+            None => JsonLines::create(&self.completions_path)?,
+        };
+        self.completions.insert(file).append_all(completions)
     }
 }
 

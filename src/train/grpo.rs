@@ -279,7 +279,7 @@ fn policy_gradient(
             },
             &loss_settings,
         )?;
-        plan::check_loss(output.loss, step + 1, session, &micro.batch)?;
+        plan::check_loss(output.loss, step + 1, session, &micro.batch, &training.output_dir)?;
         let mut metrics = output.metrics;
         if let Some(correction) = &correction {
             metrics.merge(&correction.metrics);

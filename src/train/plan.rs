@@ -1,12 +1,16 @@
 //! The sections that a run opens with, and checks that both loops make in each step.
 
+use std::path::Path;
+
 use anyhow::bail;
 
 use super::session::Session;
+use crate::checkpoint;
 use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
 use crate::data::TokenStatistics;
 use crate::data::hub::Download;
 use crate::model::batch::Batch;
+use crate::model::peft::AdapterSpec;
 use crate::optim::LrSchedule;
 use crate::quant::Weight;
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
@@ -41,7 +45,13 @@ pub(super) fn schedule(training: &TrainingSettings, total: u64) -> anyhow::Resul
 }
 
 /// Stops the run when the loss is not a number, and says where that began.
-pub(super) fn check_loss(loss: f64, step: u64, session: &Session, batch: &Batch) -> anyhow::Result<()> {
+pub(super) fn check_loss(
+    loss: f64,
+    step: u64,
+    session: &Session,
+    batch: &Batch,
+    output_dir: &Path,
+) -> anyhow::Result<()> {
     if loss.is_finite() {
         return Ok(());
     }
@@ -49,9 +59,13 @@ pub(super) fn check_loss(loss: f64, step: u64, session: &Session, batch: &Batch)
         Some(block) => format!("the first values that are not finite come from {block}"),
         None => "all blocks compute finite values, so it comes from the loss itself".into(),
     };
+    let kept = match checkpoint::newest_step(output_dir) {
+        Some(saved) => format!("`{}` is untouched", output_dir.join(format!("checkpoint-{saved}")).display()),
+        None => "nothing was saved so far".into(),
+    };
     bail!(
-        "the loss of step {step} is {loss}: {place}; the parameters of the last finite step are in the newest checkpoint. \
-         Lower `learning_rate` or `max_grad_norm`, or look at the rows of this batch"
+        "the loss of step {step} is {loss}: {place}. Lower `learning_rate` or `max_grad_norm`, or look at the rows of this \
+         batch; {kept}"
     )
 }
 
@@ -110,13 +124,10 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
         )
         .row("parameters", units::count(config.num_parameters() as u64))
         .row("linear weights", kind);
-    match &settings.lora {
-        Some(lora) if session.adapter_spec.is_some() => {
-            let modules: Vec<&str> = lora.target_modules.iter().map(|p| p.name()).collect();
-            section.push("adapter", format!("LoRA r={} alpha={} on {}", lora.r, lora.alpha, modules.join(", ")));
-        }
-        _ if session.adapter_spec.is_some() => section.push("adapter", "as stored"),
-        _ => section.push("adapter", "none: all weights are trained"),
+    match &session.adapter_spec {
+        Some(AdapterSpec { config, .. }) => section
+            .push("adapter", format!("LoRA r={} alpha={} on {}", config.r, config.lora_alpha, config.target_modules)),
+        None => section.push("adapter", "none: all weights are trained"),
     }
     let share = 100.0 * trained as f64 / config.num_parameters() as f64;
     section.row("trained", format!("{} ({share:.2}%)", units::count(trained as u64)))

@@ -1,6 +1,7 @@
 //! What a run keeps beside the algorithm: its folder, metrics, console, cadence of logging, evaluation and saving, and
 //! the state it resumes from.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -26,6 +27,8 @@ const TENSORS_FILE: &str = "trainer_state.safetensors";
 const STATE_VERSION: u32 = 1;
 /// What follows a parameter's name in the tensors file for the reference policy's values.
 const REFERENCE_SUFFIX: &str = ".reference";
+/// What may follow a parameter's name in the tensors file.
+const SUFFIXES: [&str; 3] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq"];
 
 /// Everything a resumed run needs besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,7 +83,9 @@ pub(super) struct LoopState<B> {
 /// Makes sure the output folder can be used before anything is loaded.
 pub(super) fn check_output_dir(settings: &TrainingSettings) -> anyhow::Result<()> {
     let folder = &settings.output_dir;
-    let holds_a_run = folder.join("metrics.jsonl").exists();
+    // A run that ended before its first row and checkpoint left nothing to lose.
+    let has_rows = folder.join("metrics.jsonl").metadata().is_ok_and(|metadata| metadata.len() > 0);
+    let holds_a_run = has_rows || checkpoint::newest_step(folder).is_some();
     if holds_a_run && settings.resume_from_checkpoint == Resume::No && !settings.overwrite_output_dir {
         bail!(
             "`output_dir: {}` already holds a run; set `resume_from_checkpoint: true` (or `--resume`) to go on, \
@@ -161,6 +166,15 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         }
         buffer::write(reference, &values)?;
     }
+    let own: BTreeSet<&str> = store.flats().flat_map(|flat| flat.entries()).map(|e| e.name.as_str()).collect();
+    let is_known = |name: &str| {
+        SUFFIXES.iter().find_map(|s| name.strip_suffix(s)).map_or_else(|| own.contains(name), |n| own.contains(n))
+    };
+    if let Some(name) = tensors.keys().find(|name| !is_known(name)) {
+        bail!(
+            "`{place}` holds `{name}`, which this run does not train; resume with the model and adapter settings of that run"
+        );
+    }
     optimizer.load_state(store, state.optimizer_steps, |name| tensors.get(name).cloned())?;
     Ok(state)
 }
@@ -175,12 +189,21 @@ impl<'a> Run<'a> {
         memory: Memory,
         resumed: Option<&State<B>>,
     ) -> anyhow::Result<Self> {
+        if resumed.is_none() {
+            // A later `--resume` must not find checkpoints of the run that this one replaces.
+            checkpoint::remove_all(&settings.output_dir)?;
+        }
         let console = Console::new(context.terminal.clone(), settings.disable_tqdm);
         let has_tensorboard = settings.report_to.contains(&ReportTo::Tensorboard);
         let metrics = Metrics::open(&settings.output_dir, resumed.map(|state| state.step), has_tensorboard)?;
         let path = settings.output_dir.join("config.resolved.yaml");
         crate::fs::write_atomic(&path, context.resolved_yaml.as_bytes())?;
         let (step, num_tokens) = resumed.map_or((0, 0), |state| (state.step, state.num_tokens));
+        if step > total {
+            bail!(
+                "the checkpoint stands at step {step}, this run ends at {total}; raise `max_steps` or `num_train_epochs`"
+            );
+        }
         let accumulator = resumed.map(|state| state.accumulator.clone()).unwrap_or_default();
         let now = Instant::now();
         Ok(Self {

@@ -61,6 +61,19 @@ pub fn open(
             config.vocab_size
         );
     }
+    if let (Some(folder), Some(lora), Some(spec)) = (&settings.adapter_name_or_path, &settings.lora, &adapter_spec) {
+        let stored = (spec.config.r, spec.config.lora_alpha);
+        if stored != (lora.r, lora.alpha) {
+            tracing::warn!(
+                "the adapter in `{}` has r={} alpha={}, which it keeps; `lora_r: {}` and `lora_alpha: {}` have no effect",
+                folder.display(),
+                stored.0,
+                stored.1,
+                lora.r,
+                lora.alpha
+            );
+        }
+    }
     let engine = Engine::new(config, adapter, ParamStore::new(blocks)?, recompute);
     Ok(Session { engine, tokenizer, template, adapter_spec, folder })
 }

@@ -83,7 +83,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
                     num_processes: 1,
                 };
                 let output = sft_loss(&inputs, settings.loss_type)?;
-                plan::check_loss(output.loss, step + 1, &session, batch)?;
+                plan::check_loss(output.loss, step + 1, &session, batch, &training.output_dir)?;
                 let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] };
                 Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
             })?;

@@ -170,8 +170,11 @@ impl WeightSource {
         let Some(quantization) = storage.quantization else {
             return self.dense(name, storage.dtype).map(Weight::Dense);
         };
-        if let Some(matrix) = self.stored(name).and_then(|stored| stored.quantize(quantization)) {
-            return Ok(Weight::Nf4(matrix));
+        if let Some(stored) = self.stored(name) {
+            stored.check_finite()?;
+            if let Some(matrix) = stored.quantize(quantization) {
+                return Ok(Weight::Nf4(matrix));
+            }
         }
         let Quantization { quant_type, double_quant } = quantization;
         Ok(Weight::Nf4(Nf4Matrix::quantize(&self.values(name)?, rows, cols, quant_type, double_quant)))

@@ -90,6 +90,22 @@ impl Stored {
         Ok(values)
     }
 
+    /// Refuses values that are not finite: in 4 bits they would vanish without a trace.
+    pub(super) fn check_finite(&self) -> Result<(), Error> {
+        let halves = self.bytes.as_chunks::<2>().0;
+        let is_finite = match self.dense_dtype() {
+            Some(DType::BF16) => halves.par_iter().all(|bytes| bf16::from_le_bytes(*bytes).is_finite()),
+            Some(DType::F16) => halves.par_iter().all(|bytes| f16::from_le_bytes(*bytes).is_finite()),
+            Some(_) => self.bytes.as_chunks::<4>().0.par_iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
+            None => true,
+        };
+        if is_finite {
+            return Ok(());
+        }
+        let reason = format!("tensor `{}` holds values that are not finite", self.name);
+        Err(Error::Damaged { path: self.file.to_path_buf(), reason })
+    }
+
     /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix.
     pub(super) fn quantize(&self, quantization: Quantization) -> Option<Nf4Matrix> {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
