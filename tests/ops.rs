@@ -153,7 +153,7 @@ fn mask(layout: &Layout) -> Tensor {
     for segment in layout.segments() {
         for q in segment.tokens.clone() {
             let prefix = segment.prefix.clone().unwrap_or(0..0);
-            prefix.chain(segment.tokens.start..q + 1).for_each(|k| allowed[q * n + k] = 1);
+            prefix.chain(segment.tokens.start..=q).for_each(|k| allowed[q * n + k] = 1);
         }
     }
     Tensor::from_vec(allowed, (n, n), &Device::Cpu).unwrap()

@@ -72,7 +72,7 @@ impl Layout {
             return Ok(Self::Text { column: text_field.into() });
         }
         let wanted = format!("`messages`, `prompt` with `completion`, or `{text_field}` (`dataset_text_field`)");
-        Err(missing(dataset, wanted, &["prompt", "completion", "text", "messages"]))
+        Err(missing(dataset, &wanted, &["prompt", "completion", "text", "messages"]))
     }
 
     /// The layout of prompts to answer (GRPO).
@@ -83,7 +83,7 @@ impl Layout {
         if dataset.has("prompt") {
             return Ok(Self::Prompt(shape(dataset, "prompt")?));
         }
-        Err(missing(dataset, "`prompt`".into(), &["prompt"]))
+        Err(missing(dataset, "`prompt`", &["prompt"]))
     }
 
     /// Whether the chat template is used.
@@ -144,7 +144,7 @@ pub(super) fn text<'a>(row: &'a Row, column: &str, place: &dyn Fn() -> String) -
 
 /// A column of messages, in the form chat templates know: `role` and `content`.
 ///
-/// Also read: `from` and `value` (ShareGPT's names, with its roles `human` and `gpt`), and content given as a list of
+/// Also read: `from` and `value` (`ShareGPT`'s names, with its roles `human` and `gpt`), and content given as a list of
 /// text parts. Null fields are left out, as they come from files whose columns all have the same fields.
 pub(super) fn turns(row: &Row, column: &str, place: &dyn Fn() -> String) -> Result<Vec<Value>, Error> {
     let messages = match row.get(column) {
@@ -232,7 +232,7 @@ fn shape(dataset: &Dataset, column: &str) -> Result<Shape, Error> {
     }
 }
 
-fn missing(dataset: &Dataset, wanted: String, useful: &[&str]) -> Error {
+fn missing(dataset: &Dataset, wanted: &str, useful: &[&str]) -> Error {
     let columns = dataset.columns();
     let mut renames: Vec<String> = Vec::new();
     let mut taken: Vec<&str> = Vec::new();

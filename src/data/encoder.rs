@@ -134,10 +134,8 @@ impl<'a> Encoder<'a> {
     pub fn encode_with_offsets(&mut self, text: &str) -> Result<OffsetEncoding, Error> {
         if let Some(plan) = self.tokenizer.plan() {
             let (ids, is_changed) = self.encode_planned(plan, text)?;
-            if !is_changed {
-                if let Some(chars) = self.offsets(&ids, text) {
-                    return Ok(OffsetEncoding { ids, chars });
-                }
+            if !is_changed && let Some(chars) = self.offsets(&ids, text) {
+                return Ok(OffsetEncoding { ids, chars });
             }
         }
         self.tokenizer.offsets_by_crate(text)

@@ -73,10 +73,10 @@ impl Pieces<'_> {
         let letters = |start| self.run(start, |c| self.class(c) == Class::Letter);
         let others = |start| self.run(start, |c| self.class(c) == Class::Other);
         let class = self.class(first);
-        if first == '\'' {
-            if let Some(length) = contraction(&self.rest[width..]) {
-                return width + length;
-            }
+        if first == '\''
+            && let Some(length) = contraction(&self.rest[width..])
+        {
+            return width + length;
         }
         if class == Class::Letter {
             return letters(0);

@@ -228,6 +228,7 @@ fn environment() -> Environment<'static> {
 }
 
 /// `tojson` as transformers defines it: `json.dumps` with its arguments, without HTML escapes.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a template filter")]
 fn tojson(value: &TemplateValue, arguments: Kwargs) -> Result<String, minijinja::Error> {
     let invalid = |message: String| minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message);
     let json = to_json(value)?;
@@ -247,6 +248,7 @@ fn tojson(value: &TemplateValue, arguments: Kwargs) -> Result<String, minijinja:
 }
 
 /// Puts marks around the text of a `{% generation %}` block; with `after`, a header at its start stays outside.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a template filter")]
 fn mark_generation(state: &State<'_, '_>, text: String, arguments: Kwargs) -> Result<String, minijinja::Error> {
     let header: Option<String> = arguments.get("after")?;
     arguments.assert_all_used()?;
@@ -271,7 +273,7 @@ fn unused_marks(messages: &Value, options: RenderOptions<'_>) -> Result<(char, c
                     }
                 }
             }
-        })
+        });
     };
     note(messages);
     options.tools.into_iter().for_each(&mut note);

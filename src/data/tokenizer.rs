@@ -364,14 +364,13 @@ impl TokenBytes {
             if let Some(token) = inner.id_to_token(id) {
                 let before = table.bytes.len();
                 for character in token.chars() {
-                    match byte_of.get(&character) {
-                        Some(&byte) => table.bytes.push(byte),
-                        None => {
-                            // A token with a character outside the alphabet (an added one) stands for its own text.
-                            table.bytes.truncate(before);
-                            table.bytes.extend_from_slice(token.as_bytes());
-                            break;
-                        }
+                    if let Some(&byte) = byte_of.get(&character) {
+                        table.bytes.push(byte);
+                    } else {
+                        // A token with a character outside the alphabet (an added one) stands for its own text.
+                        table.bytes.truncate(before);
+                        table.bytes.extend_from_slice(token.as_bytes());
+                        break;
                     }
                 }
             }
@@ -393,7 +392,7 @@ impl TokenBytes {
 }
 
 /// GPT-2's alphabet of 256 printable characters, one per byte: printable Latin-1 stands for itself, the other bytes
-/// for U+0100 and up in order (`bytes_to_unicode` in OpenAI's encoder.py).
+/// for U+0100 and up in order (`bytes_to_unicode` in the `encoder.py` of GPT-2).
 pub(super) fn byte_level_letters() -> [char; 256] {
     let mut shifted = '\u{100}'..;
     std::array::from_fn(|byte| {

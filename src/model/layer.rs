@@ -170,7 +170,6 @@ impl DecoderLayer {
     }
 
     fn heads_backward(
-        &self,
         dy: &Tensor,
         norm: Option<&Param>,
         saved: Option<&SavedNorm>,
@@ -265,8 +264,8 @@ impl DecoderLayer {
         drop(outputs);
         let d_attended = d_attended.reshape(q.shape())?;
         let (dq, dk, dv) = attention::backward(&d_attended, &q, &k, &v, &attended, pass.layout, &attention)?;
-        let dq = self.heads_backward(&dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
-        let dk = self.heads_backward(&dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
+        let dq = Self::heads_backward(&dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
+        let dk = Self::heads_backward(&dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
         let (n, kv_heads, d) = dv.dims3()?;
         let dv = dv.reshape((n, kv_heads * d))?;
         let [q_saved, k_saved, v_saved] = &inputs.linears;

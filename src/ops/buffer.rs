@@ -73,6 +73,9 @@ pub fn mix(buffer: &Tensor, other: &Tensor, alpha: f32) -> Result<(), Error> {
 ///
 /// # Errors
 /// If the lengths differ.
+///
+/// # Panics
+/// If `update` panics.
 pub fn update(
     values: &Tensor,
     grads: &Tensor,

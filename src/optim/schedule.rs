@@ -94,7 +94,7 @@ impl LrSchedule {
                 arguments.accept(&["lr_end", "power"])?;
                 let (lr_end, power) = (arguments.number("lr_end", 1e-7)?, arguments.number("power", 1.0)?);
                 if lr_end >= base_lr {
-                    return Err(arguments.wrong("lr_end", lr_end, format!("less than the learning rate {base_lr}")));
+                    return Err(arguments.wrong("lr_end", &lr_end, format!("less than the learning rate {base_lr}")));
                 }
                 Curve::Polynomial { lr_end, power }
             }
@@ -103,7 +103,7 @@ impl LrSchedule {
                 let default = if warmup_steps == 0 { 10_000.0 } else { warmup };
                 let timescale = arguments.number("timescale", default)?;
                 if timescale <= 0.0 {
-                    return Err(arguments.wrong("timescale", timescale, "a positive number of steps".into()));
+                    return Err(arguments.wrong("timescale", &timescale, "a positive number of steps".into()));
                 }
                 Curve::InverseSqrt { timescale }
             }
@@ -208,7 +208,7 @@ impl Arguments<'_> {
         }
     }
 
-    fn wrong(&self, key: &'static str, value: impl ToString, expected: String) -> Error {
+    fn wrong(&self, key: &'static str, value: &impl ToString, expected: String) -> Error {
         Error::Argument { schedule: self.schedule, key, value: value.to_string(), expected }
     }
 
@@ -230,7 +230,7 @@ impl Arguments<'_> {
     fn steps(&self, key: &'static str) -> Result<Option<f64>, Error> {
         match self.optional(key)? {
             Some(number) if number < 0.0 || number.fract() != 0.0 => {
-                Err(self.wrong(key, number, "a whole number of steps, 0 or more".into()))
+                Err(self.wrong(key, &number, "a whole number of steps, 0 or more".into()))
             }
             steps => Ok(steps),
         }

@@ -83,7 +83,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         }
         let lr = schedule.lr(step);
         let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm)?;
-        plan::check_step(&report, step + 1)?;
+        plan::check_step(report, step + 1)?;
         if settings.sync_ref_model && (step + 1).is_multiple_of(settings.ref_model_sync_steps as u64) {
             session.engine.store().mix_reference(settings.ref_model_mixup_alpha)?;
         }

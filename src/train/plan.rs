@@ -12,7 +12,6 @@ use crate::data::hub::Download;
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::LrSchedule;
-use crate::quant::Weight;
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
 use crate::zero::{ShardedAdamW, StepReport};
 
@@ -70,7 +69,7 @@ pub(super) fn check_loss(
 }
 
 /// Stops the run when gradients are not finite; the parameters are as before the step.
-pub(super) fn check_step(report: &StepReport, step: u64) -> anyhow::Result<()> {
+pub(super) fn check_step(report: StepReport, step: u64) -> anyhow::Result<()> {
     if report.is_skipped {
         bail!(
             "the gradients of step {step} are not finite (norm {}); no parameter was changed. Lower `learning_rate`, or \
@@ -106,7 +105,7 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
     let store = session.engine.store();
     let trained = store.num_trainable();
     let kind = match store.fetch(1).get("model.layers.0.mlp.up_proj.weight").map(|slot| &slot.weight) {
-        Some(weight @ (Weight::Nf4(_) | Weight::Gguf(_) | Weight::Dense(_))) => weight.kind_name().to_string(),
+        Some(weight) => weight.kind_name(),
         None => String::new(),
     };
     let mut section = Section::new("Model")

@@ -166,7 +166,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         }
         buffer::write(reference, &values)?;
     }
-    let own: BTreeSet<&str> = store.flats().flat_map(|flat| flat.entries()).map(|e| e.name.as_str()).collect();
+    let own: BTreeSet<&str> = store.flats().flat_map(FlatBlock::entries).map(|e| e.name.as_str()).collect();
     let is_known = |name: &str| {
         SUFFIXES.iter().find_map(|s| name.strip_suffix(s)).map_or_else(|| own.contains(name), |n| own.contains(n))
     };
@@ -317,7 +317,7 @@ impl<'a> Run<'a> {
             |tensors: &mut dyn Iterator<Item = &candle_core::Tensor>| -> Result<Vec<Vec<f32>>, crate::ops::Error> {
                 tensors.map(buffer::to_vec).collect()
             };
-        let values = copies(&mut store.flats().map(|flat| flat.values()))?;
+        let values = copies(&mut store.flats().map(FlatBlock::values))?;
         let references = copies(&mut store.reference().into_iter().flatten())?;
         let tensors = named(store, &values, "")
             .into_iter()

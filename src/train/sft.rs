@@ -93,7 +93,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         }
         let lr = schedule.lr(step);
         let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm)?;
-        plan::check_step(&report, step + 1)?;
+        plan::check_step(report, step + 1)?;
 
         run.accumulator.mean("loss", loss);
         run.accumulator.mean("grad_norm", f64::from(report.grad_norm));

@@ -52,6 +52,9 @@ impl ShardedAdamW {
     ///
     /// # Errors
     /// If a buffer is not where this optimizer works.
+    ///
+    /// # Panics
+    /// Never: the groups cover their buffers.
     pub fn step(&mut self, store: &ParamStore, lr: f64, max_grad_norm: f64) -> Result<StepReport, Error> {
         let mut norms = Vec::new();
         for flat in store.flats().filter(|f| !f.is_empty()) {

@@ -29,7 +29,7 @@ const ADVANTAGE_RELATIVE: f64 = 1e-4;
 const ADVANTAGE_RELATIVE_LARGE: f64 = 1e-3;
 const LARGE_REWARD: f64 = 1e4;
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     losses(folder, report).context("loss")?;
     advantage_cases(folder, report).context("advantages")?;
     let mut runs: Vec<_> = std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();

@@ -78,7 +78,7 @@ impl Config {
     }
 }
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let case = name(folder);
     let run: Value = serde_json::from_slice(&std::fs::read(folder.join("run.json"))?)?;
     let config = Config::read(&run)?;

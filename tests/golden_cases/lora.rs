@@ -15,7 +15,7 @@ const LOGITS: f64 = 2e-4;
 const LOSS: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let meta: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("meta.json"))?)?;
     let variants = meta["variants"].as_object().context("meta.json has no `variants`")?;
     for (variant, about) in variants {
@@ -50,7 +50,8 @@ fn check(base: &Path, variant: &Path, report: &mut Report) -> anyhow::Result<()>
     let plain = engine(base, None, None, false)?;
     let error = logit_error(&plain, Speaker::Policy, &unpadded, io.get("logits_off")?)?;
     report.check(&format!("{case} logits of the base"), error, LOGITS);
-    let replaces_weights = adapted.store().flats().flat_map(|f| f.entries()).any(|e| !e.name.contains(".lora_"));
+    let replaces_weights =
+        adapted.store().flats().flat_map(trainer::zero::FlatBlock::entries).any(|e| !e.name.contains(".lora_"));
     if !replaces_weights {
         let error = logit_error(&adapted, Speaker::Reference, &unpadded, io.get("logits_off")?)?;
         report.check(&format!("{case} logits off"), error, LOGITS);

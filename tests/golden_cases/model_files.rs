@@ -12,33 +12,33 @@ use trainer::model::load::{LoadedModel, Purpose, load};
 use trainer::zero::ParamStore;
 
 /// The tensors of a safetensors file by name.
-pub struct Tensors(HashMap<String, Tensor>);
+pub(crate) struct Tensors(HashMap<String, Tensor>);
 
 impl Tensors {
-    pub fn read(path: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         Ok(Self(candle_core::safetensors::load(path, &Device::Cpu).with_context(|| path.display().to_string())?))
     }
 
-    pub fn has(&self, name: &str) -> bool {
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
-    pub fn get(&self, name: &str) -> anyhow::Result<&Tensor> {
+    pub(crate) fn get(&self, name: &str) -> anyhow::Result<&Tensor> {
         self.0.get(name).with_context(|| format!("no tensor `{name}`"))
     }
 
-    pub fn floats(&self, name: &str) -> anyhow::Result<Vec<f32>> {
+    pub(crate) fn floats(&self, name: &str) -> anyhow::Result<Vec<f32>> {
         Ok(self.get(name)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
-    pub fn integers(&self, name: &str) -> anyhow::Result<Vec<Vec<i64>>> {
+    pub(crate) fn integers(&self, name: &str) -> anyhow::Result<Vec<Vec<i64>>> {
         let tensor = self.get(name)?;
         let tensor = if tensor.rank() == 1 { tensor.unsqueeze(0)? } else { tensor.clone() };
         Ok(tensor.to_dtype(DType::I64)?.to_vec2()?)
     }
 
     /// Names that start with `prefix`, sorted.
-    pub fn names<'a>(&'a self, prefix: &'a str) -> Vec<&'a str> {
+    pub(crate) fn names<'a>(&'a self, prefix: &'a str) -> Vec<&'a str> {
         let mut names: Vec<&str> = self.0.keys().filter(|n| n.starts_with(prefix)).map(String::as_str).collect();
         names.sort_unstable();
         names
@@ -46,7 +46,7 @@ impl Tensors {
 }
 
 /// The folders inside `folder`, sorted.
-pub fn folders(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+pub(crate) fn folders(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
     found.sort();
@@ -54,11 +54,11 @@ pub fn folders(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// The last part of a path.
-pub fn name(path: &Path) -> String {
+pub(crate) fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-pub fn settings(adapter: Option<&Path>, quantization: Option<Quantization>) -> ModelSettings {
+pub(crate) fn settings(adapter: Option<&Path>, quantization: Option<Quantization>) -> ModelSettings {
     ModelSettings {
         model_name_or_path: String::new(),
         model_revision: "main".into(),
@@ -73,7 +73,7 @@ pub fn settings(adapter: Option<&Path>, quantization: Option<Quantization>) -> M
 }
 
 /// An engine that trains the adapter, or everything if there is none.
-pub fn engine(
+pub(crate) fn engine(
     model: &Path,
     adapter: Option<&Path>,
     quantization: Option<Quantization>,
@@ -85,16 +85,16 @@ pub fn engine(
 }
 
 /// A padded batch without its padding, and where each real token stands in the padded one.
-pub struct Unpadded {
-    pub batch: Batch,
+pub(crate) struct Unpadded {
+    pub(crate) batch: Batch,
     /// `(row, column)` of every token of the ragged batch.
-    pub places: Vec<(usize, usize)>,
+    pub(crate) places: Vec<(usize, usize)>,
     /// `(row, column)` of every target of the head.
-    pub target_places: Vec<(usize, usize)>,
+    pub(crate) target_places: Vec<(usize, usize)>,
 }
 
 /// Takes the padding away. Asks the head for every token but the first of each row.
-pub fn unpad(ids: &[Vec<i64>], mask: &[Vec<i64>]) -> anyhow::Result<Unpadded> {
+pub(crate) fn unpad(ids: &[Vec<i64>], mask: &[Vec<i64>]) -> anyhow::Result<Unpadded> {
     let mut builder = BatchBuilder::new();
     let (mut places, mut target_places) = (vec![], vec![]);
     for (row, (ids, mask)) in ids.iter().zip(mask).enumerate() {

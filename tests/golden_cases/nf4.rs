@@ -23,7 +23,7 @@ const BF16_UNITS: f64 = 2.0;
 
 type Tensors = HashMap<String, Tensor>;
 
-pub fn run(folder: &Path, report: &mut Report) -> Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> Result<()> {
     let tensors = safetensors::load(folder.join("quant.safetensors"), &Device::Cpu)?;
     let mut names: Vec<&str> = tensors.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
     names.sort_unstable();
@@ -97,7 +97,7 @@ fn double_quantization(tensors: &Tensors, name: &str, label: &str, kind: QuantTy
     let plain = Nf4Matrix::quantize(&floats(weight)?, rows, cols, kind, false).absmax();
     let wrong = expected_codes.iter().zip(&*parts.absmax).enumerate().filter(|&(block, (&expected, &got))| {
         let scaled = f64::from(plain[block] - offset) / f64::from(expected_nested[block / 256]);
-        let midpoint = (f64::from(map[usize::from(expected)]) + f64::from(map[usize::from(got)])) / 2.0;
+        let midpoint = f64::midpoint(f64::from(map[usize::from(expected)]), f64::from(map[usize::from(got)]));
         got != expected && (scaled - midpoint).abs() > 2.0 * f64::from(f32::EPSILON) * scaled.abs()
     });
     let wrong = wrong.count();

@@ -18,7 +18,7 @@ const SCHEDULE_ABSOLUTE: f64 = 1e-12;
 const SCHEDULE_RELATIVE: f64 = 1e-9;
 const CLIP_RELATIVE: f64 = 1e-6;
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     adamw(folder, report).context("adamw")?;
     schedules(folder, report).context("schedules")?;
     clip(folder, report).context("clip")?;

@@ -14,7 +14,7 @@ use crate::report::Report;
 
 const IGNORE: i64 = -100;
 
-pub fn run(folder: &Path, report: &mut Report) -> Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> Result<()> {
     let path = folder.join("packing.json");
     let file: Value = serde_json::from_slice(&std::fs::read(&path).with_context(|| path.display().to_string())?)?;
     let list = |name: &str| file[name].as_array().cloned().unwrap_or_default();

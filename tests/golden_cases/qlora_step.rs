@@ -19,7 +19,7 @@ const LOSS: f64 = 1e-5;
 const GRAD_NORM: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     for case in folders(folder)? {
         let run: Value = serde_json::from_slice(&std::fs::read(case.join("run.json"))?)?;
         let double_quant = run["config"]["dq"].as_bool().context("`dq`")?;

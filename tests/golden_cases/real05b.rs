@@ -27,7 +27,7 @@ const FIRST_RELATIVE: f64 = 1e-6;
 const MARGIN: f64 = 0.02;
 const VARIABLE: &str = "TRAINER_QWEN05B_GGUF";
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let Some(path) = std::env::var_os(VARIABLE) else {
         report.skip("all", &format!("set {VARIABLE} to qwen2.5-coder-0.5b-instruct.gguf to run these cases"));
         return Ok(());

@@ -2,14 +2,14 @@
 
 /// What a group's cases came to.
 #[derive(Clone, Copy, Default)]
-pub struct Counts {
-    pub passed: usize,
-    pub failed: usize,
-    pub skipped: usize,
+pub(crate) struct Counts {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    pub(crate) skipped: usize,
 }
 
 /// The results of one group.
-pub struct Report {
+pub(crate) struct Report {
     group: String,
     counts: Counts,
     worst: Option<(f64, String)>,
@@ -18,12 +18,12 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(group: &str) -> Self {
+    pub(crate) fn new(group: &str) -> Self {
         Self { group: group.into(), counts: Counts::default(), worst: None, failures: vec![], skips: vec![] }
     }
 
     /// Records one case whose `error` must not exceed `tolerance`; a tolerance of 0 asks for equality.
-    pub fn check(&mut self, case: &str, error: f64, tolerance: f64) {
+    pub(crate) fn check(&mut self, case: &str, error: f64, tolerance: f64) {
         let share = if tolerance > 0.0 { error / tolerance } else { error };
         if error <= tolerance {
             self.counts.passed += 1;
@@ -37,7 +37,7 @@ impl Report {
     }
 
     /// Records one case that must be exactly so.
-    pub fn expect(&mut self, case: &str, is_equal: bool, message: impl FnOnce() -> String) {
+    pub(crate) fn expect(&mut self, case: &str, is_equal: bool, message: impl FnOnce() -> String) {
         if is_equal {
             self.counts.passed += 1;
         } else {
@@ -46,20 +46,19 @@ impl Report {
     }
 
     /// Records a failed case.
-    pub fn fail(&mut self, case: &str, message: &str) {
+    pub(crate) fn fail(&mut self, case: &str, message: &str) {
         self.counts.failed += 1;
         self.failures.push(format!("{case}: {message}"));
     }
 
     /// Records a case that cannot run here, with the reason.
-    #[allow(dead_code, reason = "only groups with optional inputs skip")]
-    pub fn skip(&mut self, case: &str, reason: &str) {
+    pub(crate) fn skip(&mut self, case: &str, reason: &str) {
         self.counts.skipped += 1;
         self.skips.push(format!("{case}: {reason}"));
     }
 
     /// Prints the group's line, its failures and skips.
-    pub fn print(self) -> Counts {
+    pub(crate) fn print(self) -> Counts {
         let Counts { passed, failed, skipped } = self.counts;
         let worst = self.worst.map_or_else(|| "exact".into(), |(_, text)| format!("worst {text}"));
         println!("{:<12} {passed:>5} passed {failed:>3} failed {skipped:>3} skipped   {worst}", self.group);
@@ -77,8 +76,7 @@ impl Report {
 }
 
 /// The largest absolute difference of two slices; infinite where their lengths differ, NaN where one has a NaN.
-#[allow(dead_code, reason = "not every group compares floats")]
-pub fn max_difference(left: &[f32], right: &[f32]) -> f64 {
+pub(crate) fn max_difference(left: &[f32], right: &[f32]) -> f64 {
     if left.len() != right.len() {
         return f64::INFINITY;
     }

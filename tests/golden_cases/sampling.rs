@@ -22,7 +22,7 @@ const ORDER: [&str; 5] = [
     "MinPLogitsWarper",
 ];
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(folder.join("sampling.json")).context("sampling.json")?;
     let file: Value = serde_json::from_str(&text)?;
     let tensors = candle_core::safetensors::load(folder.join("sampling.safetensors"), &Device::Cpu)?;

@@ -18,7 +18,7 @@ const GRADIENT: f64 = 1e-4;
 /// A greedy choice closer than this may fall either way.
 const MARGIN: f32 = 1e-3;
 
-pub fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     for model in folders(folder)? {
         let case = name(&model);
         check_model(&model, &case, report).with_context(|| case.clone())?;

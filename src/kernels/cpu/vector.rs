@@ -11,7 +11,6 @@ macro_rules! for_each_instruction_set {
         $(#[$meta])*
         pub fn $name($($arg: $type),*) $(-> $result)? {
             #[inline(always)]
-            #[expect(clippy::inline_always, reason = "must be compiled anew inside each instruction set's function")]
             fn portable($($arg: $type),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
@@ -40,7 +39,6 @@ macro_rules! for_each_instruction_set {
 const LANES: usize = 16;
 
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "must be compiled for the caller's instruction set")]
 fn fold(sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     let mut sums = sums;
@@ -56,7 +54,6 @@ fn fold(sums: [f32; LANES]) -> f32 {
 /// e^x with a relative error below 2e-7; 0 below -87.3 and infinite above 88.7. The polynomial is the one of Cephes'
 /// `expf` (Moshier, 1992), after reduction to [-ln 2 / 2, ln 2 / 2].
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "must be compiled for the caller's instruction set")]
 #[expect(clippy::excessive_precision, reason = "the constants as published")]
 fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
