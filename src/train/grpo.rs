@@ -66,10 +66,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         let (step, epoch_before) = (run.step, sampler.epochs());
         session.engine.store().zero_gradients()?;
         let (mut loss, mut metrics) = (0.0, Metrics::default());
-        for _ in 0..training.gradient_accumulation_steps {
+        for micro_step in 0..training.gradient_accumulation_steps as u64 {
             if generation.as_ref().is_none_or(|batch| batch.micro_steps == batch_life(settings)) {
                 let indices = sampler.next_groups(num_prompts, settings.num_generations);
-                generation = Some(generate(settings, &mut generator, &session, &prompts, &indices, &mut run)?);
+                // One step may take several generation batches; each draws numbers of its own.
+                let key = step * training.gradient_accumulation_steps as u64 + micro_step;
+                generation = Some(generate(settings, &mut generator, &session, &prompts, &indices, key, &mut run)?);
             }
             let Some(batch) = &mut generation else { bail!("a generation batch was just made") };
             let cut = batch.micro_steps % settings.steps_per_generation * training.per_device_train_batch_size;
@@ -164,10 +166,10 @@ fn generate(
     session: &Session,
     prompts: &[PromptExample],
     indices: &[usize],
+    key: u64,
     run: &mut Run<'_>,
 ) -> anyhow::Result<GenerationBatch> {
     let started = std::time::Instant::now();
-    let key = run.step;
     let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run)?;
     run.memory.set_kv_cache(generator.cache_bytes());
     let statistics = generator.statistics();

@@ -117,5 +117,8 @@ pub fn check_device(device: DeviceChoice, precision: Precision) -> anyhow::Resul
     if precision == Precision::Fp16 {
         tracing::warn!("`fp16: true`: the CPU computes in f32, which needs no loss scaling");
     }
+    if precision == Precision::Bf16 {
+        tracing::warn!("`bf16: true`: the CPU computes in f32");
+    }
     Ok(())
 }
