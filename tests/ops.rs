@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use trainer::ops::attention::{Layout, Segment};
-use trainer::ops::linear::{Adapter, Dropout, Linear};
+use trainer::ops::linear::{Adapter, Dropout, Linear, TokenKeys};
 use trainer::ops::rope::Rotation;
 use trainer::ops::{Param, attention, embedding, head, linear, residual, rms_norm, rows, swiglu};
 use trainer::quant::Weight;
@@ -289,7 +289,8 @@ fn dropout_scales_what_it_keeps_and_its_backward_uses_the_same_mask() {
     let (x, dy, w) = (random(&[n, inputs], 1), random(&[n, outputs], 2), random(&[outputs, inputs], 3));
     let adapter = low_rank(outputs, inputs, rank, 5);
     let layer = Linear { adapter: Some(adapter.clone()), ..Linear::frozen(Weight::Dense(w)) };
-    let token_keys: Vec<u64> = (0..n as u64).map(|t| t * 77).collect();
+    let keys: Vec<u64> = (0..n as u64).map(|t| t * 77).collect();
+    let token_keys = TokenKeys::from(keys.as_slice());
     let dropout = Some(Dropout { probability: 0.4, key: 9, token_keys: &token_keys });
     let forward = |x: &Tensor| layer.forward(x, true, dropout).unwrap();
     let (y, saved) = forward(&x);
@@ -297,7 +298,8 @@ fn dropout_scales_what_it_keeps_and_its_backward_uses_the_same_mask() {
     let dx = layer.backward(&dy, &x, &saved, dropout).unwrap();
     // The mask does not depend on x, so y is linear in x and the directional derivative is exact up to rounding.
     assert_directional(&x, &dx, "dx", |x| weighted_sum(&forward(x).0, &dy));
-    let reversed: Vec<u64> = token_keys.iter().rev().copied().collect();
+    let reversed: Vec<u64> = keys.into_iter().rev().collect();
+    let reversed = TokenKeys::from(reversed.as_slice());
     let other = Some(Dropout { probability: 0.4, key: 9, token_keys: &reversed });
     assert_ne!(values(&y), values(&layer.forward(&x, true, other).unwrap().0), "tokens have masks of their own");
     let _: &linear::Saved = &saved;
@@ -354,14 +356,17 @@ fn embedding_and_rows_pick_and_add_back() {
     let tokens = [3u32, 0, 3, 8];
     let ids = Tensor::new(&tokens, &Device::Cpu).unwrap();
     let expected = autograd(&[&table], &dy, |t| t[0].index_select(&ids, 0).unwrap());
-    let y = embedding::forward(&tokens, &Weight::Dense(table.clone())).unwrap();
+    let on_cpu = |tokens: &[u32], table: &Tensor| {
+        embedding::forward(tokens, &Weight::Dense(table.clone()), &Device::Cpu, DType::F32)
+    };
+    let y = on_cpu(&tokens, &table).unwrap();
     assert_close(&y, &table.index_select(&ids, 0).unwrap(), "embedding");
     let table_grad = Tensor::zeros((9, 5), DType::F32, &Device::Cpu).unwrap();
     embedding::backward(&dy, &tokens, &table_grad).unwrap();
     assert_close(&table_grad, &expected[0], "embedding gradient");
     assert_close(&rows::gather(&table, &tokens).unwrap(), &y, "rows");
     assert_close(&rows::scatter_add(&dy, &tokens, 9).unwrap(), &expected[0], "rows gradient");
-    let message = embedding::forward(&[9], &Weight::Dense(table)).unwrap_err().to_string();
+    let message = on_cpu(&[9], &table).unwrap_err().to_string();
     assert!(message.contains("token id 9") && message.contains("vocabulary of 9"), "{message}");
 }
 

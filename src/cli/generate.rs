@@ -6,14 +6,14 @@ use clap::ArgGroup;
 use serde_json::json;
 
 use super::{Context, Exit, UsageError};
-use crate::config::settings::{ModelSettings, SamplingSettings, WeightDtype};
+use crate::config::settings::{DeviceChoice, ModelSettings, Precision, SamplingSettings, WeightDtype};
 use crate::data::{RenderOptions, StreamDecoder};
 use crate::model::load::Purpose;
 use crate::rollout::forward::EngineModel;
 use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
 use crate::telemetry::{peak_resident_bytes, units};
-use crate::train;
 use crate::train::session::{self, Session};
+use crate::train::{self, Backend};
 
 /// Prompts completed at the same time.
 const MOST_SEQUENCES: usize = 16;
@@ -76,6 +76,10 @@ pub struct Args {
     #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
 
+    /// Where to compute: `cpu`, `cuda:N`, or `auto`: the first GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
+    pub device: DeviceChoice,
+
     /// Print a completion while it is written instead of at its end; takes one prompt
     #[arg(long, conflicts_with = "prompts_file")]
     pub stream: bool,
@@ -121,6 +125,10 @@ impl Args {
     }
 }
 
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    text.parse()
+}
+
 fn parse_temperature(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
@@ -142,7 +150,14 @@ fn parse_top_p(text: &str) -> Result<f64, String> {
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let prompts = args.prompts()?;
     let mut progress = train::downloads(&context.terminal);
-    let session = session::open(&args.model_settings(), args.seed, Purpose::Inference, false, &mut progress)?;
+    let session = session::open(
+        &args.model_settings(),
+        args.seed,
+        Purpose::Inference,
+        false,
+        &Backend::open(args.device, args.precision())?,
+        &mut progress,
+    )?;
     drop(progress);
     let requests = prompts
         .iter()
@@ -207,6 +222,16 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
 }
 
 impl Args {
+    /// 16 bits on a GPU; the CPU computes in f32.
+    fn precision(&self) -> Precision {
+        match self.device {
+            DeviceChoice::Cpu => Precision::No,
+            _ if train::has_bf16() => Precision::Bf16,
+            DeviceChoice::Auto if !train::has_gpu(0) => Precision::No,
+            _ => Precision::Fp16,
+        }
+    }
+
     fn model_settings(&self) -> ModelSettings {
         ModelSettings {
             model_name_or_path: self.model.clone(),

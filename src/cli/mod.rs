@@ -3,6 +3,7 @@
 //! `main` calls [`main`] on a thread with a large stack and turns the returned [`Exit`] into the process's exit code.
 //! Errors are printed here and nowhere else, as `error: what`, followed by the causes, one indented line each.
 
+pub mod bench;
 pub mod config;
 mod exit;
 pub mod generate;
@@ -62,6 +63,7 @@ enum Command {
     Grpo(grpo::Args),
     Generate(generate::Args),
     Config(config::Args),
+    Bench(bench::Args),
 }
 
 /// What every subcommand gets besides its arguments.
@@ -121,6 +123,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Grpo(args) => grpo::run(args, context),
         Command::Generate(args) => generate::run(args, context),
         Command::Config(args) => config::run(args, context),
+        Command::Bench(args) => bench::run(args, context),
     }
 }
 

@@ -55,6 +55,7 @@ pub(super) fn run<S>(
     let surroundings = config::Context {
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
+        has_bf16: train::has_bf16(),
         ..config::Context::default()
     };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;

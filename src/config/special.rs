@@ -189,7 +189,15 @@ impl Parse for DeviceChoice {
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         let Value::Scalar { text, .. } = &node.value else { return Err(vec![Mismatch::expected(node, Self::KIND)]) };
-        match text.as_str() {
+        text.parse().map_err(|_: String| vec![Mismatch::expected(node, Self::KIND)])
+    }
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             "cuda" => Ok(Self::Cuda(0)),
@@ -197,7 +205,7 @@ impl Parse for DeviceChoice {
                 .strip_prefix("cuda:")
                 .and_then(|ordinal| ordinal.parse().ok())
                 .map(Self::Cuda)
-                .ok_or_else(|| vec![Mismatch::expected(node, Self::KIND)]),
+                .ok_or_else(|| format!("expected {}", <Self as Parse>::KIND)),
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
@@ -14,8 +14,9 @@ use crate::model::config::ModelConfig;
 use crate::model::layer::{self, DecoderLayer, Pass, PassDropout};
 use crate::model::params::BlockParams;
 use crate::model::{self, Embedding, Head, HeadGradient};
+use crate::ops::linear::TokenKeys;
 use crate::ops::rope::Rotation;
-use crate::ops::{head, rows};
+use crate::ops::{buffer, head, rows};
 use crate::zero::{self, ParamStore};
 
 /// What went wrong in a pass.
@@ -55,12 +56,31 @@ pub struct DropoutKey {
     pub step: u64,
 }
 
+/// Types of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Types {
+    /// Of activations.
+    pub compute: DType,
+    /// Of the residual stream and its gradient.
+    pub residual: DType,
+}
+
+impl Types {
+    /// f32 everywhere, the only choice on the CPU.
+    pub const F32: Self = Self { compute: DType::F32, residual: DType::F32 };
+    /// bf16 everywhere; sums are f32.
+    pub const BF16: Self = Self { compute: DType::BF16, residual: DType::BF16 };
+    /// f16 activations, f32 residual stream: Qwen2.5's outgrows f16.
+    pub const F16: Self = Self { compute: DType::F16, residual: DType::F32 };
+}
+
 /// A model and its parameters, ready to walk.
 #[derive(Debug)]
 pub struct Engine {
     config: ModelConfig,
     adapter: Option<AdapterSettings>,
     store: ParamStore,
+    types: Types,
     recompute: bool,
     frequencies: Vec<f32>,
     rotation_scale: f32,
@@ -74,9 +94,30 @@ enum Kept {
 
 impl Engine {
     /// An engine over the store's blocks: the embedding, the layers, the head.
-    pub fn new(config: ModelConfig, adapter: Option<AdapterSettings>, store: ParamStore, recompute: bool) -> Self {
+    pub fn new(
+        config: ModelConfig,
+        adapter: Option<AdapterSettings>,
+        store: ParamStore,
+        types: Types,
+        recompute: bool,
+    ) -> Self {
         let (frequencies, rotation_scale) = config.inv_freq();
-        Self { config, adapter, store, recompute, frequencies, rotation_scale }
+        Self { config, adapter, store, types, recompute, frequencies, rotation_scale }
+    }
+
+    /// Whether the blocks' activations are computed again in backward instead of kept.
+    pub fn set_recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
+    }
+
+    /// Where blocks compute.
+    pub fn device(&self) -> &Device {
+        self.store.device()
+    }
+
+    /// Types of a pass.
+    pub fn types(&self) -> Types {
+        self.types
     }
 
     /// The model's sizes.
@@ -100,8 +141,20 @@ impl Engine {
     }
 
     /// The rotations of these positions.
-    pub fn rotation(&self, positions: &[u32]) -> Rotation {
-        Rotation::new(positions, &self.frequencies, self.rotation_scale)
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn rotation(&self, positions: &[u32]) -> Result<Rotation, Error> {
+        Ok(Rotation::on(self.device(), positions, &self.frequencies, self.rotation_scale)?)
+    }
+
+    /// The start of the residual stream.
+    ///
+    /// # Errors
+    /// If a token is outside the vocabulary.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor, Error> {
+        let embedding = self.embedding()?;
+        embedding.forward(tokens, self.device(), self.types.residual).map_err(in_block("embedding"))
     }
 
     /// The embedding block.
@@ -136,11 +189,20 @@ impl Engine {
     /// If a block fails.
     pub fn logprobs(&self, batch: &Batch, speaker: Speaker, temperature: f64) -> Result<head::Output, Error> {
         self.speak(speaker, |use_adapter| {
-            let rotation = self.rotation(&batch.positions);
-            let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter, dropout: None };
+            let rotation = self.rotation(&batch.positions)?;
+            let pass = Pass {
+                layout: &batch.layout,
+                rotation: &rotation,
+                use_adapter,
+                compute: self.types.compute,
+                dropout: None,
+            };
             let hidden = self.walk(batch, &pass, |_, _| ())?;
             let picked = rows::gather(&hidden, &batch.head_rows)?;
-            let (output, _) = self.head()?.forward(&picked, &batch.targets, temperature).map_err(in_block("head"))?;
+            let (output, _) = self
+                .head()?
+                .forward(&picked, &batch.targets, temperature, self.types.compute)
+                .map_err(in_block("head"))?;
             Ok(output)
         })
     }
@@ -151,10 +213,16 @@ impl Engine {
     /// If a block fails.
     pub fn logits(&self, batch: &Batch, speaker: Speaker) -> Result<Tensor, Error> {
         self.speak(speaker, |use_adapter| {
-            let rotation = self.rotation(&batch.positions);
-            let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter, dropout: None };
+            let rotation = self.rotation(&batch.positions)?;
+            let pass = Pass {
+                layout: &batch.layout,
+                rotation: &rotation,
+                use_adapter,
+                compute: self.types.compute,
+                dropout: None,
+            };
             let hidden = self.walk(batch, &pass, |_, _| ())?;
-            self.head()?.logits(&hidden).map_err(in_block("head"))
+            self.head()?.logits(&hidden, self.types.compute).map_err(in_block("head"))
         })
     }
 
@@ -187,21 +255,29 @@ impl Engine {
         dropout: Option<DropoutKey>,
         loss: impl FnOnce(&head::Output) -> Result<(HeadGradient, T), E>,
     ) -> Result<T, E> {
-        let rotation = self.rotation(&batch.positions);
+        let rotation = self.rotation(&batch.positions)?;
         let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
+        let token_keys = TokenKeys::from(batch.token_keys.as_slice());
         let dropout = dropout.filter(|_| probability > 0.0).map(|DropoutKey { seed, step }| PassDropout {
             probability,
             key: crate::rng::Stream::new(seed, "dropout", step, 0).bits(),
-            token_keys: &batch.token_keys,
+            token_keys: &token_keys,
         });
-        let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter: true, dropout };
+        let pass = Pass {
+            layout: &batch.layout,
+            rotation: &rotation,
+            use_adapter: true,
+            compute: self.types.compute,
+            dropout,
+        };
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
         let hidden = self.walk(batch, &pass, |input, saved| {
             kept.push(if self.recompute { Kept::Input(input.clone()) } else { Kept::Everything(Box::new(saved)) });
         })?;
         let head_block = self.head()?;
         let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
-        let (output, saved) = head_block.forward(&picked, &batch.targets, temperature).map_err(in_block("head"))?;
+        let (output, saved) =
+            head_block.forward(&picked, &batch.targets, temperature, self.types.compute).map_err(in_block("head"))?;
         let (gradient, result) = loss(&output)?;
         let d_picked =
             head_block.backward(&gradient, &batch.targets, temperature, &output, &saved).map_err(in_block("head"))?;
@@ -211,12 +287,14 @@ impl Engine {
             let layer = self.layer(index)?;
             let saved = match kept {
                 Kept::Everything(saved) => *saved,
-                Kept::Input(input) => layer.forward(&input, &pass).map_err(in_layer(index))?.1,
+                Kept::Input(input) => layer.recompute(&input, &pass).map_err(in_layer(index))?,
             };
             gradient = layer.backward(&gradient, saved, &pass).map_err(in_layer(index))?;
         }
         let embedding = self.embedding()?;
-        embedding.backward(&gradient, &batch.tokens).map_err(in_block("embedding"))?;
+        if embedding.is_trained() {
+            embedding.backward(&gradient, &batch.tokens).map_err(in_block("embedding"))?;
+        }
         Ok(result)
     }
 
@@ -227,7 +305,7 @@ impl Engine {
         pass: &Pass<'_>,
         mut keep: impl FnMut(&Tensor, layer::Saved),
     ) -> Result<Tensor, Error> {
-        let mut hidden = self.embedding()?.forward(&batch.tokens).map_err(in_block("embedding"))?;
+        let mut hidden = self.embed(&batch.tokens)?;
         for index in 0..self.config.num_hidden_layers {
             let (output, saved) = self.layer(index)?.forward(&hidden, pass).map_err(in_layer(index))?;
             keep(&hidden, saved);
@@ -236,26 +314,33 @@ impl Engine {
         Ok(hidden)
     }
 
-    /// The first block whose output is not finite for this batch, if there is one: where a NaN loss comes from.
+    /// Where this batch's values first stop being finite, if they do: the block and the tensor in it.
     ///
     /// # Errors
     /// If a block fails.
     pub fn first_non_finite(&self, batch: &Batch) -> Result<Option<String>, Error> {
-        let rotation = self.rotation(&batch.positions);
-        let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter: true, dropout: None };
-        let is_finite = |x: &Tensor| crate::ops::buffer::read(x, |v| v.iter().all(|v| v.is_finite()));
-        let mut hidden = self.embedding()?.forward(&batch.tokens).map_err(in_block("embedding"))?;
-        if !is_finite(&hidden)? {
+        let rotation = self.rotation(&batch.positions)?;
+        let compute = self.types.compute;
+        let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter: true, compute, dropout: None };
+        let mut hidden = self.embed(&batch.tokens)?;
+        if !buffer::is_finite(&hidden)? {
             return Ok(Some("the token embedding".into()));
         }
         for index in 0..self.config.num_hidden_layers {
-            hidden = self.layer(index)?.forward(&hidden, &pass).map_err(in_layer(index))?.0;
-            if !is_finite(&hidden)? {
-                return Ok(Some(format!("decoder layer {index}")));
+            let (output, saved) = self.layer(index)?.forward(&hidden, &pass).map_err(in_layer(index))?;
+            for (name, tensor) in saved.tensors() {
+                if !buffer::is_finite(&tensor)? {
+                    return Ok(Some(format!("decoder layer {index}, {name}")));
+                }
             }
+            if !buffer::is_finite(&output)? {
+                return Ok(Some(format!("decoder layer {index}, mlp.down_proj")));
+            }
+            hidden = output;
         }
-        let logits = self.head()?.logits(&hidden).map_err(in_block("head"))?;
-        Ok((!is_finite(&logits)?).then(|| "the head".into()))
+        let picked = rows::gather(&hidden, &batch.head_rows)?;
+        let (output, _) = self.head()?.forward(&picked, &batch.targets, 1.0, compute).map_err(in_block("head"))?;
+        Ok(output.logprobs.iter().any(|p| !p.is_finite()).then(|| "the head's log-probabilities".into()))
     }
 }
 

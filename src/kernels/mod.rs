@@ -5,3 +5,5 @@
 //! first, and the `unsafe` inside carries the reason why that is enough.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;

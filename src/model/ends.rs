@@ -1,6 +1,6 @@
 //! The two ends of the model: the token embedding and the final norm with the head.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::config::ModelConfig;
@@ -29,12 +29,13 @@ impl Embedding {
         Ok(Self { table: params.slot(EMBEDDING)?.clone() })
     }
 
-    /// The embeddings of `tokens`: f32 `[N, D]`.
+    /// The embeddings of `tokens` on `device`, the start of the residual stream: `[N, D]` of type `dtype` (on the CPU
+    /// f32).
     ///
     /// # Errors
     /// If a token is outside the vocabulary.
-    pub fn forward(&self, tokens: &[u32]) -> Result<Tensor, Error> {
-        Ok(embedding::forward(tokens, &self.table.weight)?)
+    pub fn forward(&self, tokens: &[u32], device: &Device, dtype: DType) -> Result<Tensor, Error> {
+        Ok(embedding::forward(tokens, &self.table.weight, device, dtype)?)
     }
 
     /// Whether the table is trained, so that [`Self::backward`] has something to do.
@@ -79,6 +80,18 @@ pub struct HeadGradient {
     pub d_entropies: Vec<f32>,
 }
 
+impl HeadGradient {
+    /// All gradients times `factor`: fp16's loss scale.
+    #[must_use]
+    pub fn scaled(mut self, factor: f64) -> Self {
+        if factor != 1.0 {
+            let values = self.d_logprobs.iter_mut().chain(&mut self.d_entropies);
+            values.for_each(|v| *v = (f64::from(*v) * factor) as f32);
+        }
+        self
+    }
+}
+
 impl Head {
     /// Binds the norm and the head, which a tied model takes from the embedding's parameters.
     ///
@@ -92,20 +105,27 @@ impl Head {
         Ok(Self { norm: params.dense(FINAL_NORM)?, table: table.clone(), eps: config.rms_norm_eps })
     }
 
-    /// Log-probabilities and entropies of `targets` after the rows of `x`.
+    /// Log-probabilities and entropies of `targets` after the rows of `x`; activations are of type `compute`.
     ///
     /// # Shapes
-    /// `x`: f32 `[R, D]`; `targets`: `[R]`.
+    /// `x`: `[R, D]`; `targets`: `[R]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward(&self, x: &Tensor, targets: &[u32], temperature: f64) -> Result<(head::Output, SavedHead), Error> {
-        let (normed, norm) = rms_norm::forward(x, &self.norm, self.eps)?;
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        compute: DType,
+    ) -> Result<(head::Output, SavedHead), Error> {
+        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
+        let normed = normed.values()?;
         let output = head::forward(&normed, &self.table.weight, targets, temperature)?;
         Ok((output, SavedHead { input: x.clone(), norm, normed }))
     }
 
-    /// The gradient of `x`: f32 `[R, D]`.
+    /// The gradient of `x`: `[R, D]` of its type.
     ///
     /// # Errors
     /// If the shapes do not fit.
@@ -133,12 +153,12 @@ impl Head {
     /// All logits after the rows of `x`.
     ///
     /// # Shapes
-    /// `x`: f32 `[R, D]`; returns f32 `[R, V]`.
+    /// `x`: `[R, D]`; returns f32 `[R, V]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn logits(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let (normed, _) = rms_norm::forward(x, &self.norm, self.eps)?;
-        Ok(head::logits(&normed, &self.table.weight)?)
+    pub fn logits(&self, x: &Tensor, compute: DType) -> Result<Tensor, Error> {
+        let (normed, _) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
+        Ok(head::logits(&normed.values()?, &self.table.weight)?)
     }
 }

@@ -4,19 +4,23 @@
 //! every trained parameter's gradient to its bucket. `attention_inputs` and `after_attention` are the two halves around
 //! attention, which the rollout shares.
 //!
-//! Shapes: `N` tokens, `D` hidden, `H` query heads, `K` key-value heads, `d` head size, `I` intermediate.
+//! Projections that read one input are applied together, the residual sums ride in the products before them, and a
+//! block that is computed again for its backward leaves out its last product, which backward does not need.
+//!
+//! Shapes: `N` tokens, `D` hidden, `H` query heads, `K` key-value heads, `d` head size, `I` intermediate. The residual
+//! stream is `[N, D]`; its type and that of the activations are f32 on the CPU.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::adapter::AdapterSettings;
 use super::config::ModelConfig;
 use super::params::BlockParams;
 use super::{Error, adapter};
 use crate::config::settings::Projection;
-use crate::ops::attention::{self, Layout};
-use crate::ops::linear::{self, Dropout, Linear};
+use crate::ops::attention::{self, Heads, Layout};
+use crate::ops::linear::{self, Dropout, Linear, Mode, TokenKeys, room};
 use crate::ops::rope::Rotation;
-use crate::ops::{Param, residual, rms_norm, swiglu};
+use crate::ops::{Param, Wide, rms_norm, swiglu};
 use crate::rng;
 
 /// What a pass through the layers needs to know besides the hidden states.
@@ -28,6 +32,8 @@ pub struct Pass<'a> {
     pub rotation: &'a Rotation,
     /// Whether adapters take part; without them the base model speaks.
     pub use_adapter: bool,
+    /// Type of activations between the residual sums; on the CPU always f32.
+    pub compute: DType,
     /// Dropout of adapter inputs; `None` outside of training.
     pub dropout: Option<PassDropout<'a>>,
 }
@@ -40,7 +46,7 @@ pub struct PassDropout<'a> {
     /// Key of the pass: of the seed and the optimizer step.
     pub key: u64,
     /// One key per token.
-    pub token_keys: &'a [u64],
+    pub token_keys: &'a TokenKeys,
 }
 
 /// A decoder layer with its parameters.
@@ -48,7 +54,7 @@ pub struct PassDropout<'a> {
 pub struct DecoderLayer {
     index: usize,
     eps: f64,
-    head_dim: usize,
+    heads: Heads,
     input_norm: Param,
     post_attention_norm: Param,
     /// In the order of [`Projection::ALL`].
@@ -57,7 +63,7 @@ pub struct DecoderLayer {
     k_norm: Option<Param>,
 }
 
-/// Queries and keys before their norm (Qwen3), and the norm's own residue.
+/// Queries or keys before their norm (Qwen3), and the norm's own residue.
 #[derive(Clone, Debug)]
 struct SavedNorm {
     input: Tensor,
@@ -68,8 +74,8 @@ struct SavedNorm {
 #[derive(Clone, Debug)]
 pub struct SavedInputs {
     norm: rms_norm::Saved,
-    normed: Tensor,
-    linears: [linear::Saved; 3],
+    normed: Wide,
+    qkv: linear::SavedGroup,
     q_norm: Option<SavedNorm>,
     k_norm: Option<SavedNorm>,
 }
@@ -77,14 +83,15 @@ pub struct SavedInputs {
 /// What the second half keeps for backward.
 #[derive(Clone, Debug)]
 pub struct SavedOutputs {
-    attended: Tensor,
-    o_linear: linear::Saved,
+    attended: Wide,
+    o: linear::SavedGroup,
     stream: Tensor,
     norm: rms_norm::Saved,
-    normed: Tensor,
+    normed: Wide,
     gate: Tensor,
     up: Tensor,
-    linears: [linear::Saved; 3],
+    gate_up: linear::SavedGroup,
+    down: linear::SavedGroup,
 }
 
 /// What a layer keeps for backward.
@@ -96,9 +103,34 @@ pub struct Saved {
     k: Tensor,
     v: Tensor,
     attention: attention::Saved,
-    attended: Tensor,
     outputs: SavedOutputs,
 }
+
+impl Saved {
+    /// The tensors of the layer in the order in which they are computed, by name: to find where values stop being finite.
+    pub fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+        let SavedOutputs { attended, stream, normed, gate, up, .. } = &self.outputs;
+        let wide = |x: &Wide| x.values().unwrap_or_else(|_| x.buffer().clone());
+        vec![
+            ("the layer's input", self.input.clone()),
+            ("input_layernorm", wide(&self.inputs.normed)),
+            ("self_attn.q_proj", self.q.clone()),
+            ("self_attn.k_proj", self.k.clone()),
+            ("self_attn.v_proj", self.v.clone()),
+            ("attention", wide(attended)),
+            ("self_attn.o_proj", stream.clone()),
+            ("post_attention_layernorm", wide(normed)),
+            ("mlp.gate_proj", gate.clone()),
+            ("mlp.up_proj", up.clone()),
+        ]
+    }
+}
+
+/// The projections of the keys, values and queries, of the output, and the two halves of the MLP.
+const QKV: [Projection; 3] = [Projection::QProj, Projection::KProj, Projection::VProj];
+const OUTPUT: [Projection; 1] = [Projection::OProj];
+const GATE_UP: [Projection; 2] = [Projection::GateProj, Projection::UpProj];
+const DOWN: [Projection; 1] = [Projection::DownProj];
 
 impl DecoderLayer {
     /// Binds the parameters of layer `index`.
@@ -118,7 +150,7 @@ impl DecoderLayer {
         Ok(Self {
             index,
             eps: config.rms_norm_eps,
-            head_dim: config.head_dim,
+            heads: Heads { query: config.num_attention_heads, kv: config.num_key_value_heads },
             input_norm: dense("input_layernorm")?,
             post_attention_norm: dense("post_attention_layernorm")?,
             projections: {
@@ -130,66 +162,73 @@ impl DecoderLayer {
         })
     }
 
-    fn dropout<'a>(&self, projection: Projection, pass: &Pass<'a>) -> Option<Dropout<'a>> {
-        let PassDropout { probability, key, token_keys } = pass.dropout?;
-        let key = rng::mix(key ^ rng::mix((self.index * Projection::ALL.len() + projection as usize) as u64));
-        Some(Dropout { probability, key, token_keys })
+    fn group<const G: usize>(&self, projections: [Projection; G]) -> [&Linear; G] {
+        projections.map(|p| &self.projections[p as usize])
     }
 
-    fn project(&self, p: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, linear::Saved), Error> {
-        Ok(self.projections[p as usize].forward(x, pass.use_adapter, self.dropout(p, pass))?)
+    /// Columns behind the input of a group that its adapters use in this pass.
+    fn room<const G: usize>(&self, projections: [Projection; G], pass: &Pass<'_>) -> usize {
+        if pass.use_adapter { room(&self.group(projections)) } else { 0 }
     }
 
-    fn project_backward(
+    /// Calls `work` with the projections and how they are applied in this pass.
+    fn with_group<const G: usize, T>(
         &self,
-        p: Projection,
-        dy: &Tensor,
-        x: &Tensor,
-        saved: &linear::Saved,
+        projections: [Projection; G],
         pass: &Pass<'_>,
-    ) -> Result<Tensor, Error> {
-        Ok(self.projections[p as usize].backward(dy, x, saved, self.dropout(p, pass))?)
+        work: impl FnOnce(&[&Linear], Mode<'_>) -> Result<T, crate::ops::Error>,
+    ) -> Result<T, Error> {
+        let dropouts: Vec<Dropout<'_>> = match pass.dropout {
+            None => vec![],
+            Some(PassDropout { probability, key, token_keys }) => {
+                let key_of =
+                    |p: Projection| rng::mix(key ^ rng::mix((self.index * Projection::ALL.len() + p as usize) as u64));
+                projections.iter().map(|&p| Dropout { probability, key: key_of(p), token_keys }).collect()
+            }
+        };
+        let mode = Mode { use_adapter: pass.use_adapter, dropouts: &dropouts };
+        Ok(work(&self.group(projections), mode)?)
     }
 
-    /// Splits a projection into heads, normalises them (Qwen3) and turns them by their positions.
+    /// Normalises heads (Qwen3) and turns them by their positions.
     fn heads(
         &self,
-        x: &Tensor,
+        x: Tensor,
         norm: Option<&Param>,
         rotation: &Rotation,
     ) -> Result<(Tensor, Option<SavedNorm>), Error> {
-        let (n, width) = x.dims2()?;
-        let heads = width / self.head_dim;
-        let Some(norm) = norm else {
-            return Ok((rotation.forward(&x.reshape((n, heads, self.head_dim))?)?, None));
-        };
-        let input = x.reshape((n * heads, self.head_dim))?;
-        let (normed, saved) = rms_norm::forward(&input, norm, self.eps)?;
-        let turned = rotation.forward(&normed.reshape((n, heads, self.head_dim))?)?;
-        Ok((turned, Some(SavedNorm { input, norm: saved })))
+        let Some(norm) = norm else { return Ok((rotation.forward_rows(x)?, None)) };
+        let (normed, saved) = rms_norm::forward_heads(&x, norm, self.eps)?;
+        Ok((rotation.forward_rows(normed)?, Some(SavedNorm { input: x, norm: saved })))
     }
 
     fn heads_backward(
-        dy: &Tensor,
+        dy: Tensor,
         norm: Option<&Param>,
         saved: Option<&SavedNorm>,
         rotation: &Rotation,
     ) -> Result<Tensor, Error> {
-        let (n, heads, d) = dy.dims3()?;
-        let turned = rotation.backward(dy)?;
-        let dx = match (norm, saved) {
-            (Some(norm), Some(saved)) => {
-                rms_norm::backward(&turned.reshape((n * heads, d))?, &saved.input, norm, &saved.norm)?
-            }
-            _ => turned,
-        };
-        Ok(dx.reshape((n, heads * d))?)
+        let turned = rotation.backward_rows(dy)?;
+        match (norm, saved) {
+            (Some(norm), Some(saved)) => Ok(rms_norm::backward_heads(turned, &saved.input, norm, &saved.norm)?),
+            _ => Ok(turned),
+        }
+    }
+
+    /// Query heads and key-value heads.
+    pub fn num_heads(&self) -> Heads {
+        self.heads
+    }
+
+    /// Columns behind the attention's result that [`Self::after_attention`] would use.
+    pub fn attended_room(&self, pass: &Pass<'_>) -> usize {
+        self.room(OUTPUT, pass)
     }
 
     /// Queries, keys and values of the layer's input, ready for attention.
     ///
     /// # Shapes
-    /// `x`: f32 `[N, D]`; returns `[N, H, d]`, `[N, K, d]`, `[N, K, d]`.
+    /// `x`: `[N, D]`; returns `[N, H · d]`, `[N, K · d]`, `[N, K · d]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
@@ -198,95 +237,143 @@ impl DecoderLayer {
         x: &Tensor,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
-        let (normed, norm) = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let (q, q_saved) = self.project(Projection::QProj, &normed, pass)?;
-        let (k, k_saved) = self.project(Projection::KProj, &normed, pass)?;
-        let (v, v_saved) = self.project(Projection::VProj, &normed, pass)?;
-        let (n, width) = v.dims2()?;
-        let v = v.reshape((n, width / self.head_dim, self.head_dim))?;
-        let (q, q_norm) = self.heads(&q, self.q_norm.as_ref(), pass.rotation)?;
-        let (k, k_norm) = self.heads(&k, self.k_norm.as_ref(), pass.rotation)?;
-        Ok((q, k, v, SavedInputs { norm, normed, linears: [q_saved, k_saved, v_saved], q_norm, k_norm }))
+        let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, self.room(QKV, pass))?;
+        let (outputs, qkv) = self.with_group(QKV, pass, |group, mode| linear::forward(group, &normed, mode, None))?;
+        let [q, k, v] = exactly(outputs);
+        let (q, q_norm) = self.heads(q, self.q_norm.as_ref(), pass.rotation)?;
+        let (k, k_norm) = self.heads(k, self.k_norm.as_ref(), pass.rotation)?;
+        Ok((q, k, v, SavedInputs { norm, normed, qkv, q_norm, k_norm }))
     }
 
     /// The rest of the layer: output projection, residual, MLP, residual.
     ///
     /// # Shapes
-    /// `x`: f32 `[N, D]`, the layer's input; `attended`: f32 `[N, H, d]`; returns f32 `[N, D]`.
+    /// `x`: `[N, D]`, the layer's input; `attended`: `[N, H · d]`; returns `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn after_attention(
         &self,
         x: &Tensor,
-        attended: &Tensor,
+        attended: Wide,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, SavedOutputs), Error> {
-        let (n, heads, d) = attended.dims3()?;
-        let attended = attended.reshape((n, heads * d))?;
-        let (projected, o_linear) = self.project(Projection::OProj, &attended, pass)?;
-        let stream = residual::add(projected, x)?;
-        let (normed, norm) = rms_norm::forward(&stream, &self.post_attention_norm, self.eps)?;
-        let (gate, gate_saved) = self.project(Projection::GateProj, &normed, pass)?;
-        let (up, up_saved) = self.project(Projection::UpProj, &normed, pass)?;
-        let (down, down_saved) = self.project(Projection::DownProj, &swiglu::forward(&gate, &up)?, pass)?;
-        let y = residual::add(down, &stream)?;
-        let linears = [gate_saved, up_saved, down_saved];
-        Ok((y, SavedOutputs { attended, o_linear, stream, norm, normed, gate, up, linears }))
+        let (y, saved) = self.second_half(x, attended, pass, true)?;
+        Ok((y.unwrap_or_else(|| x.clone()), saved))
+    }
+
+    fn second_half(
+        &self,
+        x: &Tensor,
+        attended: Wide,
+        pass: &Pass<'_>,
+        wants_output: bool,
+    ) -> Result<(Option<Tensor>, SavedOutputs), Error> {
+        let (outputs, o) =
+            self.with_group(OUTPUT, pass, |group, mode| linear::forward(group, &attended, mode, Some(x)))?;
+        let [stream] = exactly(outputs);
+        let room = self.room(GATE_UP, pass);
+        let (normed, norm) = rms_norm::forward_wide(&stream, &self.post_attention_norm, self.eps, pass.compute, room)?;
+        let (outputs, gate_up) =
+            self.with_group(GATE_UP, pass, |group, mode| linear::forward(group, &normed, mode, None))?;
+        let [gate, up] = exactly(outputs);
+        let activated = swiglu::forward_wide(&gate, &up, self.room(DOWN, pass))?;
+        let (y, down) = self.with_group(DOWN, pass, |group, mode| {
+            if !wants_output {
+                return Ok((None, linear::saved_only(group, &activated, mode)?));
+            }
+            let (outputs, down) = linear::forward(group, &activated, mode, Some(&stream))?;
+            let [y] = exactly(outputs);
+            Ok((Some(y), down))
+        })?;
+        Ok((y, SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down }))
+    }
+
+    fn both_halves(&self, x: &Tensor, pass: &Pass<'_>, wants_output: bool) -> Result<(Option<Tensor>, Saved), Error> {
+        let (q, k, v, inputs) = self.attention_inputs(x, pass)?;
+        let room = self.attended_room(pass);
+        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+        let (y, outputs) = self.second_half(x, attended, pass, wants_output)?;
+        Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, outputs }))
     }
 
     /// The layer's output and what backward needs.
     ///
     /// # Shapes
-    /// `x`: f32 `[N, D]`; returns f32 `[N, D]`.
+    /// `x`: `[N, D]`; returns `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Saved), Error> {
-        let (q, k, v, inputs) = self.attention_inputs(x, pass)?;
-        let (attended, attention) = attention::forward(&q, &k, &v, pass.layout)?;
-        let (y, outputs) = self.after_attention(x, &attended, pass)?;
-        Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, attended, outputs }))
+        let (y, saved) = self.both_halves(x, pass, true)?;
+        Ok((y.unwrap_or_else(|| x.clone()), saved))
+    }
+
+    /// What backward needs, computed again from the layer's input: [`Self::forward`] without its last product.
+    ///
+    /// # Shapes
+    /// `x`: `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn recompute(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Saved, Error> {
+        Ok(self.both_halves(x, pass, false)?.1)
     }
 
     /// The gradient of the layer's input.
     ///
     /// # Shapes
-    /// `dy`: f32 `[N, D]`; returns f32 `[N, D]`.
+    /// `dy`: `[N, D]`; returns `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn backward(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<Tensor, Error> {
-        let Saved { input, inputs, q, k, v, attention, attended, outputs } = saved;
-        let d_stream = self.mlp_backward(dy, &outputs, pass)?;
-        let d_attended =
-            self.project_backward(Projection::OProj, &d_stream, &outputs.attended, &outputs.o_linear, pass)?;
-        drop(outputs);
-        let d_attended = d_attended.reshape(q.shape())?;
-        let (dq, dk, dv) = attention::backward(&d_attended, &q, &k, &v, &attended, pass.layout, &attention)?;
-        let dq = Self::heads_backward(&dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
-        let dk = Self::heads_backward(&dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
-        let (n, kv_heads, d) = dv.dims3()?;
-        let dv = dv.reshape((n, kv_heads * d))?;
-        let [q_saved, k_saved, v_saved] = &inputs.linears;
-        let from_q = self.project_backward(Projection::QProj, &dq, &inputs.normed, q_saved, pass)?;
-        let from_k = self.project_backward(Projection::KProj, &dk, &inputs.normed, k_saved, pass)?;
-        let from_v = self.project_backward(Projection::VProj, &dv, &inputs.normed, v_saved, pass)?;
-        let d_normed = residual::add(residual::add(from_q, &from_k)?, &from_v)?;
-        let through = rms_norm::backward(&d_normed, &input, &self.input_norm, &inputs.norm)?;
-        Ok(residual::add(through, &d_stream)?)
+        let Saved { input, inputs, q, k, v, attention, outputs } = saved;
+        let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
+        let d_attended = self.with_group(OUTPUT, pass, |group, mode| {
+            let (dx, carried) = linear::backward_input(group, vec![d_stream.clone()], &o, mode)?;
+            linear::backward_weights(group, &carried, &attended, &o, mode)?;
+            Ok(dx)
+        })?;
+        let [dq, dk, dv] =
+            attention::backward_rows(&d_attended, &q, &k, &v, &attended, pass.layout, self.heads, &attention)?;
+        drop((d_attended, attended, q, k, v));
+        let dq = Self::heads_backward(dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
+        let dk = Self::heads_backward(dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
+        let d_normed = self.with_group(QKV, pass, |group, mode| {
+            let (dx, carried) = linear::backward_input(group, vec![dq, dk, dv], &inputs.qkv, mode)?;
+            linear::backward_weights(group, &carried, &inputs.normed, &inputs.qkv, mode)?;
+            Ok(dx)
+        })?;
+        Ok(rms_norm::backward_onto(&d_normed, &input, &self.input_norm, &inputs.norm, &d_stream)?)
     }
 
-    fn mlp_backward(&self, dy: &Tensor, saved: &SavedOutputs, pass: &Pass<'_>) -> Result<Tensor, Error> {
-        let [gate_saved, up_saved, down_saved] = &saved.linears;
+    /// The gradient of the residual stream between the halves, and what the first half needs of the second's residue.
+    fn mlp_backward(
+        &self,
+        dy: &Tensor,
+        saved: SavedOutputs,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Wide, linear::SavedGroup), Error> {
+        let SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down } = saved;
         // The activation is made again: it is as large as the gate and costs nothing beside the multiplies.
-        let activated = swiglu::forward(&saved.gate, &saved.up)?;
-        let d_activated = self.project_backward(Projection::DownProj, dy, &activated, down_saved, pass)?;
-        let (d_gate, d_up) = swiglu::backward(&d_activated, &saved.gate, &saved.up)?;
-        let from_gate = self.project_backward(Projection::GateProj, &d_gate, &saved.normed, gate_saved, pass)?;
-        let from_up = self.project_backward(Projection::UpProj, &d_up, &saved.normed, up_saved, pass)?;
-        let d_normed = residual::add(from_gate, &from_up)?;
-        let through = rms_norm::backward(&d_normed, &saved.stream, &self.post_attention_norm, &saved.norm)?;
-        Ok(residual::add(through, dy)?)
+        let (d_gate, d_up) = self.with_group(DOWN, pass, |group, mode| {
+            let (d_activated, carried) = linear::backward_input(group, vec![dy.clone()], &down, mode)?;
+            let (d_gate, d_up, activated) = swiglu::backward_again(d_activated, gate, up)?;
+            linear::backward_weights(group, &carried, &activated, &down, mode)?;
+            Ok((d_gate, d_up))
+        })?;
+        let d_normed = self.with_group(GATE_UP, pass, |group, mode| {
+            let (dx, carried) = linear::backward_input(group, vec![d_gate, d_up], &gate_up, mode)?;
+            linear::backward_weights(group, &carried, &normed, &gate_up, mode)?;
+            Ok(dx)
+        })?;
+        let d_stream = rms_norm::backward_onto(&d_normed, &stream, &self.post_attention_norm, &norm, dy)?;
+        Ok((d_stream, attended, o))
     }
+}
+
+/// The outputs of a group, one for each of its projections.
+fn exactly<const G: usize>(outputs: Vec<Tensor>) -> [Tensor; G] {
+    outputs.try_into().unwrap_or_else(|_| unreachable!("a group has one output for each of its projections"))
 }

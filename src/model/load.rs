@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use rayon::prelude::*;
 
 use super::Error;
 use super::adapter::AdapterSettings;
@@ -11,9 +13,10 @@ use super::ends::{EMBEDDING, LM_HEAD};
 use super::params::{BlockInit, Trainable};
 use super::peft::{AdapterConfig, AdapterSpec, ModuleAdapter};
 use super::source::{LinearStorage, WeightSource};
-use crate::config::settings::ModelSettings;
+use crate::config::settings::{LoraSettings, ModelSettings};
 use crate::ops::buffer;
-use crate::quant::Weight;
+use crate::quant::{Nf4Matrix, Weight};
+use crate::rng;
 
 /// The module of the head in an adapter.
 const LM_HEAD_MODULE: &str = "lm_head";
@@ -38,6 +41,19 @@ pub struct LoadedModel {
     pub adapter_spec: Option<AdapterSpec>,
     /// One entry per block, in the order of the walk.
     pub blocks: Vec<BlockInit>,
+}
+
+impl LoadedModel {
+    /// Marks the token embedding to stay in host memory where blocks compute on a GPU, since a step reads a few of its rows;
+    /// a tied head then has the table to itself. Nothing changes where the table is trained.
+    pub fn keep_embedding_on_host(&mut self) {
+        let Some((first, rest)) = self.blocks.split_first_mut() else { return };
+        let Some(table) = first.frozen.get(EMBEDDING) else { return };
+        if let Some(last) = rest.last_mut().filter(|_| self.config.tie_word_embeddings) {
+            last.frozen.entry(LM_HEAD.into()).or_insert_with(|| table.clone());
+        }
+        first.stays_on_host.insert(EMBEDDING.into());
+    }
 }
 
 /// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time.
@@ -80,6 +96,44 @@ pub fn load(path: &Path, settings: &ModelSettings, seed: u64, purpose: Purpose) 
         Some(spec) => Some(attach(spec, &config, &mut blocks, purpose)?),
     };
     Ok(LoadedModel { config, adapter, adapter_spec: spec, blocks })
+}
+
+/// A model of the shape of a configuration, for measuring: projections of random 4-bit codes (NF4, double quantised), a fresh
+/// adapter, and embedding, head, norms and biases of small random values. No weights are read.
+///
+/// # Errors
+/// If the configuration is unusable.
+pub fn random_packed(path: &Path, lora: &LoraSettings, seed: u64) -> Result<LoadedModel, Error> {
+    let (config, _) = WeightSource::open(path, Some(seed))?;
+    let spec = AdapterSpec::init(AdapterConfig::new(lora, None), &config, seed)?;
+    let mut blocks = vec![BlockInit::default(); config.num_hidden_layers + 2];
+    for (index, shape) in config.tensors().into_iter().enumerate() {
+        let noise = |count: usize| -> Vec<bf16> {
+            let key = rng::mix(seed ^ rng::mix(index as u64));
+            // Sums of four bytes are near enough to normal.
+            let value = |i: u64| {
+                let bytes = rng::mix(key ^ i).to_le_bytes();
+                bytes[..4].iter().map(|&b| f32::from(b) - 127.5).sum::<f32>()
+                    * (config.initializer_range as f32 / 148.0)
+            };
+            (0..count as u64).into_par_iter().map(|i| bf16::from_f32(value(i))).collect()
+        };
+        let weight = match (shape.role, shape.shape.as_slice()) {
+            (TensorRole::Linear, &[rows, cols]) => {
+                let deviation = config.initializer_range as f32;
+                Weight::Nf4(Nf4Matrix::noise(rows, cols, deviation, rng::mix(seed ^ rng::mix(index as u64))))
+            }
+            (TensorRole::Norm, _) => Weight::Dense(Tensor::ones(shape.shape.as_slice(), DType::F32, &Device::Cpu)?),
+            (TensorRole::Bias, &[length]) => Weight::Dense(Tensor::zeros(length, DType::F32, &Device::Cpu)?),
+            _ => {
+                let values = noise(shape.shape.iter().product());
+                Weight::Dense(Tensor::from_vec(values, shape.shape.as_slice(), &Device::Cpu)?)
+            }
+        };
+        blocks[block_of(&shape.name, &config)].frozen.insert(shape.name, weight);
+    }
+    let adapter = Some(attach(&spec, &config, &mut blocks, Purpose::Training)?);
+    Ok(LoadedModel { config, adapter, adapter_spec: Some(spec), blocks })
 }
 
 fn values(source: &WeightSource, name: &str) -> Result<Vec<f32>, Error> {

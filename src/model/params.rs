@@ -3,7 +3,7 @@
 //! A block asks for its parameters and does not know where they live: `zero` hands them out, `model` binds them to
 //! layers by name. Both sides share this type and nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
@@ -29,6 +29,9 @@ pub struct Trainable {
 pub struct BlockInit {
     /// Frozen weights by name.
     pub frozen: BTreeMap<String, Weight>,
+    /// Names of frozen weights that stay in host memory where blocks compute on a GPU: tables of which a step reads few
+    /// rows.
+    pub stays_on_host: BTreeSet<String>,
     /// Trained parameters in the order of the flat buffers.
     pub trainable: Vec<Trainable>,
 }

@@ -14,7 +14,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::view::{tensor, view};
-use super::{Error, shape_error};
+use super::{Error, Wide, shape_error};
 use crate::kernels::cpu::matmul::{Matrix, Threads, multiply};
 use crate::kernels::cpu::vector;
 
@@ -36,6 +36,9 @@ pub struct Layout {
     segments: Vec<Segment>,
     /// Segments that share keys, by the segment that holds them; each group's gradients are independent of the others'.
     groups: Vec<Vec<usize>>,
+    /// The work lists of the GPU's kernels, made when they are first needed.
+    #[cfg(feature = "cuda")]
+    pub(super) plan: std::sync::OnceLock<std::sync::Arc<crate::kernels::cuda::AttentionPlan>>,
 }
 
 impl Layout {
@@ -66,7 +69,12 @@ impl Layout {
                 None => return Err(shape_error(OP, "prefix", prefix, "the beginning of an earlier segment")),
             }
         }
-        Ok(Self { segments, groups })
+        Ok(Self {
+            segments,
+            groups,
+            #[cfg(feature = "cuda")]
+            plan: std::sync::OnceLock::new(),
+        })
     }
 
     /// Sequences without prefixes, given by their cumulative lengths (`cu_seqlens`, from 0 to `N`).
@@ -101,8 +109,87 @@ fn prefix_len(segment: &Segment) -> usize {
 /// The log-sum-exp of each query's scaled scores, kept for backward.
 #[derive(Clone, Debug)]
 pub struct Saved {
-    /// `[H, N]`
-    log_sums: Vec<f32>,
+    /// f32 `[H, N]`
+    pub(super) log_sums: Tensor,
+}
+
+/// Query heads and key-value heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// `H`
+    pub query: usize,
+    /// `K`
+    pub kv: usize,
+}
+
+/// [`forward`] over rows of heads, with `room` more columns behind the result (on a GPU).
+///
+/// # Shapes
+/// `q`: `[N, H · d]`; `k`, `v`: `[N, K · d]`; returns `[N, H · d]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the room is for the GPU"))]
+pub fn forward_rows(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &Layout,
+    heads: Heads,
+    room: usize,
+) -> Result<(Wide, Saved), Error> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return super::cuda::attention::forward(q, k, v, layout, heads, room);
+    }
+    let [q, k, v] = split_heads(q, k, v, heads)?;
+    let (o, saved) = forward(&q, &k, &v, layout)?;
+    let (n, heads, d) = o.dims3()?;
+    Ok((Wide::plain(o.reshape((n, heads * d))?)?, saved))
+}
+
+/// The gradients of [`forward_rows`]; on a GPU they are columns of one buffer `[N, (H + 2 K) d]`.
+///
+/// # Shapes
+/// `dy`, `q`, `o`: `[N, H · d]`; `k`, `v`: `[N, K · d]`; returns the shapes of `q`, `k` and `v`.
+///
+/// # Errors
+/// If the shapes do not fit.
+#[expect(clippy::too_many_arguments, reason = "the operands of attention's backward")]
+pub fn backward_rows(
+    dy: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Wide,
+    layout: &Layout,
+    heads: Heads,
+    saved: &Saved,
+) -> Result<[Tensor; 3], Error> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return super::cuda::attention::backward(dy, q, k, v, o, layout, heads, saved);
+    }
+    let [q, k, v] = split_heads(q, k, v, heads)?;
+    let shape = q.shape();
+    let (dy, o) = (dy.reshape(shape)?, o.values()?.reshape(shape)?);
+    let (dq, dk, dv) = backward(&dy, &q, &k, &v, &o, layout, saved)?;
+    let join = |x: Tensor| -> Result<Tensor, Error> {
+        let (n, heads, d) = x.dims3()?;
+        Ok(x.reshape((n, heads * d))?)
+    };
+    Ok([join(dq)?, join(dk)?, join(dv)?])
+}
+
+fn split_heads(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<[Tensor; 3], Error> {
+    let split = |x: &Tensor, heads: usize| -> Result<Tensor, Error> {
+        let (n, width) = super::view::dims2("attention", "heads", x)?;
+        if heads == 0 || width % heads != 0 {
+            return Err(shape_error("attention", "heads", x.dims(), format!("[N, a multiple of {heads}]")));
+        }
+        Ok(x.reshape((n, heads, width / heads))?)
+    };
+    Ok([split(q, heads.query)?, split(k, heads.kv)?, split(v, heads.kv)?])
 }
 
 #[derive(Clone, Copy)]
@@ -212,7 +299,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, layout: &Layout) -> Result<(T
             out[(token * heads + head) * d..][..d].copy_from_slice(row);
         }
     }
-    Ok((tensor(out, (n, heads, d))?, Saved { log_sums }))
+    Ok((tensor(out, (n, heads, d))?, Saved { log_sums: tensor(log_sums, (heads, n))? }))
 }
 
 /// Gradients of one group of segments and one key-value head.
@@ -251,13 +338,14 @@ pub fn backward(
     }
     let dy = dy.contiguous()?;
     let (dy, q, k, v, o) = (view(OP, &dy)?, view(OP, q)?, view(OP, k)?, view(OP, v)?, view(OP, o)?);
+    let log_sums = view(OP, &saved.log_sums)?;
     let repeat = heads / kv_heads;
     let jobs: Vec<(usize, usize)> = (0..layout.groups.len()).flat_map(|g| (0..kv_heads).map(move |h| (g, h))).collect();
     let parts: Vec<Part> = jobs
         .par_iter()
         .map(|&(group, kv_head)| {
             let segments: Vec<&Segment> = layout.groups[group].iter().map(|&s| &layout.segments[s]).collect();
-            group_backward(&sizes, &segments, kv_head, &dy, &q, &k, &v, &o, &saved.log_sums)
+            group_backward(&sizes, &segments, kv_head, &dy, &q, &k, &v, &o, &log_sums)
         })
         .collect();
     let mut dq = vec![0.0; n * heads * d];

@@ -1,26 +1,42 @@
 //! In-place work on flat f32 buffers: what the parameter store and the optimizer do to values, gradients and moments.
 //!
-//! Tensors that share a buffer's storage see every change.
+//! Tensors that share a buffer's storage see every change. Buffers may lie on a GPU.
 
 use candle_core::Tensor;
 
 use super::view::{change, view};
 use super::{Error, shape_error};
 
-/// The values of a contiguous f32 buffer, copied to the host.
+/// The values of a float buffer, copied to the host as f32. On a GPU this waits.
 ///
 /// # Errors
-/// If it is not contiguous f32.
+/// If it is not contiguous f32 (on the CPU) or the device failed.
 pub fn to_vec(buffer: &Tensor) -> Result<Vec<f32>, Error> {
+    #[cfg(feature = "cuda")]
+    if buffer.device().is_cuda() {
+        return Ok(crate::kernels::cuda::download(buffer)?);
+    }
     Ok(view("read a buffer", buffer)?.to_vec())
 }
 
-/// Runs `read` on the values of a contiguous f32 buffer.
+/// Runs `read` on the values of a contiguous f32 buffer in host memory.
 ///
 /// # Errors
-/// If it is not contiguous f32.
+/// If it is not contiguous f32 on the CPU.
 pub fn read<T>(buffer: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T, Error> {
     Ok(read(&view("read a buffer", buffer)?))
+}
+
+/// Whether all values are finite. On a GPU this waits.
+///
+/// # Errors
+/// If it is no float tensor with contiguous columns.
+pub fn is_finite(tensor: &Tensor) -> Result<bool, Error> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return super::cuda::buffer::is_finite(tensor);
+    }
+    read(tensor, |values| values.iter().all(|v| v.is_finite()))
 }
 
 /// Sets every value.
@@ -28,6 +44,10 @@ pub fn read<T>(buffer: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T, Err
 /// # Errors
 /// If it is not contiguous f32.
 pub fn fill(buffer: &Tensor, value: f32) -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    if buffer.device().is_cuda() {
+        return super::cuda::buffer::fill(buffer, value);
+    }
     change("fill", buffer, |values| values.fill(value))
 }
 
@@ -39,6 +59,10 @@ pub fn write(buffer: &Tensor, from: &[f32]) -> Result<(), Error> {
     if buffer.elem_count() != from.len() {
         return Err(shape_error("write a buffer", "from", from.len(), buffer.elem_count()));
     }
+    #[cfg(feature = "cuda")]
+    if buffer.device().is_cuda() {
+        return super::cuda::buffer::write(buffer, from);
+    }
     change("write a buffer", buffer, |values| values.copy_from_slice(from))
 }
 
@@ -47,6 +71,10 @@ pub fn write(buffer: &Tensor, from: &[f32]) -> Result<(), Error> {
 /// # Errors
 /// If the lengths differ.
 pub fn swap(left: &Tensor, right: &Tensor) -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    if left.device().is_cuda() {
+        return super::cuda::buffer::swap(left, right);
+    }
     let kept = to_vec(left)?;
     write(left, &to_vec(right)?)?;
     write(right, &kept)
@@ -57,10 +85,11 @@ pub fn swap(left: &Tensor, right: &Tensor) -> Result<(), Error> {
 /// # Errors
 /// If the lengths differ.
 pub fn mix(buffer: &Tensor, other: &Tensor, alpha: f32) -> Result<(), Error> {
-    let other = view("mix", other)?;
-    if buffer.elem_count() != other.len() {
-        return Err(shape_error("mix", "other", other.len(), buffer.elem_count()));
+    #[cfg(feature = "cuda")]
+    if buffer.device().is_cuda() {
+        return super::cuda::buffer::mix(buffer, other, alpha);
     }
+    let other = view("mix", other)?;
     change("mix", buffer, |values| {
         for (value, &other) in values.iter_mut().zip(other.iter()) {
             *value = alpha * other + (1.0 - alpha) * *value;
@@ -68,8 +97,8 @@ pub fn mix(buffer: &Tensor, other: &Tensor, alpha: f32) -> Result<(), Error> {
     })
 }
 
-/// Runs `update` on four buffers of one length, of which it may change all but the second: an optimizer's values,
-/// gradients, first and second moments.
+/// Runs `update` on four buffers of one length in host memory, of which it may change all but the second: an optimizer's
+/// values, gradients, first and second moments.
 ///
 /// # Errors
 /// If the lengths differ.

@@ -1,22 +1,27 @@
 //! The input embedding: a row of the table for each token.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::view::{change, dims2, view};
 use super::{Error, shape_error};
 use crate::kernels::cpu::vector;
 use crate::quant::Weight;
 
-/// The rows `tokens` of the table.
+/// The rows `tokens` of the table, on `device` and of type `dtype` (on the CPU always f32).
 ///
 /// # Shapes
-/// `tokens`: `[N]`; `table`: `[V, D]`; returns f32 `[N, D]`.
+/// `tokens`: `[N]`; `table`: `[V, D]`, on the device or in host memory; returns `[N, D]`.
 ///
 /// # Errors
 /// If a token is outside the table.
-pub fn forward(tokens: &[u32], table: &Weight) -> Result<Tensor, Error> {
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "device and type are for the GPU"))]
+pub fn forward(tokens: &[u32], table: &Weight, device: &Device, dtype: DType) -> Result<Tensor, Error> {
     if let Some(&id) = tokens.iter().find(|&&id| id as usize >= table.rows()) {
         return Err(Error::Token { op: "embedding", id, vocabulary: table.rows() });
+    }
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return super::cuda::rows::embed(tokens, table, device, dtype);
     }
     Ok(table.gather_rows(tokens)?)
 }
@@ -37,6 +42,10 @@ pub fn backward(dy: &Tensor, tokens: &[u32], table_grad: &Tensor) -> Result<(), 
     }
     if let Some(&id) = tokens.iter().find(|&&id| id as usize >= rows) {
         return Err(Error::Token { op: OP, id, vocabulary: rows });
+    }
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return super::cuda::rows::embed_backward(dy, tokens, table_grad);
     }
     let dy = dy.contiguous()?;
     let dy = view(OP, &dy)?;

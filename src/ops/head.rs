@@ -50,6 +50,10 @@ struct Running {
 pub fn forward(hidden: &Tensor, weight: &Weight, targets: &[u32], temperature: f64) -> Result<Output, Error> {
     const OP: &str = "head";
     let (rows, d, vocabulary) = check(OP, hidden, weight, targets)?;
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return super::cuda::head::forward(hidden, weight, targets, temperature);
+    }
     let hidden = view(OP, hidden)?;
     let hidden = Matrix::new(&hidden, rows, d);
     let start = Running { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0, target: f32::NAN };
@@ -110,6 +114,11 @@ pub fn backward(
     if d_logprobs.len() != rows || !(d_entropies.is_empty() || d_entropies.len() == rows) {
         return Err(shape_error(OP, "d_logprobs", [d_logprobs.len(), d_entropies.len()], rows));
     }
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        let gradients = (d_logprobs, d_entropies);
+        return super::cuda::head::backward(gradients, hidden, weight, weight_grad, targets, temperature, output);
+    }
     let hidden = view(OP, hidden)?;
     let hidden = Matrix::new(&hidden, rows, d);
     let inverse = temperature.recip() as f32;
@@ -146,6 +155,10 @@ pub fn backward(
 /// # Errors
 /// If the shapes do not fit.
 pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return super::cuda::head::logits(hidden, weight);
+    }
     Ok(weight.forward(hidden)?)
 }
 

@@ -2,12 +2,15 @@
 //!
 //! There is no tape. A backward adds gradients of trainable parameters straight into the gradient bucket that the
 //! parameter points to and returns the gradient of its input. Activations are f32 tensors on the CPU; candle's autograd
-//! is the oracle in the tests. Called by `model` (blocks) and `engine`; knows no model.
+//! is the oracle in the tests. On a GPU (`cuda/`) activations are f16, bf16 or f32 and operations work in place where
+//! their docs say so. Called by `model` (blocks) and `engine`; knows no model.
 //!
 //! Shapes: `N` tokens of a ragged batch, `D` hidden, `H` query heads, `K` key-value heads, `d` head size, `V` vocabulary.
 
 pub mod attention;
 pub mod buffer;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub mod embedding;
 pub mod head;
 pub mod linear;
@@ -19,8 +22,10 @@ pub mod rope;
 pub mod rows;
 pub mod swiglu;
 pub(crate) mod view;
+mod wide;
 
 pub use param::Param;
+pub use wide::Wide;
 
 /// What went wrong in an operation.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +65,20 @@ pub enum Error {
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+    /// A kernel of the GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::kernels::cuda::Error),
+    /// The GPU has no kernel for this.
+    #[error("{op}: {what} is not there on the GPU; {instead}")]
+    Unsupported {
+        /// The operation.
+        op: &'static str,
+        /// What was asked for.
+        what: String,
+        /// What to do.
+        instead: &'static str,
+    },
     /// A multiply with a weight failed.
     #[error(transparent)]
     Weight(#[from] crate::quant::Error),

@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al., 2104.09864), in the half-split layout of Hugging Face's Qwen.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::view::{tensor, view};
@@ -15,6 +15,9 @@ pub struct Rotation {
     /// `[N, d / 2]`
     sin: Vec<f32>,
     half: usize,
+    /// On a GPU: f32 `[N, d / 2, 2]`, cosines and sines side by side.
+    #[cfg(feature = "cuda")]
+    pub(super) table: Option<Tensor>,
 }
 
 impl Rotation {
@@ -23,7 +26,60 @@ impl Rotation {
     pub fn new(positions: &[u32], frequencies: &[f32], scale: f32) -> Self {
         let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |&f| p as f32 * f));
         let (sin, cos) = angles.map(|a| (a.sin() * scale, a.cos() * scale)).unzip();
-        Self { cos, sin, half: frequencies.len() }
+        Self {
+            cos,
+            sin,
+            half: frequencies.len(),
+            #[cfg(feature = "cuda")]
+            table: None,
+        }
+    }
+
+    /// [`Self::new`] on the device that computes.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn on(device: &Device, positions: &[u32], frequencies: &[f32], scale: f32) -> Result<Self, Error> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let table = super::cuda::rope::table(device, positions, frequencies, scale)?;
+            return Ok(Self { cos: vec![], sin: vec![], half: frequencies.len(), table: Some(table) });
+        }
+        debug_assert!(device.is_cpu(), "another device is a GPU of this build");
+        Ok(Self::new(positions, frequencies, scale))
+    }
+
+    /// Rotates the heads of each row; on a GPU in place.
+    ///
+    /// # Shapes
+    /// `x`: `[N, heads · d]`; returns the same.
+    ///
+    /// # Errors
+    /// If the shape is another.
+    pub fn forward_rows(&self, x: Tensor) -> Result<Tensor, Error> {
+        self.turn_rows(x, 1.0)
+    }
+
+    /// The gradient of [`Self::forward_rows`]; on a GPU in place.
+    ///
+    /// # Shapes
+    /// `dy`: `[N, heads · d]`; returns the same.
+    ///
+    /// # Errors
+    /// If the shape is another.
+    pub fn backward_rows(&self, dy: Tensor) -> Result<Tensor, Error> {
+        self.turn_rows(dy, -1.0)
+    }
+
+    fn turn_rows(&self, x: Tensor, sign: f32) -> Result<Tensor, Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(table) = &self.table {
+            super::cuda::rope::turn(&x, table, 2 * self.half, sign < 0.0)?;
+            return Ok(x);
+        }
+        let (n, width) = super::view::dims2("rope", "x", &x)?;
+        let d = 2 * self.half;
+        Ok(self.turn(&x.reshape((n, width / d, d))?, sign)?.reshape((n, width))?)
     }
 
     fn turn(&self, x: &Tensor, sign: f32) -> Result<Tensor, Error> {

@@ -9,7 +9,7 @@ use crate::kernels::cpu::vector;
 /// The rows `rows` of `x`, which may repeat.
 ///
 /// # Shapes
-/// `x`: f32 `[N, D]`; `rows`: `[R]`; returns f32 `[R, D]`.
+/// `x`: f32 `[N, D]`; `rows`: `[R]`; returns `[R, D]` of the same type.
 ///
 /// # Errors
 /// If a row is outside of `x`.
@@ -18,6 +18,10 @@ pub fn gather(x: &Tensor, rows: &[u32]) -> Result<Tensor, Error> {
     let (n, d) = dims2(OP, "x", x)?;
     if let Some(row) = rows.iter().find(|&&row| row as usize >= n) {
         return Err(shape_error(OP, "rows", row, format!("less than {n}")));
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::rows::gather(x, rows);
     }
     let x = view(OP, x)?;
     let mut out = Vec::with_capacity(rows.len() * d);
@@ -28,7 +32,7 @@ pub fn gather(x: &Tensor, rows: &[u32]) -> Result<Tensor, Error> {
 /// The gradient of [`gather`]: the sum over the places each row was picked for, in their order.
 ///
 /// # Shapes
-/// `dy`: f32 `[R, D]`; `rows`: `[R]`, each less than `num_rows`; returns f32 `[num_rows, D]`.
+/// `dy`: f32 `[R, D]`; `rows`: `[R]`, each less than `num_rows`; returns `[num_rows, D]` of the same type.
 ///
 /// # Errors
 /// If a row is outside, or the lengths differ.
@@ -37,6 +41,10 @@ pub fn scatter_add(dy: &Tensor, rows: &[u32], num_rows: usize) -> Result<Tensor,
     let (r, d) = dims2(OP, "dy", dy)?;
     if r != rows.len() || rows.iter().any(|&row| row as usize >= num_rows) {
         return Err(shape_error(OP, "rows", rows.len(), format!("{r} rows below {num_rows}")));
+    }
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return super::cuda::rows::scatter_add(dy, rows, num_rows);
     }
     let dy = view(OP, dy)?;
     let mut out = vec![0.0; num_rows * d];

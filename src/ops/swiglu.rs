@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::view::{tensor, view};
-use super::{Error, shape_error};
+use super::{Error, Wide, shape_error};
 use crate::kernels::cpu::vector;
 
 /// Values one task works on.
@@ -29,6 +29,40 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor, Error> {
         .zip(u.par_chunks(CHUNK))
         .for_each(|((out, g), u)| vector::swiglu(out, g, u));
     tensor(out, gate.shape().clone())
+}
+
+/// [`forward`] with `room` more columns (on a GPU).
+///
+/// # Shapes
+/// `gate`, `up`: `[N, I]` of one type, which is returned.
+///
+/// # Errors
+/// If the shapes differ.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the room is for the GPU"))]
+pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Error> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return super::cuda::swiglu::forward(gate, up, room);
+    }
+    Wide::plain(forward(gate, up)?)
+}
+
+/// The gradients with respect to `gate` and `up`, and the activation made again. On a GPU the gradients take the places
+/// of `gate` and `up`, the activation that of `dy`.
+///
+/// # Shapes
+/// All `[N, I]` of one type.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn backward_again(dy: Tensor, gate: Tensor, up: Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        super::cuda::swiglu::backward(&dy, &gate, &up)?;
+        return Ok((gate, up, Wide::plain(dy)?));
+    }
+    let (d_gate, d_up) = backward(&dy, &gate, &up)?;
+    Ok((d_gate, d_up, Wide::plain(forward(&gate, &up)?)?))
 }
 
 /// The gradients of [`forward`] with respect to `gate` and `up`.

@@ -110,19 +110,36 @@ pub fn adamw_step_groups(
 }
 
 /// The scalars of a step, computed in f64 and rounded once, as torch does.
-#[derive(Clone, Copy)]
-struct Factors {
-    grad_scale: f32,
-    keep: f32,
-    first_weight: f32,
-    second_decay: f32,
-    second_weight: f32,
-    step_size: f32,
-    root_correction: f32,
-    eps: f32,
+#[derive(Clone, Copy, Debug)]
+pub struct Factors {
+    /// Multiplies the gradient.
+    pub grad_scale: f32,
+    /// `1 - lr * weight_decay`.
+    pub keep: f32,
+    /// `1 - beta1`.
+    pub first_weight: f32,
+    /// `beta2`.
+    pub second_decay: f32,
+    /// `1 - beta2`.
+    pub second_weight: f32,
+    /// `lr / (1 - beta1^step)`.
+    pub step_size: f32,
+    /// `sqrt(1 - beta2^step)`.
+    pub root_correction: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
 }
 
 impl Factors {
+    /// The scalars of a step whose settings are within their ranges.
+    ///
+    /// # Errors
+    /// If one is not.
+    pub fn checked(hyper: &AdamWStep) -> Result<Self, Error> {
+        check(0, 0, 0, 0, hyper)?;
+        Ok(Self::new(hyper))
+    }
+
     fn new(hyper: &AdamWStep) -> Self {
         let step = hyper.step as f64;
         Self {

@@ -13,7 +13,7 @@ mod loss_scale;
 mod progress;
 mod schedule;
 
-pub use adamw::{AdamWStep, ParamGroup, adamw_step, adamw_step_groups};
+pub use adamw::{AdamWStep, Factors, ParamGroup, adamw_step, adamw_step_groups};
 pub use clip::{clip_coefficient, clip_gradients, global_norm, scale_gradients, sum_of_squares, tensor_norm};
 pub use error::Error;
 pub use loss_scale::{LossScaler, LossScalerSettings, ScaleUpdate};

@@ -87,6 +87,10 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// A kernel of the GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::kernels::cuda::Error),
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

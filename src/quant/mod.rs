@@ -8,6 +8,8 @@
 //! what bitsandbytes and ggml compute); sums are f32, and no result depends on the number of threads.
 
 pub mod bitsandbytes;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod dense;
 mod double_quant;
 mod error;
@@ -19,6 +21,8 @@ mod tests;
 mod weight;
 
 pub use bitsandbytes::BitsandbytesParts;
+#[cfg(feature = "cuda")]
+pub use cuda::DeviceMatrix;
 pub use error::Error;
 pub use gguf::GgufMatrix;
 pub use nf4::Nf4Matrix;

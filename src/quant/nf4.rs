@@ -112,6 +112,24 @@ impl Nf4Matrix {
         Self { rows, cols, quant_type, values: book.values, packed: Bytes::from(packed), maxima }
     }
 
+    /// A matrix of random codes, evenly spread as those of normal weights are, with maxima of about 2.4 `deviation`s; a pure
+    /// function of its arguments. For measuring: it takes no quantising.
+    pub fn noise(rows: usize, cols: usize, deviation: f32, seed: u64) -> Self {
+        let bytes = (rows * cols).div_ceil(2);
+        let mut packed = vec![0u8; bytes];
+        packed.par_chunks_mut(8).enumerate().for_each(|(index, out)| {
+            out.copy_from_slice(&crate::rng::mix(seed ^ (index as u64)).to_le_bytes()[..out.len()]);
+        });
+        let maximum = |block: u64| {
+            let bits = crate::rng::mix(!seed ^ block);
+            deviation * (2.0 + 0.8 * (bits >> 40) as f32 / (1u64 << 24) as f32)
+        };
+        let maxima: Vec<f32> = (0..(rows * cols).div_ceil(BLOCK_LEN) as u64).map(maximum).collect();
+        let book = codebook_of(QuantType::Nf4);
+        let maxima = Maxima::Nested(Nested::quantize(&maxima));
+        Self { rows, cols, quant_type: QuantType::Nf4, values: book.values, packed: Bytes::from(packed), maxima }
+    }
+
     /// NF4 or FP4.
     pub fn quant_type(&self) -> QuantType {
         self.quant_type

@@ -174,6 +174,9 @@ pub enum Error {
     /// A block of the model failed.
     #[error("rollout: {0}")]
     Block(#[from] crate::model::Error),
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] crate::engine::Error),
     /// An operation between blocks failed.
     #[error("rollout: {0}")]
     Op(#[from] crate::ops::Error),

@@ -6,16 +6,15 @@ use super::Error;
 use super::decode_model::{DecodeModel, StepBatch};
 use super::kv_cache::{KvCache, KvShape};
 use crate::engine::{self, Engine};
+use crate::model::Head;
 use crate::model::layer::{DecoderLayer, Pass};
-use crate::model::{Embedding, Head};
 use crate::ops::attention::Layout;
-use crate::ops::{buffer, rows};
+use crate::ops::{Wide, buffer, rows};
 
 /// An engine's model with its blocks bound for the length of a rollout.
 #[derive(Debug)]
 pub struct EngineModel<'a> {
     engine: &'a Engine,
-    embedding: Embedding,
     layers: Vec<DecoderLayer>,
     head: Head,
     use_adapter: bool,
@@ -29,7 +28,7 @@ impl<'a> EngineModel<'a> {
     pub fn new(engine: &'a Engine, use_adapter: bool) -> Result<Self, engine::Error> {
         let layers =
             (0..engine.config().num_hidden_layers).map(|index| engine.layer(index)).collect::<Result<_, _>>()?;
-        Ok(Self { engine, embedding: engine.embedding()?, layers, head: engine.head()?, use_adapter })
+        Ok(Self { engine, layers, head: engine.head()?, use_adapter })
     }
 }
 
@@ -48,22 +47,24 @@ impl DecodeModel for EngineModel<'_> {
     }
 
     fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {
-        let rotation = self.engine.rotation(&batch.positions);
+        let rotation = self.engine.rotation(&batch.positions)?;
+        let compute = self.engine.types().compute;
         // The halves of a layer around attention read no layout: attention runs over the cache.
         let layout = Layout::default();
-        let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, dropout: None };
-        let mut hidden = self.embedding.forward(&batch.tokens)?;
+        let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, compute, dropout: None };
+        let mut hidden = self.engine.embed(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
-            let (_, heads, head_dim) = q.dims3()?;
+            let heads = layer.num_heads().query;
+            let head_dim = q.dims()[1] / heads;
             let mut attended = vec![0.0; q.elem_count()];
             buffer::read(&k, |k| buffer::read(&v, |v| cache.write_step(index, batch, k, v)))???;
             let scale = (head_dim as f32).sqrt().recip();
             buffer::read(&q, |q| cache.attend(index, batch, heads, scale, q, &mut attended))??;
-            let attended = Tensor::from_vec(attended, q.shape(), hidden.device())?;
-            hidden = layer.after_attention(&hidden, &attended, &pass)?.0;
+            let attended = Wide::plain(Tensor::from_vec(attended, q.shape(), hidden.device())?)?;
+            hidden = layer.after_attention(&hidden, attended, &pass)?.0;
         }
         let logit_rows: Vec<u32> = batch.logit_rows.iter().map(|&row| row as u32).collect();
-        Ok(self.head.logits(&rows::gather(&hidden, &logit_rows)?)?)
+        Ok(self.head.logits(&rows::gather(&hidden, &logit_rows)?, compute)?)
     }
 }

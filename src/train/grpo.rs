@@ -7,7 +7,7 @@ use super::generation::{GenerationBatch, Generator, MicroBatch, Sampled};
 use super::plan;
 use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, restore};
 use super::session::{self, Session};
-use super::{Context, Outcome};
+use super::{Backend, Context, Outcome};
 use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
 };
@@ -16,6 +16,7 @@ use crate::data::{self, Dataset, PromptExample, PromptOptions, Sampler, TokenSta
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
+use crate::optim::LossScaler;
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
 
@@ -29,7 +30,7 @@ use crate::zero::ShardedAdamW;
 /// If the input is unusable, a reward fails, the loss stops being finite, or a file cannot be written.
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    session::check_device(training.device, training.precision)?;
+    let backend = Backend::open(training.device, training.precision)?;
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
@@ -38,6 +39,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         training.seed,
         Purpose::Training,
         training.gradient_checkpointing,
+        &backend,
         &mut progress,
     )?;
     let splits = data::load(&settings.data, training.seed, &mut progress)?;
@@ -49,13 +51,15 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
 
     let total = total_steps(settings, prompts.len());
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store());
+    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset, 1, 0)?;
     let mut resumed: Option<State<GenerationBatch>> =
         checkpoint.map(|c| restore(&c, "grpo", training, &session, &mut optimizer)).transpose()?;
     let mut generation = resumed.as_mut().and_then(|state| state.buffer.take());
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
+        scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
     let mut run = Run::begin("grpo", training, context, total, memory, resumed.as_ref())?;
@@ -77,15 +81,16 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
             let cut = batch.micro_steps % settings.steps_per_generation * training.per_device_train_batch_size;
             let samples = &batch.samples[cut..cut + training.per_device_train_batch_size];
             let micro_batch = GenerationBatch::micro_batch(samples, &prompts, settings.mask_truncated_completions)?;
-            let output = policy_gradient(settings, &session, samples, &micro_batch, batch.num_items, step)?;
+            let scale = plan::loss_scale(&scaler);
+            let output = policy_gradient(settings, &session, samples, &micro_batch, batch.num_items, step, scale)?;
             batch.micro_steps += 1;
             run.num_tokens += micro_batch.batch.tokens.len() as u64;
             loss += output.0;
             metrics.merge(&output.1);
         }
         let lr = schedule.lr(step);
-        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm)?;
-        plan::check_step(report, step + 1)?;
+        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(&scaler))?;
+        plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
         if settings.sync_ref_model && (step + 1).is_multiple_of(settings.ref_model_sync_steps as u64) {
             session.engine.store().mix_reference(settings.ref_model_mixup_alpha)?;
         }
@@ -103,13 +108,13 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         }
         let is_interrupted = run.is_interrupted();
         if is_interrupted || run.is_due(training.save_strategy, epoch_before, epoch) {
-            run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref()))?;
+            run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref(), scaler.as_ref()))?;
         }
         if is_interrupted && run.step < run.total {
             return Ok(run.stop());
         }
     }
-    run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref()))?;
+    run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref(), scaler.as_ref()))?;
     run.finish(&session)
 }
 
@@ -239,6 +244,7 @@ fn policy_gradient(
     micro: &MicroBatch,
     num_items: usize,
     step: u64,
+    loss_scale: f64,
 ) -> anyhow::Result<(f64, Metrics)> {
     let training = &settings.training;
     let joined = |pick: fn(&Sampled) -> Option<&Vec<f32>>| -> Option<Vec<f32>> {
@@ -288,6 +294,7 @@ fn policy_gradient(
         }
         let gradient =
             HeadGradient { d_logprobs: output.d_logprobs, d_entropies: output.d_entropies.unwrap_or_default() };
+        let gradient = gradient.scaled(loss_scale);
         Ok::<_, anyhow::Error>((gradient, (output.loss, metrics)))
     })
 }
@@ -320,9 +327,10 @@ fn loop_state(
     settings: &GrpoSettings,
     sampler: &Sampler,
     generation: Option<&GenerationBatch>,
+    scaler: Option<&LossScaler>,
 ) -> LoopState<GenerationBatch> {
     let unfinished = generation.filter(|batch| batch.micro_steps < batch_life(settings));
-    LoopState { sampler: sampler.state(), buffer: unfinished.cloned() }
+    LoopState { sampler: sampler.state(), buffer: unfinished.cloned(), loss_scaler: scaler.cloned() }
 }
 
 fn show_plan(
@@ -368,7 +376,7 @@ fn show_plan(
         policy.push("KL", format!("beta {} against {reference}", settings.beta));
     }
     vec![
-        plan::run_section("grpo", training, total, &batch),
+        plan::run_section("grpo", training, session, total, &batch),
         plan::model_section(&settings.model, session),
         plan::data_section(&settings.data, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len()))),
         policy,

@@ -1,9 +1,11 @@
 //! The two training loops and what they share.
 //!
 //! `sft.rs` and `grpo.rs` read top to bottom as the algorithms they run; everything that is not the algorithm is beside
-//! them: `session.rs` opens a model, `run.rs` keeps a run's files, console and checkpoints, `save.rs` writes models,
+//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's files, console and checkpoints, `save.rs` writes models,
 //! `generation.rs` samples, rewards and scores a generation batch.
 
+mod backend;
+pub mod bench;
 mod generation;
 pub mod grpo;
 mod plan;
@@ -12,6 +14,7 @@ mod save;
 pub mod session;
 pub mod sft;
 
+pub use backend::{Backend, has_bf16, has_gpu};
 pub use plan::downloads;
 
 use crate::telemetry::Terminal;

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use anyhow::bail;
 
+use super::Backend;
+use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
 use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
@@ -11,7 +13,7 @@ use crate::data::TokenStatistics;
 use crate::data::hub::Download;
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
-use crate::optim::LrSchedule;
+use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
 use crate::zero::{ShardedAdamW, StepReport};
 
@@ -68,8 +70,34 @@ pub(super) fn check_loss(
     )
 }
 
-/// Stops the run when gradients are not finite; the parameters are as before the step.
-pub(super) fn check_step(report: StepReport, step: u64) -> anyhow::Result<()> {
+/// The loss scaler of an fp16 run, by DeepSpeed's rules and defaults; other runs need none.
+pub(super) fn loss_scaler(backend: &Backend) -> anyhow::Result<Option<LossScaler>> {
+    let scaler = backend.needs_loss_scaling().then(|| LossScaler::dynamic(LossScalerSettings::default()));
+    Ok(scaler.transpose()?)
+}
+
+/// Factor on the gradients of a step.
+pub(super) fn loss_scale(scaler: &Option<LossScaler>) -> f64 {
+    scaler.as_ref().map_or(1.0, LossScaler::scale)
+}
+
+/// Stops the run when gradients are not finite; the parameters are as before the step. With a loss scaler such a step is
+/// left out and the scale lowered.
+pub(super) fn check_step(
+    report: StepReport,
+    step: u64,
+    scaler: Option<&mut LossScaler>,
+    run: &mut Run<'_>,
+) -> anyhow::Result<()> {
+    if let Some(scaler) = scaler {
+        scaler.update(report.is_skipped)?;
+        run.accumulator.latest("loss_scale", scaler.scale());
+        if report.is_skipped {
+            let scale = scaler.scale();
+            run.console.note(&format!("step {step} left out: gradients outgrew fp16; the loss scale is now {scale}"));
+        }
+        return Ok(());
+    }
     if report.is_skipped {
         bail!(
             "the gradients of step {step} are not finite (norm {}); no parameter was changed. Lower `learning_rate`, or \
@@ -81,7 +109,13 @@ pub(super) fn check_step(report: StepReport, step: u64) -> anyhow::Result<()> {
 }
 
 /// What the run does and how long.
-pub(super) fn run_section(task: &str, training: &TrainingSettings, total: u64, batch: &str) -> Section {
+pub(super) fn run_section(
+    task: &str,
+    training: &TrainingSettings,
+    session: &Session,
+    total: u64,
+    batch: &str,
+) -> Section {
     let clip = match training.max_grad_norm {
         0.0 => "no clipping".to_string(),
         norm => format!("clipped at norm {norm}"),
@@ -89,7 +123,7 @@ pub(super) fn run_section(task: &str, training: &TrainingSettings, total: u64, b
     Section::new("Run")
         .row("task", task)
         .row("output", training.output_dir.display())
-        .row("device", format!("CPU, {} threads, f32", rayon::current_num_threads()))
+        .row("device", session.backend().describe())
         .row("steps", total)
         .row("batch", batch)
         .row(

@@ -16,6 +16,7 @@ use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, Resume, TrainingSettings};
 use crate::data::SamplerState;
 use crate::ops::buffer;
+use crate::optim::LossScaler;
 use crate::telemetry::{Accumulator, Console, Metrics, Row, Section, read_rows, units, write_curves};
 use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
 
@@ -47,6 +48,9 @@ pub(super) struct State<B> {
     pub(super) num_tokens: u64,
     /// What is left of a generation batch (GRPO).
     pub(super) buffer: Option<B>,
+    /// The loss scaler of an fp16 run.
+    #[serde(default)]
+    pub(super) loss_scaler: Option<LossScaler>,
     /// Metrics recorded since the last logged row.
     accumulator: Accumulator,
 }
@@ -78,6 +82,8 @@ pub(super) struct LoopState<B> {
     pub(super) sampler: SamplerState,
     /// What is left of a generation batch (GRPO).
     pub(super) buffer: Option<B>,
+    /// The loss scaler of an fp16 run.
+    pub(super) loss_scaler: Option<LossScaler>,
 }
 
 /// Makes sure the output folder can be used before anything is loaded.
@@ -309,6 +315,7 @@ impl<'a> Run<'a> {
             sampler: own.sampler,
             num_tokens: self.num_tokens,
             buffer: own.buffer,
+            loss_scaler: own.loss_scaler,
             accumulator: self.accumulator.clone(),
         };
         writer.add_json(STATE_FILE, &state)?;
@@ -318,11 +325,12 @@ impl<'a> Run<'a> {
                 tensors.map(buffer::to_vec).collect()
             };
         let values = copies(&mut store.flats().map(FlatBlock::values))?;
+        let moments = optimizer.to_host()?;
         let references = copies(&mut store.reference().into_iter().flatten())?;
         let tensors = named(store, &values, "")
             .into_iter()
             .chain(named(store, &references, REFERENCE_SUFFIX))
-            .chain(optimizer.state(store));
+            .chain(ShardedAdamW::state(store, &moments));
         writer.add_tensors(TENSORS_FILE, tensors)?;
         let done = writer.commit(self.settings.save_total_limit)?;
         self.last_saved = Some(self.step);

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use candle_core::quantized::gguf_file::Content;
 
-use crate::config::settings::{DeviceChoice, ModelSettings, Precision};
+use super::Backend;
+use crate::config::settings::ModelSettings;
 use crate::data::hub;
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::engine::Engine;
@@ -28,6 +29,13 @@ pub struct Session {
     pub folder: PathBuf,
 }
 
+impl Session {
+    /// Where the model computes and in which types.
+    pub fn backend(&self) -> Backend {
+        Backend { device: self.engine.device().clone(), types: self.engine.types() }
+    }
+}
+
 /// Opens the model that `settings` name.
 ///
 /// # Errors
@@ -37,6 +45,7 @@ pub fn open(
     seed: u64,
     purpose: Purpose,
     recompute: bool,
+    backend: &Backend,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
@@ -48,7 +57,11 @@ pub fn open(
         None => folder.clone(),
     };
     // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.
-    let LoadedModel { config, adapter, adapter_spec, blocks } = load(&folder, settings, seed, purpose)?;
+    let mut loaded = load(&folder, settings, seed, purpose)?;
+    if !backend.device.is_cpu() {
+        loaded.keep_embedding_on_host();
+    }
+    let LoadedModel { config, adapter, adapter_spec, blocks } = loaded;
     let tokenizer = open_tokenizer(&tokenizer_place)?;
     let template_folder = tokenizer_place.is_dir().then_some(tokenizer_place.as_path());
     let template = ChatTemplate::find(settings.chat_template_path.as_deref(), template_folder, &tokenizer)?;
@@ -74,7 +87,7 @@ pub fn open(
             );
         }
     }
-    let engine = Engine::new(config, adapter, ParamStore::new(blocks)?, recompute);
+    let engine = Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, recompute);
     Ok(Session { engine, tokenizer, template, adapter_spec, folder })
 }
 
@@ -101,24 +114,4 @@ fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
     let content = Content::read(&mut std::io::Cursor::new(&*bytes))
         .with_context(|| format!("cannot read the tokenizer in `{}`", file.display()))?;
     Ok(Tokenizer::from_gguf(&content)?)
-}
-
-/// Refuses what this build or machine cannot do, before anything is loaded.
-///
-/// # Errors
-/// If a GPU is asked for that is not there, or a precision the device does not have.
-pub fn check_device(device: DeviceChoice, precision: Precision) -> anyhow::Result<()> {
-    if let DeviceChoice::Cuda(ordinal) = device {
-        bail!(
-            "`device: cuda:{ordinal}` was asked for, but training runs on the CPU in this version; set `device: cpu` or \
-             leave it out"
-        );
-    }
-    if precision == Precision::Fp16 {
-        tracing::warn!("`fp16: true`: the CPU computes in f32, which needs no loss scaling");
-    }
-    if precision == Precision::Bf16 {
-        tracing::warn!("`bf16: true`: the CPU computes in f32");
-    }
-    Ok(())
 }

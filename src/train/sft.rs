@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::plan;
 use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, restore};
 use super::session::{self, Session};
-use super::{Context, Outcome};
+use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config::settings::{SftSettings, TrainingSettings};
 use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, TokenStatistics};
@@ -33,7 +33,7 @@ struct Split {
 /// If the input is unusable, the loss stops being finite, or a file cannot be written.
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    session::check_device(training.device, training.precision)?;
+    let backend = Backend::open(training.device, training.precision)?;
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
@@ -42,6 +42,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         training.seed,
         Purpose::Training,
         training.gradient_checkpointing,
+        &backend,
         &mut progress,
     )?;
     let (train, eval) = prepare(settings, &session, &mut progress)?;
@@ -50,12 +51,14 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let sequences_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps;
     let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store());
+    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
     let resumed: Option<State<()>> =
         checkpoint.map(|c| restore(&c, "sft", training, &session, &mut optimizer)).transpose()?;
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
+        scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, 0);
     let mut run = Run::begin("sft", training, context, total, memory, resumed.as_ref())?;
@@ -71,6 +74,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
 
         session.engine.store().zero_gradients()?;
         let (mut loss, mut metrics) = (0.0, Metrics::default());
+        let scale = plan::loss_scale(&scaler);
         for batch in &batches {
             let dropout = Some(DropoutKey { seed: training.seed, step });
             let output = session.engine.forward_backward(batch, 1.0, dropout, |head| {
@@ -84,7 +88,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
                 };
                 let output = sft_loss(&inputs, settings.loss_type)?;
                 plan::check_loss(output.loss, step + 1, &session, batch, &training.output_dir)?;
-                let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] };
+                let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
                 Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
             })?;
             loss += output.0;
@@ -92,8 +96,8 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
             run.num_tokens += batch.tokens.len() as u64;
         }
         let lr = schedule.lr(step);
-        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm)?;
-        plan::check_step(report, step + 1)?;
+        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(&scaler))?;
+        plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
 
         run.accumulator.mean("loss", loss);
         run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
@@ -108,13 +112,21 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         }
         let is_interrupted = run.is_interrupted();
         if is_interrupted || run.is_due(training.save_strategy, epoch_before, epoch) {
-            run.save(&session, &optimizer, LoopState::<()> { sampler: sampler.state(), buffer: None })?;
+            run.save(
+                &session,
+                &optimizer,
+                LoopState::<()> { sampler: sampler.state(), buffer: None, loss_scaler: scaler.clone() },
+            )?;
         }
         if is_interrupted && run.step < run.total {
             return Ok(run.stop());
         }
     }
-    run.save(&session, &optimizer, LoopState::<()> { sampler: sampler.state(), buffer: None })?;
+    run.save(
+        &session,
+        &optimizer,
+        LoopState::<()> { sampler: sampler.state(), buffer: None, loss_scaler: scaler.clone() },
+    )?;
     run.finish(&session)
 }
 
@@ -250,5 +262,9 @@ fn show_plan(
         training.gradient_accumulation_steps,
         mean * sequences as f64
     );
-    vec![plan::run_section("sft", training, total, &batch), plan::model_section(&settings.model, session), data]
+    vec![
+        plan::run_section("sft", training, session, total, &batch),
+        plan::model_section(&settings.model, session),
+        data,
+    ]
 }

@@ -31,11 +31,11 @@ pub struct FlatBlock {
 }
 
 impl FlatBlock {
-    /// Lays the parameters out in their order.
+    /// Lays the parameters out in their order on `device`.
     ///
     /// # Errors
     /// If the buffers cannot be allocated.
-    pub fn new(trainable: Vec<Trainable>) -> Result<Self, Error> {
+    pub fn new(trainable: Vec<Trainable>, device: &Device) -> Result<Self, Error> {
         let mut entries = Vec::with_capacity(trainable.len());
         let mut values = Vec::with_capacity(trainable.iter().map(|t| t.values.len()).sum());
         for Trainable { name, shape, values: own, has_decay } in trainable {
@@ -44,8 +44,8 @@ impl FlatBlock {
             entries.push(Entry { name, shape, range: start..values.len(), has_decay });
         }
         let count = values.len();
-        let values = Tensor::from_vec(values, count, &Device::Cpu)?;
-        let grads = Tensor::zeros(count, DType::F32, &Device::Cpu)?;
+        let values = Tensor::from_vec(values, count, device)?;
+        let grads = Tensor::zeros(count, DType::F32, device)?;
         Ok(Self { entries, values, grads })
     }
 

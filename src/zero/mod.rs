@@ -4,6 +4,8 @@
 //! in between is decided here and nowhere else. No layer type is named in this room: a block is a set of named
 //! parameters. Trained parameters of a block lie in one flat f32 buffer, its gradients in another of the same layout.
 
+#[cfg(feature = "cuda")]
+mod device_optimizer;
 mod flat;
 mod optimizer;
 mod store;
@@ -21,6 +23,16 @@ pub enum Error {
     /// An operation on a buffer failed.
     #[error(transparent)]
     Op(#[from] crate::ops::Error),
+    /// A weight could not be moved to the device.
+    #[error(transparent)]
+    Weight(#[from] crate::quant::Error),
+    /// The optimizer refused.
+    #[error(transparent)]
+    Optimizer(#[from] crate::optim::Error),
+    /// A kernel of the GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::kernels::cuda::Error),
     /// The same name stands twice in a block.
     #[error("parameter `{name}` stands twice in one block")]
     Duplicate {

@@ -1,14 +1,17 @@
 //! AdamW over the store's flat buffers: clipping by the global norm, one step, its state.
 //!
-//! Moments are f32, one pair of buffers for each block. A step with a non-finite gradient changes nothing and says so.
+//! Moments are f32, one pair of buffers for each block, beside the values they belong to. A step with a non-finite gradient
+//! changes nothing and says so.
 
-use super::{Error, ParamStore};
+use candle_core::{DType, Tensor};
+
+use super::{Error, FlatBlock, ParamStore};
 use crate::config::settings::OptimizerSettings;
 use crate::ops::buffer;
 use crate::optim::{AdamWStep, ParamGroup, adamw_step_groups, clip_coefficient, global_norm, tensor_norm};
 
 /// Optimizer state of this rank.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ShardedAdamW {
     settings: OptimizerSettings,
     /// Steps taken.
@@ -16,16 +19,35 @@ pub struct ShardedAdamW {
     moments: Vec<Moments>,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Moments {
-    first: Vec<f32>,
-    second: Vec<f32>,
+/// Moments of one block.
+#[derive(Debug)]
+enum Moments {
+    Host { first: Vec<f32>, second: Vec<f32> },
+    Device { first: Tensor, second: Tensor },
+}
+
+impl Moments {
+    fn zeros(flat: &FlatBlock) -> Result<Self, Error> {
+        let (count, device) = (flat.len(), flat.values().device());
+        if device.is_cpu() {
+            return Ok(Self::Host { first: vec![0.0; count], second: vec![0.0; count] });
+        }
+        let zeros = || Tensor::zeros(count, DType::F32, device);
+        Ok(Self::Device { first: zeros()?, second: zeros()? })
+    }
+
+    fn to_vecs(&self) -> Result<[Vec<f32>; 2], Error> {
+        Ok(match self {
+            Self::Host { first, second } => [first.clone(), second.clone()],
+            Self::Device { first, second } => [buffer::to_vec(first)?, buffer::to_vec(second)?],
+        })
+    }
 }
 
 /// What one step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {
-    /// L2 norm of all gradients before clipping.
+    /// L2 norm of all gradients before clipping, without the loss scale.
     pub grad_norm: f32,
     /// Whether the step was left out because a gradient was not finite.
     pub is_skipped: bool,
@@ -33,14 +55,20 @@ pub struct StepReport {
 
 impl ShardedAdamW {
     /// Fresh state for the store's parameters.
-    pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Self {
-        let zeros = |n| Moments { first: vec![0.0; n], second: vec![0.0; n] };
-        Self { settings, step: 0, moments: store.flats().map(|flat| zeros(flat.len())).collect() }
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
+        Ok(Self { settings, step: 0, moments: store.flats().map(Moments::zeros).collect::<Result<_, _>>()? })
     }
 
     /// Bytes of the moments.
     pub fn size_bytes(&self) -> usize {
-        self.moments.iter().map(|m| 4 * (m.first.len() + m.second.len())).sum()
+        let count = |moments: &Moments| match moments {
+            Moments::Host { first, .. } => first.len(),
+            Moments::Device { first, .. } => first.elem_count(),
+        };
+        self.moments.iter().map(|m| 8 * count(m)).sum()
     }
 
     /// Steps taken.
@@ -48,21 +76,18 @@ impl ShardedAdamW {
         self.step
     }
 
-    /// Clips the gradients to `max_grad_norm` (0: not at all) and moves the parameters.
+    /// Divides the gradients by `loss_scale`, clips them to `max_grad_norm` (0: not at all) and moves the parameters.
     ///
     /// # Errors
-    /// If a buffer is not where this optimizer works.
-    ///
-    /// # Panics
-    /// Never: the groups cover their buffers.
-    pub fn step(&mut self, store: &ParamStore, lr: f64, max_grad_norm: f64) -> Result<StepReport, Error> {
-        let mut norms = Vec::new();
-        for flat in store.flats().filter(|f| !f.is_empty()) {
-            buffer::read(flat.grads(), |grads| {
-                norms.extend(flat.entries().iter().map(|e| tensor_norm(&grads[e.range.clone()], 2.0)));
-            })?;
-        }
-        let grad_norm = global_norm([norms.as_slice()], 2.0);
+    /// If a buffer is not where this optimizer works, or a setting is outside its range.
+    pub fn step(
+        &mut self,
+        store: &ParamStore,
+        lr: f64,
+        max_grad_norm: f64,
+        loss_scale: f64,
+    ) -> Result<StepReport, Error> {
+        let grad_norm = (f64::from(gradient_norm(store)?) / loss_scale) as f32;
         if !grad_norm.is_finite() {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
@@ -75,33 +100,58 @@ impl ShardedAdamW {
             eps: adam_epsilon,
             weight_decay,
             step: self.step,
-            grad_scale: clip_coefficient(grad_norm, max_grad_norm),
+            grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
-        for (flat, Moments { first, second }) in store.flats().zip(&mut self.moments) {
+        for (flat, moments) in store.flats().zip(&mut self.moments) {
             if flat.is_empty() {
                 continue;
             }
+            let decay = |has_decay: bool| if has_decay { weight_decay } else { 0.0 };
             let groups: Vec<ParamGroup> = flat
                 .entries()
                 .iter()
-                .map(|e| ParamGroup {
-                    range: e.range.clone(),
-                    weight_decay: if e.has_decay { weight_decay } else { 0.0 },
-                })
+                .map(|e| ParamGroup { range: e.range.clone(), weight_decay: decay(e.has_decay) })
                 .collect();
-            buffer::update(flat.values(), flat.grads(), first, second, |values, grads, first, second| {
-                adamw_step_groups(values, grads, first, second, &groups, &hyper)
-                    .expect("the groups cover one buffer, the four buffers have one length");
-            })?;
+            match moments {
+                Moments::Host { first, second } => {
+                    let result = std::sync::Mutex::new(Ok(()));
+                    buffer::update(flat.values(), flat.grads(), first, second, |values, grads, first, second| {
+                        if let (Err(error), Ok(mut result)) =
+                            (adamw_step_groups(values, grads, first, second, &groups, &hyper), result.lock())
+                        {
+                            *result = Err(error);
+                        }
+                    })?;
+                    result.into_inner().unwrap_or(Ok(()))?;
+                }
+                #[cfg(feature = "cuda")]
+                Moments::Device { first, second } => {
+                    super::device_optimizer::step(flat, first, second, &groups, &hyper)?;
+                }
+                #[cfg(not(feature = "cuda"))]
+                Moments::Device { .. } => unreachable!("without the feature every device is the CPU"),
+            }
         }
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
-    /// Moments by parameter name with `exp_avg` and `exp_avg_sq` appended, for a checkpoint.
-    pub fn state<'a>(&'a self, store: &'a ParamStore) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> {
-        store.flats().zip(&self.moments).flat_map(|(flat, moments)| {
+    /// Moments of each block, copied to the host: first and second.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn to_host(&self) -> Result<Vec<[Vec<f32>; 2]>, Error> {
+        self.moments.iter().map(Moments::to_vecs).collect()
+    }
+
+    /// Moments by parameter name with `exp_avg` and `exp_avg_sq` appended, for a checkpoint; `moments` as [`Self::to_host`]
+    /// gave them.
+    pub fn state<'a>(
+        store: &'a ParamStore,
+        moments: &'a [[Vec<f32>; 2]],
+    ) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> {
+        store.flats().zip(moments).flat_map(|(flat, [first, second])| {
             flat.entries().iter().flat_map(move |e| {
-                [("exp_avg", &moments.first), ("exp_avg_sq", &moments.second)]
+                [("exp_avg", first), ("exp_avg_sq", second)]
                     .map(|(kind, values)| (format!("{}.{kind}", e.name), &values[e.range.clone()], e.shape.clone()))
             })
         })
@@ -118,11 +168,11 @@ impl ShardedAdamW {
         lookup: impl Fn(&str) -> Option<Vec<f32>> + 'a,
     ) -> Result<(), Error> {
         for (flat, moments) in store.flats().zip(&mut self.moments) {
+            let mut loaded = [vec![0.0; flat.len()], vec![0.0; flat.len()]];
             for e in flat.entries() {
-                for (kind, target) in [("exp_avg", &mut moments.first), ("exp_avg_sq", &mut moments.second)] {
+                for (kind, target) in ["exp_avg", "exp_avg_sq"].into_iter().zip(&mut loaded) {
                     let name = format!("{}.{kind}", e.name);
-                    let found = lookup(&name);
-                    match found {
+                    match lookup(&name) {
                         Some(values) if values.len() == e.range.len() => {
                             target[e.range.clone()].copy_from_slice(&values);
                         }
@@ -133,8 +183,32 @@ impl ShardedAdamW {
                     }
                 }
             }
+            let [new_first, new_second] = loaded;
+            match moments {
+                Moments::Host { first, second } => (*first, *second) = (new_first, new_second),
+                Moments::Device { first, second } => {
+                    buffer::write(first, &new_first)?;
+                    buffer::write(second, &new_second)?;
+                }
+            }
         }
         self.step = step;
         Ok(())
     }
+}
+
+/// The L2 norm of all gradients: the norm of the tensors' norms, each rounded to f32, as torch computes it.
+fn gradient_norm(store: &ParamStore) -> Result<f32, Error> {
+    let mut norms = Vec::new();
+    #[cfg(feature = "cuda")]
+    if store.device().is_cuda() {
+        let norms = super::device_optimizer::norms(store)?;
+        return Ok(global_norm([norms.as_slice()], 2.0));
+    }
+    for flat in store.flats().filter(|f| !f.is_empty()) {
+        buffer::read(flat.grads(), |grads| {
+            norms.extend(flat.entries().iter().map(|e| tensor_norm(&grads[e.range.clone()], 2.0)));
+        })?;
+    }
+    Ok(global_norm([norms.as_slice()], 2.0))
 }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::{Error, FlatBlock};
 use crate::model::params::{BlockInit, BlockParams, Slot};
@@ -16,6 +16,7 @@ use crate::quant::Weight;
 /// Parameters of all blocks, resident on this rank's device.
 #[derive(Debug)]
 pub struct ParamStore {
+    device: Device,
     blocks: Vec<Block>,
     /// A second set of trained values that can be exchanged for the current ones: the reference policy.
     reference: Option<Vec<Tensor>>,
@@ -28,13 +29,18 @@ struct Block {
 }
 
 impl ParamStore {
-    /// Takes the loaded blocks in the order of the walk.
+    /// Takes the loaded blocks in the order of the walk to `device`; one block at a time is in both memories.
     ///
     /// # Errors
     /// If a name stands twice in a block or memory runs out.
-    pub fn new(blocks: Vec<BlockInit>) -> Result<Self, Error> {
-        let blocks = blocks.into_iter().map(Block::new).collect::<Result<_, _>>()?;
-        Ok(Self { blocks, reference: None })
+    pub fn new(blocks: impl IntoIterator<Item = BlockInit>, device: &Device) -> Result<Self, Error> {
+        let blocks = blocks.into_iter().map(|init| Block::new(init, device)).collect::<Result<_, _>>()?;
+        Ok(Self { device: device.clone(), blocks, reference: None })
+    }
+
+    /// Where the parameters lie and blocks compute.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Number of blocks.
@@ -124,10 +130,12 @@ impl ParamStore {
 }
 
 impl Block {
-    fn new(init: BlockInit) -> Result<Self, Error> {
-        let flat = FlatBlock::new(init.trainable)?;
+    fn new(init: BlockInit, device: &Device) -> Result<Self, Error> {
+        let flat = FlatBlock::new(init.trainable, device)?;
         let mut slots: BTreeMap<String, Slot> = BTreeMap::new();
         for (name, weight) in init.frozen {
+            let stays = init.stays_on_host.contains(&name);
+            let weight = if stays { weight.to_pinned(device)? } else { weight.to_device(device)? };
             slots.insert(name, Slot { weight, grad: None });
         }
         for entry in flat.entries() {

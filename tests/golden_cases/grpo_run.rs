@@ -85,7 +85,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let io = Tensors::read(&folder.join("io.safetensors"))?;
     let weights = Tensors::read(&folder.join("weights_after_step.safetensors"))?;
     let engine = engine(folder, None, None, true)?;
-    let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store());
+    let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store())?;
     let schedule =
         LrSchedule::new(LrSchedulerType::Linear, config.learning_rate, 0, config.steps, &serde_json::Map::new())?;
     let logs = run["logs"].as_array().context("logs")?;
@@ -99,7 +99,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
             let expected = f64::from(io.floats(&format!("micro{micro}.loss"))?[0]);
             report.check(&format!("{label} loss"), (output.loss - expected).abs(), LOSS * slack);
         }
-        let done = optimizer.step(engine.store(), schedule.lr(step as u64), config.max_grad_norm)?;
+        let done = optimizer.step(engine.store(), schedule.lr(step as u64), config.max_grad_norm, 1.0)?;
         let expected = logs[step]["grad_norm"].as_f64().context("grad_norm")?;
         let error = (f64::from(done.grad_norm) - expected).abs() / expected;
         report.check(&format!("{case} step {} grad norm", step + 1), error, GRAD_NORM * slack);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use trainer::config::settings::{ModelSettings, Quantization, WeightDtype};
-use trainer::engine::Engine;
+use trainer::engine::{Engine, Types};
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{LoadedModel, Purpose, load};
 use trainer::zero::ParamStore;
@@ -79,9 +79,31 @@ pub(crate) fn engine(
     quantization: Option<Quantization>,
     recompute: bool,
 ) -> anyhow::Result<Engine> {
-    let LoadedModel { config, adapter, blocks, .. } =
-        load(model, &settings(adapter, quantization), 0, Purpose::Training)?;
-    Ok(Engine::new(config, adapter, ParamStore::new(blocks)?, recompute))
+    let mut loaded = load(model, &settings(adapter, quantization), 0, Purpose::Training)?;
+    let device = device()?;
+    if !device.is_cpu() {
+        loaded.keep_embedding_on_host();
+    }
+    let LoadedModel { config, adapter, blocks, .. } = loaded;
+    Ok(Engine::new(config, adapter, ParamStore::new(blocks, &device)?, Types::F32, recompute))
+}
+
+/// Where models compute: the CPU, or with `TRAINER_GOLDEN_DEVICE=cuda` the first GPU, in f32.
+pub(crate) fn device() -> anyhow::Result<Device> {
+    match std::env::var("TRAINER_GOLDEN_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Ok(Device::Cpu),
+        #[cfg(feature = "cuda")]
+        Ok("cuda") => {
+            // One device for all groups: tensors of two do not mix.
+            static DEVICE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+            if let Some(device) = DEVICE.get() {
+                return Ok(device.clone());
+            }
+            let device = trainer::kernels::cuda::open(0)?;
+            Ok(DEVICE.get_or_init(|| device).clone())
+        }
+        Ok(other) => anyhow::bail!("TRAINER_GOLDEN_DEVICE={other}: this build has cpu, and cuda with that feature"),
+    }
 }
 
 /// A padded batch without its padding, and where each real token stands in the padded one.

@@ -48,7 +48,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
     let lr = number("lr")?;
     let schedule =
         LrSchedule::new(LrSchedulerType::Cosine, lr, count("warmup")?, count("total")?, &serde_json::Map::new())?;
-    let mut optimizer = ShardedAdamW::new(settings, engine.store());
+    let mut optimizer = ShardedAdamW::new(settings, engine.store())?;
     let max_grad_norm = run["max_grad_norm"].as_f64().context("max_grad_norm")?;
     for (step, expected) in run["steps"].as_array().context("steps")?.iter().enumerate() {
         engine.store().zero_gradients()?;
@@ -84,7 +84,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
         let rate = schedule.lr(step as u64);
         let expected_rate = expected["learning_rate"].as_f64().context("learning_rate")?;
         report.check(&format!("{label} step {step} learning rate"), (rate - expected_rate).abs(), 1e-12);
-        let done = optimizer.step(engine.store(), rate, max_grad_norm)?;
+        let done = optimizer.step(engine.store(), rate, max_grad_norm, 1.0)?;
         let norm = expected["grad_norm_before_clip"].as_f64().context("grad_norm_before_clip")?;
         let error = (f64::from(done.grad_norm) - norm).abs() / norm;
         report.check(&format!("{label} step {step} grad norm"), error, GRAD_NORM * (1.0 + step as f64));

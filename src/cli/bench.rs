@@ -1,0 +1,151 @@
+//! `trainer bench`: how fast training steps of a model shape are on this machine, and what they are made of.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::{Context, Exit};
+use crate::config::settings::{DeviceChoice, Precision};
+use crate::telemetry::units;
+use crate::train::bench::{Bench, Measured, Settings, Work, lora};
+use crate::train::{self, Backend};
+
+const EXAMPLES: &str = "\
+Examples:
+  trainer bench configs/bench/qwen2-7b --work 1x2048 --work 4x2048 --work 1x8192
+  trainer bench configs/bench/qwen2-7b --work 4x4x128+256          # GRPO: 4 prompts, 4 completions each
+  trainer bench configs/bench/qwen2-7b --work 4x2048 --no-recompute --json bench.jsonl";
+
+/// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// A `config.json`, or a folder that holds one; no weights are read
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+
+    /// What a step works on: SEQUENCESxTOKENS, or PROMPTSxSAMPLESxPROMPT+COMPLETION; may be given several times
+    #[arg(long = "work", value_name = "WORK", required = true, value_parser = |text: &str| text.parse::<Work>())]
+    pub work: Vec<Work>,
+
+    /// Keep activations instead of computing them again in backward
+    #[arg(long)]
+    pub no_recompute: bool,
+
+    /// Rank of the adapter
+    #[arg(long, value_name = "RANK", default_value_t = 16)]
+    pub lora_r: usize,
+
+    /// Steps measured
+    #[arg(long, value_name = "STEPS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+
+    /// Steps before the clock starts
+    #[arg(long, value_name = "STEPS", default_value_t = 3)]
+    pub warmup: u32,
+
+    /// Types of activations: `bf16`, `fp16` (f32 residual stream) or `no` (f32)
+    #[arg(long, value_name = "TYPE", value_parser = parse_precision)]
+    pub precision: Option<Precision>,
+
+    /// Where to compute: `cpu`, `cuda:N`, or `auto`: the first GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    pub device: DeviceChoice,
+
+    /// Take the libraries' first choice for each product instead of the fastest of several
+    #[arg(long)]
+    pub no_tune: bool,
+
+    /// Append the results to this file, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+fn parse_precision(text: &str) -> Result<Precision, String> {
+    text.parse().map_err(|()| format!("expected one of {}", Precision::NAMES.join(", ")))
+}
+
+/// Measures and prints a table.
+///
+/// # Errors
+/// If the model cannot be made or a step fails.
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let default = if train::has_bf16() { Precision::Bf16 } else { Precision::No };
+    let backend = Backend::open(args.device, args.precision.unwrap_or(default))?;
+    let settings = Settings {
+        lora: lora(args.lora_r),
+        warmup: args.warmup as usize,
+        steps: args.steps as usize,
+        recompute: !args.no_recompute,
+        tune: !args.no_tune,
+        seed: 42,
+    };
+    let started = std::time::Instant::now();
+    let mut bench = Bench::new(&args.model, &backend, settings)?;
+    context.print(&format!(
+        "{}; model of {} parameters made in {}; a large product runs at {:.0} TFLOP/s; LoRA r={}; recomputation {}\n",
+        backend.describe(),
+        units::count(bench.config().num_parameters() as u64),
+        units::duration(started.elapsed().as_secs_f64()),
+        bench.peak_flops / 1e12,
+        args.lora_r,
+        if args.no_recompute { "off" } else { "on" },
+    ))?;
+    for &work in &args.work {
+        let measured = bench.measure(work)?;
+        context.print(&row(&measured))?;
+        if let Some(path) = &args.json {
+            append(path, &record(args, &backend, &bench, &measured))?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn row(m: &Measured) -> String {
+    let median = m.median_secs();
+    let (least, most) =
+        m.step_secs.iter().fold((f64::INFINITY, 0.0f64), |(least, most), &s| (least.min(s), most.max(s)));
+    let mut text = format!(
+        "{:<14} {:>8.0} tokens/s   step {:.4} s ({least:.4} to {most:.4})   {:.0}% of the floor {:.4} s",
+        m.work.to_string(),
+        m.tokens as f64 / median,
+        median,
+        100.0 * m.floor_secs / median,
+        m.floor_secs,
+    );
+    if m.peak_bytes > 0 {
+        text += &format!("   peak {}, device {}", units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
+    }
+    text.push('\n');
+    if !m.phases.is_empty() {
+        let parts: Vec<String> = m.phases.iter().map(|(name, secs)| format!("{name} {:.1}", 1e3 * secs)).collect();
+        text += &format!("               ms by phase: {}\n", parts.join(", "));
+    }
+    text
+}
+
+fn record(args: &Args, backend: &Backend, bench: &Bench, m: &Measured) -> serde_json::Value {
+    json!({
+        "model": args.model.display().to_string(),
+        "device": backend.describe(),
+        "commit": option_env!("TRAINER_GIT_COMMIT"),
+        "work": m.work.to_string(),
+        "recompute": !args.no_recompute,
+        "lora_r": args.lora_r,
+        "tokens_per_second": m.tokens as f64 / m.median_secs(),
+        "step_secs": m.step_secs,
+        "floor_secs": m.floor_secs,
+        "peak_flops": bench.peak_flops,
+        "peak_bytes": m.peak_bytes,
+        "device_bytes": m.device_bytes,
+        "phase_secs": m.phases,
+    })
+}
+
+fn append(path: &std::path::Path, record: &serde_json::Value) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    let failed = |source| crate::fs::io_error("append to", path)(source);
+    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(failed)?;
+    writeln!(file, "{record}").map_err(failed)?;
+    Ok(())
+}

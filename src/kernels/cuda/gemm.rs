@@ -1,0 +1,627 @@
+//! Matrix products through cuBLASLt.
+//!
+//! Each compute stream has one library handle, one workspace and one table of chosen algorithms, made on first use and
+//! kept for the life of the process. A process has one compute stream per GPU, so products never share a workspace
+//! while they run. For one choice of algorithm the result has the same bits every time: sums that are split over
+//! blocks go through the workspace in f32 and are added in a fixed order. Which algorithm is chosen depends on the
+//! sizes, types and alignments; with [`tune`] also on timings, so that two runs may then differ in the last bits.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use cudarc::cublas::{result as blas_result, sys as blas};
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::sys::{CUDA_MEMCPY2D, CUevent_flags, CUmemorytype, cuMemcpy2DAsync_v2, cuMemsetD2D8Async};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+
+use super::memory::{Matrix, Pointer, cuda, matrix};
+use super::{Error, argument};
+
+/// How an operand stands in a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// As stored.
+    Plain,
+    /// Transposed.
+    Transposed,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy, Debug)]
+pub enum Accumulate {
+    /// Nothing: the result is written over.
+    No,
+    /// The result's own old values.
+    Into,
+    /// That matrix, which has the shape and type of the result and lies elsewhere.
+    Onto(Matrix),
+}
+
+/// `d = alpha * op(a) op(b) + beta * c + bias`, summed in f32; `accumulate` says what `c` is and whether `beta` is 0 or
+/// 1. `d` may be of a wider type than `a` and `b`.
+///
+/// # Shapes
+/// `op(a)`: `[M, K]`, `op(b)`: `[K, N]`, both f32, f16 or bf16; `d` and `c`: `[M, N]` of that type or f32; `bias`:
+/// `[N]` of `d`'s type, added to each row.
+///
+/// # Errors
+/// If the shapes or types do not fit, or the library fails.
+pub fn gemm(
+    device: &Device,
+    d: Matrix,
+    (a, a_side): (Matrix, Side),
+    (b, b_side): (Matrix, Side),
+    alpha: f32,
+    accumulate: Accumulate,
+    bias: Option<Pointer>,
+) -> Result<(), Error> {
+    let sizes = |x: &Matrix, side| if side == Side::Plain { (x.rows, x.cols) } else { (x.cols, x.rows) };
+    let ((m, k), (b_k, n)) = (sizes(&a, a_side), sizes(&b, b_side));
+    if b_k != k || (d.rows, d.cols) != (m, n) {
+        return Err(argument("gemm", "d", [d.rows, d.cols], format!("[{m}, {n}] from inner sizes {k} and {b_k}")));
+    }
+    if a.dtype() != b.dtype() || (d.dtype() != a.dtype() && d.dtype() != DType::F32) {
+        return Err(argument("gemm", "types", [a.dtype(), b.dtype(), d.dtype()], "one type, or an f32 result"));
+    }
+    let (kind, c) = match accumulate {
+        Accumulate::No => (Kind::No, d),
+        Accumulate::Into => (Kind::Into, d),
+        Accumulate::Onto(c) if c.address == d.address && c.stride == d.stride => (Kind::Into, c),
+        Accumulate::Onto(c) => (Kind::Onto, c),
+    };
+    if (c.rows, c.cols, c.dtype()) != (m, n, d.dtype()) {
+        return Err(argument("gemm", "c", (c.rows, c.cols, c.dtype()), (m, n, d.dtype())));
+    }
+    for (name, x) in [("a", a), ("b", b), ("c", c), ("d", d)] {
+        if x.rows > 1 && x.stride < x.cols {
+            return Err(argument("gemm", name, x, "rows that do not overlap"));
+        }
+    }
+    if let Some(bias) = bias.filter(|bias| bias.len != n) {
+        return Err(argument("gemm", "bias", bias.len, n));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let stream = cuda(device)?.cuda_stream();
+    stream.context().bind_to_thread().map_err(|source| Error::Driver { what: "using the device", source })?;
+    if k == 0 {
+        return match (bias, kind) {
+            (Some(bias), _) => add_to_rows(device, d, bias, accumulate),
+            (None, Kind::No) => zero(&stream, d),
+            (None, Kind::Into) => Ok(()),
+            (None, Kind::Onto) => copy(&stream, d, c),
+        };
+    }
+    let product = Product { m, n, k, d, c, a, b, a_side, b_side, alpha, kind, bias: None };
+    match bias {
+        // The library reads a bias 16 bytes at a time.
+        Some(bias) if alignment(bias.address) < FULL_ALIGNMENT => {
+            product.run(device, &stream)?;
+            add_to_rows(device, d, bias, Accumulate::Into)
+        }
+        Some(bias) => {
+            let fused = Product { bias: Some(bias), ..product };
+            if fused.run_fused(device, &stream)? {
+                return Ok(());
+            }
+            product.run(device, &stream)?;
+            add_to_rows(device, d, bias, Accumulate::Into)
+        }
+        None => product.run(device, &stream),
+    }
+}
+
+/// Whether products of a new kind try several algorithms and keep the fastest. Off at first.
+///
+/// A trial takes a few milliseconds and, for its time, memory for another result. A change forgets earlier choices.
+///
+/// # Errors
+/// If `device` is no GPU, or memory for the workspace runs out.
+pub fn tune(device: &Device, on: bool) -> Result<(), Error> {
+    let library = library(device)?;
+    let mut choices = locked(&library.choices);
+    if choices.is_tuning != on {
+        *choices = Choices { is_tuning: on, algorithms: HashMap::new() };
+    }
+    Ok(())
+}
+
+/// Alignment in bytes from which on kernels do not differ.
+const FULL_ALIGNMENT: u32 = 16;
+
+/// Algorithms that a trial compares.
+const MAX_CANDIDATES: usize = 8;
+
+/// Runs of each algorithm in a trial that do not count, then those that do.
+const WARM_UP_RUNS: usize = 2;
+const TIMED_RUNS: usize = 3;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    No,
+    Into,
+    Onto,
+}
+
+/// A product with at least one row, column and summand whose arguments fit.
+#[derive(Clone, Copy, Debug)]
+struct Product {
+    m: usize,
+    n: usize,
+    k: usize,
+    d: Matrix,
+    /// `d` itself unless the kind is `Onto`.
+    c: Matrix,
+    a: Matrix,
+    b: Matrix,
+    a_side: Side,
+    b_side: Side,
+    alpha: f32,
+    kind: Kind,
+    bias: Option<Pointer>,
+}
+
+/// What an algorithm is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    sizes: [usize; 3],
+    types: [DType; 2],
+    sides: [Side; 2],
+    strides: [usize; 4],
+    alignments: [u32; 4],
+    kind: Kind,
+    has_bias: bool,
+}
+
+/// The library on one compute stream.
+struct Library {
+    handle: Handle,
+    workspace: CudaSlice<u8>,
+    choices: Mutex<Choices>,
+}
+
+struct Choices {
+    is_tuning: bool,
+    /// `None`: the library has no algorithm for it.
+    algorithms: HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>,
+}
+
+/// By GPU and stream.
+static LIBRARIES: Mutex<BTreeMap<(usize, usize), Arc<Library>>> = Mutex::new(BTreeMap::new());
+
+struct Handle(sys::cublasLtHandle_t);
+
+// SAFETY: the library's documentation allows a handle to be used from several threads at the same time.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is changed by single insertions, so a panic elsewhere leaves it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn library(device: &Device) -> Result<Arc<Library>, Error> {
+    let cuda = cuda(device)?;
+    let stream = cuda.cuda_stream();
+    let context = stream.context();
+    let key = (context.ordinal(), stream.cu_stream().addr());
+    let mut libraries = locked(&LIBRARIES);
+    if let Some(library) = libraries.get(&key) {
+        return Ok(Arc::clone(library));
+    }
+    let driver = |source| Error::Driver { what: "preparing matrix products", source };
+    context.bind_to_thread().map_err(driver)?;
+    let (major, _) = context.compute_capability().map_err(driver)?;
+    let workspace_mib = if major >= 9 { 32 } else { 8 };
+    // SAFETY: bytes, for which any bits are a value; the library writes what it reads. The slice keeps its stream
+    // alive, so that no other stream gets the same address.
+    let workspace = unsafe { cuda.alloc::<u8>(workspace_mib << 20)? };
+    let handle = result::create_handle().map_err(|source| {
+        let status = source.0;
+        candle_core::Error::wrap(format!("cuBLASLt cannot start on GPU {}: {status:?}", context.ordinal()))
+    })?;
+    let choices = Mutex::new(Choices { is_tuning: false, algorithms: HashMap::new() });
+    let library = Arc::new(Library { handle: Handle(handle), workspace, choices });
+    libraries.insert(key, Arc::clone(&library));
+    Ok(library)
+}
+
+/// Largest power of two that divides an address, up to what matters.
+fn alignment(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(FULL_ALIGNMENT.trailing_zeros())
+}
+
+/// Whether the library has no kernel for what it was asked.
+fn is_refusal(error: result::CublasError) -> bool {
+    use sys::cublasStatus_t::{CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
+    matches!(error.0, CUBLAS_STATUS_ARCH_MISMATCH | CUBLAS_STATUS_INVALID_VALUE | CUBLAS_STATUS_NOT_SUPPORTED)
+}
+
+impl Product {
+    fn key(&self) -> Key {
+        Key {
+            sizes: [self.m, self.n, self.k],
+            types: [self.a.dtype(), self.d.dtype()],
+            sides: [self.a_side, self.b_side],
+            strides: [self.a, self.b, self.c, self.d].map(|x| x.stride),
+            alignments: [self.a, self.b, self.c, self.d].map(|x| alignment(x.address)),
+            kind: self.kind,
+            has_bias: self.bias.is_some(),
+        }
+    }
+
+    fn beta(&self) -> f32 {
+        if self.kind == Kind::No { 0.0 } else { 1.0 }
+    }
+
+    fn failed(&self, source: result::CublasError) -> Error {
+        let Self { m, n, k, .. } = self;
+        let (from, to, status) = (self.a.dtype(), self.d.dtype(), source.0);
+        let sizes = format!("[{m}, {k}] x [{k}, {n}]");
+        candle_core::Error::wrap(format!("matrix product {sizes} of {from:?} into {to:?}: cuBLASLt: {status:?}")).into()
+    }
+
+    /// Runs a product without a bias.
+    fn run(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<(), Error> {
+        if self.run_fused(device, stream)? { Ok(()) } else { self.run_plain(device, stream) }
+    }
+
+    /// Runs through cuBLASLt; false if it has no kernel for this product, and nothing was done.
+    fn run_fused(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<bool, Error> {
+        let library = library(device)?;
+        let descriptors = match Descriptors::new(self) {
+            Err(error) if is_refusal(error) => return Ok(false),
+            descriptors => descriptors.map_err(|error| self.failed(error))?,
+        };
+        let key = self.key();
+        let mut choices = locked(&library.choices);
+        let chosen = if let Some(chosen) = choices.algorithms.get(&key) {
+            *chosen
+        } else {
+            let candidates = if choices.is_tuning { MAX_CANDIDATES } else { 1 };
+            let found = library.candidates(self, &descriptors, candidates).map_err(|error| self.failed(error))?;
+            let chosen = match found[..] {
+                [] => None,
+                [only] => Some(only),
+                _ => library.fastest(self, &descriptors, &found, device, stream)?,
+            };
+            choices.algorithms.insert(key, chosen);
+            chosen
+        };
+        let Some(algorithm) = chosen else {
+            return Ok(false);
+        };
+        match library.launch(self, &descriptors, &algorithm, stream) {
+            Ok(()) => Ok(true),
+            Err(error) if is_refusal(error) => {
+                choices.algorithms.insert(key, None);
+                Ok(false)
+            }
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Runs through cuBLAS, which has kernels for every alignment; without the bias.
+    fn run_plain(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<(), Error> {
+        let Self { m, n, k, a, b, c, d, .. } = *self;
+        let small = |size: usize| i32::try_from(size).map_err(|_| argument("gemm", "sizes", size, "below 2^31"));
+        let (rows, cols, inner) = (small(m)?, small(n)?, small(k)?);
+        let (a_stride, b_stride, d_stride) = (small(a.stride)?, small(b.stride)?, small(d.stride)?);
+        if self.kind == Kind::Onto {
+            copy(stream, d, c)?;
+        }
+        let operation = |side| match side {
+            Side::Plain => blas::cublasOperation_t::CUBLAS_OP_N,
+            Side::Transposed => blas::cublasOperation_t::CUBLAS_OP_T,
+        };
+        let data_type = |dtype| match dtype {
+            DType::F16 => blas::cudaDataType::CUDA_R_16F,
+            DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
+            _ => blas::cudaDataType::CUDA_R_32F,
+        };
+        let handle = cuda(device)?.cublas_handle();
+        let (alpha, beta) = (self.alpha, self.beta());
+        // SAFETY: the three matrices are views of live device tensors whose sizes and strides were checked; the scalars
+        // outlive the call, which reads them before it returns (host pointer mode is the handle's default). The handle
+        // works on the device's one compute stream.
+        let done = unsafe {
+            blas_result::gemm_ex(
+                *handle.handle(),
+                operation(self.b_side),
+                operation(self.a_side),
+                cols,
+                rows,
+                inner,
+                (&raw const alpha).cast(),
+                b.address as *const c_void,
+                data_type(b.dtype()),
+                b_stride,
+                a.address as *const c_void,
+                data_type(a.dtype()),
+                a_stride,
+                (&raw const beta).cast(),
+                d.address as *mut c_void,
+                data_type(d.dtype()),
+                d_stride,
+                blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        done.map_err(|source| Error::Blas { m, n, k, source })
+    }
+}
+
+/// What the library is told about a product. It counts by columns: the rows of a row-major matrix are its columns, so
+/// the product is asked for as `dᵀ = op(b)ᵀ op(a)ᵀ`, `b` being its first operand, and row strides are its leading
+/// dimensions.
+struct Descriptors {
+    product: Description,
+    b: Layout,
+    a: Layout,
+    c: Layout,
+    d: Layout,
+}
+
+struct Description(sys::cublasLtMatmulDesc_t);
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: made by the library and destroyed only here. A failure would leak a few host bytes.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(x: &Matrix) -> Result<Self, result::CublasError> {
+        let stride = x.stride.max(x.cols) as i64;
+        result::create_matrix_layout(data_type(x.dtype()), x.cols as u64, x.rows as u64, stride).map(Self)
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: as for a description.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn set<T: Copy>(
+        &self,
+        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
+        value: T,
+    ) -> Result<(), result::CublasError> {
+        // SAFETY: the preference is live; the library copies the value, whose size it checks.
+        unsafe { result::set_matmul_pref_attribute(self.0, attribute, (&raw const value).cast(), size_of::<T>()) }
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: as for a description.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+fn data_type(dtype: DType) -> sys::cudaDataType {
+    match dtype {
+        DType::F16 => sys::cudaDataType::CUDA_R_16F,
+        DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
+        _ => sys::cudaDataType::CUDA_R_32F,
+    }
+}
+
+impl Descriptors {
+    fn new(product: &Product) -> Result<Self, result::CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t::{
+            CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA,
+            CUBLASLT_MATMUL_DESC_TRANSB,
+        };
+        let description = Description(result::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType::CUDA_R_32F,
+        )?);
+        // `CUBLAS_OP_N` and `CUBLAS_OP_T`.
+        let operation = |side| i32::from(side == Side::Transposed);
+        description.set(CUBLASLT_MATMUL_DESC_TRANSA, operation(product.b_side))?;
+        description.set(CUBLASLT_MATMUL_DESC_TRANSB, operation(product.a_side))?;
+        if let Some(bias) = product.bias {
+            // It acts on the rows of the library's result, which are our columns, and has the result's type by default.
+            description.set(CUBLASLT_MATMUL_DESC_EPILOGUE, sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            description.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.address)?;
+        }
+        Ok(Self {
+            product: description,
+            b: Layout::new(&product.b)?,
+            a: Layout::new(&product.a)?,
+            c: Layout::new(&product.c)?,
+            d: Layout::new(&product.d)?,
+        })
+    }
+}
+
+impl Description {
+    fn set<T: Copy>(
+        &self,
+        attribute: sys::cublasLtMatmulDescAttributes_t,
+        value: T,
+    ) -> Result<(), result::CublasError> {
+        // SAFETY: the description is live; the library copies the value, whose size it checks.
+        unsafe { result::set_matmul_desc_attribute(self.0, attribute, (&raw const value).cast(), size_of::<T>()) }
+    }
+}
+
+impl Library {
+    /// Algorithms for a product, the one expected to be fastest first; none if there are none.
+    fn candidates(
+        &self,
+        product: &Product,
+        descriptors: &Descriptors,
+        count: usize,
+    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t::{
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+        };
+        let preference = Preference(result::create_matmul_pref()?);
+        preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, self.workspace.len() as u64)?;
+        // Partial sums stay f32 and are added in one order.
+        let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction)?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(product.b.address))?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(product.a.address))?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(product.c.address))?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(product.d.address))?;
+        let mut found = MaybeUninit::<[sys::cublasLtMatmulHeuristicResult_t; MAX_CANDIDATES]>::zeroed();
+        let mut num_found = 0;
+        // SAFETY: handle and descriptors are live; there is room for `MAX_CANDIDATES` results, and zeros are a valid
+        // result (its only enum counts from 0), so those that the library does not write may be read.
+        let (status, found) = unsafe {
+            let status = sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle.0,
+                descriptors.product.0,
+                descriptors.b.0,
+                descriptors.a.0,
+                descriptors.c.0,
+                descriptors.d.0,
+                preference.0,
+                count.min(MAX_CANDIDATES) as i32,
+                found.as_mut_ptr().cast(),
+                &raw mut num_found,
+            );
+            (status.result(), found.assume_init())
+        };
+        match status {
+            Err(error) if is_refusal(error) => Ok(Vec::new()),
+            Err(error) => Err(error),
+            Ok(()) => {
+                let found = found.iter().take(num_found.max(0) as usize);
+                let usable = found.filter(|f| f.state.result().is_ok() && f.workspaceSize <= self.workspace.len());
+                Ok(usable.map(|f| f.algo).collect())
+            }
+        }
+    }
+
+    /// The fastest of some algorithms, timed on the product's own operands with the result going elsewhere.
+    fn fastest(
+        &self,
+        product: &Product,
+        descriptors: &Descriptors,
+        candidates: &[sys::cublasLtMatmulAlgo_t],
+        device: &Device,
+        stream: &Arc<CudaStream>,
+    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, Error> {
+        let driver = |source| Error::Driver { what: "timing a matrix product", source };
+        let d = product.d;
+        let bytes = ((d.rows - 1) * d.stride + d.cols) * d.dtype().size_in_bytes();
+        let slack = (d.address % u64::from(FULL_ALIGNMENT)) as usize;
+        // SAFETY: bytes, for which any bits are a value; nobody looks at the result.
+        let Ok(scratch) = (unsafe { cuda(device)?.alloc::<u8>(bytes + slack) }) else {
+            return Ok(candidates.first().copied());
+        };
+        let elsewhere = Matrix { address: scratch.device_ptr(stream).0 + slack as u64, ..d };
+        let c = if product.kind == Kind::Onto { product.c } else { elsewhere };
+        let trial = Product { d: elsewhere, c, ..*product };
+        let mut best = None;
+        for algorithm in candidates {
+            let run = |times| (0..times).try_for_each(|_| self.launch(&trial, descriptors, algorithm, stream));
+            match run(WARM_UP_RUNS) {
+                Err(error) if is_refusal(error) => continue,
+                done => done.map_err(|error| product.failed(error))?,
+            }
+            let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
+            let start = event()?;
+            run(TIMED_RUNS).map_err(|error| product.failed(error))?;
+            let millis = start.elapsed_ms(&event()?).map_err(driver)?;
+            if best.is_none_or(|(least, _)| millis < least) {
+                best = Some((millis, *algorithm));
+            }
+        }
+        Ok(best.map(|(_, algorithm)| algorithm))
+    }
+
+    fn launch(
+        &self,
+        product: &Product,
+        descriptors: &Descriptors,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        stream: &Arc<CudaStream>,
+    ) -> Result<(), result::CublasError> {
+        let (alpha, beta) = (product.alpha, product.beta());
+        let (workspace, _order) = self.workspace.device_ptr(stream);
+        // SAFETY: handle, descriptors and algorithm are live, the matrices are views of live device memory of the
+        // described sizes; the scalars are read before the call returns. The workspace lives as long as the process,
+        // and only work of this one stream uses it.
+        unsafe {
+            result::matmul(
+                self.handle.0,
+                descriptors.product.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                product.b.address as *const c_void,
+                descriptors.b.0,
+                product.a.address as *const c_void,
+                descriptors.a.0,
+                product.c.address as *const c_void,
+                descriptors.c.0,
+                product.d.address as *mut c_void,
+                descriptors.d.0,
+                algorithm,
+                workspace as *mut c_void,
+                self.workspace.len(),
+                stream.cu_stream().cast(),
+            )
+        }
+    }
+}
+
+/// Adds `bias` to each row of what `accumulate` names, as a product with a column of ones.
+fn add_to_rows(device: &Device, d: Matrix, bias: Pointer, accumulate: Accumulate) -> Result<(), Error> {
+    let ones = Tensor::ones((d.rows, 1), d.dtype(), device)?;
+    let bias = Matrix { address: bias.address, dtype: d.dtype(), rows: 1, cols: d.cols, stride: d.cols };
+    gemm(device, d, (matrix(&ones)?, Side::Plain), (bias, Side::Plain), 1.0, accumulate, None)
+}
+
+fn zero(stream: &Arc<CudaStream>, d: Matrix) -> Result<(), Error> {
+    let size = d.dtype().size_in_bytes();
+    let pitch = d.stride.max(d.cols) * size;
+    // SAFETY: the rows of a live device tensor; the stream orders the writes.
+    let done = unsafe { cuMemsetD2D8Async(d.address, pitch, 0, d.cols * size, d.rows, stream.cu_stream()) };
+    done.result().map_err(|source| Error::Driver { what: "clearing a matrix", source })
+}
+
+/// Copies `from` to `to`; both have one shape and type.
+fn copy(stream: &Arc<CudaStream>, to: Matrix, from: Matrix) -> Result<(), Error> {
+    let size = to.dtype().size_in_bytes();
+    let rows = CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        srcHost: std::ptr::null(),
+        srcDevice: from.address,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: from.stride.max(from.cols) * size,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: to.address,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: to.stride.max(to.cols) * size,
+        WidthInBytes: to.cols * size,
+        Height: to.rows,
+    };
+    // SAFETY: the rows of two live device tensors; the stream orders reads and writes.
+    let done = unsafe { cuMemcpy2DAsync_v2(&raw const rows, stream.cu_stream()) };
+    done.result().map_err(|source| Error::Driver { what: "copying a matrix", source })
+}

@@ -1,0 +1,247 @@
+//! Log-probability, entropy and gradient of tokens from pieces of their logits; rows of 8-bit codes.
+//!
+//! The logits of a vocabulary are never held at once: [`head_start`], [`head_forward_chunk`] for each piece,
+//! [`head_finish`]; then [`head_backward_chunk`] for each piece, made again. Legend: `R` rows that predict a token,
+//! `V` vocabulary.
+
+use candle_core::{DType, Device};
+use cudarc::driver::sys::CUstream;
+
+use super::checks::expect_length;
+use super::launch::{RawMatrix, address_or_none, launched, stream};
+use super::memory::{Matrix, Pointer};
+use super::{Error, argument};
+
+// SAFETY: these are the signatures of `head.cu`.
+unsafe extern "C" {
+    fn trainer_head_start(state: u64, rows: i64, stream: CUstream) -> i32;
+    fn trainer_head_forward_chunk(state: u64, logits: RawMatrix, first: i64, targets: u64, stream: CUstream) -> i32;
+    fn trainer_head_finish(
+        state: u64,
+        rows: i64,
+        logprobs: u64,
+        entropies: u64,
+        log_sums: u64,
+        is_argmax: u64,
+        stream: CUstream,
+    ) -> i32;
+    fn trainer_head_backward_chunk(
+        d_logits: RawMatrix,
+        logits: RawMatrix,
+        first: i64,
+        targets: u64,
+        log_sums: u64,
+        entropies: u64,
+        d_logprobs: u64,
+        d_entropies: u64,
+        scale: f32,
+        stream: CUstream,
+    ) -> i32;
+    fn trainer_quantize_rows_int8(out: u64, scales: u64, x: RawMatrix, stream: CUstream) -> i32;
+    fn trainer_dequantize_rows_int8(out: RawMatrix, codes: u64, scales: u64, first_row: i64, stream: CUstream) -> i32;
+}
+
+/// The running sums of all rows over the pieces of the vocabulary.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadState {
+    buffer: Pointer,
+    rows: usize,
+}
+
+impl HeadState {
+    /// Length of the buffer for `rows` rows, in f64.
+    pub const fn buffer_len(rows: usize) -> usize {
+        3 * rows
+    }
+
+    /// The state of `rows` rows in a buffer.
+    ///
+    /// # Shapes
+    /// `buffer`: f64 `[3 R]`.
+    ///
+    /// # Errors
+    /// If the buffer is too short.
+    pub fn new(buffer: Pointer, rows: usize) -> Result<Self, Error> {
+        expect_length("head state", "buffer", buffer, Self::buffer_len(rows))?;
+        Ok(Self { buffer, rows })
+    }
+}
+
+fn expect_logits(kernel: &'static str, logits: &Matrix, rows: usize, cols: usize) -> Result<(), Error> {
+    if logits.dtype() == DType::F32 && (logits.rows, logits.cols) == (rows, cols) {
+        return Ok(());
+    }
+    let got = format!("{:?} [{}, {}]", logits.dtype(), logits.rows, logits.cols);
+    Err(argument(kernel, "logits", got, format!("F32 [{rows}, {cols}]")))
+}
+
+/// Sets all rows to an empty vocabulary.
+///
+/// # Errors
+/// If the launch fails.
+pub fn head_start(device: &Device, state: HeadState) -> Result<(), Error> {
+    // SAFETY: the buffer is a view of live device memory whose length `HeadState::new` checked; the work is ordered by
+    // the device's one compute stream.
+    let code = unsafe { trainer_head_start(state.buffer.address, state.rows as i64, stream(device)?) };
+    launched("head_start", code)
+}
+
+/// Adds the logits of tokens `first .. first + width` to the running sums.
+///
+/// # Shapes
+/// `logits`: f32 `[R, width]`, divided by the temperature; `targets`: u32 `[R]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn head_forward_chunk(
+    device: &Device,
+    state: HeadState,
+    logits: Matrix,
+    first: usize,
+    targets: Pointer,
+) -> Result<(), Error> {
+    const KERNEL: &str = "head_forward_chunk";
+    expect_logits(KERNEL, &logits, state.rows, logits.cols)?;
+    expect_length(KERNEL, "targets", targets, state.rows)?;
+    // SAFETY: all addresses are views of live device memory of the lengths checked above and in `HeadState::new`; the
+    // work is ordered by the device's one compute stream.
+    let code = unsafe {
+        trainer_head_forward_chunk(state.buffer.address, logits.into(), first as i64, targets.address, stream(device)?)
+    };
+    launched(KERNEL, code)
+}
+
+/// What the head says about each row's target, once all pieces were added.
+///
+/// # Shapes
+/// `logprobs`, `entropies`, `log_sums`: f32 `[R]`, in nats; `is_argmax`: u8 `[R]`.
+///
+/// # Errors
+/// If an array is too short.
+pub fn head_finish(
+    device: &Device,
+    state: HeadState,
+    logprobs: Pointer,
+    entropies: Pointer,
+    log_sums: Pointer,
+    is_argmax: Pointer,
+) -> Result<(), Error> {
+    const KERNEL: &str = "head_finish";
+    let rows = state.rows;
+    expect_length(KERNEL, "logprobs", logprobs, rows)?;
+    expect_length(KERNEL, "entropies", entropies, rows)?;
+    expect_length(KERNEL, "log_sums", log_sums, rows)?;
+    expect_length(KERNEL, "is_argmax", is_argmax, rows)?;
+    // SAFETY: all addresses are views of live device memory of the lengths checked above and in `HeadState::new`; the
+    // work is ordered by the device's one compute stream.
+    let code = unsafe {
+        trainer_head_finish(
+            state.buffer.address,
+            rows as i64,
+            logprobs.address,
+            entropies.address,
+            log_sums.address,
+            is_argmax.address,
+            stream(device)?,
+        )
+    };
+    launched(KERNEL, code)
+}
+
+/// The gradient with respect to the logits of tokens `first .. first + width`, times `scale`.
+///
+/// # Shapes
+/// `logits`: f32 `[R, width]`, divided by the temperature; `d_logits`: f32, f16 or bf16 `[R, width]`, in f32 also
+/// `logits` itself; `targets`: u32 `[R]`; `log_sums`, `entropies`: f32 `[R]`, of [`head_finish`]; `d_logprobs`,
+/// `d_entropies` (left out: zeros): f32 `[R]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+///
+/// # Equation
+/// `d_logits = scale * (d_logprob * (1[target] - p) - d_entropy * p * (log p + entropy))`.
+#[expect(clippy::too_many_arguments, reason = "the operands of the head's backward")]
+pub fn head_backward_chunk(
+    device: &Device,
+    d_logits: Matrix,
+    logits: Matrix,
+    first: usize,
+    targets: Pointer,
+    log_sums: Pointer,
+    entropies: Pointer,
+    d_logprobs: Pointer,
+    d_entropies: Option<Pointer>,
+    scale: f32,
+) -> Result<(), Error> {
+    const KERNEL: &str = "head_backward_chunk";
+    let rows = d_logits.rows;
+    expect_logits(KERNEL, &logits, rows, d_logits.cols)?;
+    expect_length(KERNEL, "targets", targets, rows)?;
+    expect_length(KERNEL, "log_sums", log_sums, rows)?;
+    expect_length(KERNEL, "entropies", entropies, rows)?;
+    expect_length(KERNEL, "d_logprobs", d_logprobs, rows)?;
+    if let Some(d_entropies) = d_entropies {
+        expect_length(KERNEL, "d_entropies", d_entropies, rows)?;
+    }
+    // SAFETY: all addresses are views of live device memory of the shapes and lengths checked above; where `d_logits`
+    // is `logits` each thread writes only what it alone has read. The device's one compute stream orders the work.
+    let code = unsafe {
+        trainer_head_backward_chunk(
+            d_logits.into(),
+            logits.into(),
+            first as i64,
+            targets.address,
+            log_sums.address,
+            entropies.address,
+            d_logprobs.address,
+            address_or_none(d_entropies),
+            scale,
+            stream(device)?,
+        )
+    };
+    launched(KERNEL, code)
+}
+
+/// Quantises each row to 8 bits: `scale = max |x| / 127`, `code = round(x / scale)`, ties to even.
+///
+/// # Shapes
+/// `x`: f32, f16 or bf16 `[rows, cols]`; `out`: i8 `[rows * cols]`; `scales`: f32 `[rows]`.
+///
+/// # Errors
+/// If an array is too short.
+pub fn quantize_rows_int8(device: &Device, out: Pointer, scales: Pointer, x: Matrix) -> Result<(), Error> {
+    const KERNEL: &str = "quantize_rows_int8";
+    expect_length(KERNEL, "out", out, x.rows * x.cols)?;
+    expect_length(KERNEL, "scales", scales, x.rows)?;
+    // SAFETY: all addresses are views of live device memory that is long enough, as checked above; the work is ordered
+    // by the device's one compute stream.
+    let code = unsafe { trainer_quantize_rows_int8(out.address, scales.address, x.into(), stream(device)?) };
+    launched(KERNEL, code)
+}
+
+/// Rows `first_row ..` of a matrix of 8-bit codes: `code * scale` in f32, rounded to the type of `out`.
+///
+/// # Shapes
+/// `out`: f32, f16 or bf16 `[rows, cols]`; `codes`: i8, the whole matrix of as many columns; `scales`: f32, one for
+/// each of its rows.
+///
+/// # Errors
+/// If an array is too short.
+pub fn dequantize_rows_int8(
+    device: &Device,
+    out: Matrix,
+    codes: Pointer,
+    scales: Pointer,
+    first_row: usize,
+) -> Result<(), Error> {
+    const KERNEL: &str = "dequantize_rows_int8";
+    let rows = first_row + out.rows;
+    expect_length(KERNEL, "codes", codes, rows * out.cols)?;
+    expect_length(KERNEL, "scales", scales, rows)?;
+    // SAFETY: all addresses are views of live device memory that is long enough, as checked above; the work is ordered
+    // by the device's one compute stream.
+    let code = unsafe {
+        trainer_dequantize_rows_int8(out.into(), codes.address, scales.address, first_row as i64, stream(device)?)
+    };
+    launched(KERNEL, code)
+}

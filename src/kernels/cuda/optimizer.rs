@@ -1,0 +1,149 @@
+//! The optimizer over flat arrays: AdamW, and sums of squares for norms.
+
+use std::ops::Range;
+
+use candle_core::Device;
+use cudarc::driver::sys::CUstream;
+
+use super::checks::expect_length;
+use super::launch::{launched, stream};
+use super::memory::Pointer;
+use super::{Error, argument};
+
+/// Elements whose squares one block adds.
+const CHUNK: usize = 32 * 1024;
+
+/// The scalars of a step of AdamW.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWFactors {
+    /// Multiplies the gradient.
+    pub grad_scale: f32,
+    /// `1 - lr * weight_decay`.
+    pub keep: f32,
+    /// `1 - beta1`.
+    pub first_weight: f32,
+    /// `beta2`.
+    pub second_decay: f32,
+    /// `1 - beta2`.
+    pub second_weight: f32,
+    /// `lr / (1 - beta1^step)`.
+    pub step_size: f32,
+    /// `sqrt(1 - beta2^step)`.
+    pub root_correction: f32,
+    /// Added to the corrected root of the second moment.
+    pub eps: f32,
+}
+
+// SAFETY: these are the signatures of `optimizer.cu`.
+unsafe extern "C" {
+    fn trainer_adamw(
+        values: u64,
+        grads: u64,
+        first: u64,
+        second: u64,
+        count: i64,
+        factors: AdamWFactors,
+        stream: CUstream,
+    ) -> i32;
+    fn trainer_sums_of_squares(
+        sums: u64,
+        values: u64,
+        count: i64,
+        offsets: u64,
+        entries: i32,
+        workspace: u64,
+        chunk: i64,
+        stream: CUstream,
+    ) -> i32;
+}
+
+/// Moves the elements `range` of `values` by one step of AdamW and updates both moments in place. Operations and their
+/// order are those of the CPU, so that results agree to the bit.
+///
+/// # Shapes
+/// `values`, `grads`, `first`, `second`: f32 of at least `range.end` elements.
+///
+/// # Errors
+/// If the range is not inside of all four.
+///
+/// # Equation
+/// Loshchilov and Hutter (1711.05101), algorithm 2, in the form of `torch.optim.AdamW`:
+/// `g *= grad_scale; m += (g - m) first_weight; v = v second_decay + second_weight g g;
+/// p = p keep - step_size m / (sqrt(v) / root_correction + eps)`.
+pub fn adamw(
+    device: &Device,
+    values: Pointer,
+    grads: Pointer,
+    first: Pointer,
+    second: Pointer,
+    range: Range<usize>,
+    factors: AdamWFactors,
+) -> Result<(), Error> {
+    const KERNEL: &str = "adamw";
+    if range.start > range.end {
+        return Err(argument(KERNEL, "range", range, "a start before the end"));
+    }
+    for (name, pointer) in [("values", values), ("grads", grads), ("first", first), ("second", second)] {
+        expect_length(KERNEL, name, pointer, range.end)?;
+    }
+    let part = |pointer: Pointer| pointer.from_element(range.start, size_of::<f32>()).address;
+    // SAFETY: the arguments are views of live device memory whose lengths were checked above; the work is ordered by
+    // the device's one compute stream.
+    let code = unsafe {
+        trainer_adamw(
+            part(values),
+            part(grads),
+            part(first),
+            part(second),
+            range.len() as i64,
+            factors,
+            stream(device)?,
+        )
+    };
+    launched(KERNEL, code)
+}
+
+/// Length of the workspace, in f64, of [`sums_of_squares`] for `entries` entries of `len` elements together.
+pub fn sums_of_squares_workspace(entries: usize, len: usize) -> usize {
+    len.div_ceil(CHUNK) + entries
+}
+
+/// The sum of squares of each entry of a flat array, accumulated in f64. The order of the sums depends on the lengths
+/// alone.
+///
+/// # Shapes
+/// `sums`: f64 `[E]` or longer; `values`: f32 `[n]`; `offsets`: u32 `[E + 1]`, where the entries begin and the last
+/// ends; `workspace`: f64 of [`sums_of_squares_workspace`].
+///
+/// # Errors
+/// If the shapes do not fit, or the array is too long for its offsets.
+pub fn sums_of_squares(
+    device: &Device,
+    sums: Pointer,
+    values: Pointer,
+    offsets: Pointer,
+    workspace: Pointer,
+) -> Result<(), Error> {
+    const KERNEL: &str = "sums_of_squares";
+    let entries = offsets.len.saturating_sub(1);
+    if u32::try_from(values.len).is_err() || i32::try_from(entries).is_err() {
+        return Err(argument(KERNEL, "values", values.len, "less than 2^32 elements"));
+    }
+    expect_length(KERNEL, "sums", sums, entries)?;
+    expect_length(KERNEL, "workspace", workspace, sums_of_squares_workspace(entries, values.len))?;
+    // SAFETY: as in `adamw`; the kernel keeps the entries inside the array.
+    let code = unsafe {
+        trainer_sums_of_squares(
+            sums.address,
+            values.address,
+            values.len as i64,
+            offsets.address,
+            entries as i32,
+            workspace.address,
+            CHUNK as i64,
+            stream(device)?,
+        )
+    };
+    launched(KERNEL, code)
+}

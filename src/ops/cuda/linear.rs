@@ -1,0 +1,380 @@
+//! Projections of one input with their adapters in one product: `y = [x | x Aᵀ] [W | s B]ᵀ + b`.
+//!
+//! The weights of a group are unpacked one below the other into a buffer with `R` more columns, where the scaled `B`s stand
+//! block by block; the room behind each row of `x` takes `x Aᵀ`. The adapters then cost `R` of `I + R` columns instead of
+//! passes over `y`, and backward gives `dx` and the gradient of `x Aᵀ` in one product as well.
+//!
+//! Shapes: `N` tokens, `I` inputs, `O` outputs of all projections together, `R` their ranks, rounded up to 8.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::kernels::cuda::profile::{Phase, span};
+use crate::kernels::cuda::{
+    Accumulate, Matrix, Side, array, axpby, column_sums, column_sums_workspace, dropout, empty, fill, gemm, matrix,
+    upload_u64,
+};
+use crate::ops::linear::{Adapter, CarriedGroup, Dropout, Linear, Mode, SavedGroup, TokenKeys, room};
+use crate::ops::{Error, Wide, shape_error};
+
+use super::row;
+
+const OP: &str = "linear";
+
+/// What the weights' gradients need from the input's.
+#[derive(Debug)]
+pub(crate) struct Carried {
+    /// Keeps the outputs' gradients alive.
+    held: Vec<Tensor>,
+    /// The outputs' gradients as columns of one buffer: `[N, O]`.
+    dy: Matrix,
+    /// The gradient of `x Aᵀ`: `[N, R]`, columns of a wider buffer.
+    d_low_rank: Option<Tensor>,
+}
+
+/// A group of projections and where each one's outputs and ranks begin.
+struct Group<'a> {
+    linears: &'a [&'a Linear],
+    mode: Mode<'a>,
+    device: &'a Device,
+    inputs: usize,
+    outputs: usize,
+    /// `R`; 0 where no adapter takes part.
+    ranks: usize,
+}
+
+impl<'a> Group<'a> {
+    fn new(linears: &'a [&'a Linear], mode: Mode<'a>, device: &'a Device) -> Result<Self, Error> {
+        let Some(first) = linears.first() else { return Err(shape_error(OP, "linears", 0, "at least one")) };
+        let inputs = first.weight.cols();
+        for linear in linears {
+            if linear.weight.cols() != inputs {
+                return Err(shape_error(OP, "weight", linear.weight.cols(), inputs));
+            }
+            if linear.adapter.as_ref().is_some_and(|a| a.magnitude.is_some()) {
+                return Err(Error::Unsupported {
+                    op: OP,
+                    what: "a weight-decomposed adapter (DoRA)".into(),
+                    instead: "set `use_dora: false`, or `device: cpu`",
+                });
+            }
+        }
+        let outputs = linears.iter().map(|l| l.weight.rows()).sum();
+        let ranks = if mode.use_adapter { room(linears) } else { 0 };
+        Ok(Self { linears, mode, device, inputs, outputs, ranks })
+    }
+
+    /// Each projection with the rows of its outputs.
+    fn outputs(&self) -> impl Iterator<Item = (usize, &'a Linear, std::ops::Range<usize>)> {
+        let mut start = 0;
+        self.linears.iter().enumerate().map(move |(index, linear)| {
+            let rows = start..start + linear.weight.rows();
+            start = rows.end;
+            (index, *linear, rows)
+        })
+    }
+
+    /// Each adapter with the rows of its projection's outputs and its own columns.
+    fn adapters(&self) -> impl Iterator<Item = (usize, &'a Adapter, std::ops::Range<usize>, std::ops::Range<usize>)> {
+        let mut start = 0;
+        let is_used = self.ranks > 0;
+        self.outputs().filter_map(move |(index, linear, rows)| {
+            let adapter = linear.adapter.as_ref().filter(|_| is_used)?;
+            let ranks = start..start + adapter.a.value.dims()[0];
+            start = ranks.end;
+            Some((index, adapter, rows, ranks))
+        })
+    }
+
+    /// `[W | s B]`: `[O, I + R]`.
+    fn weight(&self, dtype: DType) -> Result<Tensor, Error> {
+        let _span = span(self.device, Phase::Dequantize)?;
+        if let ([one], 0) = (self.linears, self.ranks) {
+            return Ok(one.weight.unpack(self.device, dtype)?);
+        }
+        let out = empty(self.device, (self.outputs, self.inputs + self.ranks), dtype)?;
+        let all = matrix(&out)?;
+        for (_, linear, rows) in self.outputs() {
+            let part = all.rows(rows.start, rows.len()).columns(0, self.inputs);
+            linear.weight.unpack_into(self.device, part, 0)?;
+        }
+        if self.ranks > 0 {
+            let columns = all.columns(self.inputs, self.ranks);
+            fill(self.device, columns, 0.0)?;
+            for (_, adapter, rows, ranks) in self.adapters() {
+                let part = columns.rows(rows.start, rows.len()).columns(ranks.start, ranks.len());
+                axpby(self.device, part, adapter.scaling, matrix(&adapter.b.value)?, 0.0)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// The `A`s one below the other, zero rows up to `R`: `[R, I]`.
+    fn a(&self, dtype: DType) -> Result<Tensor, Error> {
+        let out = empty(self.device, (self.ranks, self.inputs), dtype)?;
+        let all = matrix(&out)?;
+        let mut end = 0;
+        for (_, adapter, _, ranks) in self.adapters() {
+            axpby(self.device, all.rows(ranks.start, ranks.len()), 1.0, matrix(&adapter.a.value)?, 0.0)?;
+            end = ranks.end;
+        }
+        if end < self.ranks {
+            fill(self.device, all.rows(end, self.ranks - end), 0.0)?;
+        }
+        Ok(out)
+    }
+
+    /// `x` with room for `R` columns, copied if it has none.
+    fn with_room(&self, x: &Wide) -> Result<Wide, Error> {
+        if x.cols() != self.inputs {
+            return Err(shape_error(OP, "x", x.cols(), self.inputs));
+        }
+        if x.buffer().dims()[1] >= self.inputs + self.ranks {
+            return Ok(x.clone());
+        }
+        let wide = Wide::empty(self.device, (x.rows(), self.inputs), self.ranks, x.buffer().dtype())?;
+        let from = matrix(x.buffer())?.columns(0, self.inputs);
+        axpby(self.device, matrix(wide.buffer())?.columns(0, self.inputs), 1.0, from, 0.0)?;
+        Ok(wide)
+    }
+
+    /// Puts `drop(x) Aᵀ` into the room of `x` and returns a copy of it: `[N, R]`.
+    fn low_rank(&self, x: &Wide) -> Result<Option<Tensor>, Error> {
+        if self.ranks == 0 {
+            return Ok(None);
+        }
+        let _span = span(self.device, Phase::LowRank)?;
+        let all = matrix(x.buffer())?;
+        let (values, columns) = (all.columns(0, self.inputs), all.columns(self.inputs, self.ranks));
+        let a = self.a(values.dtype())?;
+        let product = |out: Matrix, x: Matrix, a: Matrix| {
+            gemm(self.device, out, (x, Side::Plain), (a, Side::Transposed), 1.0, Accumulate::No, None)
+        };
+        if self.mode.dropouts.is_empty() {
+            product(columns, values, matrix(&a)?)?;
+        } else {
+            fill(self.device, columns, 0.0)?;
+            let scratch = empty(self.device, (values.rows, self.inputs), values.dtype())?;
+            let dropped = matrix(&scratch)?;
+            for (index, _, _, ranks) in self.adapters() {
+                self.drop(index, dropped, values, false)?;
+                let a = matrix(&a)?.rows(ranks.start, ranks.len());
+                product(columns.columns(ranks.start, ranks.len()), dropped, a)?;
+            }
+        }
+        let copy = empty(self.device, (values.rows, self.ranks), values.dtype())?;
+        axpby(self.device, matrix(&copy)?, 1.0, columns, 0.0)?;
+        Ok(Some(copy))
+    }
+
+    /// `out (=|+=) drop(x)` with the mask of projection `index`.
+    fn drop(&self, index: usize, out: Matrix, x: Matrix, is_added: bool) -> Result<(), Error> {
+        let Some(Dropout { probability, key, token_keys }) = self.mode.dropouts.get(index).copied() else {
+            return Err(shape_error(OP, "dropouts", self.mode.dropouts.len(), self.linears.len()));
+        };
+        let keys = token_keys.on(self.device)?;
+        Ok(dropout(self.device, out, x, array(keys)?, key, probability, is_added)?)
+    }
+
+    /// The biases one behind the other, zeros where there is none; `None` if there is none at all.
+    fn bias(&self, dtype: DType) -> Result<Option<Tensor>, Error> {
+        if self.linears.iter().all(|l| l.bias.is_none()) {
+            return Ok(None);
+        }
+        let out = empty(self.device, self.outputs, dtype)?;
+        let all = row(&out)?;
+        for (_, linear, rows) in self.outputs() {
+            let part = all.columns(rows.start, rows.len());
+            match &linear.bias {
+                Some(bias) if bias.value.elem_count() == rows.len() => {
+                    axpby(self.device, part, 1.0, row(&bias.value)?, 0.0)?;
+                }
+                Some(bias) => return Err(shape_error(OP, "bias", bias.value.dims(), rows.len())),
+                None => fill(self.device, part, 0.0)?,
+            }
+        }
+        Ok(Some(out))
+    }
+}
+
+impl TokenKeys {
+    fn on(&self, device: &Device) -> Result<&Tensor, Error> {
+        if let Some(keys) = self.on_device.get() {
+            return Ok(keys);
+        }
+        let keys = upload_u64(device, self.host())?;
+        Ok(self.on_device.get_or_init(|| keys))
+    }
+}
+
+pub(crate) fn forward(
+    linears: &[&Linear],
+    x: &Wide,
+    mode: Mode<'_>,
+    residual: Option<&Tensor>,
+) -> Result<(Vec<Tensor>, SavedGroup), Error> {
+    let group = Group::new(linears, mode, x.buffer().device())?;
+    let (device, dtype) = (group.device, x.buffer().dtype());
+    let x = group.with_room(x)?;
+    let low_rank = group.low_rank(&x)?;
+    let weight = group.weight(dtype)?;
+    let out_dtype = residual.map_or(dtype, Tensor::dtype);
+    let y = empty(device, (x.rows(), group.outputs), out_dtype)?;
+    let bias = group.bias(out_dtype)?;
+    let onto = match residual {
+        Some(residual) => Accumulate::Onto(matrix(residual)?),
+        None => Accumulate::No,
+    };
+    {
+        let _span = span(device, Phase::Multiply)?;
+        let x = matrix(x.buffer())?.columns(0, group.inputs + group.ranks);
+        let bias = bias.as_ref().map(array).transpose()?;
+        gemm(device, matrix(&y)?, (x, Side::Plain), (matrix(&weight)?, Side::Transposed), 1.0, onto, bias)?;
+    }
+    let outputs = group
+        .outputs()
+        .map(|(_, _, rows)| if linears.len() == 1 { Ok(y.clone()) } else { y.narrow(1, rows.start, rows.len()) })
+        .collect::<Result<_, _>>()?;
+    Ok((outputs, SavedGroup::on_device(low_rank)))
+}
+
+pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
+    let group = Group::new(linears, mode, x.buffer().device())?;
+    let x = group.with_room(x)?;
+    Ok(SavedGroup::on_device(group.low_rank(&x)?))
+}
+
+pub(crate) fn backward_input(
+    linears: &[&Linear],
+    dys: Vec<Tensor>,
+    saved: &SavedGroup,
+    mode: Mode<'_>,
+) -> Result<(Tensor, CarriedGroup), Error> {
+    let Some(first) = dys.first() else { return Err(shape_error(OP, "dys", 0, linears.len())) };
+    let device = first.device().clone();
+    let mode = Mode { use_adapter: saved.low_rank.is_some(), ..mode };
+    let group = Group::new(linears, mode, &device)?;
+    let dtype = saved.low_rank.as_ref().map_or(first.dtype(), Tensor::dtype);
+    let (held, dy) = side_by_side(&group, dys, dtype)?;
+    for (_, linear, rows) in group.outputs() {
+        if let Some(grad) = linear.bias.as_ref().and_then(|b| b.grad.as_ref()) {
+            let part = dy.columns(rows.start, rows.len());
+            let workspace = empty(&device, column_sums_workspace(part.rows, part.cols), DType::F32)?;
+            column_sums(&device, array(grad)?, part, array(&workspace)?)?;
+        }
+    }
+    let weight = group.weight(dtype)?;
+    let dx = empty(&device, (dy.rows, group.inputs + group.ranks), dtype)?;
+    let dx_matrix = matrix(&dx)?;
+    {
+        let _span = span(&device, Phase::Multiply)?;
+        let weight = (matrix(&weight)?, Side::Plain);
+        gemm(&device, dx_matrix, (dy, Side::Plain), weight, 1.0, Accumulate::No, None)?;
+    }
+    drop(weight);
+    let (values, d_low) = (dx_matrix.columns(0, group.inputs), dx_matrix.columns(group.inputs, group.ranks));
+    if group.ranks > 0 {
+        let _span = span(&device, Phase::LowRank)?;
+        let a = group.a(dtype)?;
+        let a = matrix(&a)?;
+        if group.mode.dropouts.is_empty() {
+            gemm(&device, values, (d_low, Side::Plain), (a, Side::Plain), 1.0, Accumulate::Into, None)?;
+        } else {
+            let scratch = empty(&device, (values.rows, group.inputs), dtype)?;
+            let through = matrix(&scratch)?;
+            for (index, _, _, ranks) in group.adapters() {
+                let d_low = d_low.columns(ranks.start, ranks.len());
+                let a = a.rows(ranks.start, ranks.len());
+                gemm(&device, through, (d_low, Side::Plain), (a, Side::Plain), 1.0, Accumulate::No, None)?;
+                group.drop(index, values, through, true)?;
+            }
+        }
+    }
+    let d_low_rank = match group.ranks {
+        0 => None,
+        ranks => Some(dx.narrow(1, group.inputs, ranks)?),
+    };
+    let values = if group.ranks == 0 { dx } else { dx.narrow(1, 0, group.inputs)? };
+    Ok((values, CarriedGroup::on_device(Carried { held, dy, d_low_rank })))
+}
+
+/// The outputs' gradients as columns of one buffer of type `dtype`, and the tensors that keep it alive; they are copied
+/// only if they are not that already.
+fn side_by_side(group: &Group<'_>, dys: Vec<Tensor>, dtype: DType) -> Result<(Vec<Tensor>, Matrix), Error> {
+    let parts: Vec<Matrix> = dys.iter().map(matrix).collect::<Result<_, _>>()?;
+    if parts.len() != group.linears.len() {
+        return Err(shape_error(OP, "dys", parts.len(), group.linears.len()));
+    }
+    for ((_, linear, rows), part) in group.outputs().zip(&parts) {
+        if part.cols != rows.len() || part.rows != parts[0].rows {
+            return Err(shape_error(OP, "dy", [part.rows, part.cols], [parts[0].rows, linear.weight.rows()]));
+        }
+    }
+    let is_one_buffer = parts.windows(2).all(|pair| pair[0].is_followed_by(&pair[1]));
+    if is_one_buffer && parts[0].dtype() == dtype {
+        return Ok((dys, parts[0].widened(group.outputs - parts[0].cols)));
+    }
+    let out = empty(group.device, (parts[0].rows, group.outputs), dtype)?;
+    let all = matrix(&out)?;
+    for ((_, _, rows), part) in group.outputs().zip(&parts) {
+        axpby(group.device, all.columns(rows.start, rows.len()), 1.0, *part, 0.0)?;
+    }
+    Ok((vec![out], all))
+}
+
+pub(crate) fn backward_weights(
+    linears: &[&Linear],
+    carried: &Carried,
+    x: &Wide,
+    saved: &SavedGroup,
+    mode: Mode<'_>,
+) -> Result<(), Error> {
+    let device = x.buffer().device();
+    let mode = Mode { use_adapter: carried.d_low_rank.is_some(), ..mode };
+    let group = Group::new(linears, mode, device)?;
+    debug_assert!(!carried.held.is_empty(), "the gradients are kept alive by their tensors");
+    let dy = carried.dy;
+    let x = matrix(x.buffer())?.columns(0, group.inputs);
+    let _span = span(device, Phase::LowRank)?;
+    for (_, linear, rows) in group.outputs() {
+        if let Some(grad) = &linear.weight_grad {
+            let dy = (dy.columns(rows.start, rows.len()), Side::Transposed);
+            gemm(device, matrix(grad)?, dy, (x, Side::Plain), 1.0, Accumulate::Into, None)?;
+        }
+    }
+    let (Some(low_rank), Some(d_low)) = (&saved.low_rank, &carried.d_low_rank) else { return Ok(()) };
+    let (low_rank, d_low) = (matrix(low_rank)?, matrix(d_low)?);
+    for (_, adapter, rows, ranks) in group.adapters() {
+        if let Some(grad) = &adapter.b.grad {
+            let dy = (dy.columns(rows.start, rows.len()), Side::Transposed);
+            let low = (low_rank.columns(ranks.start, ranks.len()), Side::Plain);
+            gemm(device, matrix(grad)?, dy, low, adapter.scaling, Accumulate::Into, None)?;
+        }
+    }
+    if !group.mode.dropouts.is_empty() {
+        let scratch = empty(device, (x.rows, group.inputs), x.dtype())?;
+        let dropped = matrix(&scratch)?;
+        for (index, adapter, _, ranks) in group.adapters() {
+            if let Some(grad) = &adapter.a.grad {
+                group.drop(index, dropped, x, false)?;
+                let d_low = (d_low.columns(ranks.start, ranks.len()), Side::Transposed);
+                gemm(device, matrix(grad)?, d_low, (dropped, Side::Plain), 1.0, Accumulate::Into, None)?;
+            }
+        }
+        return Ok(());
+    }
+    let grads: Vec<_> =
+        group.adapters().filter_map(|(_, adapter, _, ranks)| Some((adapter.a.grad.as_ref()?, ranks))).collect();
+    if let [(grad, ranks)] = grads.as_slice() {
+        let d_low = (d_low.columns(ranks.start, ranks.len()), Side::Transposed);
+        gemm(device, matrix(grad)?, d_low, (x, Side::Plain), 1.0, Accumulate::Into, None)?;
+    } else if !grads.is_empty() {
+        // One product reads `x` once for all adapters of the group.
+        let sums = empty(device, (group.ranks, group.inputs), DType::F32)?;
+        let all = matrix(&sums)?;
+        gemm(device, all, (d_low, Side::Transposed), (x, Side::Plain), 1.0, Accumulate::No, None)?;
+        for (grad, ranks) in grads {
+            axpby(device, matrix(grad)?, 1.0, all.rows(ranks.start, ranks.len()), 1.0)?;
+        }
+    }
+    Ok(())
+}

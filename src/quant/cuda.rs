@@ -1,0 +1,250 @@
+//! Weight matrices in a GPU's memory, packed as on the host, or in host memory that the GPU reads.
+//!
+//! A multiply unpacks a matrix into a buffer that is used once ([`Weight::unpack_into`]); nothing but that buffer is ever
+//! unpacked.
+
+use std::sync::Arc;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
+
+use super::double_quant::Maxima;
+use super::multiply::RowSource as _;
+use super::{Error, GgufMatrix, Nf4Matrix, Weight};
+use crate::kernels::cuda::{
+    GgufKind, Matrix, Nf4Absmax, Nf4View, Pinned, array, axpby, dequantize_gguf, dequantize_nf4, empty, matrix,
+    upload_f32, upload_u8,
+};
+
+/// A matrix `[N, K]` where a GPU can read it.
+#[derive(Clone, Debug)]
+pub struct DeviceMatrix {
+    rows: usize,
+    cols: usize,
+    kind_name: String,
+    size_bytes: usize,
+    storage: Storage,
+}
+
+#[derive(Clone, Debug)]
+enum Storage {
+    Nf4 {
+        packed: Tensor,
+        maxima: DeviceMaxima,
+        values: Tensor,
+    },
+    Gguf {
+        kind: GgufKind,
+        blocks: Tensor,
+    },
+    /// In page-locked host memory, dense.
+    Pinned(Arc<Pinned>, DType),
+}
+
+#[derive(Clone, Debug)]
+enum DeviceMaxima {
+    Plain(Tensor),
+    Nested { codes: Tensor, absmax: Tensor, map: Tensor, offset: f32 },
+}
+
+impl DeviceMatrix {
+    /// `N`.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// `K`.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The storage's name.
+    pub fn kind_name(&self) -> &str {
+        &self.kind_name
+    }
+
+    /// Bytes on the device; 0 for a matrix in host memory.
+    pub fn size_bytes(&self) -> usize {
+        self.size_bytes
+    }
+
+    fn from_nf4(host: &Nf4Matrix, device: &Device) -> Result<Self, Error> {
+        let maxima = match &host.maxima {
+            Maxima::Plain(values) => DeviceMaxima::Plain(upload_f32(device, values)?),
+            Maxima::Nested(nested) => DeviceMaxima::Nested {
+                codes: upload_u8(device, &nested.codes)?,
+                absmax: upload_f32(device, &nested.absmax)?,
+                map: upload_f32(device, &nested.map)?,
+                offset: nested.offset,
+            },
+        };
+        let storage = Storage::Nf4 {
+            packed: upload_u8(device, &host.packed)?,
+            maxima,
+            values: upload_f32(device, &host.values)?,
+        };
+        Ok(Self {
+            rows: host.rows(),
+            cols: host.cols(),
+            kind_name: String::new(),
+            size_bytes: host.size_bytes(),
+            storage,
+        })
+    }
+
+    fn from_gguf(host: &GgufMatrix, device: &Device) -> Result<Self, Error> {
+        let kind = match host.kind() {
+            GgmlDType::Q4_0 => GgufKind::Q4_0,
+            GgmlDType::Q4_1 => GgufKind::Q4_1,
+            GgmlDType::Q5_0 => GgufKind::Q5_0,
+            GgmlDType::Q5_1 => GgufKind::Q5_1,
+            GgmlDType::Q8_0 => GgufKind::Q8_0,
+            GgmlDType::Q2K => GgufKind::Q2K,
+            GgmlDType::Q3K => GgufKind::Q3K,
+            GgmlDType::Q4K => GgufKind::Q4K,
+            GgmlDType::Q5K => GgufKind::Q5K,
+            GgmlDType::Q6K => GgufKind::Q6K,
+            kind => return Err(Error::UnsupportedType { kind }),
+        };
+        let blocks = upload_u8(device, host.data())?;
+        let size_bytes = host.data().len();
+        let storage = Storage::Gguf { kind, blocks };
+        Ok(Self { rows: host.rows(), cols: host.cols(), kind_name: String::new(), size_bytes, storage })
+    }
+
+    /// The matrix as a GPU reads it where it lies dense in host memory.
+    pub(crate) fn pinned(&self) -> Option<Matrix> {
+        match &self.storage {
+            Storage::Pinned(memory, dtype) => Some(memory.matrix(*dtype, self.rows, self.cols)),
+            _ => None,
+        }
+    }
+
+    fn unpack_into(&self, device: &Device, out: Matrix, first_row: usize) -> Result<(), Error> {
+        match &self.storage {
+            Storage::Nf4 { packed, maxima, values } => {
+                let absmax = match maxima {
+                    DeviceMaxima::Plain(values) => Nf4Absmax::Plain(array(values)?),
+                    DeviceMaxima::Nested { codes, absmax, map, offset } => Nf4Absmax::Nested {
+                        codes: array(codes)?,
+                        absmax: array(absmax)?,
+                        map: array(map)?,
+                        offset: *offset,
+                    },
+                };
+                let view = Nf4View { packed: array(packed)?, absmax, values: array(values)? };
+                dequantize_nf4(device, out, &view, first_row, self.cols)?;
+            }
+            Storage::Gguf { kind, blocks } => {
+                dequantize_gguf(device, out, *kind, array(blocks)?, first_row, self.cols)?;
+            }
+            Storage::Pinned(memory, dtype) => {
+                axpby(device, out, 1.0, memory.matrix(*dtype, self.rows, self.cols).rows(first_row, out.rows), 0.0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Weight {
+    /// The same matrix in the memory of `device`; nothing to do for the CPU.
+    ///
+    /// # Errors
+    /// If memory runs out, or the type has no kernel.
+    pub fn to_device(self, device: &Device) -> Result<Self, Error> {
+        if device.is_cpu() {
+            return Ok(self);
+        }
+        let kind_name = self.kind_name();
+        let matrix = match &self {
+            Self::Dense(tensor) => return Ok(Self::Dense(tensor.to_device(device)?)),
+            Self::Nf4(matrix) => DeviceMatrix::from_nf4(matrix, device)?,
+            Self::Gguf(matrix) => match matrix.kind() {
+                kind @ (GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) => {
+                    let dtype = match kind {
+                        GgmlDType::F32 => DType::F32,
+                        GgmlDType::F16 => DType::F16,
+                        _ => DType::BF16,
+                    };
+                    let shape = [matrix.rows(), matrix.cols()];
+                    return Ok(Self::Dense(Tensor::from_raw_buffer(matrix.data(), dtype, &shape, device)?));
+                }
+                _ => DeviceMatrix::from_gguf(matrix, device)?,
+            },
+            Self::Device(_) => return Ok(self),
+        };
+        Ok(Self::Device(DeviceMatrix { kind_name, ..matrix }))
+    }
+
+    /// The same matrix, dense, in page-locked host memory that `device` reads; nothing to do for the CPU. Packed types
+    /// become f16.
+    ///
+    /// # Errors
+    /// If memory cannot be locked.
+    pub fn to_pinned(self, device: &Device) -> Result<Self, Error> {
+        const ROWS: usize = 1024;
+        if device.is_cpu() || matches!(self, Self::Device(_)) {
+            return Ok(self);
+        }
+        let (rows, cols) = (self.rows(), self.cols());
+        let dtype = match &self {
+            Self::Dense(tensor) => tensor.dtype(),
+            _ => DType::F16,
+        };
+        let memory = Pinned::new(device, rows * cols * dtype.size_in_bytes())?;
+        let mut part = vec![0f32; ROWS.min(rows) * cols];
+        for first in (0..rows).step_by(ROWS) {
+            let count = ROWS.min(rows - first);
+            let part = &mut part[..count * cols];
+            self.dequantize_rows_into(first..first + count, part)?;
+            memory.write_floats(dtype, first * cols, part);
+        }
+        let kind_name = format!("{} in host memory", dtype.as_str());
+        let storage = Storage::Pinned(Arc::new(memory), dtype);
+        Ok(Self::Device(DeviceMatrix { rows, cols, kind_name, size_bytes: 0, storage }))
+    }
+
+    /// Unpacks rows from `first_row` on into `out`, as many as it has.
+    ///
+    /// # Shapes
+    /// `out`: f32, f16 or bf16 `[rows, K]`.
+    ///
+    /// # Errors
+    /// If the weight is not where the GPU can read it.
+    pub(crate) fn unpack_into(&self, device: &Device, out: Matrix, first_row: usize) -> Result<(), Error> {
+        if first_row + out.rows > self.rows() || out.cols != self.cols() {
+            return Err(Error::Shape {
+                operation: "unpack",
+                got: vec![first_row + out.rows, out.cols],
+                expected: format!("at most [{}, {}]", self.rows(), self.cols()),
+            });
+        }
+        match self {
+            Self::Dense(tensor) if tensor.device().is_cuda() => {
+                Ok(axpby(device, out, 1.0, matrix(tensor)?.rows(first_row, out.rows), 0.0)?)
+            }
+            Self::Device(matrix) => matrix.unpack_into(device, out, first_row),
+            _ => Err(Error::NoKernel {
+                operation: "unpack",
+                kind: self.kind_name(),
+                device: format!("{:?}", device.location()),
+            }),
+        }
+    }
+
+    /// All values on the device.
+    ///
+    /// # Errors
+    /// If the weight is not where the GPU can read it.
+    pub(crate) fn unpack(&self, device: &Device, dtype: DType) -> Result<Tensor, Error> {
+        if let Self::Dense(tensor) = self
+            && tensor.device().is_cuda()
+            && tensor.dtype() == dtype
+        {
+            return Ok(tensor.clone());
+        }
+        let out = empty(device, (self.rows(), self.cols()), dtype)?;
+        self.unpack_into(device, matrix(&out)?, 0)?;
+        Ok(out)
+    }
+}

@@ -1,0 +1,117 @@
+//! Where a run computes and in which types.
+
+use anyhow::bail;
+use candle_core::Device;
+
+use crate::config::settings::{DeviceChoice, Precision};
+use crate::engine::Types;
+
+/// A device and the types of the passes on it.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    /// Where blocks compute.
+    pub device: Device,
+    /// Types of activations and of the residual stream.
+    pub types: Types,
+}
+
+impl Backend {
+    /// The CPU, which computes in f32.
+    pub fn cpu() -> Self {
+        Self { device: Device::Cpu, types: Types::F32 }
+    }
+
+    /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is
+    /// one, else the CPU.
+    ///
+    /// # Errors
+    /// If a GPU is asked for that is not there, or a precision that it does not have.
+    pub fn open(device: DeviceChoice, precision: Precision) -> anyhow::Result<Self> {
+        match device {
+            DeviceChoice::Cpu => Ok(Self::on_cpu(precision)),
+            DeviceChoice::Auto if !has_gpu(0) => Ok(Self::on_cpu(precision)),
+            DeviceChoice::Auto => Self::on_gpu(0, precision),
+            DeviceChoice::Cuda(ordinal) if has_gpu(ordinal) => Self::on_gpu(ordinal, precision),
+            DeviceChoice::Cuda(ordinal) if cfg!(feature = "cuda") => bail!(
+                "`device: cuda:{ordinal}` was asked for, but there is no such GPU here (`CUDA_VISIBLE_DEVICES` and the \
+                 driver decide what is seen); set `device: auto` or leave it out"
+            ),
+            DeviceChoice::Cuda(ordinal) => bail!(
+                "`device: cuda:{ordinal}` was asked for, but this program was built without GPUs; build it with \
+                 `--features cuda`, or set `device: cpu`"
+            ),
+        }
+    }
+
+    fn on_cpu(precision: Precision) -> Self {
+        if precision == Precision::Fp16 {
+            tracing::warn!("`fp16: true`: the CPU computes in f32, which needs no loss scaling");
+        }
+        if precision == Precision::Bf16 {
+            tracing::warn!("`bf16: true`: the CPU computes in f32");
+        }
+        Self::cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(ordinal: usize, precision: Precision) -> anyhow::Result<Self> {
+        use anyhow::Context as _;
+        let types = match precision {
+            Precision::No => Types::F32,
+            Precision::Fp16 => Types::F16,
+            Precision::Bf16 if crate::kernels::cuda::has_bf16(ordinal) => Types::BF16,
+            Precision::Bf16 => bail!("`bf16: true`, but GPU {ordinal} has no bfloat16; set `fp16: true` instead"),
+        };
+        let device = crate::kernels::cuda::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
+        Ok(Self { device, types })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_gpu(_ordinal: usize, precision: Precision) -> anyhow::Result<Self> {
+        Ok(Self::on_cpu(precision))
+    }
+
+    /// The device and the types, for the opening of a run.
+    pub fn describe(&self) -> String {
+        if self.device.is_cpu() {
+            return format!("CPU, {} threads, f32", rayon::current_num_threads());
+        }
+        let residual = match self.types.residual == self.types.compute {
+            true => String::new(),
+            false => format!(", residual stream {}", self.types.residual.as_str()),
+        };
+        format!("{}, {}{residual}", name_of(&self.device), self.types.compute.as_str())
+    }
+
+    /// Whether gradients need loss scaling.
+    pub fn needs_loss_scaling(&self) -> bool {
+        self.types.compute == candle_core::DType::F16
+    }
+}
+
+/// Whether the program was built for GPUs and this one is there.
+pub fn has_gpu(ordinal: usize) -> bool {
+    #[cfg(feature = "cuda")]
+    return crate::kernels::cuda::is_cuda_device(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = ordinal;
+        false
+    }
+}
+
+/// Whether the GPU that `auto` takes computes in bfloat16.
+pub fn has_bf16() -> bool {
+    #[cfg(feature = "cuda")]
+    return has_gpu(0) && crate::kernels::cuda::has_bf16(0);
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
+fn name_of(device: &Device) -> String {
+    #[cfg(feature = "cuda")]
+    if let Ok(name) = crate::kernels::cuda::device_name(device) {
+        return name;
+    }
+    format!("{:?}", device.location())
+}

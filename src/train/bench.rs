@@ -1,0 +1,415 @@
+//! How fast a step is and what it is made of: whole steps on a model of a given shape, against the floor that the shape
+//! sets.
+//!
+//! Weights are random: speed and memory depend on shapes, not on values, and random 4-bit codes are as evenly spread as
+//! those of a trained model. A step is what the loops do: forward, head, backward, clipping, AdamW.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+
+use super::Backend;
+use crate::config::settings::{LoraSettings, OptimizerSettings, Projection};
+use crate::engine::{self, Engine};
+use crate::model::HeadGradient;
+use crate::model::ModelConfig;
+use crate::model::batch::{Batch, BatchBuilder};
+use crate::model::load::random_packed;
+use crate::rng::Stream;
+use crate::zero::{ParamStore, ShardedAdamW};
+
+/// AdamW as transformers sets it.
+const OPTIMIZER: OptimizerSettings =
+    OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 };
+
+/// Sequences of one micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// SFT: this many sequences of this many tokens, every token a target.
+    Sequences {
+        /// How many.
+        count: usize,
+        /// Tokens of each.
+        tokens: usize,
+    },
+    /// GRPO's training phase: groups of completions that share their prompt.
+    Groups {
+        /// Prompts.
+        prompts: usize,
+        /// Completions of each.
+        samples: usize,
+        /// Tokens of a prompt.
+        prompt_tokens: usize,
+        /// Tokens of a completion.
+        completion_tokens: usize,
+    },
+}
+
+impl std::str::FromStr for Work {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "`{text}`: expected SEQUENCESxTOKENS, e.g. 4x2048, or PROMPTSxSAMPLESxPROMPT+COMPLETION, e.g. 4x4x128+256"
+            )
+        };
+        let number = |text: &str| text.parse::<usize>().ok().filter(|&n| n > 0).ok_or_else(wrong);
+        let parts: Vec<&str> = text.split('x').collect();
+        match parts.as_slice() {
+            [count, tokens] => Ok(Self::Sequences { count: number(count)?, tokens: number(tokens)? }),
+            [prompts, samples, lengths] => {
+                let (prompt, completion) = lengths.split_once('+').ok_or_else(wrong)?;
+                Ok(Self::Groups {
+                    prompts: number(prompts)?,
+                    samples: number(samples)?,
+                    prompt_tokens: number(prompt)?,
+                    completion_tokens: number(completion)?,
+                })
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl std::fmt::Display for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sequences { count, tokens } => write!(f, "{count}x{tokens}"),
+            Self::Groups { prompts, samples, prompt_tokens, completion_tokens } => {
+                write!(f, "{prompts}x{samples}x{prompt_tokens}+{completion_tokens}")
+            }
+        }
+    }
+}
+
+impl Work {
+    /// A batch of random tokens.
+    fn batch(self, vocabulary: usize, seed: u64) -> anyhow::Result<Batch> {
+        let mut builder = BatchBuilder::new();
+        let draw = |count: usize, item: u64| -> Vec<u32> {
+            let mut stream = Stream::new(seed, "bench tokens", 0, item);
+            (0..count).map(|_| stream.below(vocabulary as u64) as u32).collect()
+        };
+        match self {
+            Self::Sequences { count, tokens } => {
+                for item in 0..count as u64 {
+                    let rows = builder.push(&draw(tokens, item), item);
+                    builder.predict_within(rows);
+                }
+            }
+            Self::Groups { prompts, samples, prompt_tokens, completion_tokens } => {
+                for prompt in 0..prompts as u64 {
+                    let rows = builder.push(&draw(prompt_tokens, prompt), prompt);
+                    for sample in 0..samples as u64 {
+                        let item = (prompt + 1) << 32 | sample;
+                        let completion = draw(completion_tokens, item);
+                        builder.predict(rows.end - 1, completion[0]);
+                        let inputs = builder.push_after(rows.clone(), &completion[..completion_tokens - 1], item);
+                        for (row, &target) in inputs.zip(&completion[1..]) {
+                            builder.predict(row, target);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(builder.build()?)
+    }
+
+    /// Tokens as users count them: with a prompt for each of its completions.
+    fn tokens(self) -> usize {
+        match self {
+            Self::Sequences { count, tokens } => count * tokens,
+            Self::Groups { prompts, samples, prompt_tokens, completion_tokens } => {
+                prompts * samples * (prompt_tokens + completion_tokens)
+            }
+        }
+    }
+}
+
+/// How to measure.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The adapter; `None`: no adapter, which trains nothing.
+    pub lora: LoraSettings,
+    /// Steps before the clock starts.
+    pub warmup: usize,
+    /// Steps measured.
+    pub steps: usize,
+    /// Whether the blocks' activations are computed again in backward.
+    pub recompute: bool,
+    /// Try several algorithms for each product and keep the fastest.
+    pub tune: bool,
+    /// Seed of weights and tokens.
+    pub seed: u64,
+}
+
+/// An adapter of rank `r` on all projections, `alpha = 2 r`, without dropout.
+pub fn lora(r: usize) -> LoraSettings {
+    LoraSettings { r, alpha: 2.0 * r as f64, dropout: 0.0, target_modules: Projection::ALL.to_vec(), use_rslora: false }
+}
+
+/// What was measured.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The work of a step.
+    pub work: Work,
+    /// Seconds of each step.
+    pub step_secs: Vec<f64>,
+    /// Tokens of a step, as users count them.
+    pub tokens: usize,
+    /// Seconds of one more step by phase; empty on the CPU.
+    pub phases: BTreeMap<String, f64>,
+    /// Seconds of the floor: the multiplies at the rate that this device reached on a large product.
+    pub floor_secs: f64,
+    /// Most device memory in use, bytes; 0 on the CPU.
+    pub peak_bytes: u64,
+    /// What the process holds of the device's memory, bytes; 0 on the CPU.
+    pub device_bytes: u64,
+}
+
+impl Measured {
+    /// Median seconds of a step.
+    pub fn median_secs(&self) -> f64 {
+        let mut sorted = self.step_secs.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// A model of random weights, ready to be measured.
+pub struct Bench {
+    engine: Engine,
+    optimizer: ShardedAdamW,
+    settings: Settings,
+    /// FLOP/s of a large product.
+    pub peak_flops: f64,
+}
+
+impl Bench {
+    /// Makes the model that `config` describes (a `config.json` or its folder), packed to 4 bits.
+    ///
+    /// # Errors
+    /// If the configuration is unusable or memory runs out.
+    pub fn new(config: &Path, backend: &Backend, settings: Settings) -> anyhow::Result<Self> {
+        let mut loaded = random_packed(config, &settings.lora, settings.seed)
+            .with_context(|| format!("cannot make a model of `{}`", config.display()))?;
+        if !backend.device.is_cpu() {
+            loaded.keep_embedding_on_host();
+        }
+        set_tuning(backend, settings.tune)?;
+        let store = ParamStore::new(loaded.blocks, &backend.device)?;
+        let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.recompute);
+        let optimizer = ShardedAdamW::new(OPTIMIZER, engine.store())?;
+        let peak_flops = peak_flops(backend)?;
+        Ok(Self { engine, optimizer, settings, peak_flops })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &ModelConfig {
+        self.engine.config()
+    }
+
+    /// Recomputes activations in backward, or keeps them.
+    pub fn set_recompute(&mut self, recompute: bool) {
+        self.settings.recompute = recompute;
+        self.engine.set_recompute(recompute);
+    }
+
+    /// Measures steps of `work`.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub fn measure(&mut self, work: Work) -> anyhow::Result<Measured> {
+        let config = self.engine.config();
+        let longest = match work {
+            Work::Sequences { tokens, .. } => tokens,
+            Work::Groups { prompt_tokens, completion_tokens, .. } => prompt_tokens + completion_tokens,
+        };
+        if longest > config.max_position_embeddings {
+            bail!("`{work}`: the model holds {} tokens", config.max_position_embeddings);
+        }
+        let batch = work.batch(config.vocab_size, self.settings.seed)?;
+        for _ in 0..self.settings.warmup {
+            self.step(&batch)?;
+        }
+        self.synchronize()?;
+        self.reset_peak()?;
+        let mut step_secs = Vec::with_capacity(self.settings.steps);
+        for _ in 0..self.settings.steps {
+            let started = Instant::now();
+            self.step(&batch)?;
+            self.synchronize()?;
+            step_secs.push(started.elapsed().as_secs_f64());
+        }
+        let (peak_bytes, device_bytes) = self.memory()?;
+        let phases = self.phases(&batch)?;
+        let floor_secs = floor_flops(self.engine.config(), &batch, self.settings.recompute) / self.peak_flops;
+        Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes })
+    }
+
+    /// One optimizer step: what the loops do, with a loss whose gradient is `-1 / R` for every target.
+    fn step(&mut self, batch: &Batch) -> anyhow::Result<()> {
+        self.engine.store().zero_gradients()?;
+        self.engine.forward_backward(batch, 1.0, None, |head| {
+            let count = head.logprobs.len();
+            let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], d_entropies: vec![] };
+            Ok::<_, engine::Error>((gradient, ()))
+        })?;
+        let report = self.optimizer.step(self.engine.store(), 1e-5, 1.0, 1.0)?;
+        if report.is_skipped {
+            bail!("a gradient of the measured step is not finite (norm {})", report.grad_norm);
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn synchronize(&self) -> anyhow::Result<()> {
+        Ok(self.engine.device().synchronize()?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has something to wait for")]
+    fn synchronize(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn reset_peak(&self) -> anyhow::Result<()> {
+        if self.engine.device().is_cuda() {
+            crate::kernels::cuda::reset_peak(self.engine.device())?;
+        }
+        Ok(())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has a pool")]
+    fn reset_peak(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn memory(&self) -> anyhow::Result<(u64, u64)> {
+        if !self.engine.device().is_cuda() {
+            return Ok((0, 0));
+        }
+        let pool = crate::kernels::cuda::memory_use(self.engine.device())?;
+        Ok((pool.peak, crate::kernels::cuda::device_memory_used()?))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has a pool")]
+    fn memory(&self) -> anyhow::Result<(u64, u64)> {
+        Ok((0, 0))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn phases(&mut self, batch: &Batch) -> anyhow::Result<BTreeMap<String, f64>> {
+        use crate::kernels::cuda::profile;
+        let device = self.engine.device().clone();
+        if !device.is_cuda() {
+            return Ok(BTreeMap::new());
+        }
+        self.synchronize()?;
+        let started = Instant::now();
+        profile::start();
+        self.step(batch)?;
+        let by_phase = profile::stop(&device)?;
+        let all = started.elapsed().as_secs_f64();
+        let mut phases: BTreeMap<String, f64> =
+            by_phase.iter().map(|(phase, &secs)| (phase.name().to_string(), secs)).collect();
+        phases.insert("rest and gaps".into(), (all - by_phase.values().sum::<f64>()).max(0.0));
+        Ok(phases)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has events")]
+    fn phases(&mut self, _batch: &Batch) -> anyhow::Result<BTreeMap<String, f64>> {
+        Ok(BTreeMap::new())
+    }
+}
+
+/// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
+/// the projections and the head, once more forward with recomputation (the last product of a block is not needed then),
+/// and attention's.
+fn floor_flops(config: &ModelConfig, batch: &Batch, recompute: bool) -> f64 {
+    let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
+    let layers = config.num_hidden_layers as f64;
+    let down = (config.hidden_size * config.intermediate_size) as f64;
+    let attention_width = (config.num_attention_heads * config.head_dim) as f64;
+    let kv_width = (config.num_key_value_heads * config.head_dim) as f64;
+    let hidden = config.hidden_size as f64;
+    let projections = hidden * (2.0 * attention_width + 2.0 * kv_width) + 3.0 * down;
+    let again = if recompute { projections - down } else { 0.0 };
+    let attention_passes = if recompute { 2.0 + 2.5 } else { 1.0 + 2.5 };
+    let pairs = batch.layout.num_pairs() as f64;
+    let head = hidden * config.vocab_size as f64;
+    2.0 * tokens * layers * (2.0 * projections + again)
+        + 4.0 * pairs * attention_width * layers * attention_passes
+        + 2.0 * rows * head * 3.0
+}
+
+#[cfg(feature = "cuda")]
+fn set_tuning(backend: &Backend, is_on: bool) -> anyhow::Result<()> {
+    if backend.device.is_cuda() {
+        crate::kernels::cuda::tune(&backend.device, is_on)?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+#[expect(clippy::unnecessary_wraps, reason = "a GPU may refuse")]
+fn set_tuning(_backend: &Backend, _is_on: bool) -> anyhow::Result<()> {
+    Ok(())
+}
+
+/// FLOP/s of a large product in the run's types.
+fn peak_flops(backend: &Backend) -> anyhow::Result<f64> {
+    let is_cpu = backend.device.is_cpu();
+    let (size, repeats) = if is_cpu { (1024, 5) } else { (8192, 20) };
+    let host = |name: &str| {
+        let mut stream = Stream::new(1, name, 0, 0);
+        let row: Vec<f32> = (0..size).map(|_| stream.normal() as f32).collect();
+        let values: Vec<f32> = (0..size).flat_map(|i| row[i % 97..].iter().chain(&row[..i % 97]).copied()).collect();
+        candle_core::Tensor::from_vec(values, (size, size), &candle_core::Device::Cpu)
+    };
+    let place = |x: candle_core::Tensor| x.to_dtype(backend.types.compute)?.to_device(&backend.device);
+    let (a, b) = (place(host("peak a")?)?, place(host("peak b")?)?);
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        backend.device.synchronize()?;
+        let started = Instant::now();
+        for _ in 0..repeats {
+            a.matmul(&b)?;
+        }
+        backend.device.synchronize()?;
+        best = best.min(started.elapsed().as_secs_f64() / f64::from(repeats));
+    }
+    Ok(2.0 * (size as f64).powi(3) / best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_read_and_written_alike() {
+        for text in ["4x2048", "1x1", "4x4x128+256"] {
+            assert_eq!(text.parse::<Work>().unwrap().to_string(), text);
+        }
+        for text in ["", "4", "0x5", "4x", "1x2x3", "1x2x3+0", "ax3"] {
+            assert!(text.parse::<Work>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn prompts_of_a_group_stand_in_the_batch_once() {
+        let work: Work = "2x3x5+4".parse().unwrap();
+        let batch = work.batch(100, 1).unwrap();
+        assert_eq!(batch.tokens.len(), 2 * (5 + 3 * 3));
+        assert_eq!(batch.targets.len(), 2 * 3 * 4);
+        assert_eq!(work.tokens(), 2 * 3 * 9);
+    }
+}

@@ -1,0 +1,33 @@
+//! The GPU's kernels against the CPU's results, on fresh random data, every type, odd shapes, strided operands.
+//!
+//! All are ignored by default: `cargo test --release --features cuda --test cuda -- --ignored` runs them where a GPU is.
+#![cfg(feature = "cuda")]
+
+#[path = "cuda/attention.rs"]
+mod attention;
+#[path = "cuda/gemm.rs"]
+mod gemm;
+#[path = "cuda/gguf.rs"]
+mod gguf;
+#[path = "cuda/head.rs"]
+mod head;
+#[path = "cuda/nf4.rs"]
+mod nf4;
+#[path = "cuda/norm.rs"]
+mod norm;
+#[path = "cuda/optimizer.rs"]
+mod optimizer;
+#[path = "cuda/padded.rs"]
+mod padded;
+#[path = "cuda/paged_attention.rs"]
+mod paged_attention;
+#[path = "cuda/pointwise.rs"]
+mod pointwise;
+#[path = "cuda/rope.rs"]
+mod rope;
+#[path = "cuda/rows.rs"]
+mod rows;
+#[path = "cuda/support.rs"]
+mod support;
+#[path = "cuda/swiglu.rs"]
+mod swiglu;
