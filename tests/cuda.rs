@@ -23,6 +23,8 @@ mod padded;
 mod paged_attention;
 #[path = "cuda/pointwise.rs"]
 mod pointwise;
+#[path = "cuda/rollout.rs"]
+mod rollout;
 #[path = "cuda/rope.rs"]
 mod rope;
 #[path = "cuda/rows.rs"]

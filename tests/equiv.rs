@@ -10,7 +10,7 @@ use candle_transformers::models::{qwen2, qwen3};
 use trainer::config::settings::{
     LoraSettings, ModelSettings, Projection, QuantType, Quantization, SamplingSettings, WeightDtype,
 };
-use trainer::engine::{self, DropoutKey, Engine, Speaker, Types};
+use trainer::engine::{self, Activations, DropoutKey, Engine, Speaker, Types};
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{Purpose, load};
@@ -70,7 +70,7 @@ fn engine(architecture: &str, dropout: Option<f64>, recompute: bool) -> Engine {
         loaded.adapter,
         ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
         Types::F32,
-        recompute,
+        if recompute { Activations::Recompute } else { Activations::Keep },
     );
     // lora_B starts at zero, which would hide half of the adapter.
     for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
@@ -277,8 +277,13 @@ fn logits_are_those_of_candles_own_qwen_models() {
             adapter_name_or_path: None,
         };
         let loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
-        let engine =
-            Engine::new(loaded.config, None, ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(), Types::F32, false);
+        let engine = Engine::new(
+            loaded.config,
+            None,
+            ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
+            Types::F32,
+            Activations::Keep,
+        );
         let mut weights: HashMap<String, Tensor> = HashMap::new();
         for block in 0..engine.store().num_blocks() {
             for (name, slot) in engine.store().fetch(block).iter() {

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{Context, Exit};
 use crate::config::settings::{DeviceChoice, Precision};
+use crate::engine::Activations;
 use crate::telemetry::units;
 use crate::train::bench::{Bench, Measured, Settings, Work, lora};
 use crate::train::{self, Backend};
@@ -14,7 +15,38 @@ const EXAMPLES: &str = "\
 Examples:
   trainer bench configs/bench/qwen2-7b --work 1x2048 --work 4x2048 --work 1x8192
   trainer bench configs/bench/qwen2-7b --work 4x4x128+256          # GRPO: 4 prompts, 4 completions each
-  trainer bench configs/bench/qwen2-7b --work 4x2048 --no-recompute --json bench.jsonl";
+  trainer bench configs/bench/qwen2-7b --work 4x2048 --activations keep --activations offload --json bench.jsonl";
+
+/// What becomes of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ActivationsArg {
+    /// They stay on the device
+    Keep,
+    /// They are computed again in backward
+    Recompute,
+    /// As recompute, with what it starts from in host memory
+    Offload,
+}
+
+impl From<ActivationsArg> for Activations {
+    fn from(arg: ActivationsArg) -> Self {
+        match arg {
+            ActivationsArg::Keep => Self::Keep,
+            ActivationsArg::Recompute => Self::Recompute,
+            ActivationsArg::Offload => Self::Offload,
+        }
+    }
+}
+
+impl std::fmt::Display for ActivationsArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Keep => "keep",
+            Self::Recompute => "recompute",
+            Self::Offload => "offload",
+        })
+    }
+}
 
 /// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
 #[derive(Clone, Debug, clap::Args)]
@@ -28,9 +60,9 @@ pub struct Args {
     #[arg(long = "work", value_name = "WORK", required = true, value_parser = |text: &str| text.parse::<Work>())]
     pub work: Vec<Work>,
 
-    /// Keep activations instead of computing them again in backward
-    #[arg(long)]
-    pub no_recompute: bool,
+    /// What becomes of activations between forward and backward; may be given several times
+    #[arg(long = "activations", value_name = "WHAT", value_enum, default_values = ["recompute"])]
+    pub activations: Vec<ActivationsArg>,
 
     /// Rank of the adapter
     #[arg(long, value_name = "RANK", default_value_t = 16)]
@@ -76,26 +108,29 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         lora: lora(args.lora_r),
         warmup: args.warmup as usize,
         steps: args.steps as usize,
-        recompute: !args.no_recompute,
+        activations: Activations::Recompute,
         tune: !args.no_tune,
         seed: 42,
     };
     let started = std::time::Instant::now();
     let mut bench = Bench::new(&args.model, &backend, settings)?;
     context.print(&format!(
-        "{}; model of {} parameters made in {}; a large product runs at {:.0} TFLOP/s; LoRA r={}; recomputation {}\n",
+        "{}; model of {} parameters made in {}; a large product runs at {:.0} TFLOP/s; LoRA r={}\n",
         backend.describe(),
         units::count(bench.config().num_parameters() as u64),
         units::duration(started.elapsed().as_secs_f64()),
         bench.peak_flops / 1e12,
         args.lora_r,
-        if args.no_recompute { "off" } else { "on" },
     ))?;
-    for &work in &args.work {
-        let measured = bench.measure(work)?;
-        context.print(&row(&measured))?;
-        if let Some(path) = &args.json {
-            append(path, &record(args, &backend, &bench, &measured))?;
+    for &activations in &args.activations {
+        bench.set_activations(activations.into());
+        context.print(&format!("activations: {activations}\n"))?;
+        for &work in &args.work {
+            let measured = bench.measure(work)?;
+            context.print(&row(&measured))?;
+            if let Some(path) = &args.json {
+                append(path, &record(args, activations, &backend, &bench, &measured))?;
+            }
         }
     }
     Ok(Exit::Done)
@@ -124,13 +159,19 @@ fn row(m: &Measured) -> String {
     text
 }
 
-fn record(args: &Args, backend: &Backend, bench: &Bench, m: &Measured) -> serde_json::Value {
+fn record(
+    args: &Args,
+    activations: ActivationsArg,
+    backend: &Backend,
+    bench: &Bench,
+    m: &Measured,
+) -> serde_json::Value {
     json!({
         "model": args.model.display().to_string(),
         "device": backend.describe(),
         "commit": option_env!("TRAINER_GIT_COMMIT"),
         "work": m.work.to_string(),
-        "recompute": !args.no_recompute,
+        "activations": activations.to_string(),
         "lora_r": args.lora_r,
         "tokens_per_second": m.tokens as f64 / m.median_secs(),
         "step_secs": m.step_secs,

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::{Context, Exit, UsageError};
 use crate::config::settings::{DeviceChoice, ModelSettings, Precision, SamplingSettings, WeightDtype};
 use crate::data::{RenderOptions, StreamDecoder};
+use crate::engine::Activations;
 use crate::model::load::Purpose;
 use crate::rollout::forward::EngineModel;
 use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
@@ -154,7 +155,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         &args.model_settings(),
         args.seed,
         Purpose::Inference,
-        false,
+        Activations::Keep,
         &Backend::open(args.device, args.precision())?,
         &mut progress,
     )?;

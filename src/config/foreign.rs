@@ -134,7 +134,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     // Training.
     no_effect("gradient_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
     no_effect("activation_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
-    no_effect("activation_offloading", "activations stay on the device; `gradient_checkpointing` makes them small"),
     no_effect("use_liger_kernel", "fused kernels are built in"),
     no_effect("liger_kernel_config", "fused kernels are built in"),
     no_effect("torch_compile", NO_COMPILE),
@@ -144,7 +143,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("tf32", "multiplies accumulate in float32; `bf16` chooses the faster units"),
     no_effect("bf16_full_eval", "evaluation runs in the precision of training"),
     no_effect("fp16_full_eval", "evaluation runs in the precision of training"),
-    no_effect("full_determinism", "runs are deterministic without it"),
     no_effect("average_tokens_across_devices", "losses are always averaged over the tokens of all ranks"),
     no_effect("restore_callback_states_from_checkpoint", "there are no callbacks"),
     no_effect("skip_memory_metrics", NO_LOG),

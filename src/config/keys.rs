@@ -216,6 +216,12 @@ keys! {
         /// Recompute activations in the backward pass instead of keeping them: less memory, a third more compute.
         /// `activation_checkpointing` is the same key.
         gradient_checkpointing: bool = Text("true"), ANY, "";
+        /// Keep what recomputation starts from, and the results of attention, in page-locked host memory while they are not
+        /// needed: the least device memory. Only on a GPU, with `gradient_checkpointing`.
+        activation_offloading: bool = Text("false"), ANY, "";
+        /// On a GPU, take the library's first choice for each product instead of timing several: repeated runs then have the
+        /// same bits, and are a few percent slower. On the CPU they always have.
+        full_determinism: bool = Text("false"), ANY, "";
         /// Where to compute: `auto` takes a GPU if there is one and the build can use it. Not in TRL.
         device: DeviceChoice = Text("auto"), ANY, "";
         /// Compute on the CPU: the same as `device: cpu`.

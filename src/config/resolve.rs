@@ -119,6 +119,13 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
             "keep one of the two",
         );
     }
+    if *raw.activation_offloading.value() && !*raw.gradient_checkpointing.value() {
+        problems.clash(
+            &[(&raw.activation_offloading, "offloads".into()), (&raw.gradient_checkpointing, "keeps all".into())],
+            "`activation_offloading: true` offloads what recomputation starts from, and nothing is recomputed",
+            "set `gradient_checkpointing: true`, or remove `activation_offloading`",
+        );
+    }
     let has_steps = raw.max_steps.value().0.is_some();
     warn_idle(
         problems,
@@ -212,6 +219,8 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
         num_train_epochs: *raw.num_train_epochs.value(),
         max_steps: raw.max_steps.value().0,
         gradient_checkpointing: *raw.gradient_checkpointing.value(),
+        activation_offloading: *raw.activation_offloading.value(),
+        full_determinism: *raw.full_determinism.value(),
         learning_rate: *raw.learning_rate.value(),
         lr_scheduler_type: *raw.lr_scheduler_type.value(),
         lr_scheduler_kwargs: raw.lr_scheduler_kwargs.value().clone(),

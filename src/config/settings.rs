@@ -301,6 +301,10 @@ pub struct TrainingSettings {
     pub max_steps: Option<usize>,
     /// Recompute activations in backward instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Keep what recomputation starts from in host memory.
+    pub activation_offloading: bool,
+    /// Do not choose a GPU's products by timing.
+    pub full_determinism: bool,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Its course.

@@ -1,23 +1,26 @@
-//! The walk over the blocks: forward, head, backward, with recomputation.
+//! The walk over the blocks: forward, head, backward, with recomputation and activations in host memory.
 //!
 //! Called by the training loops for gradients and log-probabilities. Parameters come from the store block by block; a
 //! block's gradients are final when its backward returns. With recomputation only the blocks' inputs are kept and each
 //! block runs forward again just before its backward, which changes no bit of the result.
 
-use std::sync::Arc;
+mod host;
+
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
-use crate::model::layer::{self, DecoderLayer, Pass, PassDropout};
+use crate::model::layer::{self, DecoderLayer, Pass, PassDropout, Retained};
 use crate::model::params::BlockParams;
 use crate::model::{self, Embedding, Head, HeadGradient};
 use crate::ops::linear::TokenKeys;
 use crate::ops::rope::Rotation;
 use crate::ops::{buffer, head, rows};
 use crate::zero::{self, ParamStore};
+use host::{Held, Host};
 
 /// What went wrong in a pass.
 #[derive(Debug, thiserror::Error)]
@@ -81,15 +84,29 @@ pub struct Engine {
     adapter: Option<AdapterSettings>,
     store: ParamStore,
     types: Types,
-    recompute: bool,
+    activations: Activations,
+    /// Made by the first pass that needs it and kept: locking host memory takes longer than a step.
+    host: OnceLock<Host>,
     frequencies: Vec<f32>,
     rotation_scale: f32,
 }
 
+/// What becomes of a block's activations between forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// They stay where they are.
+    Keep,
+    /// The block's input stays, the rest is computed again in backward.
+    Recompute,
+    /// As `Recompute`; on a GPU the inputs, and the results of attention so that they are not computed again, wait in
+    /// page-locked host memory. On the CPU the same as `Recompute`.
+    Offload,
+}
+
 /// What a layer leaves for backward.
 enum Kept {
-    Input(Tensor),
     Everything(Box<layer::Saved>),
+    Retained(Retained<Held>),
 }
 
 impl Engine {
@@ -99,15 +116,24 @@ impl Engine {
         adapter: Option<AdapterSettings>,
         store: ParamStore,
         types: Types,
-        recompute: bool,
+        activations: Activations,
     ) -> Self {
         let (frequencies, rotation_scale) = config.inv_freq();
-        Self { config, adapter, store, types, recompute, frequencies, rotation_scale }
+        Self { config, adapter, store, types, activations, host: OnceLock::new(), frequencies, rotation_scale }
     }
 
-    /// Whether the blocks' activations are computed again in backward instead of kept.
-    pub fn set_recompute(&mut self, recompute: bool) {
-        self.recompute = recompute;
+    /// Changes what becomes of activations.
+    pub fn set_activations(&mut self, activations: Activations) {
+        self.activations = activations;
+        self.host = OnceLock::new();
+    }
+
+    fn host(&self) -> Result<&Host, Error> {
+        if let Some(host) = self.host.get() {
+            return Ok(host);
+        }
+        let host = Host::new(self.device(), self.activations)?;
+        Ok(self.host.get_or_init(|| host))
     }
 
     /// Where blocks compute.
@@ -197,7 +223,7 @@ impl Engine {
                 compute: self.types.compute,
                 dropout: None,
             };
-            let hidden = self.walk(batch, &pass, |_, _| ())?;
+            let hidden = self.walk(batch, &pass, |_| Ok(()))?;
             let picked = rows::gather(&hidden, &batch.head_rows)?;
             let (output, _) = self
                 .head()?
@@ -221,7 +247,7 @@ impl Engine {
                 compute: self.types.compute,
                 dropout: None,
             };
-            let hidden = self.walk(batch, &pass, |_, _| ())?;
+            let hidden = self.walk(batch, &pass, |_| Ok(()))?;
             self.head()?.logits(&hidden, self.types.compute).map_err(in_block("head"))
         })
     }
@@ -255,6 +281,46 @@ impl Engine {
         dropout: Option<DropoutKey>,
         loss: impl FnOnce(&head::Output) -> Result<(HeadGradient, T), E>,
     ) -> Result<T, E> {
+        let compute = self.types.compute;
+        self.pass(batch, dropout, |head, picked| {
+            let (output, saved) =
+                head.forward(picked, &batch.targets, temperature, compute).map_err(in_block("head"))?;
+            let (gradient, result) = loss(&output)?;
+            let d_picked =
+                head.backward(&gradient, &batch.targets, temperature, &output, &saved).map_err(in_block("head"))?;
+            Ok((d_picked, result))
+        })
+    }
+
+    /// As [`Self::forward_backward`] where `gradient`, how the loss depends on each target, is known before the forward pass:
+    /// the head's logits are then made once instead of twice. `look` sees the head's output.
+    ///
+    /// # Errors
+    /// If a block or `look` fails.
+    pub fn forward_backward_known<T, E: From<Error>>(
+        &self,
+        batch: &Batch,
+        temperature: f64,
+        dropout: Option<DropoutKey>,
+        gradient: &HeadGradient,
+        look: impl FnOnce(&head::Output) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let compute = self.types.compute;
+        self.pass(batch, dropout, |head, picked| {
+            let (output, d_picked) = head
+                .forward_backward(picked, &batch.targets, temperature, gradient, compute)
+                .map_err(in_block("head"))?;
+            Ok((d_picked, look(&output)?))
+        })
+    }
+
+    /// Forward through the layers, `at_head` with the rows that predict, backward from the gradient it returns.
+    fn pass<T, E: From<Error>>(
+        &self,
+        batch: &Batch,
+        dropout: Option<DropoutKey>,
+        at_head: impl FnOnce(&Head, &Tensor) -> Result<(Tensor, T), E>,
+    ) -> Result<T, E> {
         let rotation = self.rotation(&batch.positions)?;
         let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
         let token_keys = TokenKeys::from(batch.token_keys.as_slice());
@@ -270,24 +336,39 @@ impl Engine {
             compute: self.types.compute,
             dropout,
         };
+        let host = self.host()?;
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
-        let hidden = self.walk(batch, &pass, |input, saved| {
-            kept.push(if self.recompute { Kept::Input(input.clone()) } else { Kept::Everything(Box::new(saved)) });
+        let hidden = self.walk(batch, &pass, |saved| {
+            kept.push(match self.activations {
+                Activations::Keep => Kept::Everything(Box::new(saved)),
+                // The last layer is needed again at once.
+                Activations::Recompute | Activations::Offload if kept.len() + 1 == self.config.num_hidden_layers => {
+                    Kept::Retained(saved.retain(host.is_used()).map(|tensor| Ok::<_, Error>(Held::Here(tensor)))?)
+                }
+                Activations::Recompute | Activations::Offload => {
+                    Kept::Retained(saved.retain(host.is_used()).map(|tensor| host.park(tensor))?)
+                }
+            });
+            Ok(())
         })?;
         let head_block = self.head()?;
         let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
-        let (output, saved) =
-            head_block.forward(&picked, &batch.targets, temperature, self.types.compute).map_err(in_block("head"))?;
-        let (gradient, result) = loss(&output)?;
-        let d_picked =
-            head_block.backward(&gradient, &batch.targets, temperature, &output, &saved).map_err(in_block("head"))?;
-        drop((saved, picked, hidden));
+        let (d_picked, result) = at_head(&head_block, &picked)?;
+        drop((picked, hidden));
         let mut gradient = rows::scatter_add(&d_picked, &batch.head_rows, batch.tokens.len()).map_err(Error::from)?;
-        for (index, kept) in kept.into_iter().enumerate().rev() {
+        host.settle()?;
+        let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
+        for index in (0..self.config.num_hidden_layers).rev() {
+            let Some(current) = next.take() else { break };
+            // The one before comes back while this one computes.
+            next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
             let layer = self.layer(index)?;
-            let saved = match kept {
+            let saved = match current {
                 Kept::Everything(saved) => *saved,
-                Kept::Input(input) => layer.recompute(&input, &pass).map_err(in_layer(index))?,
+                Kept::Retained(retained) => {
+                    let retained = retained.map(|held| host.take(held))?;
+                    layer.recompute(retained, &pass).map_err(in_layer(index))?
+                }
             };
             gradient = layer.backward(&gradient, saved, &pass).map_err(in_layer(index))?;
         }
@@ -298,17 +379,17 @@ impl Engine {
         Ok(result)
     }
 
-    /// The hidden states after the last layer; `keep` sees each layer's input and what it left for backward.
+    /// The hidden states after the last layer; `keep` gets what each layer left for backward.
     fn walk(
         &self,
         batch: &Batch,
         pass: &Pass<'_>,
-        mut keep: impl FnMut(&Tensor, layer::Saved),
+        mut keep: impl FnMut(layer::Saved) -> Result<(), Error>,
     ) -> Result<Tensor, Error> {
         let mut hidden = self.embed(&batch.tokens)?;
         for index in 0..self.config.num_hidden_layers {
             let (output, saved) = self.layer(index)?.forward(&hidden, pass).map_err(in_layer(index))?;
-            keep(&hidden, saved);
+            keep(saved)?;
             hidden = output;
         }
         Ok(hidden)
@@ -341,6 +422,15 @@ impl Engine {
         let picked = rows::gather(&hidden, &batch.head_rows)?;
         let (output, _) = self.head()?.forward(&picked, &batch.targets, 1.0, compute).map_err(in_block("head"))?;
         Ok(output.logprobs.iter().any(|p| !p.is_finite()).then(|| "the head's log-probabilities".into()))
+    }
+}
+
+impl Kept {
+    fn bring_back(self, host: &Host) -> Result<Self, Error> {
+        match self {
+            Self::Retained(retained) => Ok(Self::Retained(retained.map(|held| host.bring_back(held))?)),
+            everything @ Self::Everything(_) => Ok(everything),
+        }
     }
 }
 

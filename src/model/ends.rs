@@ -150,6 +150,35 @@ impl Head {
         Ok(rms_norm::backward(&d_normed, &saved.input, &self.norm, &saved.norm)?)
     }
 
+    /// [`Self::forward`] and [`Self::backward`] in one, for a gradient that does not depend on the output: the output and the
+    /// gradient of `x`.
+    ///
+    /// # Shapes
+    /// `x`: `[R, D]`; `targets`: `[R]`; returns `[R, D]` of the type of `x`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_backward(
+        &self,
+        x: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        gradient: &HeadGradient,
+        compute: DType,
+    ) -> Result<(head::Output, Tensor), Error> {
+        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
+        let (output, d_normed) = head::forward_backward(
+            &gradient.d_logprobs,
+            &gradient.d_entropies,
+            &normed.values()?,
+            &self.table.weight,
+            self.table.grad.as_ref(),
+            targets,
+            temperature,
+        )?;
+        Ok((output, rms_norm::backward(&d_normed, x, &self.norm, &norm)?))
+    }
+
     /// All logits after the rows of `x`.
     ///
     /// # Shapes

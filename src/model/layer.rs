@@ -106,7 +106,67 @@ pub struct Saved {
     outputs: SavedOutputs,
 }
 
+/// The MLP's part of [`SavedOutputs`].
+struct SavedMlp {
+    norm: rms_norm::Saved,
+    normed: Wide,
+    gate: Tensor,
+    up: Tensor,
+    gate_up: linear::SavedGroup,
+}
+
+impl SavedMlp {
+    fn join(self, attended: Wide, o: linear::SavedGroup, stream: Tensor, down: linear::SavedGroup) -> SavedOutputs {
+        let Self { norm, normed, gate, up, gate_up } = self;
+        SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down }
+    }
+}
+
+/// What stays of a layer until its backward when the rest is computed again. `T` is where the large tensors are.
+#[derive(Debug)]
+pub struct Retained<T = Tensor> {
+    /// The layer's input: `[N, D]`.
+    pub input: T,
+    /// The results of attention and of the products beside it, where they are kept.
+    pub middle: Option<Middle<T>>,
+}
+
+/// Attention's results and the residual stream after it.
+#[derive(Debug)]
+pub struct Middle<T> {
+    attended: T,
+    cols: usize,
+    stream: T,
+    o: linear::SavedGroup,
+    attention: attention::Saved,
+}
+
+impl<T> Retained<T> {
+    /// The same with every large tensor moved by `place`.
+    ///
+    /// # Errors
+    /// If `place` fails.
+    pub fn map<U, E>(self, mut place: impl FnMut(T) -> Result<U, E>) -> Result<Retained<U>, E> {
+        let input = place(self.input)?;
+        let middle = match self.middle {
+            None => None,
+            Some(Middle { attended, cols, stream, o, attention }) => {
+                Some(Middle { attended: place(attended)?, cols, stream: place(stream)?, o, attention })
+            }
+        };
+        Ok(Retained { input, middle })
+    }
+}
+
 impl Saved {
+    /// The layer's input alone, or with the results of attention.
+    pub fn retain(self, with_attention: bool) -> Retained {
+        let SavedOutputs { attended, o, stream, .. } = self.outputs;
+        let (cols, attention) = (attended.cols(), self.attention);
+        let middle = Middle { attended: attended.into_buffer(), cols, stream, o, attention };
+        Retained { input: self.input, middle: with_attention.then_some(middle) }
+    }
+
     /// The tensors of the layer in the order in which they are computed, by name: to find where values stop being finite.
     pub fn tensors(&self) -> Vec<(&'static str, Tensor)> {
         let SavedOutputs { attended, stream, normed, gate, up, .. } = &self.outputs;
@@ -258,43 +318,36 @@ impl DecoderLayer {
         attended: Wide,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, SavedOutputs), Error> {
-        let (y, saved) = self.second_half(x, attended, pass, true)?;
-        Ok((y.unwrap_or_else(|| x.clone()), saved))
+        let (stream, o) = self.output_projection(x, &attended, pass)?;
+        let (activated, half) = self.mlp(&stream, pass)?;
+        let (outputs, down) =
+            self.with_group(DOWN, pass, |group, mode| linear::forward(group, &activated, mode, Some(&stream)))?;
+        let [y] = exactly(outputs);
+        Ok((y, half.join(attended, o, stream, down)))
     }
 
-    fn second_half(
+    /// The residual stream after attention.
+    fn output_projection(
         &self,
         x: &Tensor,
-        attended: Wide,
+        attended: &Wide,
         pass: &Pass<'_>,
-        wants_output: bool,
-    ) -> Result<(Option<Tensor>, SavedOutputs), Error> {
+    ) -> Result<(Tensor, linear::SavedGroup), Error> {
         let (outputs, o) =
-            self.with_group(OUTPUT, pass, |group, mode| linear::forward(group, &attended, mode, Some(x)))?;
+            self.with_group(OUTPUT, pass, |group, mode| linear::forward(group, attended, mode, Some(x)))?;
         let [stream] = exactly(outputs);
+        Ok((stream, o))
+    }
+
+    /// The MLP up to its last product, which reads the returned activation.
+    fn mlp(&self, stream: &Tensor, pass: &Pass<'_>) -> Result<(Wide, SavedMlp), Error> {
         let room = self.room(GATE_UP, pass);
-        let (normed, norm) = rms_norm::forward_wide(&stream, &self.post_attention_norm, self.eps, pass.compute, room)?;
+        let (normed, norm) = rms_norm::forward_wide(stream, &self.post_attention_norm, self.eps, pass.compute, room)?;
         let (outputs, gate_up) =
             self.with_group(GATE_UP, pass, |group, mode| linear::forward(group, &normed, mode, None))?;
         let [gate, up] = exactly(outputs);
         let activated = swiglu::forward_wide(&gate, &up, self.room(DOWN, pass))?;
-        let (y, down) = self.with_group(DOWN, pass, |group, mode| {
-            if !wants_output {
-                return Ok((None, linear::saved_only(group, &activated, mode)?));
-            }
-            let (outputs, down) = linear::forward(group, &activated, mode, Some(&stream))?;
-            let [y] = exactly(outputs);
-            Ok((Some(y), down))
-        })?;
-        Ok((y, SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down }))
-    }
-
-    fn both_halves(&self, x: &Tensor, pass: &Pass<'_>, wants_output: bool) -> Result<(Option<Tensor>, Saved), Error> {
-        let (q, k, v, inputs) = self.attention_inputs(x, pass)?;
-        let room = self.attended_room(pass);
-        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
-        let (y, outputs) = self.second_half(x, attended, pass, wants_output)?;
-        Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, outputs }))
+        Ok((activated, SavedMlp { norm, normed, gate, up, gate_up }))
     }
 
     /// The layer's output and what backward needs.
@@ -305,19 +358,37 @@ impl DecoderLayer {
     /// # Errors
     /// If the shapes do not fit.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Saved), Error> {
-        let (y, saved) = self.both_halves(x, pass, true)?;
-        Ok((y.unwrap_or_else(|| x.clone()), saved))
+        let (q, k, v, inputs) = self.attention_inputs(x, pass)?;
+        let room = self.attended_room(pass);
+        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+        let (y, outputs) = self.after_attention(x, attended, pass)?;
+        Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, outputs }))
     }
 
-    /// What backward needs, computed again from the layer's input: [`Self::forward`] without its last product.
-    ///
-    /// # Shapes
-    /// `x`: `[N, D]`.
+    /// What backward needs, computed again from what was retained: [`Self::forward`] without its last product, and without
+    /// attention and the products beside it where their results were retained.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn recompute(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Saved, Error> {
-        Ok(self.both_halves(x, pass, false)?.1)
+    pub fn recompute(&self, retained: Retained, pass: &Pass<'_>) -> Result<Saved, Error> {
+        let Retained { input, middle } = retained;
+        let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
+        let (attention, middle) = match middle {
+            Some(Middle { attended, cols, stream, o, attention }) => {
+                (attention, (Wide::with_cols(attended, cols)?, stream, o))
+            }
+            None => {
+                let room = self.attended_room(pass);
+                let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+                let (stream, o) = self.output_projection(&input, &attended, pass)?;
+                (attention, (attended, stream, o))
+            }
+        };
+        let (attended, stream, o) = middle;
+        let (activated, half) = self.mlp(&stream, pass)?;
+        let down = self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?;
+        let outputs = half.join(attended, o, stream, down);
+        Ok(Saved { input, inputs, q, k, v, attention, outputs })
     }
 
     /// The gradient of the layer's input.

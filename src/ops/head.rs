@@ -147,6 +147,41 @@ pub fn backward(
     tensor(d_hidden, (rows, d))
 }
 
+/// [`forward`] and [`backward`] in one, where the gradients are known before the log-probabilities. On a GPU with a dense
+/// frozen weight the logits are made once, for some rows at a time; else this is the one after the other.
+///
+/// # Shapes
+/// As those of the two.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn forward_backward(
+    d_logprobs: &[f32],
+    d_entropies: &[f32],
+    hidden: &Tensor,
+    weight: &Weight,
+    weight_grad: Option<&Tensor>,
+    targets: &[u32],
+    temperature: f64,
+) -> Result<(Output, Tensor), Error> {
+    const OP: &str = "head";
+    let (rows, ..) = check(OP, hidden, weight, targets)?;
+    if d_logprobs.len() != rows || !(d_entropies.is_empty() || d_entropies.len() == rows) {
+        return Err(shape_error(OP, "d_logprobs", [d_logprobs.len(), d_entropies.len()], rows));
+    }
+    #[cfg(feature = "cuda")]
+    if let Weight::Dense(table) = weight
+        && table.device().is_cuda()
+        && table.dtype() == hidden.dtype()
+        && weight_grad.is_none()
+    {
+        return super::cuda::head::forward_backward((d_logprobs, d_entropies), hidden, table, targets, temperature);
+    }
+    let output = forward(hidden, weight, targets, temperature)?;
+    let d_hidden = backward(d_logprobs, d_entropies, hidden, weight, weight_grad, targets, temperature, &output)?;
+    Ok((output, d_hidden))
+}
+
 /// All logits of a few rows, for generation and tests.
 ///
 /// # Shapes

@@ -79,6 +79,9 @@ pub enum Error {
         /// What to do.
         instead: &'static str,
     },
+    /// Attention over a paged cache refused its arguments.
+    #[error(transparent)]
+    Paged(#[from] paged_attention::Error),
     /// A multiply with a weight failed.
     #[error(transparent)]
     Weight(#[from] crate::quant::Error),

@@ -144,21 +144,9 @@ fn check(
     if kv_heads == 0 || heads % kv_heads != 0 {
         return Err(Error::Heads { heads, kv_heads });
     }
-    let mut rows = 0;
     let page = page_tokens * kv_heads * head_dim;
     let cache_pages = kv.keys.len().checked_div(page).unwrap_or(0);
-    for (index, sequence) in sequences.iter().enumerate() {
-        if sequence.rows.start != rows || sequence.rows.end < rows {
-            return Err(Error::Rows { sequence: index, rows: sequence.rows.clone(), expected: rows });
-        }
-        rows = sequence.rows.end;
-        let tokens = sequence.context + sequence.rows.len();
-        let largest = sequence.pages.iter().copied().max().unwrap_or(0);
-        if sequence.pages.len() * page_tokens < tokens || (tokens > 0 && largest as usize >= cache_pages) {
-            let pages = sequence.pages.len();
-            return Err(Error::Pages { sequence: index, tokens, pages, largest, cache_pages, page_tokens });
-        }
-    }
+    let rows = check_sequences(sequences, page_tokens, cache_pages)?;
     let expected = rows * heads * head_dim;
     for (name, got) in [("queries", queries.len()), ("out", out)] {
         if got != expected {
@@ -171,6 +159,29 @@ fn check(
         }
     }
     Ok(())
+}
+
+/// Checks that the sequences' rows follow one another and that their pages are in the cache; returns how many rows there
+/// are.
+pub(crate) fn check_sequences(
+    sequences: &[PagedSequence<'_>],
+    page_tokens: usize,
+    cache_pages: usize,
+) -> Result<usize, Error> {
+    let mut rows = 0;
+    for (index, sequence) in sequences.iter().enumerate() {
+        if sequence.rows.start != rows || sequence.rows.end < rows {
+            return Err(Error::Rows { sequence: index, rows: sequence.rows.clone(), expected: rows });
+        }
+        rows = sequence.rows.end;
+        let tokens = sequence.context + sequence.rows.len();
+        let largest = sequence.pages.iter().copied().max().unwrap_or(0);
+        if sequence.pages.len() * page_tokens < tokens || (tokens > 0 && largest as usize >= cache_pages) {
+            let pages = sequence.pages.len();
+            return Err(Error::Pages { sequence: index, tokens, pages, largest, cache_pages, page_tokens });
+        }
+    }
+    Ok(rows)
 }
 
 /// Up to [`ROW_BLOCK`] rows of one sequence with the query heads of one key-value head.

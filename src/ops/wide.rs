@@ -39,6 +39,22 @@ impl Wide {
         Ok(Self { buffer: crate::kernels::cuda::empty(device, (rows, cols + room), dtype)?, cols })
     }
 
+    /// The first `cols` columns of a buffer.
+    ///
+    /// # Errors
+    /// If it is no matrix of as many columns.
+    pub fn with_cols(buffer: Tensor, cols: usize) -> Result<Self, Error> {
+        match buffer.dims() {
+            &[_, all] if all >= cols => Ok(Self { buffer, cols }),
+            dims => Err(super::shape_error("activations", "buffer", dims, format!("[N, at least {cols}]"))),
+        }
+    }
+
+    /// The whole buffer.
+    pub fn into_buffer(self) -> Tensor {
+        self.buffer
+    }
+
     /// `N`.
     pub fn rows(&self) -> usize {
         self.buffer.dims()[0]

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 
+use super::dense::DenseValues;
 use super::double_quant::Maxima;
 use super::multiply::RowSource as _;
+use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
 use crate::kernels::cuda::{
     GgufKind, Matrix, Nf4Absmax, Nf4View, Pinned, array, axpby, dequantize_gguf, dequantize_nf4, empty, matrix,
@@ -182,23 +184,21 @@ impl Weight {
     /// # Errors
     /// If memory cannot be locked.
     pub fn to_pinned(self, device: &Device) -> Result<Self, Error> {
-        const ROWS: usize = 1024;
         if device.is_cpu() || matches!(self, Self::Device(_)) {
             return Ok(self);
         }
         let (rows, cols) = (self.rows(), self.cols());
-        let dtype = match &self {
-            Self::Dense(tensor) => tensor.dtype(),
-            _ => DType::F16,
+        let dense = match &self {
+            Self::Dense(tensor) => tensor.to_device(&Device::Cpu)?.contiguous()?,
+            packed => packed.dequantize()?.to_dtype(DType::F16)?,
         };
-        let memory = Pinned::new(device, rows * cols * dtype.size_in_bytes())?;
-        let mut part = vec![0f32; ROWS.min(rows) * cols];
-        for first in (0..rows).step_by(ROWS) {
-            let count = ROWS.min(rows - first);
-            let part = &mut part[..count * cols];
-            self.dequantize_rows_into(first..first + count, part)?;
-            memory.write_floats(dtype, first * cols, part);
-        }
+        let dtype = dense.dtype();
+        let mut memory = Pinned::new(device, rows * cols * dtype.size_in_bytes())?;
+        with_dense(&dense, |values| match values {
+            DenseValues::F32(values) => memory.fill_with(values),
+            DenseValues::Bf16(values) => memory.fill_with(values),
+            DenseValues::F16(values) => memory.fill_with(values),
+        })?;
         let kind_name = format!("{} in host memory", dtype.as_str());
         let storage = Storage::Pinned(Arc::new(memory), dtype);
         Ok(Self::Device(DeviceMatrix { rows, cols, kind_name, size_bytes: 0, storage }))

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use rayon::prelude::*;
+
 use crate::fs::Bytes;
 
 /// Maxima that share one nested maximum.
@@ -74,14 +76,19 @@ impl Nested {
     pub(crate) fn quantize(maxima: &[f32]) -> Self {
         let offset = sum(maxima) / maxima.len().max(1) as f32;
         let map = dynamic_map();
-        let mut codes = Vec::with_capacity(maxima.len());
-        let mut absmax = Vec::with_capacity(maxima.len().div_ceil(NESTED_BLOCK));
-        for block in maxima.chunks(NESTED_BLOCK) {
-            let largest = block.iter().fold(0.0f32, |m, v| m.max((v - offset).abs()));
-            let divisor = if largest > 0.0 { largest } else { 1.0 };
-            absmax.push(largest);
-            codes.extend(block.iter().map(|v| nearest(&map, (v - offset) / divisor)));
-        }
+        let mut codes = vec![0; maxima.len()];
+        let mut absmax = vec![0.0; maxima.len().div_ceil(NESTED_BLOCK)];
+        codes
+            .par_chunks_mut(NESTED_BLOCK)
+            .zip(&mut absmax)
+            .zip(maxima.par_chunks(NESTED_BLOCK))
+            .with_min_len(64)
+            .for_each(|((codes, absmax), block)| {
+                let largest = block.iter().fold(0.0f32, |m, v| m.max((v - offset).abs()));
+                let divisor = if largest > 0.0 { largest } else { 1.0 };
+                *absmax = largest;
+                codes.iter_mut().zip(block).for_each(|(code, v)| *code = nearest(&map, (v - offset) / divisor));
+            });
         Self { codes: Bytes::from(codes), absmax: absmax.into(), map, offset }
     }
 }

@@ -292,7 +292,7 @@ fn expect_values(operation: &'static str, got: usize, rows: usize, cols: usize) 
 }
 
 /// Calls `work` with the values of a contiguous tensor on the CPU.
-fn with_dense<R>(tensor: &Tensor, work: impl FnOnce(DenseValues<'_>) -> R) -> Result<R, Error> {
+pub(super) fn with_dense<R>(tensor: &Tensor, work: impl FnOnce(DenseValues<'_>) -> R) -> Result<R, Error> {
     let (storage, layout) = tensor.storage_and_layout();
     let (start, end) = layout.contiguous_offsets().expect("callers pass contiguous tensors");
     match &*storage {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::Error;
 use super::kv_cache::{KvCache, KvShape};
@@ -40,11 +40,16 @@ pub trait DecodeModel {
     /// What one token leaves in the cache.
     fn kv_shape(&self) -> KvShape;
 
+    /// Where it computes, and so where the cache lies.
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
     /// Longest sequence the model can hold, prompt and completion, in tokens.
     fn max_positions(&self) -> usize;
 
     /// Computes the step's tokens, stores their keys and values in `cache`, and returns the logits of
-    /// [`StepBatch::logit_rows`]: f32 `[logit_rows, V]`.
+    /// [`StepBatch::logit_rows`]: f32 `[logit_rows, V]`, on any device.
     ///
     /// A row's logits should not depend on what else is in the step; then a completion does not either.
     ///

@@ -2,6 +2,7 @@
 
 use super::pages::{PAGE_TOKENS, PageId};
 use crate::ops::paged_attention;
+use crate::telemetry::units;
 
 /// Errors of the rollout.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +141,25 @@ pub enum Error {
     KvMemory {
         /// What was asked for.
         bytes: usize,
+    },
+    /// The GPU has no memory for the cache.
+    #[error(
+        "rollout: a KV cache of {} and {} for a step do not fit into the {} that are free on the GPU; lower `max_num_seqs`, `max_completion_length` or `max_prompt_length`",
+        units::bytes(*.bytes), units::bytes(*.step_bytes), units::bytes(*.free_bytes)
+    )]
+    KvDeviceMemory {
+        /// What was asked for.
+        bytes: u64,
+        /// What a step takes besides.
+        step_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
+    /// Keys and values are not where, or not of the type, that was asked for.
+    #[error("rollout: {what} was asked of a KV cache; it holds f32 in host memory, or the activations' type on a GPU")]
+    KvPlace {
+        /// Type and place asked for.
+        what: String,
     },
     /// A page was used by somebody after it was freed.
     #[error("rollout: KV page {page} is in a page list but free; this is a bug in the scheduler")]

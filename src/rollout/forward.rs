@@ -1,6 +1,6 @@
 //! The trainer's own blocks as a model that can continue cached sequences: no copy of the weights, no merge.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::decode_model::{DecodeModel, StepBatch};
@@ -9,7 +9,7 @@ use crate::engine::{self, Engine};
 use crate::model::Head;
 use crate::model::layer::{DecoderLayer, Pass};
 use crate::ops::attention::Layout;
-use crate::ops::{Wide, buffer, rows};
+use crate::ops::rows;
 
 /// An engine's model with its blocks bound for the length of a rollout.
 #[derive(Debug)]
@@ -32,14 +32,28 @@ impl<'a> EngineModel<'a> {
     }
 }
 
+/// What one token of the engine's model leaves in the cache.
+pub fn kv_shape(engine: &Engine) -> KvShape {
+    let config = engine.config();
+    KvShape {
+        layers: config.num_hidden_layers,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        dtype: engine.types().compute,
+    }
+}
+
 impl DecodeModel for EngineModel<'_> {
     fn vocab_size(&self) -> usize {
         self.engine.config().vocab_size
     }
 
     fn kv_shape(&self) -> KvShape {
-        let config = self.engine.config();
-        KvShape { layers: config.num_hidden_layers, kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
+        kv_shape(self.engine)
+    }
+
+    fn device(&self) -> &Device {
+        self.engine.device()
     }
 
     fn max_positions(&self) -> usize {
@@ -52,17 +66,15 @@ impl DecodeModel for EngineModel<'_> {
         // The halves of a layer around attention read no layout: attention runs over the cache.
         let layout = Layout::default();
         let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, compute, dropout: None };
+        let cached = cache.begin_step(batch)?;
         let mut hidden = self.engine.embed(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
-            let heads = layer.num_heads().query;
-            let head_dim = q.dims()[1] / heads;
-            let mut attended = vec![0.0; q.elem_count()];
-            buffer::read(&k, |k| buffer::read(&v, |v| cache.write_step(index, batch, k, v)))???;
-            let scale = (head_dim as f32).sqrt().recip();
-            buffer::read(&q, |q| cache.attend(index, batch, heads, scale, q, &mut attended))??;
-            let attended = Wide::plain(Tensor::from_vec(attended, q.shape(), hidden.device())?)?;
+            let attended = cache.attention(index, &cached, [&q, &k, &v], layer.attended_room(&pass))?;
             hidden = layer.after_attention(&hidden, attended, &pass)?.0;
+        }
+        if batch.logit_rows.is_empty() {
+            return Ok(Tensor::zeros((0, self.vocab_size()), DType::F32, &Device::Cpu)?);
         }
         let logit_rows: Vec<u32> = batch.logit_rows.iter().map(|&row| row as u32).collect();
         Ok(self.head.logits(&rows::gather(&hidden, &logit_rows)?, compute)?)

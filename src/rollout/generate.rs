@@ -2,7 +2,8 @@
 //!
 //! `train` calls it for GRPO's completions and for evaluation, `cli/generate.rs` for a person. The result depends on the
 //! model, the requests, the sampling settings, the seed and the step, and on nothing else: neither on
-//! [`RolloutSettings::max_num_seqs`], the token budget, preemptions or threads.
+//! [`RolloutSettings::max_num_seqs`], the token budget, preemptions or threads. On a GPU the same call gives the same
+//! result, while another limit may change the last bits of the logits.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
@@ -23,7 +24,8 @@ use crate::rng::Stream;
 /// The random stream of sampling; a sample's n-th completion token takes its n-th number.
 pub const SAMPLING_STREAM: &str = "sampling";
 
-/// Limits of generation. Except for the last two, they change speed and memory, never the result.
+/// Limits of generation. Except for the last two, they change speed and memory, never the result (on a GPU: up to the
+/// last bits of the logits).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RolloutSettings {
     /// Most sequences computed at the same time, at least 1.
@@ -195,9 +197,11 @@ impl Rollout {
         let (limits, longest) = self.check_requests(model, requests)?;
         let call = Call { requests, sampler, rules, seed, step, limits };
         let num_pages = self.num_pages(model, requests.len(), longest);
-        let mut cache = match self.cache.take() {
-            Some(cache) if cache.shape() == model.kv_shape() && cache.num_pages() >= num_pages => cache,
-            _ => KvCache::new(model.kv_shape(), num_pages)?,
+        let (shape, device) = (model.kv_shape(), model.device().clone());
+        // One that does not fit is gone before a new one is made.
+        let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
+            Some(cache) => cache,
+            None => KvCache::new(shape, num_pages, &device)?,
         };
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
@@ -425,7 +429,7 @@ impl Call<'_> {
     }
 }
 
-/// The logits as one list of rows, checked.
+/// The logits as one list of rows on the host, checked.
 fn to_rows(logits: &Tensor, rows: usize, vocab_size: usize) -> Result<Vec<f32>, Error> {
     let expected = [rows, vocab_size];
     if rows == 0 && logits.elem_count() == 0 {

@@ -6,10 +6,13 @@
 //! beside those that decode. A prompt is prefilled once for all its samples and its pages are shared.
 //!
 //! Invariant: a completion is a function of the model, its prompt, the sampling settings and (seed, step, sample id).
+//! On a GPU the last bits of the logits also depend on what else is in a step.
 //! [`pages`] and the scheduler know no memory and no device; [`kv_cache`] and [`sampler`] are the two places that touch
-//! numbers.
+//! numbers. Keys and values lie where the model computes; tokens are drawn on the host.
 
 pub mod decode_model;
+#[cfg(feature = "cuda")]
+mod device_pages;
 mod error;
 mod filters;
 pub mod forward;
@@ -27,7 +30,7 @@ mod tests;
 pub use decode_model::{DecodeModel, Span, StepBatch};
 pub use error::Error;
 pub use generate::{Caller, Event, Rollout, RolloutSettings, Statistics};
-pub use kv_cache::{KvCache, KvShape};
+pub use kv_cache::{CacheStep, KvCache, KvShape};
 pub use pages::{BlockAllocator, PAGE_TOKENS, PageId};
 pub use sequence::{Completion, Finish, Request};
 pub use stop::Detokenize;

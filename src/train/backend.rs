@@ -71,6 +71,35 @@ impl Backend {
         Ok(Self::on_cpu(precision))
     }
 
+    /// Lets a GPU's products be chosen by timing, or not; the CPU has one way.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
+    pub fn tune(&self, is_on: bool) -> anyhow::Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            crate::kernels::cuda::tune(&self.device, is_on)?;
+        }
+        debug_assert!(self.device.is_cuda() || self.device.is_cpu(), "tuning {is_on}");
+        Ok(())
+    }
+
+    /// The most bytes of a GPU's memory that tensors took, and what is in use of it now, by libraries and others too; `None`
+    /// on the CPU.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
+    pub fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            let pool = crate::kernels::cuda::memory_use(&self.device)?;
+            return Ok(Some((pool.peak, crate::kernels::cuda::device_memory_used()?)));
+        }
+        Ok(None)
+    }
+
     /// The device and the types, for the opening of a run.
     pub fn describe(&self) -> String {
         if self.device.is_cpu() {

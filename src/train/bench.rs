@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 
 use super::Backend;
 use crate::config::settings::{LoraSettings, OptimizerSettings, Projection};
-use crate::engine::{self, Engine};
+use crate::engine::{self, Activations, Engine};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -138,8 +138,8 @@ pub struct Settings {
     pub warmup: usize,
     /// Steps measured.
     pub steps: usize,
-    /// Whether the blocks' activations are computed again in backward.
-    pub recompute: bool,
+    /// What becomes of activations between forward and backward.
+    pub activations: Activations,
     /// Try several algorithms for each product and keep the fastest.
     pub tune: bool,
     /// Seed of weights and tokens.
@@ -199,9 +199,9 @@ impl Bench {
         if !backend.device.is_cpu() {
             loaded.keep_embedding_on_host();
         }
-        set_tuning(backend, settings.tune)?;
+        backend.tune(settings.tune)?;
         let store = ParamStore::new(loaded.blocks, &backend.device)?;
-        let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.recompute);
+        let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedAdamW::new(OPTIMIZER, engine.store())?;
         let peak_flops = peak_flops(backend)?;
         Ok(Self { engine, optimizer, settings, peak_flops })
@@ -212,10 +212,10 @@ impl Bench {
         self.engine.config()
     }
 
-    /// Recomputes activations in backward, or keeps them.
-    pub fn set_recompute(&mut self, recompute: bool) {
-        self.settings.recompute = recompute;
-        self.engine.set_recompute(recompute);
+    /// Changes what becomes of activations.
+    pub fn set_activations(&mut self, activations: Activations) {
+        self.settings.activations = activations;
+        self.engine.set_activations(activations);
     }
 
     /// Measures steps of `work`.
@@ -233,31 +233,37 @@ impl Bench {
         }
         let batch = work.batch(config.vocab_size, self.settings.seed)?;
         for _ in 0..self.settings.warmup {
-            self.step(&batch)?;
+            self.step(&batch, work)?;
         }
         self.synchronize()?;
         self.reset_peak()?;
         let mut step_secs = Vec::with_capacity(self.settings.steps);
         for _ in 0..self.settings.steps {
             let started = Instant::now();
-            self.step(&batch)?;
+            self.step(&batch, work)?;
             self.synchronize()?;
             step_secs.push(started.elapsed().as_secs_f64());
         }
         let (peak_bytes, device_bytes) = self.memory()?;
-        let phases = self.phases(&batch)?;
-        let floor_secs = floor_flops(self.engine.config(), &batch, self.settings.recompute) / self.peak_flops;
+        let phases = self.phases(&batch, work)?;
+        let floor_secs = floor_flops(self.engine.config(), &batch, work, self.settings.activations) / self.peak_flops;
         Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes })
     }
 
     /// One optimizer step: what the loops do, with a loss whose gradient is `-1 / R` for every target.
-    fn step(&mut self, batch: &Batch) -> anyhow::Result<()> {
+    fn step(&mut self, batch: &Batch, work: Work) -> anyhow::Result<()> {
         self.engine.store().zero_gradients()?;
-        self.engine.forward_backward(batch, 1.0, None, |head| {
-            let count = head.logprobs.len();
-            let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], d_entropies: vec![] };
-            Ok::<_, engine::Error>((gradient, ()))
-        })?;
+        let count = batch.targets.len();
+        let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], d_entropies: vec![] };
+        match work {
+            // As the loops do: cross-entropy's gradient is known before the forward pass, the policy loss's is not.
+            Work::Sequences { .. } => {
+                self.engine.forward_backward_known(batch, 1.0, None, &gradient, |_| Ok::<_, engine::Error>(()))?;
+            }
+            Work::Groups { .. } => {
+                self.engine.forward_backward(batch, 1.0, None, |_| Ok::<_, engine::Error>((gradient, ())))?;
+            }
+        }
         let report = self.optimizer.step(self.engine.store(), 1e-5, 1.0, 1.0)?;
         if report.is_skipped {
             bail!("a gradient of the measured step is not finite (norm {})", report.grad_norm);
@@ -306,7 +312,7 @@ impl Bench {
     }
 
     #[cfg(feature = "cuda")]
-    fn phases(&mut self, batch: &Batch) -> anyhow::Result<BTreeMap<String, f64>> {
+    fn phases(&mut self, batch: &Batch, work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
         use crate::kernels::cuda::profile;
         let device = self.engine.device().clone();
         if !device.is_cuda() {
@@ -315,7 +321,7 @@ impl Bench {
         self.synchronize()?;
         let started = Instant::now();
         profile::start();
-        self.step(batch)?;
+        self.step(batch, work)?;
         let by_phase = profile::stop(&device)?;
         let all = started.elapsed().as_secs_f64();
         let mut phases: BTreeMap<String, f64> =
@@ -326,15 +332,15 @@ impl Bench {
 
     #[cfg(not(feature = "cuda"))]
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has events")]
-    fn phases(&mut self, _batch: &Batch) -> anyhow::Result<BTreeMap<String, f64>> {
+    fn phases(&mut self, _batch: &Batch, _work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
         Ok(BTreeMap::new())
     }
 }
 
 /// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
-/// the projections and the head, once more forward with recomputation (the last product of a block is not needed then),
-/// and attention's.
-fn floor_flops(config: &ModelConfig, batch: &Batch, recompute: bool) -> f64 {
+/// the projections and the head, once more forward with recomputation (without the last product of a block, and without
+/// what was offloaded), and attention's.
+fn floor_flops(config: &ModelConfig, batch: &Batch, work: Work, activations: Activations) -> f64 {
     let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
     let layers = config.num_hidden_layers as f64;
     let down = (config.hidden_size * config.intermediate_size) as f64;
@@ -342,27 +348,18 @@ fn floor_flops(config: &ModelConfig, batch: &Batch, recompute: bool) -> f64 {
     let kv_width = (config.num_key_value_heads * config.head_dim) as f64;
     let hidden = config.hidden_size as f64;
     let projections = hidden * (2.0 * attention_width + 2.0 * kv_width) + 3.0 * down;
-    let again = if recompute { projections - down } else { 0.0 };
-    let attention_passes = if recompute { 2.0 + 2.5 } else { 1.0 + 2.5 };
+    let output = attention_width * hidden;
+    let (again, attention_passes) = match activations {
+        Activations::Keep => (0.0, 1.0 + 2.5),
+        Activations::Recompute => (projections - down, 2.0 + 2.5),
+        Activations::Offload => (projections - down - output, 1.0 + 2.5),
+    };
     let pairs = batch.layout.num_pairs() as f64;
     let head = hidden * config.vocab_size as f64;
+    let head_passes = if matches!(work, Work::Sequences { .. }) { 2.0 } else { 3.0 };
     2.0 * tokens * layers * (2.0 * projections + again)
         + 4.0 * pairs * attention_width * layers * attention_passes
-        + 2.0 * rows * head * 3.0
-}
-
-#[cfg(feature = "cuda")]
-fn set_tuning(backend: &Backend, is_on: bool) -> anyhow::Result<()> {
-    if backend.device.is_cuda() {
-        crate::kernels::cuda::tune(&backend.device, is_on)?;
-    }
-    Ok(())
-}
-
-#[cfg(not(feature = "cuda"))]
-#[expect(clippy::unnecessary_wraps, reason = "a GPU may refuse")]
-fn set_tuning(_backend: &Backend, _is_on: bool) -> anyhow::Result<()> {
-    Ok(())
+        + 2.0 * rows * head * head_passes
 }
 
 /// FLOP/s of a large product in the run's types.

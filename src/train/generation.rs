@@ -14,8 +14,8 @@ use crate::config::settings::{GrpoSettings, SamplingSettings};
 use crate::data::{PromptExample, Tokenizer};
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::reward::{self, Reward};
-use crate::rollout::forward::EngineModel;
-use crate::rollout::{Caller, Completion, Event, KvShape, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
+use crate::rollout::forward::{EngineModel, kv_shape};
+use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::Sample;
 
 /// One completion with everything the loss needs of it.
@@ -93,18 +93,19 @@ impl<'a> Generator<'a> {
         self.rollout.cache_bytes()
     }
 
+    /// Gives the cache's memory back where training needs it: on a GPU. In host memory it is kept for the next rollout.
+    pub(super) fn make_room(&mut self, session: &Session) {
+        if !session.engine.device().is_cpu() {
+            self.rollout.release_cache();
+        }
+    }
+
     /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once.
     pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &[PromptExample]) -> u64 {
-        let config = session.engine.config();
-        let shape = KvShape {
-            layers: config.num_hidden_layers,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-        };
         let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
         let pages = (longest + self.settings.max_completion_length - 1).div_ceil(PAGE_TOKENS) + 2;
         let lanes = self.settings.max_num_seqs.min(self.settings.generation_batch_size) + 1;
-        (lanes * pages * shape.page_bytes()) as u64
+        (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }
 
     /// Samples one completion for each entry of `prompts` (indices into `examples`, groups contiguous).

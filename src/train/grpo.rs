@@ -31,6 +31,7 @@ use crate::zero::ShardedAdamW;
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
+    backend.tune(!training.full_determinism)?;
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
@@ -38,7 +39,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &settings.model,
         training.seed,
         Purpose::Training,
-        training.gradient_checkpointing,
+        session::activations(training),
         &backend,
         &mut progress,
     )?;
@@ -177,6 +178,8 @@ fn generate(
     let started = std::time::Instant::now();
     let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run)?;
     run.memory.set_kv_cache(generator.cache_bytes());
+    generator.make_room(session);
+    run.memory.set_kv_cache(generator.cache_bytes());
     let statistics = generator.statistics();
     run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
@@ -314,6 +317,7 @@ fn evaluate(
     let indices: Vec<usize> = (0..prompts.len()).flat_map(|p| std::iter::repeat_n(p, group)).collect();
     let completions =
         generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
+    generator.make_room(session);
     let scored = generator.score(session, prompts, &completions, group, run.step)?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =

@@ -226,8 +226,15 @@ impl Memory {
         self.ledger.planned_section()
     }
 
-    /// Plan and measured peak, for its end.
-    pub(super) fn measured(&self) -> Section {
-        self.ledger.section()
+    /// Plan and measured peak, for its end; on a GPU also the most of its memory that was in use.
+    pub(super) fn measured(&self, session: &Session) -> anyhow::Result<Section> {
+        let mut section = self.ledger.section();
+        if let Some((peak, all)) = session.backend().memory()? {
+            section.push(
+                "device peak",
+                format!("{} of tensors; {} with libraries", units::bytes(peak), units::bytes(all)),
+            );
+        }
+        Ok(section)
     }
 }

@@ -359,7 +359,8 @@ impl<'a> Run<'a> {
         if has_curves {
             summary.push("curves", curves.display());
         }
-        self.console.sections(&[self.memory.measured(), summary]);
+        let memory = self.memory.measured(session)?;
+        self.console.sections(&[memory, summary]);
         Ok(Outcome::Finished)
     }
 

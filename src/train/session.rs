@@ -6,10 +6,10 @@ use anyhow::{Context, bail};
 use candle_core::quantized::gguf_file::Content;
 
 use super::Backend;
-use crate::config::settings::ModelSettings;
+use crate::config::settings::{ModelSettings, TrainingSettings};
 use crate::data::hub;
 use crate::data::{ChatTemplate, Tokenizer};
-use crate::engine::Engine;
+use crate::engine::{Activations, Engine};
 use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
 use crate::model::source::gguf_file_of;
@@ -36,6 +36,15 @@ impl Session {
     }
 }
 
+/// What the settings say about activations.
+pub fn activations(settings: &TrainingSettings) -> Activations {
+    match (settings.gradient_checkpointing, settings.activation_offloading) {
+        (false, _) => Activations::Keep,
+        (true, false) => Activations::Recompute,
+        (true, true) => Activations::Offload,
+    }
+}
+
 /// Opens the model that `settings` name.
 ///
 /// # Errors
@@ -44,7 +53,7 @@ pub fn open(
     settings: &ModelSettings,
     seed: u64,
     purpose: Purpose,
-    recompute: bool,
+    activations: Activations,
     backend: &Backend,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
@@ -87,7 +96,7 @@ pub fn open(
             );
         }
     }
-    let engine = Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, recompute);
+    let engine = Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, activations);
     Ok(Session { engine, tokenizer, template, adapter_spec, folder })
 }
 

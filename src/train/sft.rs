@@ -8,12 +8,13 @@ use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, resto
 use super::session::{self, Session};
 use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
-use crate::config::settings::{SftSettings, TrainingSettings};
+use crate::config::settings::{SftLossType, SftSettings, TrainingSettings};
 use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
+use crate::ops::head;
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
 
@@ -34,6 +35,7 @@ struct Split {
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
+    backend.tune(!training.full_determinism)?;
     check_output_dir(training)?;
     let checkpoint = find_checkpoint(training)?;
     let mut progress = plan::downloads(&context.terminal);
@@ -41,7 +43,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         &settings.model,
         training.seed,
         Purpose::Training,
-        training.gradient_checkpointing,
+        session::activations(training),
         &backend,
         &mut progress,
     )?;
@@ -77,7 +79,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         let scale = plan::loss_scale(&scaler);
         for batch in &batches {
             let dropout = Some(DropoutKey { seed: training.seed, step });
-            let output = session.engine.forward_backward(batch, 1.0, dropout, |head| {
+            let look = |head: &head::Output| {
                 let inputs = SftInputs {
                     logprobs: &head.logprobs,
                     mask: None,
@@ -90,7 +92,17 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
                 plan::check_loss(output.loss, step + 1, &session, batch, &training.output_dir)?;
                 let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
                 Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
-            })?;
+            };
+            let output = if settings.loss_type == SftLossType::Dft {
+                session.engine.forward_backward(batch, 1.0, dropout, look)?
+            } else {
+                // The gradient of cross-entropy is the same for every target, whatever the model says.
+                let d_logprobs = vec![(-1.0 / num_targets as f64) as f32; batch.targets.len()];
+                let gradient = HeadGradient { d_logprobs, d_entropies: vec![] }.scaled(scale);
+                session.engine.forward_backward_known(batch, 1.0, dropout, &gradient, |head| {
+                    Ok::<_, anyhow::Error>(look(head)?.1)
+                })?
+            };
             loss += output.0;
             metrics.merge(&output.1);
             run.num_tokens += batch.tokens.len() as u64;

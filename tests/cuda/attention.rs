@@ -25,7 +25,8 @@ struct Sizes {
     d: usize,
 }
 
-/// Packed sequences of awkward lengths, then prompts with answers; a prefix may end before its owner does.
+/// Packed sequences of awkward lengths, then prompts with answers; a prefix may end before its owner does. Their few
+/// tiles of keys are split over blocks. Last, short sequences enough to fill a device without that.
 fn layouts() -> Vec<Vec<SegmentRange>> {
     let mut packed = Vec::new();
     let mut start = 0;
@@ -43,7 +44,8 @@ fn layouts() -> Vec<Vec<SegmentRange>> {
         segment(300, 370, Some((0, 70))),
         segment(370, 371, Some((0, 64))),
     ];
-    vec![packed, shared]
+    let many = (0..600).map(|i| segment(i * 7, i * 7 + 1 + i % 7, None)).collect();
+    vec![packed, shared, many]
 }
 
 struct Expected {

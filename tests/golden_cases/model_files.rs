@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use trainer::config::settings::{ModelSettings, Quantization, WeightDtype};
-use trainer::engine::{Engine, Types};
+use trainer::engine::{Activations, Engine, Types};
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{LoadedModel, Purpose, load};
 use trainer::zero::ParamStore;
@@ -84,8 +84,14 @@ pub(crate) fn engine(
     if !device.is_cpu() {
         loaded.keep_embedding_on_host();
     }
+    // On a GPU what recomputation starts from goes to host memory and back as well.
+    let activations = match (recompute, device.is_cpu()) {
+        (false, _) => Activations::Keep,
+        (true, true) => Activations::Recompute,
+        (true, false) => Activations::Offload,
+    };
     let LoadedModel { config, adapter, blocks, .. } = loaded;
-    Ok(Engine::new(config, adapter, ParamStore::new(blocks, &device)?, Types::F32, recompute))
+    Ok(Engine::new(config, adapter, ParamStore::new(blocks, &device)?, Types::F32, activations))
 }
 
 /// Where models compute: the CPU, or with `TRAINER_GOLDEN_DEVICE=cuda` the first GPU, in f32.

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use serde_json::Value;
 use trainer::config::settings::{SamplingSettings, WeightDtype};
-use trainer::engine::{Engine, Speaker, Types};
+use trainer::engine::{Activations, Engine, Speaker, Types};
 use trainer::model::batch::BatchBuilder;
 use trainer::model::load::{LoadedModel, Purpose, load};
 use trainer::model::source::WeightSource;
@@ -39,7 +39,8 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let model = settings(None, None);
     assert_eq!(model.dtype, WeightDtype::Auto);
     let LoadedModel { config, blocks, .. } = load(path, &model, 0, Purpose::Inference)?;
-    let engine = Engine::new(config, None, ParamStore::new(blocks, &candle_core::Device::Cpu)?, Types::F32, false);
+    let engine =
+        Engine::new(config, None, ParamStore::new(blocks, &candle_core::Device::Cpu)?, Types::F32, Activations::Keep);
     for prompt in golden["prompts"].as_array().context("prompts")? {
         check_prompt(&engine, prompt, &logits, report)?;
     }

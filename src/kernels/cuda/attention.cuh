@@ -36,6 +36,21 @@ struct alignas(16) View {
   int32_t start, end, key_end, is_causal;
 };
 
+// How tiles of keys are split into parts, so that a few heavy tiles do not keep most of the device waiting: the part's
+// sums go to a workspace, and `add_parts_kernel` adds those of a tile in the order of the parts.
+//
+// Tile `t` counts as `work[t + 1] - work[t]` steps for each query head and has one part for every `part_steps` steps of
+// all its query heads, rounded up; its first part is `work[t] group / part_steps + t`, rounded down. This leaves at
+// most one number of a tile without a part. The tiles of more than one part are the first ones.
+struct KeySplit {
+  const int32_t *work; // [num_tiles + 1]: running sums
+  float *sums;         // [parts of the split tiles, K, 2, KEY_TILE, d]: of dk, not yet scaled, and of dv
+  int32_t num_tiles;
+  int32_t part_steps; // 0: every tile is one part
+  int32_t num_parts;
+  int32_t num_split_tiles;
+};
+
 struct Sizes {
   int32_t heads, group, d, tokens; // `group`: query heads of each key-value head
   float scale;
@@ -59,6 +74,11 @@ inline int compute_capability() {
   return major * 10 + minor;
 }
 
+// Whether `wgmma` is to be tried; `on_hopper` is what is faster on compute capability 9.0.
+inline bool is_by_warp_groups(int variant, int on_hopper, int capability) {
+  return variant == WARP_GROUPS || (variant == AUTOMATIC && on_hopper == WARP_GROUPS && capability == 90);
+}
+
 // Whether heads of a matrix can be read 16 bytes at a time into the tiles of the tensor core kernels.
 inline bool fits_tiles(const Matrix &m, int d) { return m.dtype != F32 && d % 8 == 0 && d <= 128 && is_aligned(m, 8); }
 
@@ -78,7 +98,7 @@ int warp_group_backward_queries(Matrix dq, Matrix d_out, Matrix q, Matrix k, Mat
                                 const float *delta, const QueryTile *tiles, int num_tiles, Sizes sizes,
                                 cudaStream_t stream);
 int warp_group_backward_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
-                             const float *delta, const KeyTile *tiles, int num_tiles, const View *views, Sizes sizes,
+                             const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
                              cudaStream_t stream);
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -227,6 +247,79 @@ template <int D> __device__ __forceinline__ uint32_t lane_by_columns(int lane) {
   return (((lane >> 4) << 3) + (lane & 7)) * (D * 2) + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
 }
 
+// One part of a tile of keys, `index` of `count`; its number in the workspace, -1 for a tile that is one part.
+struct KeyPart {
+  int tile, index, count, place;
+};
+
+__device__ __forceinline__ int first_part(const KeySplit &split, int tile, int group) {
+  return split.work[tile] * group / split.part_steps + tile;
+}
+
+__device__ __forceinline__ int count_parts(const KeySplit &split, int tile, int group) {
+  return max(1, ceil_div((split.work[tile + 1] - split.work[tile]) * group, split.part_steps));
+}
+
+// Part `part` of all; its `index` is not below its `count` if the number has no part.
+__device__ __forceinline__ KeyPart find_part(const KeySplit &split, int part, int group) {
+  if (split.part_steps == 0) return {part, 0, 1, -1};
+  int tile = 0, end = split.num_tiles;
+  while (end - tile > 1) {
+    int middle = (tile + end) / 2;
+    (first_part(split, middle, group) <= part ? tile : end) = middle;
+  }
+  int count = count_parts(split, tile, group);
+  return {tile, part - first_part(split, tile, group), count, count > 1 ? part : -1};
+}
+
+// The way of a part of a tile of keys over query heads, views and tiles of `QUERIES` queries.
+template <int QUERIES> struct QueryWalk {
+  const View *views;
+  const KeyTile *tile; // read anew where a view ends, to keep registers free
+  int first_key;
+  int left; // tiles from this one to the end of the part
+  int head, index, row;
+  View view;
+
+  // The position before all keys from `first_key` on have met anything.
+  __device__ __forceinline__ QueryWalk(const View *views, const KeyTile *tile, const KeyPart &part, int first_key,
+                                       int first_head, int group)
+      : views(views), tile(tile), first_key(first_key), head(first_head), index(tile->first_view) {
+    int steps = 0;
+    for (int i = tile->end_view - 1; i >= index; i--) steps += open(i);
+    // `view` is the first one now.
+    int64_t all = static_cast<int64_t>(steps) * group;
+    int from = static_cast<int>(all * part.index / part.count);
+    left = static_cast<int>(all * (part.index + 1) / part.count) - from;
+    if (left == 0) return;
+    head += from / steps;
+    from %= steps;
+    for (int count = view_steps(); count <= from; count = open(++index)) from -= count;
+    row += from * QUERIES;
+  }
+
+  // Tiles from `row` to the end of the view.
+  __device__ __forceinline__ int view_steps() const { return ceil_div(max(view.end - row, 0), QUERIES); }
+
+  // Goes to the first query of view `i` that sees a key; returns the view's number of tiles.
+  __device__ __forceinline__ int open(int i) {
+    view = views[i];
+    row = view.is_causal ? max(view.start, first_key) : view.start;
+    if (view.key_end <= first_key) row = view.end;
+    return view_steps();
+  }
+
+  // Goes to the next tile, if one is left.
+  __device__ __forceinline__ void advance() {
+    if (--left == 0) return;
+    row += QUERIES;
+    while (row >= view.end) {
+      if (++index == tile->end_view) index = tile->first_view, head++;
+      open(index);
+    }
+  }
+};
+
 // c += A B^T, 16 M by 8 N, of A rows at `a` (by rows) and B rows at `b` (by columns), both of length `D`.
 template <typename T, int D, int M, int N>
 __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], uint32_t a, uint32_t b) {
@@ -288,6 +381,26 @@ template <typename T, int N> __device__ __forceinline__ void as_left(uint32_t (&
     a[n / 2][n % 2 * 2] = pack_two<T>(c[n][0], c[n][1]);
     a[n / 2][n % 2 * 2 + 1] = pack_two<T>(c[n][2], c[n][3]);
   }
+}
+
+// Writes the first `rows` rows of a warp's C tiles as they are to rows of `d` floats.
+template <int D> __device__ __forceinline__ void store_sums(float *to, int rows, int d, const float (&c)[D / 8][4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+      if (8 * i + g < rows && 8 * n < d) {
+        *reinterpret_cast<float2 *>(to + (8 * i + g) * d + 8 * n + 2 * t) = make_float2(c[n][2 * i], c[n][2 * i + 1]);
+      }
+    }
+  }
+}
+
+// Where the sums of a part for one key-value head begin: those of dk, behind them those of dv.
+__device__ __forceinline__ float *part_sums(const KeySplit &split, const KeyPart &part, int kv_heads, int kv_head,
+                                            int d) {
+  return split.sums + (static_cast<int64_t>(part.place) * kv_heads + kv_head) * (2 * KEY_TILE * d);
 }
 
 // Writes the first `rows` rows of a warp's C tiles, row `8 i + g` times `factor[i]`, through `tile`, which only this

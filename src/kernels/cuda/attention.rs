@@ -5,22 +5,38 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::iter;
 
 use candle_core::{DType, Device, Tensor};
-use cudarc::driver::sys::CUstream;
+use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
-use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer, pointer, upload_i32};
+use super::launch::{RawMatrix, address_or_none, launched, stream};
+use super::memory::{Matrix, Pointer, cuda, empty, pointer, upload_i32};
 use super::{Error, argument};
 
 /// Queries of a tile and keys of a tile; `attention.cuh` has the same numbers.
 const QUERY_TILE: usize = 128;
 const KEY_TILE: usize = 128;
 
+/// The least steps worth a part of a key tile: each part writes its sums and has them read again.
+const MIN_PART_STEPS: u64 = 4;
+
 /// Queries that the kernel for `dk` and `dv` takes at a time: the unit of a key tile's cost.
 const QUERY_STEP: usize = 64;
 
-// SAFETY: these are the signatures of `attention.cu`.
+/// `KeySplit` of `attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawKeySplit {
+    work: u64,
+    sums: u64,
+    num_tiles: i32,
+    part_steps: i32,
+    num_parts: i32,
+    num_split_tiles: i32,
+}
+
+// SAFETY: these are the signatures of `attention_forward.cu` and `attention_backward.cu`.
 unsafe extern "C" {
     fn trainer_attention_forward(
         o: RawMatrix,
@@ -68,8 +84,8 @@ unsafe extern "C" {
         lse: u64,
         delta: u64,
         tiles: u64,
-        num_tiles: i32,
         views: u64,
+        split: RawKeySplit,
         heads: i32,
         kv_heads: i32,
         variant: i32,
@@ -123,6 +139,8 @@ struct WorkLists {
     key_tiles: Vec<[i32; 4]>,
     /// `start, end, key_end, is_causal`
     views: Vec<[i32; 4]>,
+    /// Running sums of the key tiles' costs, from 0 on.
+    work: Vec<i32>,
     num_tokens: usize,
 }
 
@@ -165,12 +183,59 @@ impl WorkLists {
         // Heaviest first, so that the light ones fill the gaps at the end.
         query_tiles.sort_by_key(|&(cost, _)| Reverse(cost));
         key_tiles.sort_by_key(|&(cost, _)| Reverse(cost));
+        let sums = key_tiles.iter().scan(0, |sum, &(cost, _)| {
+            *sum += cost;
+            Some(int(*sum))
+        });
         Ok(Self {
+            work: iter::once(0).chain(sums).collect(),
             query_tiles: query_tiles.into_iter().map(|(_, tile)| tile).collect(),
             key_tiles: key_tiles.into_iter().map(|(_, tile)| tile).collect(),
             views,
             num_tokens: segments.last().map_or(0, |s| s.end),
         })
+    }
+}
+
+/// How the tiles of keys are split into parts; `attention.cuh` says which tile has which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct KeySplit {
+    /// Steps of all query heads of a key-value head for each part; 0: every tile is one part.
+    part_steps: u64,
+    num_parts: u64,
+    /// The first tiles, which have more than one part.
+    num_split_tiles: usize,
+    /// Parts of these tiles.
+    num_sums: u64,
+}
+
+impl KeySplit {
+    /// Every tile is one part.
+    fn none(work: &[i32]) -> Self {
+        Self { part_steps: 0, num_parts: work.len() as u64 - 1, num_split_tiles: 0, num_sums: 0 }
+    }
+
+    /// A split for which no part keeps a device of `multiprocessors` waiting; `work`: running sums of costs, the
+    /// greatest first.
+    ///
+    /// The device works on about one tile per multiprocessor at a time. It is done when the heaviest tile is, or after
+    /// its share of all the work. Where the tile takes longer, parts are of two thirds of that share: smaller ones fill
+    /// the device more evenly, but their sums take time too.
+    fn new(work: &[i32], multiprocessors: u64, heads: usize, kv_heads: usize) -> Self {
+        let group = (heads / kv_heads) as u64;
+        let steps = |tiles: usize| u64::from(work[tiles].cast_unsigned()) * group;
+        let num_tiles = work.len() - 1;
+        let (longest, all) = (steps(num_tiles.min(1)), steps(num_tiles) * kv_heads as u64);
+        let part_steps = (2 * all / (3 * multiprocessors)).max(MIN_PART_STEPS);
+        let is_even = 7 * longest * multiprocessors <= 8 * all;
+        if is_even || longest <= part_steps || i32::try_from(steps(num_tiles)).is_err() {
+            return Self::none(work);
+        }
+        let tiles: Vec<usize> = (0..num_tiles).collect();
+        let num_split_tiles = tiles.partition_point(|&tile| steps(tile + 1) - steps(tile) > part_steps);
+        let first_part = |tile: usize| steps(tile) / part_steps + tile as u64;
+        let (num_parts, num_sums) = (first_part(num_tiles), first_part(num_split_tiles));
+        Self { part_steps, num_parts, num_split_tiles, num_sums }
     }
 }
 
@@ -207,11 +272,15 @@ fn prefix_users(segments: &[SegmentRange]) -> Result<Vec<Vec<usize>>, Error> {
 /// Which tokens attend to which, as lists of tiles on the device.
 #[derive(Clone, Debug)]
 pub struct AttentionPlan {
-    /// i32: the tiles of queries, the tiles of keys, the views.
+    /// i32: the tiles of queries, the tiles of keys, the views, the running sums of work.
     words: Tensor,
+    /// The running sums of the key tiles' work.
+    work: Vec<i32>,
     num_query_tiles: usize,
     num_key_tiles: usize,
+    num_views: usize,
     num_tokens: usize,
+    multiprocessors: u64,
 }
 
 impl AttentionPlan {
@@ -221,13 +290,19 @@ impl AttentionPlan {
     /// If the segments do not follow one another, or a prefix does not begin a segment that has no prefix.
     pub fn new(device: &Device, segments: &[SegmentRange]) -> Result<Self, Error> {
         let lists = WorkLists::new(segments)?;
-        let tiles = lists.key_tiles.iter().chain(&lists.views).flatten();
+        let tiles = lists.key_tiles.iter().chain(&lists.views).flatten().chain(&lists.work);
         let words: Vec<i32> = lists.query_tiles.iter().flatten().chain(tiles).copied().collect();
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = cuda(device)?.cuda_stream().context().attribute(attribute);
+        let asked = |source| Error::Driver { what: "asking for the number of multiprocessors", source };
         Ok(Self {
             words: upload_i32(device, &words)?,
+            work: lists.work,
             num_query_tiles: lists.query_tiles.len(),
             num_key_tiles: lists.key_tiles.len(),
+            num_views: lists.views.len(),
             num_tokens: lists.num_tokens,
+            multiprocessors: u64::from(multiprocessors.map_err(asked)?.cast_unsigned()),
         })
     }
 
@@ -241,11 +316,12 @@ impl AttentionPlan {
         self.num_tokens
     }
 
-    /// Addresses of the tiles of queries, the tiles of keys and the views.
-    fn addresses(&self) -> Result<[u64; 3], Error> {
+    /// Addresses of the tiles of queries, the tiles of keys, the views and the running sums of work.
+    fn addresses(&self) -> Result<[u64; 4], Error> {
         let first = pointer(&self.words)?.address;
         let key_tiles = first + (self.num_query_tiles * size_of::<[i32; 8]>()) as u64;
-        Ok([first, key_tiles, key_tiles + (self.num_key_tiles * size_of::<[i32; 4]>()) as u64])
+        let views = key_tiles + (self.num_key_tiles * size_of::<[i32; 4]>()) as u64;
+        Ok([first, key_tiles, views, views + (self.num_views * size_of::<[i32; 4]>()) as u64])
     }
 }
 
@@ -422,7 +498,22 @@ pub fn attention_backward_with(
     if plan.is_empty() {
         return Ok(());
     }
-    let [query_tiles, key_tiles, views] = plan.addresses()?;
+    let [query_tiles, key_tiles, views, work] = plan.addresses()?;
+    let split = match variant {
+        _ if q.dtype() == DType::F32 => KeySplit::none(&plan.work),
+        AttentionVariant::Plain => KeySplit::none(&plan.work),
+        _ => KeySplit::new(&plan.work, plan.multiprocessors, heads, kv_heads),
+    };
+    let num_floats = split.num_sums as usize * kv_heads * 2 * KEY_TILE * (q.cols / heads);
+    let sums = (num_floats > 0).then(|| empty(device, num_floats, DType::F32)).transpose()?;
+    let split = RawKeySplit {
+        work,
+        sums: address_or_none(sums.as_ref().map(pointer).transpose()?),
+        num_tiles: plan.num_key_tiles as i32,
+        part_steps: split.part_steps as i32,
+        num_parts: split.num_parts as i32,
+        num_split_tiles: split.num_split_tiles as i32,
+    };
     let (heads, kv_heads, stream) = (heads as i32, kv_heads as i32, stream(device)?);
     // SAFETY: both matrices are views of live device memory of one shape, and `delta` has a float for each head and
     // row, as checked above; the work is ordered by the device's one compute stream.
@@ -448,7 +539,8 @@ pub fn attention_backward_with(
         )
     };
     launched("attention_backward_queries", code)?;
-    // SAFETY: as above; the views that the tiles of keys name lie behind them in the plan.
+    // SAFETY: as above; the views that the tiles of keys name lie behind them in the plan, and `sums` has a place for
+    // every part of a split tile.
     let code = unsafe {
         trainer_attention_backward_keys(
             dk.into(),
@@ -460,8 +552,8 @@ pub fn attention_backward_with(
             lse.address,
             delta.address,
             key_tiles,
-            plan.num_key_tiles as i32,
             views,
+            split,
             heads,
             kv_heads,
             variant.code(),
@@ -525,6 +617,47 @@ mod tests {
             }
         }
         assert!(by_keys == wanted);
+    }
+
+    /// The parts of each tile, as the kernels number them.
+    fn parts(work: &[i32], split: KeySplit, group: u64) -> Vec<(u64, u64)> {
+        let steps = |tile: usize| work[tile] as u64 * group;
+        let part = |tile: usize| match split.part_steps {
+            0 => (tile as u64, 1),
+            n => (steps(tile) / n + tile as u64, (steps(tile + 1) - steps(tile)).div_ceil(n).max(1)),
+        };
+        (0..work.len() - 1).map(part).collect()
+    }
+
+    #[test]
+    fn heavy_tiles_of_keys_are_split_and_many_equal_ones_are_not() {
+        let lists = |lengths: &[usize]| {
+            let mut start = 0;
+            let ranges = lengths.iter().map(|length| {
+                start += length;
+                SegmentRange { start: start - length, end: start, prefix: None }
+            });
+            WorkLists::new(&ranges.collect::<Vec<_>>()).unwrap().work
+        };
+        for (lengths, heads, kv_heads, is_split) in [
+            (&[2048][..], 28, 4, true),
+            (&[100], 4, 4, false), // less than a part
+            (&[500, 1, 700, 3, 129], 14, 2, true),
+            (&[2048; 4], 28, 4, false),
+            (&[32768], 28, 4, false),
+            (&[20; 500], 7, 1, false),
+        ] {
+            let work = lists(lengths);
+            let split = KeySplit::new(&work, 132, heads, kv_heads);
+            assert_eq!(split.part_steps > 0, is_split, "{lengths:?}: {split:?}");
+            let parts = parts(&work, split, (heads / kv_heads) as u64);
+            let ends = parts.iter().skip(1).map(|part| part.0).chain([split.num_parts]);
+            assert!(parts.iter().zip(ends).all(|(&(first, count), end)| first + count <= end), "{split:?}: {parts:?}");
+            assert!(parts.iter().enumerate().all(|(tile, part)| (part.1 > 1) == (tile < split.num_split_tiles)));
+            let last = parts[..split.num_split_tiles].last();
+            assert!(last.map_or(0, |(first, count)| first + count) <= split.num_sums);
+        }
+        assert_eq!(KeySplit::new(&lists(&[]), 132, 4, 4), KeySplit::none(&[0]));
     }
 
     #[test]

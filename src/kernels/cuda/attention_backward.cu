@@ -7,12 +7,18 @@
 // Launch: dq: a block of 8 warps for each tile of 128 queries of one head, 16 rows a warp with q and do in registers,
 // key tiles of 64 in two buffers. dk, dv: a block of 4 warps for each half (64 keys) of a key tile and key-value head,
 // 16 keys a warp, over the query heads of that head and over the queries that see the keys; it computes the transposed
-// scores, whose C fragments are the A fragments of the two products that follow. Heaviest tiles first.
+// scores, whose C fragments are the A fragments of the two products that follow. Heaviest tiles first. Where there are
+// few tiles, or unequal ones, a tile's pairs of query head and tile of queries are split over several blocks, whose f32
+// sums a third kernel adds in a fixed order (`KeySplit`).
 // Bound: tensor cores, 6 d flops (dq) and 8 d flops (dk, dv) for each query, key and head.
 #include "attention.cuh"
 
 namespace attention {
 namespace {
+
+// What is faster for dq, and for dk and dv, on compute capability 9.0.
+constexpr int HOPPER_QUERIES = WARP_GROUPS;
+constexpr int HOPPER_KEYS = WARP_GROUPS;
 
 // delta: a group of `D / 8` lanes for each token and head, 8 columns a lane. Bound: bytes of do and o.
 template <typename T, int D>
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(QUERIES_THREADS, 1)
       if (j + 1 < count) load(j + 1);
       const bool is_own = j >= prefix_count;
       const int first = first_key(j);
-      if (is_own && first > warp_row + 15) continue;
+      if (warp_row >= tile.end || (is_own && first > warp_row + 15)) continue;
       const uint32_t k_tile = stages + (j & 1) * STAGE, v_tile = k_tile + KEYS * ROW;
 
       float s[KEYS / 8][4] = {}, dp[KEYS / 8][4] = {};
@@ -165,7 +171,7 @@ template <typename T, int D, int QUERIES, int STAGES> __device__ constexpr bool 
 template <typename T, int D, int QUERIES, int STAGES>
 __global__ void __launch_bounds__(KEYS_THREADS, 2)
     keys_kernel(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse, const float *delta,
-                const KeyTile *tiles, const View *views, Sizes sizes) {
+                const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes) {
   if constexpr (is_keys_built<T, D, QUERIES, STAGES>()) {
     constexpr int THREADS = KEYS_THREADS, ROW = D * 2, STAGE = keys_stage_bytes(D, QUERIES);
     static_assert(2 * QUERIES <= THREADS, "a thread for each lse and delta of a tile");
@@ -176,43 +182,30 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
     float *const row_values = reinterpret_cast<float *>(attention_shared + 2 * KEYS_HALF * ROW + STAGES * STAGE);
     const int kv_heads = sizes.heads / sizes.group, kv_head = blockIdx.x % kv_heads, d = sizes.d;
     const int half = blockIdx.x / kv_heads;
-    const KeyTile tile = tiles[half / 2];
+    const KeyPart part = find_part(split, half / 2, sizes.group);
+    if (part.index >= part.count) return;
+    const KeyTile tile = tiles[part.tile];
     const int first_key = tile.start + half % 2 * KEYS_HALF, end_key = min(tile.end, first_key + KEYS_HALF);
     if (first_key >= end_key) return;
-    const int first_head = kv_head * sizes.group, end_head = first_head + sizes.group;
+    QueryWalk<QUERIES> walk(views, tiles + part.tile, part, first_key, kv_head * sizes.group, sizes.group);
 
-    // The position in the loop over query heads, views and tiles of queries; `head == end_head` at the end.
-    int head = first_head, view_index = tile.first_view - 1;
-    View view = {0, 0, 0, 0};
-    int row = 0;
-    auto advance = [&]() {
-      row += QUERIES;
-      while (row >= view.end) {
-        if (++view_index == tile.end_view) {
-          view_index = tile.first_view;
-          if (++head == end_head) return;
-        }
-        view = views[view_index];
-        row = view.is_causal ? max(view.start, first_key) : view.start;
-        if (view.key_end <= first_key) row = view.end;
-      }
-    };
     auto load = [&](int stage) {
       int thread = thread_anew();
-      const int64_t first = row;
+      const int64_t first = walk.row;
+      const int rows = walk.view.end - walk.row, at = walk.head * d;
       uint32_t to = stages + stage * STAGE;
-      load_tile<T, QUERIES, D, THREADS>(to, static_cast<const T *>(q.data) + first * q.stride + head * d, q.stride,
-                                        view.end - row, d, thread);
+      load_tile<T, QUERIES, D, THREADS>(to, static_cast<const T *>(q.data) + first * q.stride + at, q.stride, rows, d,
+                                        thread);
       load_tile<T, QUERIES, D, THREADS>(to + QUERIES * ROW,
-                                        static_cast<const T *>(d_out.data) + first * d_out.stride + head * d,
-                                        d_out.stride, view.end - row, d, thread);
+                                        static_cast<const T *>(d_out.data) + first * d_out.stride + at, d_out.stride,
+                                        rows, d, thread);
     };
     // This thread's lse or delta. An infinite lse makes the probabilities of rows that are not there 0.
     auto load_row_value = [&]() {
-      int thread = thread_anew(), at = row + thread % QUERIES;
-      bool is_lse = thread < QUERIES, is_there = at < view.end && thread < 2 * QUERIES;
+      int thread = thread_anew(), at = walk.row + thread % QUERIES;
+      bool is_lse = thread < QUERIES, is_there = at < walk.view.end && thread < 2 * QUERIES;
       if (!is_there) return is_lse ? INFINITY : 0.0f;
-      int64_t offset = static_cast<int64_t>(head) * sizes.tokens + at;
+      int64_t offset = static_cast<int64_t>(walk.head) * sizes.tokens + at;
       return is_lse ? lse[offset] * LOG2_E : delta[offset];
     };
 
@@ -221,10 +214,9 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
                                         k.stride, end_key - first_key, d, threadIdx.x);
     load_tile<T, KEYS_HALF, D, THREADS>(v_tile, static_cast<const T *>(v.data) + first * v.stride + kv_head * d,
                                         v.stride, end_key - first_key, d, threadIdx.x);
-    advance();
     int stage = 0;
     float row_value = 0.0f;
-    if (head < end_head) {
+    if (walk.left > 0) {
       if (STAGES == 2) load(0);
       row_value = load_row_value();
     }
@@ -233,7 +225,7 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
     float out_k[1][D / 8][4] = {}, out_v[1][D / 8][4] = {};
 
 #pragma unroll 1
-    while (head < end_head) {
+    while (walk.left > 0) {
       if (STAGES == 1) {
         __syncthreads(); // nobody reads the last tile any more
         load(0);
@@ -241,10 +233,10 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
       if (threadIdx.x < 2 * QUERIES) row_values[stage * 2 * QUERIES + threadIdx.x] = row_value;
       wait_for_copies();
       __syncthreads(); // this tile is there, and nobody reads the last one any more
-      const int first_row = row, key_end = view.key_end;
-      const bool is_causal = view.is_causal != 0;
-      advance();
-      if (head < end_head) {
+      const int first_row = walk.row, key_end = walk.view.key_end;
+      const bool is_causal = walk.view.is_causal != 0;
+      walk.advance();
+      if (walk.left > 0) {
         if (STAGES == 2) load(stage ^ 1);
         row_value = load_row_value();
       }
@@ -252,7 +244,7 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
       const int lane = thread_anew() % 32, g = lane / 4, t = lane % 4;
       const float *values = row_values + stage * 2 * QUERIES + 2 * t;
       if (STAGES == 2) stage ^= 1;
-      if (is_causal ? warp_key > first_row + QUERIES - 1 : warp_key >= key_end) continue;
+      if (warp_key >= key_end || (is_causal && warp_key > first_row + QUERIES - 1)) continue;
       const uint32_t own_rows = (warp_key - first_key) * ROW + lane_by_rows<D>(lane);
 
       float s[1][QUERIES / 8][4] = {}, dp[1][QUERIES / 8][4] = {};
@@ -294,6 +286,12 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
     wait_for_copies();
     __syncthreads(); // all parts of the tiles of keys and values have come, even if no query was there to wait for them
     // Only this warp reads its rows of the tiles of keys and values.
+    if (part.place >= 0) {
+      float *to = part_sums(split, part, kv_heads, kv_head, d) + (warp_key - tile.start) * d;
+      store_sums<D>(to, end_key - warp_key, d, out_k[0]);
+      store_sums<D>(to + KEY_TILE * d, end_key - warp_key, d, out_v[0]);
+      return;
+    }
     const uint32_t own_rows = (warp_key - first_key) * ROW;
     const float scales[2] = {sizes.scale, sizes.scale}, ones[2] = {1.0f, 1.0f};
     T *to_k = static_cast<T *>(dk.data) + warp_key * dk.stride + kv_head * d;
@@ -301,6 +299,48 @@ __global__ void __launch_bounds__(KEYS_THREADS, 2)
     store_rows<T, D>(to_k, dk.stride, end_key - warp_key, d, out_k, scales, k_tile + own_rows);
     store_rows<T, D>(to_v, dv.stride, end_key - warp_key, d, out_v, ones, v_tile + own_rows);
   }
+}
+
+// dk and dv of the tiles that were split: a thread for each 8 columns of a row of one of the two. Bound: bytes of the
+// sums.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    add_parts_kernel(Matrix dk, Matrix dv, const KeyTile *tiles, KeySplit split, Sizes sizes) {
+  const int d = sizes.d, chunks = d / 8, kv_heads = sizes.heads / sizes.group;
+  int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int column = static_cast<int>(at % chunks) * 8;
+  at /= chunks;
+  const int row = static_cast<int>(at % KEY_TILE), part = static_cast<int>(at / KEY_TILE);
+  const bool is_v = part % 2 != 0;
+  const int kv_head = part / 2 % kv_heads, t = part / 2 / kv_heads;
+  if (t >= split.num_split_tiles) return;
+  const KeyTile tile = tiles[t];
+  if (tile.start + row >= tile.end) return;
+  const int64_t first = first_part(split, t, sizes.group), count = count_parts(split, t, sizes.group);
+  const int64_t step = static_cast<int64_t>(kv_heads) * (2 * KEY_TILE) * d;
+  const float *from = split.sums + first * step + ((kv_head * 2 + is_v) * KEY_TILE + row) * d + column;
+  float sum[8] = {};
+#pragma unroll 4
+  for (int i = 0; i < count; i++, from += step) {
+    float low[4], high[4];
+    load_pack<float, 4>(low, from);
+    load_pack<float, 4>(high, from + 4);
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum[j] += low[j], sum[4 + j] += high[j];
+  }
+  if (!is_v) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] *= sizes.scale;
+  }
+  const Matrix &to = is_v ? dv : dk;
+  store_pack<T, 8>(static_cast<T *>(to.data) + (tile.start + row) * to.stride + kv_head * d + column, sum);
+}
+
+template <typename T>
+int add_parts(Matrix dk, Matrix dv, const KeyTile *tiles, KeySplit split, Sizes sizes, cudaStream_t stream) {
+  int64_t threads =
+      static_cast<int64_t>(split.num_split_tiles) * (sizes.heads / sizes.group) * 2 * KEY_TILE * (sizes.d / 8);
+  return launch(add_parts_kernel<T>, (threads + 255) / 256, 256, 0, stream, dk, dv, tiles, split, sizes);
 }
 
 template <typename T> int delta(float *delta, Matrix d_out, Matrix o, Sizes sizes, cudaStream_t stream) {
@@ -319,22 +359,22 @@ int backward_queries(Matrix dq, Matrix d_out, Matrix q, Matrix k, Matrix v, cons
 
 template <typename T, int D, int QUERIES, int STAGES>
 int backward_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
-                  const float *delta, const KeyTile *tiles, int num_tiles, const View *views, Sizes sizes,
+                  const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
                   cudaStream_t stream) {
-  int64_t blocks = static_cast<int64_t>(num_tiles) * (KEY_TILE / KEYS_HALF) * (sizes.heads / sizes.group);
+  int64_t blocks = static_cast<int64_t>(split.num_parts) * (KEY_TILE / KEYS_HALF) * (sizes.heads / sizes.group);
   return launch(keys_kernel<T, D, QUERIES, STAGES>, blocks, KEYS_THREADS, keys_shared_bytes(D, QUERIES, STAGES), stream,
-                dk, dv, d_out, q, k, v, lse, delta, tiles, views, sizes);
+                dk, dv, d_out, q, k, v, lse, delta, tiles, views, split, sizes);
 }
 
 template <typename T>
 int backward_keys(int capability, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
-                  const float *delta, const KeyTile *tiles, int num_tiles, const View *views, Sizes sizes,
+                  const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
                   cudaStream_t stream) {
   auto run = sizes.d <= 64      ? backward_keys<T, 64, 64, 2>
              : capability >= 90 ? backward_keys<T, 128, 64, 2>
              : capability >= 80 ? backward_keys<T, 128, 32, 2>
                                 : backward_keys<T, 128, 32, 1>;
-  return run(dk, dv, d_out, q, k, v, lse, delta, tiles, num_tiles, views, sizes, stream);
+  return run(dk, dv, d_out, q, k, v, lse, delta, tiles, views, split, sizes, stream);
 }
 
 } // namespace
@@ -358,13 +398,14 @@ extern "C" int trainer_attention_backward_queries(Matrix dq, Matrix d_out, Matri
   using namespace attention;
   if (num_tiles == 0) return 0;
   Sizes sizes = sizes_of(q, heads, kv_heads);
-  if (q.dtype == BF16 && compute_capability() < 80) return static_cast<int>(cudaErrorNotSupported);
+  int capability = compute_capability();
+  if (q.dtype == BF16 && capability < 80) return static_cast<int>(cudaErrorNotSupported);
   bool is_fast = fits_tiles(dq, sizes.d) && fits_tiles(d_out, sizes.d) && fits_tiles(q, sizes.d) &&
                  fits_tiles(k, sizes.d) && fits_tiles(v, sizes.d);
   if (!is_fast || variant == PLAIN) {
     return plain_backward_queries(dq, d_out, q, k, v, lse, delta, tiles, num_tiles, sizes, stream);
   }
-  if (variant == WARP_GROUPS) {
+  if (is_by_warp_groups(variant, HOPPER_QUERIES, capability)) {
     int code = warp_group_backward_queries(dq, d_out, q, k, v, lse, delta, tiles, num_tiles, sizes, stream);
     if (code != static_cast<int>(cudaErrorNotSupported)) return code;
   }
@@ -376,22 +417,27 @@ extern "C" int trainer_attention_backward_queries(Matrix dq, Matrix d_out, Matri
 
 extern "C" int trainer_attention_backward_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v,
                                                const float *lse, const float *delta, const attention::KeyTile *tiles,
-                                               int32_t num_tiles, const attention::View *views, int32_t heads,
+                                               const attention::View *views, attention::KeySplit split, int32_t heads,
                                                int32_t kv_heads, int32_t variant, cudaStream_t stream) {
   using namespace attention;
-  if (num_tiles == 0) return 0;
+  if (split.num_tiles == 0) return 0;
   Sizes sizes = sizes_of(q, heads, kv_heads);
   int capability = compute_capability();
   if (q.dtype == BF16 && capability < 80) return static_cast<int>(cudaErrorNotSupported);
   bool is_fast = fits_tiles(dk, sizes.d) && fits_tiles(dv, sizes.d) && fits_tiles(d_out, sizes.d) &&
                  fits_tiles(q, sizes.d) && fits_tiles(k, sizes.d) && fits_tiles(v, sizes.d);
   if (!is_fast || variant == PLAIN) {
-    return plain_backward_keys(dk, dv, d_out, q, k, v, lse, delta, tiles, num_tiles, views, sizes, stream);
+    return plain_backward_keys(dk, dv, d_out, q, k, v, lse, delta, tiles, split.num_tiles, views, sizes, stream);
   }
-  if (variant == WARP_GROUPS) {
-    int code = warp_group_backward_keys(dk, dv, d_out, q, k, v, lse, delta, tiles, num_tiles, views, sizes, stream);
-    if (code != static_cast<int>(cudaErrorNotSupported)) return code;
+  int code = static_cast<int>(cudaErrorNotSupported);
+  if (is_by_warp_groups(variant, HOPPER_KEYS, capability)) {
+    code = warp_group_backward_keys(dk, dv, d_out, q, k, v, lse, delta, tiles, views, split, sizes, stream);
   }
-  auto run = q.dtype == F16 ? backward_keys<__half> : backward_keys<__nv_bfloat16>;
-  return run(capability, dk, dv, d_out, q, k, v, lse, delta, tiles, num_tiles, views, sizes, stream);
+  if (code == static_cast<int>(cudaErrorNotSupported)) {
+    auto run = q.dtype == F16 ? backward_keys<__half> : backward_keys<__nv_bfloat16>;
+    code = run(capability, dk, dv, d_out, q, k, v, lse, delta, tiles, views, split, sizes, stream);
+  }
+  if (code != 0 || split.num_split_tiles == 0) return code;
+  auto add = q.dtype == F16 ? add_parts<__half> : add_parts<__nv_bfloat16>;
+  return add(dk, dv, tiles, split, sizes, stream);
 }

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
   const float log2_scale = sizes.scale * LOG2_E;
   const int warp_row = tile.start + threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t group_rows = threadIdx.x / 128 * (64 * 128);
+  const bool is_used = tile.start + threadIdx.x / 128 * 64 < tile.end; // the group has rows
   float row_lse[2], row_delta[2]; // rows g and g + 8 of the warp; the first times log2 e
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
     group_publish();
     __syncthreads(); // tile j is there, and nobody reads tile j - 1 any more
     if (j + 1 < count) load(j + 1);
+    if (!is_used) continue;
     const uint32_t k_tile = stages + (j & 1) * (2 * TILE), v_tile = k_tile + TILE;
     group_pin(s);
     group_pin(dp);
@@ -127,7 +129,7 @@ constexpr int group_keys_shared_bytes(int d) {
 template <typename T, int D>
 __global__ void __launch_bounds__(GROUP_THREADS, 1)
     group_keys_kernel(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
-                      const float *delta, const KeyTile *tiles, const View *views, Sizes sizes) {
+                      const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int QUERIES = GROUP_KEYS_QUERIES, KEYS = KEY_TILE, TILE = QUERIES * D * 2; // bytes
   static_assert(KEY_TILE == 2 * 64, "64 keys a group");
@@ -137,37 +139,25 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
   // For each stage: the log-sum-exps times log2 e, then the deltas.
   float *const row_values = reinterpret_cast<float *>(attention_shared + 2 * KEYS * D * 2 + 4 * TILE);
   const int kv_heads = sizes.heads / sizes.group, kv_head = blockIdx.x % kv_heads, d = sizes.d;
-  const KeyTile tile = tiles[blockIdx.x / kv_heads];
-  const int first_head = kv_head * sizes.group, end_head = first_head + sizes.group;
+  const KeyPart part = find_part(split, blockIdx.x / kv_heads, sizes.group);
+  if (part.index >= part.count) return;
+  const KeyTile tile = tiles[part.tile];
+  QueryWalk<QUERIES> walk(views, tiles + part.tile, part, tile.start, kv_head * sizes.group, sizes.group);
 
-  // The position in the loop over query heads, views and tiles of queries; `head == end_head` at the end.
-  int head = first_head, view_index = tile.first_view - 1;
-  View view = {0, 0, 0, 0};
-  int row = 0;
-  auto advance = [&]() {
-    row += QUERIES;
-    if (row < view.end) return;
-    if (++view_index == tile.end_view) {
-      view_index = tile.first_view;
-      if (++head == end_head) return;
-    }
-    view = views[view_index]; // no view is empty
-    row = view.start;
-  };
   auto load = [&](int stage) {
-    const int64_t first = row;
+    const int64_t first = walk.row;
+    const int rows = walk.view.end - walk.row, at = walk.head * d;
     uint32_t to = stages + stage * (2 * TILE);
-    load_blocks<T, QUERIES, D>(to, static_cast<const T *>(q.data) + first * q.stride + head * d, q.stride,
-                               view.end - row, d);
-    load_blocks<T, QUERIES, D>(to + TILE, static_cast<const T *>(d_out.data) + first * d_out.stride + head * d,
-                               d_out.stride, view.end - row, d);
+    load_blocks<T, QUERIES, D>(to, static_cast<const T *>(q.data) + first * q.stride + at, q.stride, rows, d);
+    load_blocks<T, QUERIES, D>(to + TILE, static_cast<const T *>(d_out.data) + first * d_out.stride + at, d_out.stride,
+                               rows, d);
   };
   // This thread's lse or delta. An infinite lse makes the probabilities of rows that are not there 0.
   auto load_row_value = [&]() {
-    int thread = thread_anew(), at = row + thread % QUERIES;
-    bool is_lse = thread < QUERIES, is_there = at < view.end && thread < 2 * QUERIES;
+    int thread = thread_anew(), at = walk.row + thread % QUERIES;
+    bool is_lse = thread < QUERIES, is_there = at < walk.view.end && thread < 2 * QUERIES;
     if (!is_there) return is_lse ? INFINITY : 0.0f;
-    int64_t offset = static_cast<int64_t>(head) * sizes.tokens + at;
+    int64_t offset = static_cast<int64_t>(walk.head) * sizes.tokens + at;
     return is_lse ? lse[offset] * LOG2_E : delta[offset];
   };
 
@@ -176,10 +166,12 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
                           tile.end - tile.start, d);
   load_blocks<T, KEYS, D>(v_tile, static_cast<const T *>(v.data) + first_key * v.stride + kv_head * d, v.stride,
                           tile.end - tile.start, d);
-  advance();
-  load(0);
   int stage = 0;
-  float row_value = load_row_value();
+  float row_value = 0.0f;
+  if (walk.left > 0) {
+    load(0);
+    row_value = load_row_value();
+  }
   const float log2_scale = sizes.scale * LOG2_E;
   const int warp_key = tile.start + threadIdx.x / 32 * 16, group_key = tile.start + threadIdx.x / 128 * 64;
   const uint32_t group_rows = threadIdx.x / 128 * (64 * 128);
@@ -187,15 +179,15 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
   uint32_t left[QUERIES / 16][4], d_left[QUERIES / 16][4];
 
 #pragma unroll 1
-  while (head < end_head) {
+  while (walk.left > 0) {
     if (threadIdx.x < 2 * QUERIES) row_values[stage * 2 * QUERIES + threadIdx.x] = row_value;
     wait_for_copies();
     group_publish();
     __syncthreads(); // this tile is there, and nobody reads the last one any more
-    const int first_row = row, key_end = view.key_end;
-    const bool is_causal = view.is_causal != 0;
-    advance();
-    if (head < end_head) {
+    const int first_row = walk.row, key_end = walk.view.key_end;
+    const bool is_causal = walk.view.is_causal != 0;
+    walk.advance();
+    if (walk.left > 0) {
       load(stage ^ 1);
       row_value = load_row_value();
     }
@@ -203,7 +195,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
     const int lane = thread_anew() % 32, g = lane / 4, t = lane % 4;
     const float *values = row_values + stage * 2 * QUERIES + 2 * t;
     stage ^= 1;
-    if (is_causal ? group_key > first_row + QUERIES - 1 : group_key >= key_end) continue;
+    if (group_key >= key_end || (is_causal && group_key > first_row + QUERIES - 1)) continue;
 
     group_pin(s);
     group_pin(dp);
@@ -252,6 +244,13 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
     group_pin(out_k);
   }
 
+  wait_for_copies();
+  if (part.place >= 0) {
+    float *to = part_sums(split, part, kv_heads, kv_head, d) + (warp_key - tile.start) * d;
+    store_sums<D>(to, tile.end - warp_key, d, out_k);
+    store_sums<D>(to + KEY_TILE * d, tile.end - warp_key, d, out_v);
+    return;
+  }
   __syncthreads(); // the tiles of keys and values hold the results now
   const uint32_t own_rows = (warp_key - tile.start) * (D * 2);
   const float scales[2] = {sizes.scale, sizes.scale}, ones[2] = {1.0f, 1.0f};
@@ -275,11 +274,11 @@ int group_queries(Matrix dq, Matrix d_out, Matrix q, Matrix k, Matrix v, const f
 
 template <typename T, int D>
 int group_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse, const float *delta,
-               const KeyTile *tiles, int num_tiles, const View *views, Sizes sizes, cudaStream_t stream) {
+               const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes, cudaStream_t stream) {
   if (!is_built(group_keys_kernel<T, D>)) return static_cast<int>(cudaErrorNotSupported);
-  int64_t blocks = static_cast<int64_t>(num_tiles) * (sizes.heads / sizes.group);
+  int64_t blocks = static_cast<int64_t>(split.num_parts) * (sizes.heads / sizes.group);
   return launch(group_keys_kernel<T, D>, blocks, GROUP_THREADS, group_keys_shared_bytes(D), stream, dk, dv, d_out, q, k,
-                v, lse, delta, tiles, views, sizes);
+                v, lse, delta, tiles, views, split, sizes);
 }
 
 } // namespace
@@ -293,11 +292,11 @@ int warp_group_backward_queries(Matrix dq, Matrix d_out, Matrix q, Matrix k, Mat
 }
 
 int warp_group_backward_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
-                             const float *delta, const KeyTile *tiles, int num_tiles, const View *views, Sizes sizes,
+                             const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
                              cudaStream_t stream) {
   auto run = q.dtype == F16 ? (sizes.d <= 64 ? group_keys<__half, 64> : group_keys<__half, 128>)
                             : (sizes.d <= 64 ? group_keys<__nv_bfloat16, 64> : group_keys<__nv_bfloat16, 128>);
-  return run(dk, dv, d_out, q, k, v, lse, delta, tiles, num_tiles, views, sizes, stream);
+  return run(dk, dv, d_out, q, k, v, lse, delta, tiles, views, split, sizes, stream);
 }
 
 } // namespace attention

@@ -13,6 +13,9 @@
 namespace attention {
 namespace {
 
+// What is faster on compute capability 9.0.
+constexpr int HOPPER_FORWARD = WARP_GROUPS;
+
 constexpr int FORWARD_THREADS = 128;
 
 constexpr int forward_keys(int d, int capability) { return d == 64 || capability >= 90 ? 64 : 32; }
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
       if (j + 1 < count) load(j + 1);
       const bool is_own = j >= prefix_count;
       const int first = first_key(j);
-      if (is_own && first > warp_row + 31) continue;
+      if (warp_row >= tile.end || (is_own && first > warp_row + 31)) continue;
       const int lane = thread_anew() % 32, g = lane / 4, t = lane % 4;
       const uint32_t q_lane = q_tile + (warp_row - tile.start) * ROW + lane_by_rows<D>(lane);
       const uint32_t k_tile = stages + (j & 1) * STAGE, v_tile = k_tile + KEYS * ROW;
@@ -185,7 +188,7 @@ extern "C" int trainer_attention_forward(Matrix o, float *lse, Matrix q, Matrix 
   if (q.dtype == BF16 && capability < 80) return static_cast<int>(cudaErrorNotSupported);
   bool is_fast = fits_tiles(q, sizes.d) && fits_tiles(k, sizes.d) && fits_tiles(v, sizes.d) && fits_tiles(o, sizes.d);
   if (!is_fast || variant == PLAIN) return plain_forward(o, lse, q, k, v, tiles, num_tiles, sizes, stream);
-  if (variant == WARP_GROUPS) {
+  if (is_by_warp_groups(variant, HOPPER_FORWARD, capability)) {
     int code = warp_group_forward(o, lse, q, k, v, tiles, num_tiles, sizes, stream);
     if (code != static_cast<int>(cudaErrorNotSupported)) return code;
   }

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
 
   const float log2_scale = sizes.scale * LOG2_E, slack = 8.0f / log2_scale;
   const int warp_row = tile.start + threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t q_rows = q_tile + threadIdx.x / 128 * (64 * 128); // the group's
+  const bool is_used = tile.start + threadIdx.x / 128 * 64 < tile.end; // the group has rows
+  const uint32_t q_rows = q_tile + threadIdx.x / 128 * (64 * 128);     // the group's
   float out[D / 8][4] = {}, s[KEYS / 8][4];
   uint32_t p[KEYS / 16][4];
   float shift[2] = {-INFINITY, -INFINITY}, sum[2] = {}; // of rows g and g + 8 of the warp
@@ -110,14 +111,16 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
   if (count > 1) load(k_tiles, k, 1);
   load(v_tiles, v, 0);
   float factor[2];
-  group_pin(s);
-  group_fence();
-  start_scores(0);
-  group_wait<0>();
-  group_pin(s);
-  mask(0);
-  soften(factor); // nothing is summed yet
-  as_left<T>(p, s);
+  if (is_used) {
+    group_pin(s);
+    group_fence();
+    start_scores(0);
+    group_wait<0>();
+    group_pin(s);
+    mask(0);
+    soften(factor); // nothing is summed yet
+    as_left<T>(p, s);
+  }
 
 #pragma unroll 1
   for (int j = 0; j + 1 < count; j++) {
@@ -126,6 +129,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
     __syncthreads(); // keys j + 1 and values j are there; nobody reads keys j and values j - 1 any more
     if (j + 2 < count) load(k_tiles, k, j + 2);
     load(v_tiles, v, j + 1);
+    if (!is_used) continue;
     group_pin(s);
     group_pin(out);
     group_fence();
@@ -149,6 +153,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1)
   wait_for_copies();
   group_publish();
   __syncthreads();
+  if (!is_used) return;
   group_pin(out);
   group_fence();
   start_values(count - 1);

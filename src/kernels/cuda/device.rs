@@ -98,6 +98,18 @@ pub fn device_memory_used() -> Result<u64, Error> {
     Ok((total - free) as u64)
 }
 
+/// Bytes that could still be allocated on `device`: what nobody uses, and what its pool holds without use.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn free_memory(device: &Device) -> Result<u64, Error> {
+    let failed = |source| Error::Driver { what: "reading the device's memory", source };
+    cuda(device)?.cuda_stream().context().bind_to_thread().map_err(failed)?;
+    let (free, _) = cudarc::driver::result::mem_get_info().map_err(failed)?;
+    let MemoryUse { used, reserved, .. } = memory_use(device)?;
+    Ok(free as u64 + reserved.saturating_sub(used))
+}
+
 /// Starts a new peak from what is in use now.
 ///
 /// # Errors

@@ -16,6 +16,7 @@ mod nf4;
 mod norm;
 mod optimizer;
 mod paged_attention;
+mod parking;
 mod pinned;
 mod pointwise;
 pub mod profile;
@@ -28,7 +29,8 @@ pub use attention::{
     attention_forward_with,
 };
 pub use device::{
-    MemoryUse, device_memory_used, device_name, has_bf16, is_cuda_device, memory_use, open, reset_peak, synchronize,
+    MemoryUse, device_memory_used, device_name, free_memory, has_bf16, is_cuda_device, memory_use, open, reset_peak,
+    synchronize,
 };
 pub use gemm::{Accumulate, Side, gemm, tune};
 pub use gguf::{GgufKind, dequantize_gguf};
@@ -101,6 +103,7 @@ pub enum Error {
     Tensor(#[from] candle_core::Error),
 }
 
+pub use parking::{Parked, Parking, Returning};
 pub use pinned::Pinned;
 
 pub(crate) fn argument(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, cuMemFreeHost, cuMemHostAlloc};
-use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::Error;
 use super::memory::{Matrix, cuda};
@@ -51,29 +51,31 @@ impl Pinned {
         Matrix { address: self.address, dtype, rows, cols, stride: cols }
     }
 
-    /// Writes floats as values of `dtype`, from element `first` on. No kernel may be reading them.
+    /// The first `count` bytes; a copy may be reading them, nothing may be writing them.
+    pub(super) fn bytes(&self, count: usize) -> &[u8] {
+        assert!(count <= self.bytes, "{count} of {} bytes", self.bytes);
+        // SAFETY: the block is that long and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.address as *const u8, count) }
+    }
+
+    /// The first `count` bytes, as the target of a copy.
+    pub(super) fn bytes_mut(&mut self, count: usize) -> &mut [u8] {
+        assert!(count <= self.bytes, "{count} of {} bytes", self.bytes);
+        // SAFETY: the block is that long, lives as long as `self`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, count) }
+    }
+
+    /// Copies values into the block, on all cores. No kernel may be reading it.
     ///
     /// # Panics
     /// If they do not fit.
-    pub fn write_floats(&self, dtype: DType, first: usize, values: &[f32]) {
-        let size = dtype.size_in_bytes();
-        assert!((first + values.len()) * size <= self.bytes, "{} floats from {first} on", values.len());
-        let start = self.address as usize + first * size;
-        // SAFETY: the range lies within the block, as just checked; the block is aligned to a page; this is the time before
-        // the block is handed to kernels, and `Pinned` gives out no other reference to its values.
-        unsafe {
-            match dtype {
-                DType::BF16 => {
-                    let out = std::slice::from_raw_parts_mut(start as *mut bf16, values.len());
-                    out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_f32(v));
-                }
-                DType::F16 => {
-                    let out = std::slice::from_raw_parts_mut(start as *mut f16, values.len());
-                    out.iter_mut().zip(values).for_each(|(o, &v)| *o = f16::from_f32(v));
-                }
-                _ => std::slice::from_raw_parts_mut(start as *mut f32, values.len()).copy_from_slice(values),
-            }
-        }
+    pub fn fill_with<T: Copy + Send + Sync>(&mut self, values: &[T]) {
+        const CHUNK: usize = 1 << 20;
+        assert!(size_of_val(values) <= self.bytes, "{} bytes in a block of {}", size_of_val(values), self.bytes);
+        // SAFETY: the range lies within the block, as just checked; the block is aligned to a page and mutably borrowed; any
+        // bits are a value of the plain numbers that are copied.
+        let target = unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, values.len()) };
+        target.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
     }
 }
 

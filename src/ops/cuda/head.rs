@@ -70,14 +70,7 @@ pub(crate) fn forward(hidden: &Tensor, weight: &Weight, targets: &[u32], tempera
     let [logprobs, entropies, log_sums] = [0, 1, 2].map(|i| floats.narrow(0, i, 1));
     head_finish(device, state, array(&logprobs?)?, array(&entropies?)?, array(&log_sums?)?, array(&flags)?)?;
     drop(span);
-    let floats = download(&floats)?;
-    let part = |i: usize| floats[i * rows..(i + 1) * rows].to_vec();
-    Ok(Output {
-        logprobs: part(0),
-        entropies: part(1),
-        log_sums: part(2),
-        is_argmax: download_u8(&flags)?.into_iter().map(|f| f != 0).collect(),
-    })
+    read(&floats, &flags, rows)
 }
 
 pub(crate) fn backward(
@@ -134,6 +127,71 @@ pub(crate) fn backward(
     })?;
     axpby(device, matrix(&out)?, 1.0, d_hidden, 0.0)?;
     Ok(out)
+}
+
+/// Rows whose logits of the whole vocabulary are held at a time.
+fn rows_at_a_time(rows: usize) -> usize {
+    (rows / 8).next_multiple_of(128).clamp(256, 1024)
+}
+
+/// Output and gradient from one making of the logits, some rows at a time.
+pub(crate) fn forward_backward(
+    (d_logprobs, d_entropies): (&[f32], &[f32]),
+    hidden: &Tensor,
+    table: &Tensor,
+    targets: &[u32],
+    temperature: f64,
+) -> Result<(Output, Tensor), Error> {
+    let device = hidden.device();
+    let (rows, dtype) = (targets.len(), hidden.dtype());
+    let span = span(device, Phase::Head)?;
+    let (x, table) = (matrix(hidden)?, matrix(table)?);
+    let d_hidden = empty(device, (rows, x.cols), dtype)?;
+    if rows == 0 {
+        return Ok((Output::default(), d_hidden));
+    }
+    let height = rows_at_a_time(rows).min(rows);
+    let (targets, d_logprobs) = (upload_u32(device, targets)?, upload_f32(device, d_logprobs)?);
+    let d_entropies = (!d_entropies.is_empty()).then(|| upload_f32(device, d_entropies)).transpose()?;
+    let floats = empty(device, (3, rows), DType::F32)?;
+    let flags = empty(device, rows, DType::U8)?;
+    let buffer = empty(device, HeadState::buffer_len(height), DType::F64)?;
+    let logits = empty(device, (height, table.rows), DType::F32)?;
+    let d_logits = if dtype == DType::F32 { logits.clone() } else { empty(device, (height, table.rows), dtype)? };
+    let scale = temperature.recip() as f32;
+    for first in (0..rows).step_by(height) {
+        let count = height.min(rows - first);
+        let part = |array: &Tensor| crate::kernels::cuda::array(&array.narrow(0, first, count)?);
+        let line = |index: usize| array(&floats.narrow(0, index, 1)?.narrow(1, first, count)?);
+        let (logits, d_logits) = (matrix(&logits)?.rows(0, count), matrix(&d_logits)?.rows(0, count));
+        let x = (x.rows(first, count), Side::Plain);
+        gemm(device, logits, x, (table, Side::Transposed), scale, Accumulate::No, None)?;
+        let state = HeadState::new(array(&buffer)?, count)?;
+        let (logprobs, entropies, log_sums) = (line(0)?, line(1)?, line(2)?);
+        let targets = part(&targets)?;
+        head_start(device, state)?;
+        head_forward_chunk(device, state, logits, 0, targets)?;
+        head_finish(device, state, logprobs, entropies, log_sums, part(&flags)?)?;
+        let d_entropies = d_entropies.as_ref().map(&part).transpose()?;
+        let d_logprobs = part(&d_logprobs)?;
+        head_backward_chunk(device, d_logits, logits, 0, targets, log_sums, entropies, d_logprobs, d_entropies, scale)?;
+        let out = matrix(&d_hidden)?.rows(first, count);
+        gemm(device, out, (d_logits, Side::Plain), (table, Side::Plain), 1.0, Accumulate::No, None)?;
+    }
+    drop(span);
+    Ok((read(&floats, &flags, rows)?, d_hidden))
+}
+
+/// The head's output on the host; waits for the device.
+fn read(floats: &Tensor, flags: &Tensor, rows: usize) -> Result<Output, Error> {
+    let floats = download(floats)?;
+    let part = |i: usize| floats[i * rows..(i + 1) * rows].to_vec();
+    Ok(Output {
+        logprobs: part(0),
+        entropies: part(1),
+        log_sums: part(2),
+        is_argmax: download_u8(flags)?.into_iter().map(|f| f != 0).collect(),
+    })
 }
 
 /// All logits of a few rows: f32 `[R, V]`.

@@ -6,6 +6,8 @@
 //!
 //! Shapes: `N` tokens, `I` inputs, `O` outputs of all projections together, `R` their ranks, rounded up to 8.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::kernels::cuda::profile::{Phase, span};
@@ -19,6 +21,12 @@ use crate::ops::{Error, Wide, shape_error};
 use super::row;
 
 const OP: &str = "linear";
+
+/// Most bytes of weights that are unpacked at a time: with few tokens the activations are small, and so should this be; with
+/// many, passing over the result once more costs more than the memory is worth.
+fn most_unpacked_bytes(tokens: usize) -> usize {
+    (tokens * (24 << 10)).clamp(48 << 20, 192 << 20)
+}
 
 /// What the weights' gradients need from the input's.
 #[derive(Debug)]
@@ -64,7 +72,7 @@ impl<'a> Group<'a> {
     }
 
     /// Each projection with the rows of its outputs.
-    fn outputs(&self) -> impl Iterator<Item = (usize, &'a Linear, std::ops::Range<usize>)> {
+    fn outputs(&self) -> impl Iterator<Item = (usize, &'a Linear, Range<usize>)> {
         let mut start = 0;
         self.linears.iter().enumerate().map(move |(index, linear)| {
             let rows = start..start + linear.weight.rows();
@@ -74,7 +82,7 @@ impl<'a> Group<'a> {
     }
 
     /// Each adapter with the rows of its projection's outputs and its own columns.
-    fn adapters(&self) -> impl Iterator<Item = (usize, &'a Adapter, std::ops::Range<usize>, std::ops::Range<usize>)> {
+    fn adapters(&self) -> impl Iterator<Item = (usize, &'a Adapter, Range<usize>, Range<usize>)> {
         let mut start = 0;
         let is_used = self.ranks > 0;
         self.outputs().filter_map(move |(index, linear, rows)| {
@@ -85,24 +93,45 @@ impl<'a> Group<'a> {
         })
     }
 
-    /// `[W | s B]`: `[O, I + R]`.
-    fn weight(&self, dtype: DType) -> Result<Tensor, Error> {
+    /// The outputs whose weights are unpacked together: all, or equal parts where all would take too much memory.
+    fn panels(&self, dtype: DType, tokens: usize) -> Vec<Range<usize>> {
+        let bytes = self.outputs * (self.inputs + self.ranks) * dtype.size_in_bytes();
+        let parts = bytes.div_ceil(most_unpacked_bytes(tokens)).max(1);
+        // Starts are multiples of 64: whole quantisation blocks of every type, and aligned columns.
+        let height = self.outputs.div_ceil(parts).next_multiple_of(64);
+        (0..self.outputs).step_by(height).map(|start| start..self.outputs.min(start + height)).collect()
+    }
+
+    /// `[W | s B]` of the projections that make the outputs `panel`: `[panel, I + R]`.
+    fn weight(&self, panel: &Range<usize>, dtype: DType) -> Result<Tensor, Error> {
         let _span = span(self.device, Phase::Dequantize)?;
-        if let ([one], 0) = (self.linears, self.ranks) {
+        if let ([one], 0) = (self.linears, self.ranks)
+            && panel.len() == self.outputs
+        {
             return Ok(one.weight.unpack(self.device, dtype)?);
         }
-        let out = empty(self.device, (self.outputs, self.inputs + self.ranks), dtype)?;
+        let out = empty(self.device, (panel.len(), self.inputs + self.ranks), dtype)?;
         let all = matrix(&out)?;
+        // The part of a projection's outputs that lies in the panel: its first row there, and rows of the projection.
+        let inside = |rows: &Range<usize>| {
+            let (start, end) = (rows.start.max(panel.start), rows.end.min(panel.end));
+            (start < end).then(|| (start - panel.start, start - rows.start..end - rows.start))
+        };
         for (_, linear, rows) in self.outputs() {
-            let part = all.rows(rows.start, rows.len()).columns(0, self.inputs);
-            linear.weight.unpack_into(self.device, part, 0)?;
+            if let Some((first, own)) = inside(&rows) {
+                let part = all.rows(first, own.len()).columns(0, self.inputs);
+                linear.weight.unpack_into(self.device, part, own.start)?;
+            }
         }
         if self.ranks > 0 {
             let columns = all.columns(self.inputs, self.ranks);
             fill(self.device, columns, 0.0)?;
             for (_, adapter, rows, ranks) in self.adapters() {
-                let part = columns.rows(rows.start, rows.len()).columns(ranks.start, ranks.len());
-                axpby(self.device, part, adapter.scaling, matrix(&adapter.b.value)?, 0.0)?;
+                if let Some((first, own)) = inside(&rows) {
+                    let part = columns.rows(first, own.len()).columns(ranks.start, ranks.len());
+                    let b = matrix(&adapter.b.value)?.rows(own.start, own.len());
+                    axpby(self.device, part, adapter.scaling, b, 0.0)?;
+                }
             }
         }
         Ok(out)
@@ -216,7 +245,6 @@ pub(crate) fn forward(
     let (device, dtype) = (group.device, x.buffer().dtype());
     let x = group.with_room(x)?;
     let low_rank = group.low_rank(&x)?;
-    let weight = group.weight(dtype)?;
     let out_dtype = residual.map_or(dtype, Tensor::dtype);
     let y = empty(device, (x.rows(), group.outputs), out_dtype)?;
     let bias = group.bias(out_dtype)?;
@@ -224,11 +252,19 @@ pub(crate) fn forward(
         Some(residual) => Accumulate::Onto(matrix(residual)?),
         None => Accumulate::No,
     };
-    {
+    for panel in group.panels(dtype, x.rows()) {
+        let weight = group.weight(&panel, dtype)?;
         let _span = span(device, Phase::Multiply)?;
         let x = matrix(x.buffer())?.columns(0, group.inputs + group.ranks);
-        let bias = bias.as_ref().map(array).transpose()?;
-        gemm(device, matrix(&y)?, (x, Side::Plain), (matrix(&weight)?, Side::Transposed), 1.0, onto, bias)?;
+        let columns = |m: Matrix| m.columns(panel.start, panel.len());
+        let onto = match onto {
+            Accumulate::Onto(residual) => Accumulate::Onto(columns(residual)),
+            other => other,
+        };
+        let bias =
+            bias.as_ref().map(array).transpose()?.map(|b| b.from_element(panel.start, out_dtype.size_in_bytes()));
+        let weight = (matrix(&weight)?, Side::Transposed);
+        gemm(device, columns(matrix(&y)?), (x, Side::Plain), weight, 1.0, onto, bias)?;
     }
     let outputs = group
         .outputs()
@@ -262,15 +298,16 @@ pub(crate) fn backward_input(
             column_sums(&device, array(grad)?, part, array(&workspace)?)?;
         }
     }
-    let weight = group.weight(dtype)?;
     let dx = empty(&device, (dy.rows, group.inputs + group.ranks), dtype)?;
     let dx_matrix = matrix(&dx)?;
-    {
+    for (index, panel) in group.panels(dtype, dy.rows).into_iter().enumerate() {
+        let weight = group.weight(&panel, dtype)?;
         let _span = span(&device, Phase::Multiply)?;
         let weight = (matrix(&weight)?, Side::Plain);
-        gemm(&device, dx_matrix, (dy, Side::Plain), weight, 1.0, Accumulate::No, None)?;
+        let onto = if index == 0 { Accumulate::No } else { Accumulate::Into };
+        let dy = dy.columns(panel.start, panel.len());
+        gemm(&device, dx_matrix, (dy, Side::Plain), weight, 1.0, onto, None)?;
     }
-    drop(weight);
     let (values, d_low) = (dx_matrix.columns(0, group.inputs), dx_matrix.columns(group.inputs, group.ranks));
     if group.ranks > 0 {
         let _span = span(&device, Phase::LowRank)?;

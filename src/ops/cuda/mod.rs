@@ -8,6 +8,7 @@ pub(crate) mod buffer;
 pub(crate) mod head;
 pub(crate) mod linear;
 pub(crate) mod norm;
+pub(crate) mod paged_attention;
 pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod swiglu;

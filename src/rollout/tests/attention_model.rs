@@ -1,7 +1,7 @@
 //! A tiny real attention model: what it says next depends on every cached key and value, so a wrong page, a page written
 //! to by somebody else or a missing token changes what it generates.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::rng::Stream;
 use crate::rollout::{DecodeModel, Error, KvCache, KvShape, StepBatch};
@@ -106,7 +106,7 @@ impl DecodeModel for AttentionModel {
     }
 
     fn kv_shape(&self) -> KvShape {
-        KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: HEAD_DIM }
+        KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, dtype: DType::F32 }
     }
 
     fn max_positions(&self) -> usize {

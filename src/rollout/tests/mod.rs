@@ -4,6 +4,8 @@ mod attention_model;
 
 use std::cell::Cell;
 
+use candle_core::{DType, Device};
+
 use super::sampler::{DrawJob, Sampler, Scratch};
 use super::*;
 use crate::config::settings::SamplingSettings;
@@ -12,7 +14,7 @@ use attention_model::AttentionModel;
 
 const VOCAB: usize = 40;
 const EOS: u32 = 7;
-const PAGE_BYTES: usize = KvShape { layers: 2, kv_heads: 2, head_dim: 8 }.page_bytes();
+const PAGE_BYTES: usize = KvShape { layers: 2, kv_heads: 2, head_dim: 8, dtype: DType::F32 }.page_bytes();
 
 fn settings() -> RolloutSettings {
     RolloutSettings {
@@ -252,7 +254,7 @@ fn all_pages_are_free_at_the_end() {
         let mut model = AttentionModel::new(VOCAB);
         let limits = scheduler::Limits { max_num_seqs: 5, max_batch_tokens: 16 };
         let mut scheduler = scheduler::Scheduler::new(limits, num_pages, &requests);
-        let mut cache = KvCache::new(model.kv_shape(), num_pages).unwrap();
+        let mut cache = KvCache::new(model.kv_shape(), num_pages, &Device::Cpu).unwrap();
         let rules = sequence::EndRules { eos_token_ids: &[EOS], stop_strings: &[], detokenize: None };
         let mut finished = 0;
         let open = |request: usize, prompt| {
@@ -473,13 +475,13 @@ impl DecodeModel for Counter {
         4
     }
     fn kv_shape(&self) -> KvShape {
-        KvShape { layers: 1, kv_heads: 1, head_dim: 1 }
+        KvShape { layers: 1, kv_heads: 1, head_dim: 1, dtype: DType::F32 }
     }
     fn max_positions(&self) -> usize {
         1_000
     }
     fn step(&mut self, batch: &StepBatch, _: &mut KvCache) -> Result<candle_core::Tensor, Error> {
-        Ok(candle_core::Tensor::zeros((batch.logit_rows.len(), 4), candle_core::DType::F32, &candle_core::Device::Cpu)?)
+        Ok(candle_core::Tensor::zeros((batch.logit_rows.len(), 4), DType::F32, &Device::Cpu)?)
     }
 }
 
