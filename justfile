@@ -29,6 +29,14 @@ e2e:
 bench *ARGS:
     cargo bench {{ARGS}}
 
+# The CUDA kernels against the CPU; needs a GPU and nvcc of CUDA 13
+test-gpu *ARGS:
+    cargo test --release --features cuda --test cuda -- --ignored {{ARGS}}
+
+# Speed and memory of whole steps on a GPU, results in a folder
+bench-gpu *ARGS:
+    scripts/bench/gpu.sh {{ARGS}}
+
 # API documentation
 docs:
     cargo doc --release --no-deps --document-private-items

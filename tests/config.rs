@@ -92,6 +92,8 @@ fn sft_defaults_are_those_of_trl() {
             num_train_epochs: 3.0,
             max_steps: None,
             gradient_checkpointing: true,
+            activation_offloading: false,
+            full_determinism: false,
             learning_rate: 2e-5,
             lr_scheduler_type: LrSchedulerType::Linear,
             lr_scheduler_kwargs: serde_json::Map::new(),
@@ -735,7 +737,6 @@ fn every_single_key_survives_the_round_trip() {
         "learning_rate=5e-324",
         "seed=18446744073709551615",
         "max_steps=7",
-        "resume_from_checkpoint=true",
         "resume_from_checkpoint=runs/a b/checkpoint-5",
         "device=cuda:3",
         "lora_target_modules=[v_proj]",
@@ -760,6 +761,24 @@ fn every_single_key_survives_the_round_trip() {
         "scale_rewards=false",
     ] {
         round_trip_grpo("", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
+    }
+}
+
+#[test]
+fn a_resolved_config_does_not_go_on_from_the_runs_own_checkpoint() {
+    let own = Path::new("runs/a/checkpoint-5");
+    let absolute = std::path::absolute(own).expect("a working directory");
+    for place in [Path::new("true"), Path::new("runs/a/checkpoint-5"), &absolute] {
+        let sets = ["output_dir=runs/a/".to_owned(), format!("resume_from_checkpoint={}", place.display())];
+        let first = config::load_sft(&Source::new("a.yaml", SFT), &sets, &Context::default());
+        let first = first.unwrap_or_else(|error| panic!("{error}"));
+        assert_ne!(first.settings.training.resume_from_checkpoint, Resume::No);
+        let resolved = Source::new("b.yaml", first.resolved_yaml.as_str());
+        let mut again =
+            config::load_sft(&resolved, &[], &Context::default()).unwrap_or_else(|error| panic!("{error}")).settings;
+        assert_eq!(again.training.resume_from_checkpoint, Resume::No, "{}", place.display());
+        again.training.resume_from_checkpoint = first.settings.training.resume_from_checkpoint.clone();
+        assert_eq!(again, first.settings);
     }
 }
 

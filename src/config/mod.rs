@@ -40,4 +40,4 @@ pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 pub use load::{Loaded, load_grpo, load_sft};
 pub use reference::{explain, keys, reference};
 pub use resolve::{Context, RewardCheck};
-pub use write::{grpo_yaml, sft_yaml};
+pub use write::{grpo_texts, grpo_yaml, sft_texts, sft_yaml};

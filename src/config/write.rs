@@ -1,7 +1,9 @@
-//! Settings back to the YAML text that gives them: `output_dir/config.resolved.yaml`.
+//! Settings back to the YAML text that gives them: `output_dir/config.resolved.yaml`, and the values by which a checkpoint
+//! knows the run it belongs to.
 //!
 //! Every key of the command is spelled out, in the order of the table. The settings are taken apart field by field, so
-//! a field added to them does not compile until it is written here. Feeding the text back gives equal settings.
+//! a field added to them does not compile until it is written here. Feeding the text back gives equal settings, but that
+//! a run which went on from its own checkpoint starts anew.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,6 +26,12 @@ type Texts = BTreeMap<&'static str, String>;
 /// The text for the settings of `trainer sft`, below `header` (lines of comment without their `#`).
 #[must_use]
 pub fn sft_yaml(settings: &SftSettings, header: &[String]) -> String {
+    document(Command::Sft, header, &sft_texts(settings))
+}
+
+/// Every key of `trainer sft` with its value as YAML.
+#[must_use]
+pub fn sft_texts(settings: &SftSettings) -> BTreeMap<&'static str, String> {
     let SftSettings {
         model,
         data,
@@ -49,12 +57,18 @@ pub fn sft_yaml(settings: &SftSettings, header: &[String]) -> String {
         ("assistant_only_loss", assistant_only_loss.to_string()),
         ("loss_type", loss_type.to_string()),
     ]);
-    document(Command::Sft, header, &texts)
+    texts
 }
 
 /// The text for the settings of `trainer grpo`, below `header` (lines of comment without their `#`).
 #[must_use]
 pub fn grpo_yaml(settings: &GrpoSettings, header: &[String]) -> String {
+    document(Command::Grpo, header, &grpo_texts(settings))
+}
+
+/// Every key of `trainer grpo` with its value as YAML.
+#[must_use]
+pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
     let GrpoSettings {
         model,
         data,
@@ -140,7 +154,7 @@ pub fn grpo_yaml(settings: &GrpoSettings, header: &[String]) -> String {
         ("num_completions_to_print", optional(*num_completions_to_print)),
         ("max_num_seqs", max_num_seqs.to_string()),
     ]);
-    document(Command::Grpo, header, &texts)
+    texts
 }
 
 fn document(command: Command, header: &[String], texts: &Texts) -> String {
@@ -267,10 +281,11 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
     } = training;
+    // A run that went on from its own checkpoint is the run from its start; one that went on from another run's
+    // checkpoint is not.
     let resume = match resume_from_checkpoint {
-        Resume::No => "false".into(),
-        Resume::Latest => "true".into(),
-        Resume::Path(path) => string(&path.to_string_lossy()),
+        Resume::Path(path) if !is_inside(path, output_dir) => string(&path.to_string_lossy()),
+        Resume::No | Resume::Latest | Resume::Path(_) => "false".into(),
     };
     let device_text = match device {
         DeviceChoice::Auto => "auto".into(),
@@ -418,6 +433,12 @@ fn float(value: f64) -> String {
         }
         None => text,
     }
+}
+
+/// Whether a path lies directly in a folder, by their texts.
+fn is_inside(path: &Path, folder: &Path) -> bool {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    absolute(path).parent() == Some(&absolute(folder))
 }
 
 /// Plain where that is safe in YAML 1.1 and 1.2, else in quotes.

@@ -363,14 +363,14 @@ impl Engine {
             // The one before comes back while this one computes.
             next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
             let layer = self.layer(index)?;
-            let saved = match current {
-                Kept::Everything(saved) => *saved,
+            gradient = match current {
+                Kept::Everything(saved) => layer.backward(&gradient, *saved, &pass),
                 Kept::Retained(retained) => {
                     let retained = retained.map(|held| host.take(held))?;
-                    layer.recompute(retained, &pass).map_err(in_layer(index))?
+                    layer.backward_from(&gradient, retained, &pass)
                 }
-            };
-            gradient = layer.backward(&gradient, saved, &pass).map_err(in_layer(index))?;
+            }
+            .map_err(in_layer(index))?;
         }
         let embedding = self.embedding()?;
         if embedding.is_trained() {

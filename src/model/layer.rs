@@ -365,32 +365,6 @@ impl DecoderLayer {
         Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, outputs }))
     }
 
-    /// What backward needs, computed again from what was retained: [`Self::forward`] without its last product, and without
-    /// attention and the products beside it where their results were retained.
-    ///
-    /// # Errors
-    /// If the shapes do not fit.
-    pub fn recompute(&self, retained: Retained, pass: &Pass<'_>) -> Result<Saved, Error> {
-        let Retained { input, middle } = retained;
-        let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
-        let (attention, middle) = match middle {
-            Some(Middle { attended, cols, stream, o, attention }) => {
-                (attention, (Wide::with_cols(attended, cols)?, stream, o))
-            }
-            None => {
-                let room = self.attended_room(pass);
-                let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
-                let (stream, o) = self.output_projection(&input, &attended, pass)?;
-                (attention, (attended, stream, o))
-            }
-        };
-        let (attended, stream, o) = middle;
-        let (activated, half) = self.mlp(&stream, pass)?;
-        let down = self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?;
-        let outputs = half.join(attended, o, stream, down);
-        Ok(Saved { input, inputs, q, k, v, attention, outputs })
-    }
-
     /// The gradient of the layer's input.
     ///
     /// # Shapes
@@ -401,14 +375,67 @@ impl DecoderLayer {
     pub fn backward(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<Tensor, Error> {
         let Saved { input, inputs, q, k, v, attention, outputs } = saved;
         let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
+        self.attention_backward(d_stream, input, (q, k, v, inputs), attention, attended, &o, pass)
+    }
+
+    /// As [`Self::backward`], from what was retained: the rest is computed again, without the layer's last product. Where the
+    /// results of attention were retained, neither it nor the product after it is repeated, and the MLP is done with before
+    /// queries, keys and values are there again.
+    ///
+    /// # Shapes
+    /// `dy`: `[N, D]`; returns `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn backward_from(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<Tensor, Error> {
+        let Retained { input, middle } = retained;
+        if let Some(Middle { attended, cols, stream, o, attention }) = middle {
+            let outputs = self.outputs_again(Wide::with_cols(attended, cols)?, o, stream, pass)?;
+            let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
+            let heads = self.attention_inputs(&input, pass)?;
+            return self.attention_backward(d_stream, input, heads, attention, attended, &o, pass);
+        }
+        let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
+        let room = self.attended_room(pass);
+        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+        let (stream, o) = self.output_projection(&input, &attended, pass)?;
+        let outputs = self.outputs_again(attended, o, stream, pass)?;
+        self.backward(dy, Saved { input, inputs, q, k, v, attention, outputs }, pass)
+    }
+
+    /// What the second half keeps for backward, from the residual stream after attention, without its last product.
+    fn outputs_again(
+        &self,
+        attended: Wide,
+        o: linear::SavedGroup,
+        stream: Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<SavedOutputs, Error> {
+        let (activated, half) = self.mlp(&stream, pass)?;
+        let down = self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?;
+        Ok(half.join(attended, o, stream, down))
+    }
+
+    /// The gradient of the layer's input from that of the residual stream after attention.
+    #[expect(clippy::too_many_arguments, reason = "everything that the first half left")]
+    fn attention_backward(
+        &self,
+        d_stream: Tensor,
+        input: Tensor,
+        (q, k, v, inputs): (Tensor, Tensor, Tensor, SavedInputs),
+        attention: attention::Saved,
+        attended: Wide,
+        o: &linear::SavedGroup,
+        pass: &Pass<'_>,
+    ) -> Result<Tensor, Error> {
         let d_attended = self.with_group(OUTPUT, pass, |group, mode| {
-            let (dx, carried) = linear::backward_input(group, vec![d_stream.clone()], &o, mode)?;
-            linear::backward_weights(group, &carried, &attended, &o, mode)?;
+            let (dx, carried) = linear::backward_input(group, vec![d_stream.clone()], o, mode)?;
+            linear::backward_weights(group, &carried, &attended, o, mode)?;
             Ok(dx)
         })?;
         let [dq, dk, dv] =
             attention::backward_rows(&d_attended, &q, &k, &v, &attended, pass.layout, self.heads, &attention)?;
-        drop((d_attended, attended, q, k, v));
+        drop((d_attended, attended, attention, q, k, v));
         let dq = Self::heads_backward(dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
         let dk = Self::heads_backward(dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
         let d_normed = self.with_group(QKV, pass, |group, mode| {

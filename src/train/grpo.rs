@@ -3,14 +3,16 @@
 use anyhow::bail;
 use serde_json::Value;
 
+use super::continuation::Continuation;
 use super::generation::{GenerationBatch, Generator, MicroBatch, Sampled};
 use super::plan;
-use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, restore};
+use super::run::{LoopState, Run, State, claim_output_dir, find_checkpoint, restore};
 use super::session::{self, Session};
 use super::{Backend, Context, Outcome};
 use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
 };
+use crate::config;
 use crate::config::settings::GrpoSettings;
 use crate::data::{self, Dataset, PromptExample, PromptOptions, Sampler, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
@@ -32,8 +34,9 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
     backend.tune(!training.full_determinism)?;
-    check_output_dir(training)?;
-    let checkpoint = find_checkpoint(training)?;
+    let _lock = claim_output_dir(training, &settings.model)?;
+    let continuation = Continuation::new("grpo", config::grpo_texts(settings));
+    let checkpoint = find_checkpoint(training, &continuation)?;
     let mut progress = plan::downloads(&context.terminal);
     let mut session = session::open(
         &settings.model,
@@ -56,14 +59,14 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset, 1, 0)?;
     let mut resumed: Option<State<GenerationBatch>> =
-        checkpoint.map(|c| restore(&c, "grpo", training, &session, &mut optimizer)).transpose()?;
+        checkpoint.map(|c| restore(&c, &session, &mut optimizer)).transpose()?;
     let mut generation = resumed.as_mut().and_then(|state| state.buffer.take());
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
-    let mut run = Run::begin("grpo", training, context, total, memory, resumed.as_ref())?;
+    let mut run = Run::begin(continuation, training, context, total, memory, resumed.as_ref())?;
     run.open(show_plan(settings, &session, &prompts, &generator, total));
 
     let num_prompts = settings.generation_batch_size / settings.num_generations;

@@ -1,13 +1,16 @@
 //! The two training loops and what they share.
 //!
 //! `sft.rs` and `grpo.rs` read top to bottom as the algorithms they run; everything that is not the algorithm is beside
-//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's files, console and checkpoints, `save.rs` writes models,
+//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's files, console and checkpoints,
+//! `lock.rs` its folder, `continuation.rs` what a resumed run has in common with the first, `save.rs` writes models,
 //! `generation.rs` samples, rewards and scores a generation batch.
 
 mod backend;
 pub mod bench;
+mod continuation;
 mod generation;
 pub mod grpo;
+mod lock;
 mod plan;
 mod run;
 mod save;

@@ -6,14 +6,17 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::continuation::{Continuation, Values};
+use super::lock::Lock;
 use super::plan::Memory;
 use super::session::Session;
 use super::{Context, Outcome, save};
 use crate::checkpoint;
-use crate::config::settings::{Interval, ReportTo, Resume, TrainingSettings};
+use crate::config::settings::{Interval, ModelSettings, ReportTo, Resume, TrainingSettings};
 use crate::data::SamplerState;
 use crate::ops::buffer;
 use crate::optim::LossScaler;
@@ -38,6 +41,9 @@ pub(super) struct State<B> {
     /// `sft` or `grpo`.
     task: String,
     seed: u64,
+    /// The settings that the state depends on; none in checkpoints of programs that did not note them.
+    #[serde(default)]
+    settings: Values,
     /// Optimizer steps taken by the loop.
     pub(super) step: u64,
     /// Steps the optimizer really took (skipped ones left out).
@@ -57,7 +63,7 @@ pub(super) struct State<B> {
 
 /// A run in progress.
 pub(super) struct Run<'a> {
-    task: &'static str,
+    continuation: Continuation,
     settings: &'a TrainingSettings,
     context: Context<'a>,
     pub(super) console: Console,
@@ -86,9 +92,19 @@ pub(super) struct LoopState<B> {
     pub(super) loss_scaler: Option<LossScaler>,
 }
 
-/// Makes sure the output folder can be used before anything is loaded.
-pub(super) fn check_output_dir(settings: &TrainingSettings) -> anyhow::Result<()> {
+/// Makes sure, before anything is loaded, that the output folder can be used, and takes it for this run.
+pub(super) fn claim_output_dir(settings: &TrainingSettings, model: &ModelSettings) -> anyhow::Result<Lock> {
     let folder = &settings.output_dir;
+    if model.lora.is_none() && is_same_place(folder, Path::new(&model.model_name_or_path)) {
+        bail!(
+            "`output_dir: {}` is the folder of `model_name_or_path`, and full fine-tuning would write over the model it \
+             starts from; choose another `output_dir`, or train an adapter (`use_peft: true`)",
+            folder.display()
+        );
+    }
+    std::fs::create_dir_all(folder).map_err(crate::fs::io_error("create the folder", folder))?;
+    // First of all: what follows looks at what another run may be writing, and removes what looks left over.
+    let lock = Lock::take(folder)?;
     // A run that ended before its first row and checkpoint left nothing to lose.
     let has_rows = folder.join("metrics.jsonl").metadata().is_ok_and(|metadata| metadata.len() > 0);
     let holds_a_run = has_rows || checkpoint::newest_step(folder).is_some();
@@ -99,52 +115,60 @@ pub(super) fn check_output_dir(settings: &TrainingSettings) -> anyhow::Result<()
             folder.display()
         );
     }
-    std::fs::create_dir_all(folder).map_err(crate::fs::io_error("create the folder", folder))?;
     checkpoint::clean_up(folder)?;
-    Ok(())
+    Ok(lock)
 }
 
-/// The checkpoint to resume from, if the settings ask for one.
-pub(super) fn find_checkpoint(settings: &TrainingSettings) -> anyhow::Result<Option<checkpoint::Checkpoint>> {
-    match &settings.resume_from_checkpoint {
-        Resume::No => Ok(None),
-        Resume::Path(path) => Ok(Some(checkpoint::open(path)?)),
+fn is_same_place(one: &Path, other: &Path) -> bool {
+    let is_one_folder = || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other);
+    one == other || is_one_folder()
+}
+
+/// The checkpoint to resume from, if the settings ask for one; its state is that of a run which this one can continue.
+pub(super) fn find_checkpoint(
+    settings: &TrainingSettings,
+    continuation: &Continuation,
+) -> anyhow::Result<Option<checkpoint::Checkpoint>> {
+    let checkpoint = match &settings.resume_from_checkpoint {
+        Resume::No => return Ok(None),
+        Resume::Path(path) => checkpoint::open(path)?,
         Resume::Latest => {
             let found = checkpoint::find_latest(&settings.output_dir)?;
             for skipped in &found.skipped {
                 tracing::warn!("passed over `{}`: {}", skipped.path.display(), skipped.reason);
             }
-            match found.checkpoint {
-                Some(checkpoint) => Ok(Some(checkpoint)),
-                None => bail!(
+            found.checkpoint.with_context(|| {
+                format!(
                     "`resume_from_checkpoint: true`, but `{}` holds no whole checkpoint; leave the key out to start anew",
                     settings.output_dir.display()
-                ),
-            }
+                )
+            })?
         }
+    };
+    let state: State<IgnoredAny> = checkpoint.json(STATE_FILE)?;
+    let task = continuation.task;
+    if state.version != STATE_VERSION || state.task != task {
+        bail!(
+            "`{}` holds state of `trainer {}` (format {}), not of `trainer {task}`",
+            checkpoint.path().display(),
+            state.task,
+            state.version
+        );
     }
+    let mut saved = state.settings;
+    saved.entry("seed".into()).or_insert_with(|| state.seed.to_string());
+    continuation.check(&checkpoint, &saved)?;
+    Ok(Some(checkpoint))
 }
 
 /// Takes a checkpoint's tensors into the session and the optimizer and returns its state.
 pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     checkpoint: &checkpoint::Checkpoint,
-    task: &str,
-    settings: &TrainingSettings,
     session: &Session,
     optimizer: &mut ShardedAdamW,
 ) -> anyhow::Result<State<B>> {
     let place = checkpoint.path().display().to_string();
     let state: State<B> = checkpoint.json(STATE_FILE)?;
-    if state.version != STATE_VERSION || state.task != task {
-        bail!("`{place}` holds state of `trainer {}` (format {}), not of `trainer {task}`", state.task, state.version);
-    }
-    if state.seed != settings.seed {
-        bail!(
-            "`{place}` was made with `seed: {}`, this run has {}; resume with the same seed",
-            state.seed,
-            settings.seed
-        );
-    }
     let tensors: std::collections::BTreeMap<String, Vec<f32>> =
         checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
     let store = session.engine.store();
@@ -188,7 +212,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
 impl<'a> Run<'a> {
     /// Opens the run's files and console; `resumed` is the state of the checkpoint it goes on from.
     pub(super) fn begin<B>(
-        task: &'static str,
+        continuation: Continuation,
         settings: &'a TrainingSettings,
         context: Context<'a>,
         total: u64,
@@ -213,7 +237,7 @@ impl<'a> Run<'a> {
         let accumulator = resumed.map(|state| state.accumulator.clone()).unwrap_or_default();
         let now = Instant::now();
         Ok(Self {
-            task,
+            continuation,
             settings,
             context,
             console,
@@ -308,8 +332,9 @@ impl<'a> Run<'a> {
         save::write_model(writer.path(), session)?;
         let state = State {
             version: STATE_VERSION,
-            task: self.task.to_string(),
+            task: self.continuation.task.to_string(),
             seed: self.settings.seed,
+            settings: self.continuation.values.clone(),
             step: self.step,
             optimizer_steps: optimizer.steps(),
             sampler: own.sampler,
@@ -346,8 +371,11 @@ impl<'a> Run<'a> {
         let mut summary = Section::new("Summary");
         save::write_model(output_dir, session)?;
         let curves = output_dir.join("curves.svg");
-        let has_curves =
-            write_curves(&curves, &title(self.task, output_dir), &read_rows(&output_dir.join("metrics.jsonl"))?)?;
+        let has_curves = write_curves(
+            &curves,
+            &title(self.continuation.task, output_dir),
+            &read_rows(&output_dir.join("metrics.jsonl"))?,
+        )?;
         let secs = self.started.elapsed().as_secs_f64();
         let steps = self.step - self.first_step;
         let tokens = self.num_tokens - self.first_tokens;

@@ -1,6 +1,7 @@
 //! Opening a model: files, tokenizer, chat template, blocks, engine.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use candle_core::quantized::gguf_file::Content;
@@ -13,6 +14,7 @@ use crate::engine::{Activations, Engine};
 use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
 use crate::model::source::gguf_file_of;
+use crate::telemetry::units;
 use crate::zero::ParamStore;
 
 /// A model ready to train or to speak.
@@ -66,6 +68,7 @@ pub fn open(
         None => folder.clone(),
     };
     // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.
+    let started = Instant::now();
     let mut loaded = load(&folder, settings, seed, purpose)?;
     if !backend.device.is_cpu() {
         loaded.keep_embedding_on_host();
@@ -96,7 +99,15 @@ pub fn open(
             );
         }
     }
+    let read_secs = started.elapsed().as_secs_f64();
     let engine = Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, activations);
+    let secs = started.elapsed().as_secs_f64();
+    tracing::info!(
+        "the model was read and packed in {}, and ready on {} after {}",
+        units::duration(read_secs),
+        backend.describe(),
+        units::duration(secs)
+    );
     Ok(Session { engine, tokenizer, template, adapter_spec, folder })
 }
 

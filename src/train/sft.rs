@@ -3,11 +3,13 @@
 use anyhow::bail;
 use serde_json::Value;
 
+use super::continuation::Continuation;
 use super::plan;
-use super::run::{LoopState, Run, State, check_output_dir, find_checkpoint, restore};
+use super::run::{LoopState, Run, State, claim_output_dir, find_checkpoint, restore};
 use super::session::{self, Session};
 use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
+use crate::config;
 use crate::config::settings::{SftLossType, SftSettings, TrainingSettings};
 use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
@@ -36,8 +38,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
     backend.tune(!training.full_determinism)?;
-    check_output_dir(training)?;
-    let checkpoint = find_checkpoint(training)?;
+    let _lock = claim_output_dir(training, &settings.model)?;
+    let continuation = Continuation::new("sft", config::sft_texts(settings));
+    let checkpoint = find_checkpoint(training, &continuation)?;
     let mut progress = plan::downloads(&context.terminal);
     let session = session::open(
         &settings.model,
@@ -56,19 +59,17 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
-    let resumed: Option<State<()>> =
-        checkpoint.map(|c| restore(&c, "sft", training, &session, &mut optimizer)).transpose()?;
+    let resumed: Option<State<()>> = checkpoint.map(|c| restore(&c, &session, &mut optimizer)).transpose()?;
     if let Some(state) = &resumed {
         sampler.resume(state.sampler)?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, 0);
-    let mut run = Run::begin("sft", training, context, total, memory, resumed.as_ref())?;
+    let mut run = Run::begin(continuation, training, context, total, memory, resumed.as_ref())?;
     run.open(show_plan(settings, &session, &train, eval.as_ref(), total));
 
     while run.step < run.total {
-        let epoch_before = sampler.epochs();
-        let step = run.step;
+        let (step, epoch_before) = (run.step, sampler.epochs());
         let batches: Vec<Batch> = (0..training.gradient_accumulation_steps)
             .map(|_| train.batch(&sampler.next_share(training.per_device_train_batch_size)))
             .collect::<anyhow::Result<_>>()?;

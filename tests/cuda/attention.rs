@@ -44,7 +44,13 @@ fn layouts() -> Vec<Vec<SegmentRange>> {
         segment(300, 370, Some((0, 70))),
         segment(370, 371, Some((0, 64))),
     ];
-    let many = (0..600).map(|i| segment(i * 7, i * 7 + 1 + i % 7, None)).collect();
+    let lengths = (0..600).map(|i| 1 + i % 7);
+    let many = lengths
+        .scan(0, |end, length| {
+            *end += length;
+            Some(segment(*end - length, *end, None))
+        })
+        .collect();
     vec![packed, shared, many]
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::test_run::{TestRun, copy_files, generate, trainer};
+use crate::test_run::{TestRun, copy_files, generate, names, trainer};
 
 /// Asserts that the run ends with `code` and one message of `parts`, and that no run was begun.
 #[track_caller]
@@ -278,6 +278,33 @@ fn a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoints() {
     let ended = grpo.run(&[]).expect_error(1, &["NaN", "learning rate"]);
     assert_eq!((ended.steps(), grpo.checkpoints()), (vec![1], vec![1]));
     grpo.assert_checkpoint(1);
+}
+
+/// All weights are written under the names that they were read from, under any way of writing the path.
+#[test]
+fn full_fine_tuning_does_not_write_over_its_own_model() {
+    let run = TestRun::full().set("max_steps", 1).done();
+    let folder = run.beside("model");
+    copy_files(&run.output(), &folder);
+    fs::remove_file(folder.join("metrics.jsonl")).unwrap();
+    let before: Vec<_> = names(&folder).into_iter().map(|name| (fs::read(folder.join(&name)).unwrap(), name)).collect();
+    let link = run.beside("link");
+    std::os::unix::fs::symlink(&folder, &link).unwrap();
+    for output in [folder.clone(), link, folder.join("../model")] {
+        for more in ["overwrite_output_dir=false", "overwrite_output_dir=true", "init_random=true"] {
+            let own = TestRun::full().model(&folder).set("output_dir", output.display());
+            let place = format!("`output_dir: {}`", output.display());
+            let parts = [&place, "`model_name_or_path`", "choose another `output_dir`", "`use_peft: true`"];
+            let ended = own.run(&["--set", more]).expect_error(1, &parts);
+            assert_eq!(ended.out, "");
+        }
+    }
+    let grpo = TestRun::grpo().model(&folder).set("use_peft", "false").set("load_in_4bit", "false");
+    grpo.set("output_dir", folder.display()).run(&[]).expect_error(1, &["full fine-tuning", "choose another"]);
+    for (bytes, name) in &before {
+        assert!(fs::read(folder.join(name)).unwrap() == *bytes, "`{name}` was changed");
+    }
+    assert_eq!(names(&folder).len(), before.len());
 }
 
 #[test]

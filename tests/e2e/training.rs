@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 
-use crate::test_run::{TestRun, names};
+use crate::test_run::{TestRun, names, start};
 
 /// Mean of the first and of the last `count` values.
 fn ends(values: &[f64], count: usize) -> (f64, f64) {
@@ -201,6 +202,28 @@ fn a_folder_that_holds_a_run_is_not_overwritten_unasked() {
     run.run(&["--set", "seed=2", "--set", "overwrite_output_dir=true"]).expect(0);
     assert_eq!(run.rows().len(), rows.len());
     assert!(run.weights() != weights);
+}
+
+/// Two runs in one folder would mix their files. A run that is killed leaves nothing that stands in the way.
+#[test]
+fn a_folder_belongs_to_one_run_at_a_time() {
+    let run = TestRun::sft().set("save_strategy", "no").set("eval_strategy", "no");
+    let mut first = start(&mut run.command(&["--set", "max_steps=20000"]));
+    let mut lines = BufReader::new(first.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().starts_with("step ")), "the first run does not train");
+    let process = format!("another run (process {})", first.id());
+    let place = format!("`output_dir: {}`", run.output().display());
+    for more in [&[][..], &["--resume"], &["--set", "overwrite_output_dir=true"]] {
+        let ended = run.run(more).expect_error(1, &[&process, &place, "wait until it ends", "choose another folder"]);
+        assert_eq!(ended.out, "");
+    }
+    assert!(first.try_wait().unwrap().is_none(), "the first run ended");
+
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let ended = run.run(&["--set", "overwrite_output_dir=true"]).expect(0);
+    assert_eq!((ended.steps(), ended.err.as_str()), (vec![1, 2, 3, 4], ""));
+    assert!(!run.has("run.lock"));
 }
 
 #[test]

@@ -8,14 +8,14 @@ use serde_json::Value;
 use trainer::config::settings::{SamplingSettings, WeightDtype};
 use trainer::engine::{Activations, Engine, Speaker, Types};
 use trainer::model::batch::BatchBuilder;
-use trainer::model::load::{LoadedModel, Purpose, load};
+use trainer::model::load::{Purpose, load};
 use trainer::model::source::WeightSource;
 use trainer::ops::buffer;
 use trainer::rollout::forward::EngineModel;
 use trainer::rollout::{Caller, Request, Rollout, RolloutSettings};
 use trainer::zero::ParamStore;
 
-use crate::model_files::{Tensors, settings};
+use crate::model_files::{Tensors, device, settings};
 use crate::report::Report;
 
 /// As the group's README advises for an implementation that dequantises to f32.
@@ -38,9 +38,13 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     check_tensors(path, &golden, report)?;
     let model = settings(None, None);
     assert_eq!(model.dtype, WeightDtype::Auto);
-    let LoadedModel { config, blocks, .. } = load(path, &model, 0, Purpose::Inference)?;
-    let engine =
-        Engine::new(config, None, ParamStore::new(blocks, &candle_core::Device::Cpu)?, Types::F32, Activations::Keep);
+    let mut loaded = load(path, &model, 0, Purpose::Inference)?;
+    let device = device()?;
+    if !device.is_cpu() {
+        loaded.keep_embedding_on_host();
+    }
+    let store = ParamStore::new(loaded.blocks, &device)?;
+    let engine = Engine::new(loaded.config, None, store, Types::F32, Activations::Keep);
     for prompt in golden["prompts"].as_array().context("prompts")? {
         check_prompt(&engine, prompt, &logits, report)?;
     }

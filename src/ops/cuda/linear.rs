@@ -125,7 +125,13 @@ impl<'a> Group<'a> {
         }
         if self.ranks > 0 {
             let columns = all.columns(self.inputs, self.ranks);
-            fill(self.device, columns, 0.0)?;
+            // One adapter alone may fill all columns of all rows.
+            let is_filled = self.adapters().all(|(_, _, rows, ranks)| {
+                inside(&rows).is_none_or(|(_, own)| own.len() == panel.len() && ranks.len() == self.ranks)
+            });
+            if !is_filled || self.adapters().all(|(_, _, rows, _)| inside(&rows).is_none()) {
+                fill(self.device, columns, 0.0)?;
+            }
             for (_, adapter, rows, ranks) in self.adapters() {
                 if let Some((first, own)) = inside(&rows) {
                     let part = columns.rows(first, own.len()).columns(ranks.start, ranks.len());

@@ -1,0 +1,280 @@
+//! What a resumed run has in common with the run that it continues.
+//!
+//! A checkpoint keeps the values of the settings that its run depended on. A resumed run with other values is refused
+//! where the state would mean something else, and warned where its course changes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+
+use crate::checkpoint::Checkpoint;
+
+/// Settings that give the state its meaning: what the trained values belong to, which rows the place in the data counts,
+/// what a step and a generation batch consist of, and the random numbers.
+const MEANING: &[&str] = &[
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name_or_path",
+    "chat_template_path",
+    "init_random",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "use_rslora",
+    "adapter_name_or_path",
+    "dataset_name",
+    "dataset_config",
+    "dataset_revision",
+    "dataset_train_split",
+    "dataset_text_field",
+    "eval_fraction",
+    "max_train_samples",
+    "chat_template_kwargs",
+    "system_prompt",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "max_prompt_length",
+    "truncate_prompts",
+    "seed",
+    "data_seed",
+    "shuffle_dataset",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "steps_per_generation",
+    "num_iterations",
+];
+
+/// Settings that change where the run goes from here, which people do on purpose.
+const COURSE: &[&str] = &[
+    "dtype",
+    "bf16",
+    "fp16",
+    "lora_dropout",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "dataset_test_split",
+    "max_eval_samples",
+    "eval_packing",
+    "num_generations_eval",
+    "loss_type",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_strings",
+    "reward_funcs",
+    "reward_weights",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "beta",
+    "use_bias_correction_kl",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "mask_truncated_completions",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "off_policy_mask_threshold",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+];
+
+/// Those of `MEANING` that name a file or folder, which may have moved since.
+const PLACES: &[&str] =
+    &["model_name_or_path", "tokenizer_name_or_path", "chat_template_path", "adapter_name_or_path", "dataset_name"];
+
+/// Name and value, as YAML, of settings.
+pub(super) type Values = BTreeMap<String, String>;
+
+/// What a run is, as far as its checkpoints depend on it.
+pub(super) struct Continuation {
+    /// `sft` or `grpo`.
+    pub(super) task: &'static str,
+    /// The values of this run.
+    pub(super) values: Values,
+}
+
+impl Continuation {
+    /// For a run with these settings, each with its value as YAML.
+    pub(super) fn new(task: &'static str, texts: BTreeMap<&'static str, String>) -> Self {
+        let is_kept = |name: &str| MEANING.contains(&name) || COURSE.contains(&name);
+        let kept = texts.into_iter().filter(|(name, _)| is_kept(name));
+        Self { task, values: kept.map(|(name, text)| (name.to_string(), text)).collect() }
+    }
+
+    /// Compares with the values that a checkpoint holds; settings that only one of the two knows are left out. Warns of
+    /// those that change the run's course.
+    ///
+    /// # Errors
+    /// If one of those that give the state its meaning differs; all of them are named.
+    pub(super) fn check(&self, checkpoint: &Checkpoint, saved: &Values) -> anyhow::Result<()> {
+        let place = checkpoint.path().display();
+        let (refused, changed) = self.differences(saved);
+        if !refused.is_empty() {
+            let is_adapter = checkpoint.contains("adapter_config.json");
+            let key = if is_adapter { "adapter_name_or_path" } else { "model_name_or_path" };
+            bail!(
+                "`{place}` cannot go on with other settings than those it was made with:\n  {}\nset them as they were; or \
+                 start a new run from what was trained, with `{key}: {place}` and another `output_dir`",
+                refused.join("\n  ")
+            );
+        }
+        if !changed.is_empty() {
+            tracing::warn!("`{place}` goes on with changed settings: {}", changed.join("; "));
+        }
+        Ok(())
+    }
+
+    /// The differences that are refused, and those that are allowed.
+    fn differences(&self, saved: &Values) -> (Vec<String>, Vec<String>) {
+        let (mut refused, mut changed) = (Vec::new(), Vec::new());
+        // In the order of the lists, which puts what belongs together side by side.
+        for name in MEANING.iter().chain(COURSE) {
+            let (Some(then), Some(now)) = (saved.get(*name), self.values.get(*name)) else { continue };
+            let kind = match then == now {
+                true => Difference::None,
+                false if PLACES.contains(name) => compare_places(then, now),
+                false if MEANING.contains(name) => Difference::Other,
+                false => Difference::Allowed,
+            };
+            let line = || format!("`{name}` was {}, is {}", one_line(then), one_line(now));
+            match kind {
+                Difference::None => {}
+                Difference::Allowed => changed.push(line()),
+                Difference::Other => refused.push(line()),
+            }
+        }
+        (refused, changed)
+    }
+}
+
+/// How two values of a setting differ.
+#[derive(Debug, PartialEq)]
+enum Difference {
+    None,
+    Allowed,
+    Other,
+}
+
+/// Two texts may be one place; and what is gone from where it was and has its name elsewhere was moved there.
+fn compare_places(then: &str, now: &str) -> Difference {
+    let path = |text: &str| PathBuf::from(serde_json::from_str(text).unwrap_or_else(|_| text.to_string()));
+    let (then, now) = (path(then), path(now));
+    let find = |path: &Path| path.canonicalize().ok();
+    match (find(&then), find(&now)) {
+        (Some(then), Some(now)) if then == now => Difference::None,
+        (None, Some(_)) if then.file_name() == now.file_name() => Difference::Allowed,
+        _ => Difference::Other,
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    /// Settings that change neither what the state means nor where the run goes.
+    const FREE: &[&str] = &[
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "save_total_limit",
+        "report_to",
+        "disable_tqdm",
+        "log_completions",
+        "num_completions_to_print",
+        "device",
+        "use_cpu",
+        "full_determinism",
+        "gradient_checkpointing",
+        "activation_offloading",
+        "per_device_eval_batch_size",
+        "max_num_seqs",
+        // Two that other keys decide.
+        "generation_batch_size",
+        "optim",
+    ];
+
+    #[test]
+    fn every_key_is_in_one_of_the_lists() {
+        let lists = [MEANING, COURSE, FREE];
+        for key in config::keys() {
+            let count = lists.iter().flat_map(|list| list.iter()).filter(|name| **name == key.name).count();
+            assert_eq!(count, 1, "`{}` stands {count} times in MEANING, COURSE and FREE", key.name);
+        }
+        let is_key = |name: &&&str| config::keys().iter().any(|key| key.name == **name);
+        assert_eq!(lists.iter().flat_map(|list| list.iter()).find(|name| !is_key(name)), None);
+        assert!(PLACES.iter().all(|name| MEANING.contains(name)));
+    }
+
+    #[test]
+    fn differences_are_sorted_by_what_they_do() {
+        let values = |pairs: &[(&'static str, &str)]| -> BTreeMap<&'static str, String> {
+            pairs.iter().map(|(name, text)| (*name, (*text).to_string())).collect()
+        };
+        let now = [("seed", "2"), ("lora_r", "4"), ("learning_rate", "0.1"), ("output_dir", "b"), ("beta", "0.0")];
+        let then = [("seed", "1"), ("lora_r", "4"), ("learning_rate", "0.2"), ("output_dir", "a"), ("lora_alpha", "8")];
+        let then = Continuation::new("sft", values(&then)).values;
+        let (refused, changed) = Continuation::new("sft", values(&now)).differences(&then);
+        assert_eq!(refused, ["`seed` was 1, is 2"]);
+        assert_eq!(changed, ["`learning_rate` was 0.2, is 0.1"]);
+    }
+
+    #[test]
+    fn a_place_is_known_again_by_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["here", "there"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+            std::fs::write(folder.path().join(name).join("a b.jsonl"), "").unwrap();
+        }
+        let text = |place: &str| format!("\"{}\"", folder.path().join(place).display());
+        let compare = |then: &str, now: &str| compare_places(&text(then), &text(now));
+        assert_eq!(compare("here/a b.jsonl", "here/../here/a b.jsonl"), Difference::None);
+        assert_eq!(compare("gone/a b.jsonl", "here/a b.jsonl"), Difference::Allowed);
+        assert_eq!(compare("here/a b.jsonl", "there/a b.jsonl"), Difference::Other);
+        assert_eq!(compare("gone/other.jsonl", "here/a b.jsonl"), Difference::Other);
+        assert_eq!(compare_places("null", &text("here")), Difference::Other);
+    }
+}
