@@ -83,6 +83,8 @@ fn copy(weight: &Weight) -> Weight {
             parts.weight = Bytes::from(parts.weight.to_vec());
             Weight::Nf4(parts.read().expect("a copy"))
         }
+        #[cfg(feature = "cuda")]
+        Weight::Device(_) => weight.clone(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `trainer bench`: how fast training steps of a model shape are on this machine, and what they are made of.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -56,7 +57,7 @@ pub struct Args {
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
 
-    /// What a step works on: SEQUENCESxTOKENS, or PROMPTSxSAMPLESxPROMPT+COMPLETION; may be given several times
+    /// What a step works on: `SEQUENCESxTOKENS`, or `PROMPTSxSAMPLESxPROMPT+COMPLETION`; may be given several times
     #[arg(long = "work", value_name = "WORK", required = true, value_parser = |text: &str| text.parse::<Work>())]
     pub work: Vec<Work>,
 
@@ -149,12 +150,13 @@ fn row(m: &Measured) -> String {
         m.floor_secs,
     );
     if m.peak_bytes > 0 {
-        text += &format!("   peak {}, device {}", units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
+        let (peak, device) = (units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
+        let _ = write!(text, "   peak {peak}, device {device}");
     }
     text.push('\n');
     if !m.phases.is_empty() {
         let parts: Vec<String> = m.phases.iter().map(|(name, secs)| format!("{name} {:.1}", 1e3 * secs)).collect();
-        text += &format!("               ms by phase: {}\n", parts.join(", "));
+        let _ = writeln!(text, "               ms by phase: {}", parts.join(", "));
     }
     text
 }

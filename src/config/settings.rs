@@ -274,6 +274,7 @@ pub struct DataSettings {
 
 /// What every training run shares.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the configuration")]
 pub struct TrainingSettings {
     /// Folder for everything a run leaves.
     pub output_dir: PathBuf,

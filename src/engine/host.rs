@@ -28,6 +28,7 @@ pub(super) struct Host {
 
 impl Host {
     /// Host memory where the device is a GPU and activations are to be offloaded.
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
     pub(super) fn new(device: &Device, activations: Activations) -> Result<Self, Error> {
         #[cfg(feature = "cuda")]
         {

@@ -106,7 +106,7 @@ pub enum Activations {
 /// What a layer leaves for backward.
 enum Kept {
     Everything(Box<layer::Saved>),
-    Retained(Retained<Held>),
+    Retained(Box<Retained<Held>>),
 }
 
 impl Engine {
@@ -343,10 +343,12 @@ impl Engine {
                 Activations::Keep => Kept::Everything(Box::new(saved)),
                 // The last layer is needed again at once.
                 Activations::Recompute | Activations::Offload if kept.len() + 1 == self.config.num_hidden_layers => {
-                    Kept::Retained(saved.retain(host.is_used()).map(|tensor| Ok::<_, Error>(Held::Here(tensor)))?)
+                    Kept::Retained(Box::new(
+                        saved.retain(host.is_used()).map(|tensor| Ok::<_, Error>(Held::Here(tensor)))?,
+                    ))
                 }
                 Activations::Recompute | Activations::Offload => {
-                    Kept::Retained(saved.retain(host.is_used()).map(|tensor| host.park(tensor))?)
+                    Kept::Retained(Box::new(saved.retain(host.is_used()).map(|tensor| host.park(tensor))?))
                 }
             });
             Ok(())
@@ -428,7 +430,7 @@ impl Engine {
 impl Kept {
     fn bring_back(self, host: &Host) -> Result<Self, Error> {
         match self {
-            Self::Retained(retained) => Ok(Self::Retained(retained.map(|held| host.bring_back(held))?)),
+            Self::Retained(retained) => Ok(Self::Retained(Box::new(retained.map(|held| host.bring_back(held))?))),
             everything @ Self::Everything(_) => Ok(everything),
         }
     }

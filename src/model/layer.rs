@@ -257,20 +257,20 @@ impl DecoderLayer {
         norm: Option<&Param>,
         rotation: &Rotation,
     ) -> Result<(Tensor, Option<SavedNorm>), Error> {
-        let Some(norm) = norm else { return Ok((rotation.forward_rows(x)?, None)) };
+        let Some(norm) = norm else { return Ok((rotation.forward_rows(&x)?, None)) };
         let (normed, saved) = rms_norm::forward_heads(&x, norm, self.eps)?;
-        Ok((rotation.forward_rows(normed)?, Some(SavedNorm { input: x, norm: saved })))
+        Ok((rotation.forward_rows(&normed)?, Some(SavedNorm { input: x, norm: saved })))
     }
 
     fn heads_backward(
-        dy: Tensor,
+        dy: &Tensor,
         norm: Option<&Param>,
         saved: Option<&SavedNorm>,
         rotation: &Rotation,
     ) -> Result<Tensor, Error> {
         let turned = rotation.backward_rows(dy)?;
         match (norm, saved) {
-            (Some(norm), Some(saved)) => Ok(rms_norm::backward_heads(turned, &saved.input, norm, &saved.norm)?),
+            (Some(norm), Some(saved)) => Ok(rms_norm::backward_heads(&turned, &saved.input, norm, &saved.norm)?),
             _ => Ok(turned),
         }
     }
@@ -375,7 +375,7 @@ impl DecoderLayer {
     pub fn backward(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<Tensor, Error> {
         let Saved { input, inputs, q, k, v, attention, outputs } = saved;
         let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
-        self.attention_backward(d_stream, input, (q, k, v, inputs), attention, attended, &o, pass)
+        self.attention_backward(&d_stream, &input, (q, k, v, inputs), attention, attended, &o, pass)
     }
 
     /// As [`Self::backward`], from what was retained: the rest is computed again, without the layer's last product. Where the
@@ -393,7 +393,7 @@ impl DecoderLayer {
             let outputs = self.outputs_again(Wide::with_cols(attended, cols)?, o, stream, pass)?;
             let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
             let heads = self.attention_inputs(&input, pass)?;
-            return self.attention_backward(d_stream, input, heads, attention, attended, &o, pass);
+            return self.attention_backward(&d_stream, &input, heads, attention, attended, &o, pass);
         }
         let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
         let room = self.attended_room(pass);
@@ -420,8 +420,8 @@ impl DecoderLayer {
     #[expect(clippy::too_many_arguments, reason = "everything that the first half left")]
     fn attention_backward(
         &self,
-        d_stream: Tensor,
-        input: Tensor,
+        d_stream: &Tensor,
+        input: &Tensor,
         (q, k, v, inputs): (Tensor, Tensor, Tensor, SavedInputs),
         attention: attention::Saved,
         attended: Wide,
@@ -429,21 +429,21 @@ impl DecoderLayer {
         pass: &Pass<'_>,
     ) -> Result<Tensor, Error> {
         let d_attended = self.with_group(OUTPUT, pass, |group, mode| {
-            let (dx, carried) = linear::backward_input(group, vec![d_stream.clone()], o, mode)?;
+            let (dx, carried) = linear::backward_input(group, std::slice::from_ref(d_stream), o, mode)?;
             linear::backward_weights(group, &carried, &attended, o, mode)?;
             Ok(dx)
         })?;
         let [dq, dk, dv] =
             attention::backward_rows(&d_attended, &q, &k, &v, &attended, pass.layout, self.heads, &attention)?;
         drop((d_attended, attended, attention, q, k, v));
-        let dq = Self::heads_backward(dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
-        let dk = Self::heads_backward(dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
+        let dq = Self::heads_backward(&dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
+        let dk = Self::heads_backward(&dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
         let d_normed = self.with_group(QKV, pass, |group, mode| {
-            let (dx, carried) = linear::backward_input(group, vec![dq, dk, dv], &inputs.qkv, mode)?;
+            let (dx, carried) = linear::backward_input(group, &[dq, dk, dv], &inputs.qkv, mode)?;
             linear::backward_weights(group, &carried, &inputs.normed, &inputs.qkv, mode)?;
             Ok(dx)
         })?;
-        Ok(rms_norm::backward_onto(&d_normed, &input, &self.input_norm, &inputs.norm, &d_stream)?)
+        Ok(rms_norm::backward_onto(&d_normed, input, &self.input_norm, &inputs.norm, d_stream)?)
     }
 
     /// The gradient of the residual stream between the halves, and what the first half needs of the second's residue.
@@ -456,13 +456,13 @@ impl DecoderLayer {
         let SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down } = saved;
         // The activation is made again: it is as large as the gate and costs nothing beside the multiplies.
         let (d_gate, d_up) = self.with_group(DOWN, pass, |group, mode| {
-            let (d_activated, carried) = linear::backward_input(group, vec![dy.clone()], &down, mode)?;
-            let (d_gate, d_up, activated) = swiglu::backward_again(d_activated, gate, up)?;
+            let (d_activated, carried) = linear::backward_input(group, std::slice::from_ref(dy), &down, mode)?;
+            let (d_gate, d_up, activated) = swiglu::backward_again(&d_activated, &gate, &up)?;
             linear::backward_weights(group, &carried, &activated, &down, mode)?;
             Ok((d_gate, d_up))
         })?;
         let d_normed = self.with_group(GATE_UP, pass, |group, mode| {
-            let (dx, carried) = linear::backward_input(group, vec![d_gate, d_up], &gate_up, mode)?;
+            let (dx, carried) = linear::backward_input(group, &[d_gate, d_up], &gate_up, mode)?;
             linear::backward_weights(group, &carried, &normed, &gate_up, mode)?;
             Ok(dx)
         })?;

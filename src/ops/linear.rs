@@ -68,7 +68,11 @@ pub struct TokenKeys {
 
 impl From<&[u64]> for TokenKeys {
     fn from(keys: &[u64]) -> Self {
-        Self { host: keys.to_vec(), ..Self::default() }
+        Self {
+            host: keys.to_vec(),
+            #[cfg(feature = "cuda")]
+            on_device: std::sync::OnceLock::new(),
+        }
     }
 }
 
@@ -230,7 +234,11 @@ pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<Saved
         let low_rank = adapter.map(|a| a.low_rank(&values, (n, inputs), linear.weight.rows(), mode.dropout(index)));
         Ok(Saved { low_rank: low_rank.transpose()?, decomposed: None })
     });
-    Ok(SavedGroup { each: each.collect::<Result<_, Error>>()?, ..SavedGroup::default() })
+    Ok(SavedGroup {
+        each: each.collect::<Result<_, Error>>()?,
+        #[cfg(feature = "cuda")]
+        low_rank: None,
+    })
 }
 
 /// The gradient of a group's input; gradients of biases go to their buckets. On a GPU the result may be columns of a
@@ -243,7 +251,7 @@ pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<Saved
 /// If the shapes do not fit.
 pub fn backward_input(
     linears: &[&Linear],
-    dys: Vec<Tensor>,
+    dys: &[Tensor],
     saved: &SavedGroup,
     mode: Mode<'_>,
 ) -> Result<(Tensor, CarriedGroup), Error> {
@@ -255,7 +263,7 @@ pub fn backward_input(
         return Err(shape_error(OP_BACKWARD, "dys", [dys.len(), saved.each.len()], linears.len()));
     }
     let (mut sum, mut each): (Option<Tensor>, _) = (None, Vec::with_capacity(linears.len()));
-    for (index, (linear, dy)) in linears.iter().zip(&dys).enumerate() {
+    for (index, (linear, dy)) in linears.iter().zip(dys).enumerate() {
         let (dx, carried) = linear.backward_input(dy, &saved.each[index], mode.dropout(index))?;
         sum = Some(match sum {
             Some(sum) => residual::add(sum, &dx)?,
@@ -323,7 +331,7 @@ impl Linear {
         let adapter = self.adapter.as_ref().filter(|_| use_adapter);
         if let Some(adapter) = adapter {
             let rank = adapter.rank(inputs, outputs)?;
-            let low_rank = adapter.low_rank(&*view(OP, x)?, (n, inputs), outputs, dropout)?;
+            let low_rank = adapter.low_rank(&view(OP, x)?, (n, inputs), outputs, dropout)?;
             let b = view(OP, &adapter.b.value)?;
             change(OP, &y, |y| {
                 let b_t = Matrix::new(&b, outputs, rank).t();
@@ -396,7 +404,7 @@ impl Linear {
         };
         let dx = self.weight.backward_input(&dy)?;
         let d_low_rank = match (&self.adapter, &saved.low_rank) {
-            (Some(adapter), Some(_)) => Some(adapter.backward_input(&dx, &*view(OP_BACKWARD, &dy)?, dropout)?),
+            (Some(adapter), Some(_)) => Some(adapter.backward_input(&dx, &view(OP_BACKWARD, &dy)?, dropout)?),
             _ => None,
         };
         Ok((dx, Carried { dy, d_low_rank }))

@@ -74,12 +74,12 @@ pub fn forward_heads(x: &Tensor, weight: &Param, eps: f64) -> Result<(Tensor, Sa
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn backward_heads(dy: Tensor, x: &Tensor, weight: &Param, saved: &Saved) -> Result<Tensor, Error> {
+pub fn backward_heads(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved) -> Result<Tensor, Error> {
     let (n, heads, d) = heads_of(x, weight)?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        super::cuda::norm::backward_heads(&dy, x, weight, saved, heads)?;
-        return Ok(dy);
+        super::cuda::norm::backward_heads(dy, x, weight, saved, heads)?;
+        return Ok(dy.clone());
     }
     let dx = backward(&dy.reshape((n * heads, d))?, &x.reshape((n * heads, d))?, weight, saved)?;
     Ok(dx.reshape((n, heads * d))?)

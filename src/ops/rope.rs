@@ -56,7 +56,7 @@ impl Rotation {
     ///
     /// # Errors
     /// If the shape is another.
-    pub fn forward_rows(&self, x: Tensor) -> Result<Tensor, Error> {
+    pub fn forward_rows(&self, x: &Tensor) -> Result<Tensor, Error> {
         self.turn_rows(x, 1.0)
     }
 
@@ -67,17 +67,17 @@ impl Rotation {
     ///
     /// # Errors
     /// If the shape is another.
-    pub fn backward_rows(&self, dy: Tensor) -> Result<Tensor, Error> {
+    pub fn backward_rows(&self, dy: &Tensor) -> Result<Tensor, Error> {
         self.turn_rows(dy, -1.0)
     }
 
-    fn turn_rows(&self, x: Tensor, sign: f32) -> Result<Tensor, Error> {
+    fn turn_rows(&self, x: &Tensor, sign: f32) -> Result<Tensor, Error> {
         #[cfg(feature = "cuda")]
         if let Some(table) = &self.table {
-            super::cuda::rope::turn(&x, table, 2 * self.half, sign < 0.0)?;
-            return Ok(x);
+            super::cuda::rope::turn(x, table, 2 * self.half, sign < 0.0)?;
+            return Ok(x.clone());
         }
-        let (n, width) = super::view::dims2("rope", "x", &x)?;
+        let (n, width) = super::view::dims2("rope", "x", x)?;
         let d = 2 * self.half;
         Ok(self.turn(&x.reshape((n, width / d, d))?, sign)?.reshape((n, width))?)
     }

@@ -55,14 +55,14 @@ pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Err
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn backward_again(dy: Tensor, gate: Tensor, up: Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
+pub fn backward_again(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
     #[cfg(feature = "cuda")]
     if dy.device().is_cuda() {
-        super::cuda::swiglu::backward(&dy, &gate, &up)?;
-        return Ok((gate, up, Wide::plain(dy)?));
+        super::cuda::swiglu::backward(dy, gate, up)?;
+        return Ok((gate.clone(), up.clone(), Wide::plain(dy.clone())?));
     }
-    let (d_gate, d_up) = backward(&dy, &gate, &up)?;
-    Ok((d_gate, d_up, Wide::plain(forward(&gate, &up)?)?))
+    let (d_gate, d_up) = backward(dy, gate, up)?;
+    Ok((d_gate, d_up, Wide::plain(forward(gate, up)?)?))
 }
 
 /// The gradients of [`forward`] with respect to `gate` and `up`.

@@ -67,6 +67,7 @@ impl Backend {
     }
 
     #[cfg(not(feature = "cuda"))]
+    #[expect(clippy::unnecessary_wraps, reason = "a GPU may refuse")]
     fn on_gpu(_ordinal: usize, precision: Precision) -> anyhow::Result<Self> {
         Ok(Self::on_cpu(precision))
     }
@@ -75,7 +76,6 @@ impl Backend {
     ///
     /// # Errors
     /// If the device refuses.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
     pub fn tune(&self, is_on: bool) -> anyhow::Result<()> {
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
@@ -90,7 +90,6 @@ impl Backend {
     ///
     /// # Errors
     /// If the device refuses.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
     pub fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
@@ -105,9 +104,10 @@ impl Backend {
         if self.device.is_cpu() {
             return format!("CPU, {} threads, f32", rayon::current_num_threads());
         }
-        let residual = match self.types.residual == self.types.compute {
-            true => String::new(),
-            false => format!(", residual stream {}", self.types.residual.as_str()),
+        let residual = if self.types.residual == self.types.compute {
+            String::new()
+        } else {
+            format!(", residual stream {}", self.types.residual.as_str())
         };
         format!("{}, {}{residual}", name_of(&self.device), self.types.compute.as_str())
     }

@@ -85,7 +85,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
             let cut = batch.micro_steps % settings.steps_per_generation * training.per_device_train_batch_size;
             let samples = &batch.samples[cut..cut + training.per_device_train_batch_size];
             let micro_batch = GenerationBatch::micro_batch(samples, &prompts, settings.mask_truncated_completions)?;
-            let scale = plan::loss_scale(&scaler);
+            let scale = plan::loss_scale(scaler.as_ref());
             let output = policy_gradient(settings, &session, samples, &micro_batch, batch.num_items, step, scale)?;
             batch.micro_steps += 1;
             run.num_tokens += micro_batch.batch.tokens.len() as u64;
@@ -93,7 +93,8 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
             metrics.merge(&output.1);
         }
         let lr = schedule.lr(step);
-        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(&scaler))?;
+        let report =
+            optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(scaler.as_ref()))?;
         plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
         if settings.sync_ref_model && (step + 1).is_multiple_of(settings.ref_model_sync_steps as u64) {
             session.engine.store().mix_reference(settings.ref_model_mixup_alpha)?;

@@ -77,8 +77,8 @@ pub(super) fn loss_scaler(backend: &Backend) -> anyhow::Result<Option<LossScaler
 }
 
 /// Factor on the gradients of a step.
-pub(super) fn loss_scale(scaler: &Option<LossScaler>) -> f64 {
-    scaler.as_ref().map_or(1.0, LossScaler::scale)
+pub(super) fn loss_scale(scaler: Option<&LossScaler>) -> f64 {
+    scaler.map_or(1.0, LossScaler::scale)
 }
 
 /// Stops the run when gradients are not finite; the parameters are as before the step. With a loss scaler such a step is

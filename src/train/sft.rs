@@ -73,11 +73,11 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         let batches: Vec<Batch> = (0..training.gradient_accumulation_steps)
             .map(|_| train.batch(&sampler.next_share(training.per_device_train_batch_size)))
             .collect::<anyhow::Result<_>>()?;
-        let num_targets = batches.iter().map(|b| b.targets.len()).sum();
+        let num_targets: usize = batches.iter().map(|b| b.targets.len()).sum();
 
         session.engine.store().zero_gradients()?;
         let (mut loss, mut metrics) = (0.0, Metrics::default());
-        let scale = plan::loss_scale(&scaler);
+        let scale = plan::loss_scale(scaler.as_ref());
         for batch in &batches {
             let dropout = Some(DropoutKey { seed: training.seed, step });
             let look = |head: &head::Output| {
@@ -94,22 +94,21 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
                 let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
                 Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
             };
-            let output = if settings.loss_type == SftLossType::Dft {
-                session.engine.forward_backward(batch, 1.0, dropout, look)?
-            } else {
-                // The gradient of cross-entropy is the same for every target, whatever the model says.
-                let d_logprobs = vec![(-1.0 / num_targets as f64) as f32; batch.targets.len()];
-                let gradient = HeadGradient { d_logprobs, d_entropies: vec![] }.scaled(scale);
-                session.engine.forward_backward_known(batch, 1.0, dropout, &gradient, |head| {
-                    Ok::<_, anyhow::Error>(look(head)?.1)
-                })?
+            let engine = &session.engine;
+            let output = match known_gradient(settings.loss_type, batch, num_targets) {
+                Some(gradient) => {
+                    let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
+                    engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
+                }
+                None => engine.forward_backward(batch, 1.0, dropout, look)?,
             };
             loss += output.0;
             metrics.merge(&output.1);
             run.num_tokens += batch.tokens.len() as u64;
         }
         let lr = schedule.lr(step);
-        let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(&scaler))?;
+        let report =
+            optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(scaler.as_ref()))?;
         plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
 
         run.accumulator.mean("loss", loss);
@@ -141,6 +140,14 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         LoopState::<()> { sampler: sampler.state(), buffer: None, loss_scaler: scaler.clone() },
     )?;
     run.finish(&session)
+}
+
+/// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
+/// depends on the output.
+fn known_gradient(loss_type: SftLossType, batch: &Batch, num_targets: usize) -> Option<HeadGradient> {
+    let is_known = loss_type != SftLossType::Dft;
+    let each = (-1.0 / num_targets as f64) as f32;
+    is_known.then(|| HeadGradient { d_logprobs: vec![each; batch.targets.len()], d_entropies: vec![] })
 }
 
 /// Optimizer steps of the run; an epoch may end inside a step, which then goes on into the next one.

@@ -154,10 +154,11 @@ pub fn empty(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<T
     let (device, shape) = (cuda(device)?, shape.into());
     let count = shape.elem_count();
     macro_rules! storage {
-        // SAFETY: every type here is plain numbers, for which any bits are a value; kernels write before they read.
-        ($type:ty) => {
-            CudaStorage::wrap_cuda_slice(unsafe { device.alloc::<$type>(count)? }, device.clone())
-        };
+        ($type:ty) => {{
+            // SAFETY: every type here is plain numbers, for which any bits are a value; kernels write before they read.
+            let slice = unsafe { device.alloc::<$type>(count)? };
+            CudaStorage::wrap_cuda_slice(slice, device.clone())
+        }};
     }
     let storage = match dtype {
         DType::U8 => storage!(u8),

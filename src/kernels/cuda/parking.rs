@@ -105,12 +105,12 @@ impl Parking {
         let dtype = tensor.dtype();
         let bytes = from.len * dtype.size_in_bytes();
         let free = lock(&self.state).free.get_mut(&bytes).and_then(Vec::pop);
-        let mut memory = match free {
-            Some(memory) => memory,
-            None => {
-                lock(&self.state).locked += bytes;
-                Pinned::new(&self.device, bytes)?
-            }
+        let mut memory = if let Some(memory) = free {
+            memory
+        } else {
+            let memory = Pinned::new(&self.device, bytes)?;
+            lock(&self.state).locked += bytes;
+            memory
         };
         let made = self.compute.record_event(None).map_err(failed("recording an event"))?;
         self.copies.wait(&made).map_err(failed("waiting for an event"))?;

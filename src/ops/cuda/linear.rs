@@ -287,7 +287,7 @@ pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Resul
 
 pub(crate) fn backward_input(
     linears: &[&Linear],
-    dys: Vec<Tensor>,
+    dys: &[Tensor],
     saved: &SavedGroup,
     mode: Mode<'_>,
 ) -> Result<(Tensor, CarriedGroup), Error> {
@@ -342,7 +342,7 @@ pub(crate) fn backward_input(
 
 /// The outputs' gradients as columns of one buffer of type `dtype`, and the tensors that keep it alive; they are copied
 /// only if they are not that already.
-fn side_by_side(group: &Group<'_>, dys: Vec<Tensor>, dtype: DType) -> Result<(Vec<Tensor>, Matrix), Error> {
+fn side_by_side(group: &Group<'_>, dys: &[Tensor], dtype: DType) -> Result<(Vec<Tensor>, Matrix), Error> {
     let parts: Vec<Matrix> = dys.iter().map(matrix).collect::<Result<_, _>>()?;
     if parts.len() != group.linears.len() {
         return Err(shape_error(OP, "dys", parts.len(), group.linears.len()));
@@ -354,7 +354,7 @@ fn side_by_side(group: &Group<'_>, dys: Vec<Tensor>, dtype: DType) -> Result<(Ve
     }
     let is_one_buffer = parts.windows(2).all(|pair| pair[0].is_followed_by(&pair[1]));
     if is_one_buffer && parts[0].dtype() == dtype {
-        return Ok((dys, parts[0].widened(group.outputs - parts[0].cols)));
+        return Ok((dys.to_vec(), parts[0].widened(group.outputs - parts[0].cols)));
     }
     let out = empty(group.device, (parts[0].rows, group.outputs), dtype)?;
     let all = matrix(&out)?;
