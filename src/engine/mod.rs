@@ -103,6 +103,10 @@ pub enum Activations {
     Offload,
 }
 
+/// What may come back from host memory while the MLP before it still needs its own: with few tokens a layer is done before a
+/// copy that starts later.
+const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
+
 /// What a layer leaves for backward.
 enum Kept {
     Everything(Box<layer::Saved>),
@@ -362,17 +366,27 @@ impl Engine {
         let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
         for index in (0..self.config.num_hidden_layers).rev() {
             let Some(current) = next.take() else { break };
-            // The one before comes back while this one computes.
-            next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
             let layer = self.layer(index)?;
             gradient = match current {
-                Kept::Everything(saved) => layer.backward(&gradient, *saved, &pass),
+                Kept::Everything(saved) => {
+                    next = kept.pop();
+                    layer.backward(&gradient, *saved, &pass).map_err(in_layer(index))?
+                }
                 Kept::Retained(retained) => {
                     let retained = retained.map(|held| host.take(held))?;
-                    layer.backward_from(&gradient, retained, &pass)
+                    // The layer before comes back while this one computes: from the start, or, where that is much memory,
+                    // once the MLP has given back its own.
+                    let is_large = retained.size_bytes() > MOST_BESIDE_MLP_BYTES;
+                    if !is_large {
+                        next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
+                    }
+                    let halfway = layer.backward_mlp(&gradient, retained, &pass).map_err(in_layer(index))?;
+                    if is_large {
+                        next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
+                    }
+                    layer.backward_rest(halfway, &pass).map_err(in_layer(index))?
                 }
-            }
-            .map_err(in_layer(index))?;
+            };
         }
         let embedding = self.embedding()?;
         if embedding.is_trained() {

@@ -141,6 +141,14 @@ pub struct Middle<T> {
     attention: attention::Saved,
 }
 
+impl Retained {
+    /// Bytes of the large tensors.
+    pub fn size_bytes(&self) -> usize {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        bytes(&self.input) + self.middle.as_ref().map_or(0, |m| bytes(&m.attended) + bytes(&m.stream))
+    }
+}
+
 impl<T> Retained<T> {
     /// The same with every large tensor moved by `place`.
     ///
@@ -184,6 +192,19 @@ impl Saved {
             ("mlp.up_proj", up.clone()),
         ]
     }
+}
+
+/// A layer's backward between its MLP and its attention.
+#[derive(Debug)]
+pub struct Halfway {
+    input: Tensor,
+    /// The gradient of the residual stream between the two.
+    d_stream: Tensor,
+    /// Queries, keys, values and what they left, where they are there already.
+    heads: Option<(Tensor, Tensor, Tensor, SavedInputs)>,
+    attention: attention::Saved,
+    attended: Wide,
+    o: linear::SavedGroup,
 }
 
 /// The projections of the keys, values and queries, of the output, and the two halves of the MLP.
@@ -378,29 +399,46 @@ impl DecoderLayer {
         self.attention_backward(&d_stream, &input, (q, k, v, inputs), attention, attended, &o, pass)
     }
 
-    /// As [`Self::backward`], from what was retained: the rest is computed again, without the layer's last product. Where the
-    /// results of attention were retained, neither it nor the product after it is repeated, and the MLP is done with before
-    /// queries, keys and values are there again.
+    /// The first part of [`Self::backward`] from what was retained: through the MLP. The rest is computed again, without the
+    /// layer's last product; where the results of attention were retained, neither it nor the product after it is repeated,
+    /// and queries, keys and values are not there yet while the MLP needs its memory.
     ///
     /// # Shapes
-    /// `dy`: `[N, D]`; returns `[N, D]`.
+    /// `dy`: `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn backward_from(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<Tensor, Error> {
+    pub fn backward_mlp(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<Halfway, Error> {
         let Retained { input, middle } = retained;
-        if let Some(Middle { attended, cols, stream, o, attention }) = middle {
-            let outputs = self.outputs_again(Wide::with_cols(attended, cols)?, o, stream, pass)?;
-            let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
-            let heads = self.attention_inputs(&input, pass)?;
-            return self.attention_backward(&d_stream, &input, heads, attention, attended, &o, pass);
-        }
-        let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
-        let room = self.attended_room(pass);
-        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
-        let (stream, o) = self.output_projection(&input, &attended, pass)?;
+        let (heads, attention, attended, stream, o) =
+            if let Some(Middle { attended, cols, stream, o, attention }) = middle {
+                (None, attention, Wide::with_cols(attended, cols)?, stream, o)
+            } else {
+                let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
+                let room = self.attended_room(pass);
+                let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+                let (stream, o) = self.output_projection(&input, &attended, pass)?;
+                (Some((q, k, v, inputs)), attention, attended, stream, o)
+            };
         let outputs = self.outputs_again(attended, o, stream, pass)?;
-        self.backward(dy, Saved { input, inputs, q, k, v, attention, outputs }, pass)
+        let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
+        Ok(Halfway { input, d_stream, heads, attention, attended, o })
+    }
+
+    /// The rest: the gradient of the layer's input.
+    ///
+    /// # Shapes
+    /// Returns `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn backward_rest(&self, halfway: Halfway, pass: &Pass<'_>) -> Result<Tensor, Error> {
+        let Halfway { input, d_stream, heads, attention, attended, o } = halfway;
+        let heads = match heads {
+            Some(heads) => heads,
+            None => self.attention_inputs(&input, pass)?,
+        };
+        self.attention_backward(&d_stream, &input, heads, attention, attended, &o, pass)
     }
 
     /// What the second half keeps for backward, from the residual stream after attention, without its last product.
