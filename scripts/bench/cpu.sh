@@ -20,7 +20,7 @@ done
 awk -F'[:,]' '{ for (i = 1; i < NF; i++) { if ($i ~ /"step_time"/) t = $(i + 1); if ($i ~ /"num_tokens"/) n = $(i + 1) }
                 if (NR > 1) { seconds += t; tokens += n - before } before = n }
               END { printf "sft: %.1f tokens/s\n", tokens / seconds }' "$out/sft/metrics.jsonl"
-grep 'peak memory' "$out/log"
+grep 'process peak' "$out/log"
 
 if [[ -n ${2:-} ]]; then
   for dtype in float32 bfloat16; do

@@ -71,6 +71,12 @@ pub fn open(
     let started = Instant::now();
     let mut loaded = load(&folder, settings, seed, purpose)?;
     if !backend.device.is_cpu() {
+        if loaded.adapter_spec.as_ref().is_some_and(|spec| spec.config.use_dora) {
+            bail!(
+                "the adapter is weight-decomposed (DoRA, `use_dora: true`), which only the CPU computes; set `device: cpu`, or \
+                 use a plain LoRA adapter"
+            );
+        }
         loaded.keep_embedding_on_host();
     }
     let LoadedModel { config, adapter, adapter_spec, blocks } = loaded;
