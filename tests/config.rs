@@ -94,6 +94,7 @@ fn sft_defaults_are_those_of_trl() {
             gradient_checkpointing: true,
             activation_offloading: false,
             full_determinism: false,
+            gradient_checkpointing_layers: None,
             learning_rate: 2e-5,
             lr_scheduler_type: LrSchedulerType::Linear,
             lr_scheduler_kwargs: serde_json::Map::new(),

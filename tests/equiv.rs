@@ -168,6 +168,9 @@ fn recomputation_and_threads_change_no_bit() {
     for dropout in [None, Some(0.2)] {
         let kept = gradients(&engine("qwen3", dropout, false), std::slice::from_ref(&batch));
         assert_eq!(kept, gradients(&engine("qwen3", dropout, true), std::slice::from_ref(&batch)));
+        let mut in_part = engine("qwen3", dropout, true);
+        in_part.set_recomputed_layers(1);
+        assert_eq!(kept, gradients(&in_part, std::slice::from_ref(&batch)), "one layer of several");
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let engine = engine("qwen3", dropout, true);

@@ -155,7 +155,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         &args.model_settings(),
         args.seed,
         Purpose::Inference,
-        Activations::Keep,
+        (Activations::Keep, 0),
         &Backend::open(args.device, args.precision())?,
         &mut progress,
     )?;

@@ -216,6 +216,9 @@ keys! {
         /// Recompute activations in the backward pass instead of keeping them: less memory, a third more compute.
         /// `activation_checkpointing` is the same key.
         gradient_checkpointing: bool = Text("true"), ANY, "";
+        /// Recompute only the first so many decoder layers and keep the activations of the others: each layer that is kept
+        /// saves its second forward pass and costs its activations. Not in TRL.
+        gradient_checkpointing_layers: Option<usize> = Derived("all of them"), ANY, "layers";
         /// Keep what recomputation starts from, and the results of attention, in page-locked host memory while they are not
         /// needed: the least device memory. Only on a GPU, with `gradient_checkpointing`.
         activation_offloading: bool = Text("false"), ANY, "";

@@ -126,6 +126,16 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
             "set `gradient_checkpointing: true`, or remove `activation_offloading`",
         );
     }
+    if raw.gradient_checkpointing_layers.value().is_some() && !*raw.gradient_checkpointing.value() {
+        problems.clash(
+            &[
+                (&raw.gradient_checkpointing_layers, "recomputes".into()),
+                (&raw.gradient_checkpointing, "keeps all".into()),
+            ],
+            "`gradient_checkpointing_layers` says which layers are recomputed, and none is",
+            "set `gradient_checkpointing: true`, or remove `gradient_checkpointing_layers`",
+        );
+    }
     let has_steps = raw.max_steps.value().0.is_some();
     warn_idle(
         problems,
@@ -219,6 +229,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
         num_train_epochs: *raw.num_train_epochs.value(),
         max_steps: raw.max_steps.value().0,
         gradient_checkpointing: *raw.gradient_checkpointing.value(),
+        gradient_checkpointing_layers: *raw.gradient_checkpointing_layers.value(),
         activation_offloading: *raw.activation_offloading.value(),
         full_determinism: *raw.full_determinism.value(),
         learning_rate: *raw.learning_rate.value(),

@@ -302,6 +302,8 @@ pub struct TrainingSettings {
     pub max_steps: Option<usize>,
     /// Recompute activations in backward instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Recompute only this many of the first layers; `None`: all.
+    pub gradient_checkpointing_layers: Option<usize>,
     /// Keep what recomputation starts from in host memory.
     pub activation_offloading: bool,
     /// Do not choose a GPU's products by timing.

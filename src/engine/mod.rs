@@ -85,6 +85,8 @@ pub struct Engine {
     store: ParamStore,
     types: Types,
     activations: Activations,
+    /// The first so many layers follow `activations`, the others keep theirs.
+    recomputed_layers: usize,
     /// Made by the first pass that needs it and kept: locking host memory takes longer than a step.
     host: OnceLock<Host>,
     frequencies: Vec<f32>,
@@ -123,13 +125,28 @@ impl Engine {
         activations: Activations,
     ) -> Self {
         let (frequencies, rotation_scale) = config.inv_freq();
-        Self { config, adapter, store, types, activations, host: OnceLock::new(), frequencies, rotation_scale }
+        Self {
+            config,
+            adapter,
+            store,
+            types,
+            activations,
+            recomputed_layers: usize::MAX,
+            host: OnceLock::new(),
+            frequencies,
+            rotation_scale,
+        }
     }
 
     /// Changes what becomes of activations.
     pub fn set_activations(&mut self, activations: Activations) {
         self.activations = activations;
         self.host = OnceLock::new();
+    }
+
+    /// Keeps the activations of all layers but the first `count`, whatever becomes of those.
+    pub fn set_recomputed_layers(&mut self, count: usize) {
+        self.recomputed_layers = count;
     }
 
     fn host(&self) -> Result<&Host, Error> {
@@ -345,6 +362,7 @@ impl Engine {
         let hidden = self.walk(batch, &pass, |saved| {
             kept.push(match self.activations {
                 Activations::Keep => Kept::Everything(Box::new(saved)),
+                _ if kept.len() >= self.recomputed_layers => Kept::Everything(Box::new(saved)),
                 // The last layer is needed again at once.
                 Activations::Recompute | Activations::Offload if kept.len() + 1 == self.config.num_hidden_layers => {
                     Kept::Retained(Box::new(
@@ -369,7 +387,7 @@ impl Engine {
             let layer = self.layer(index)?;
             gradient = match current {
                 Kept::Everything(saved) => {
-                    next = kept.pop();
+                    next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     layer.backward(&gradient, *saved, &pass).map_err(in_layer(index))?
                 }
                 Kept::Retained(retained) => {

@@ -228,6 +228,7 @@ mod tests {
         "device",
         "use_cpu",
         "full_determinism",
+        "gradient_checkpointing_layers",
         "gradient_checkpointing",
         "activation_offloading",
         "per_device_eval_batch_size",

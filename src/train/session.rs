@@ -38,13 +38,14 @@ impl Session {
     }
 }
 
-/// What the settings say about activations.
-pub fn activations(settings: &TrainingSettings) -> Activations {
-    match (settings.gradient_checkpointing, settings.activation_offloading) {
+/// What the settings say about activations, and how many of the first layers it is for.
+pub fn activations(settings: &TrainingSettings) -> (Activations, usize) {
+    let activations = match (settings.gradient_checkpointing, settings.activation_offloading) {
         (false, _) => Activations::Keep,
         (true, false) => Activations::Recompute,
         (true, true) => Activations::Offload,
-    }
+    };
+    (activations, settings.gradient_checkpointing_layers.unwrap_or(usize::MAX))
 }
 
 /// Opens the model that `settings` name.
@@ -55,7 +56,7 @@ pub fn open(
     settings: &ModelSettings,
     seed: u64,
     purpose: Purpose,
-    activations: Activations,
+    (activations, recomputed_layers): (Activations, usize),
     backend: &Backend,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
@@ -106,7 +107,9 @@ pub fn open(
         }
     }
     let read_secs = started.elapsed().as_secs_f64();
-    let engine = Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, activations);
+    let mut engine =
+        Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, activations);
+    engine.set_recomputed_layers(recomputed_layers);
     let secs = started.elapsed().as_secs_f64();
     tracing::info!(
         "the model was read and packed in {}, and ready on {} after {}",
