@@ -16,7 +16,7 @@ fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
     for expected in ["sft", "grpo", "generate", "config", "Examples:", "Exit codes:", "TRAINER_LOG"] {
         assert!(out.contains(expected), "{expected} is missing in\n{out}");
     }
-    for subcommand in ["sft", "grpo", "generate", "config"] {
+    for subcommand in ["sft", "grpo", "generate", "config", "bench"] {
         let (code, out, _) = trainer(&[subcommand, "--help"]);
         assert_eq!(code, Some(0), "{subcommand}");
         assert!(out.contains("Examples:") && out.contains(&format!("trainer {subcommand}")), "{out}");
@@ -26,7 +26,8 @@ fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
 
 #[test]
 fn bad_usage_is_exit_code_2_and_names_the_mistake() {
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
+        (&["bench", "data/tiny-qwen", "--work", "4y2"], "SEQUENCESxTOKENS"),
         (&[], "Usage:"),
         (&["grop", "c.yaml"], "grpo"),
         (&["grpo"], "<CONFIG>"),
@@ -50,6 +51,35 @@ fn a_wrong_log_filter_is_bad_usage() {
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{message}");
     assert!(message.starts_with("error: `TRAINER_LOG=trainer=loud` is not a log filter"), "{message}");
+}
+
+#[test]
+fn a_bench_measures_steps_of_both_kinds_and_writes_what_it_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.jsonl");
+    let (code, out, err) = trainer(&[
+        "bench",
+        "data/tiny-qwen",
+        "--work=2x16",
+        "--work=2x2x5+4",
+        "--steps=2",
+        "--warmup=0",
+        "--lora-r=4",
+        "--device=cpu",
+        "--activations=keep",
+        "--activations=recompute",
+        &format!("--json={}", json.display()),
+    ]);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(out.matches("tokens/s").count(), 4, "{out}");
+    let rows: Vec<serde_json::Value> =
+        std::fs::read_to_string(&json).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told: Vec<_> = rows.iter().map(|r| (r["work"].as_str().unwrap(), r["activations"].as_str().unwrap())).collect();
+    assert_eq!(told, [("2x16", "keep"), ("2x2x5+4", "keep"), ("2x16", "recompute"), ("2x2x5+4", "recompute")]);
+    for row in &rows {
+        assert_eq!(row["step_secs"].as_array().unwrap().len(), 2, "{row}");
+        assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0 && row["floor_secs"].as_f64().unwrap() > 0.0, "{row}");
+    }
 }
 
 #[test]

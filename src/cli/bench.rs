@@ -116,7 +116,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let started = std::time::Instant::now();
     let mut bench = Bench::new(&args.model, &backend, settings)?;
     context.print(&format!(
-        "{}; model of {} parameters made in {}; a large product runs at {:.0} TFLOP/s; LoRA r={}\n",
+        "{}; model of {} parameters made in {}; a large product runs at {:.1} TFLOP/s; LoRA r={}\n",
         backend.describe(),
         units::count(bench.config().num_parameters() as u64),
         units::duration(started.elapsed().as_secs_f64()),
