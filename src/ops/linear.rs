@@ -148,9 +148,9 @@ impl<'a> Mode<'a> {
 pub struct SavedGroup {
     /// On the CPU: of each projection.
     each: Vec<Saved>,
-    /// On a GPU: the low-rank columns of all, `[N, R]`.
+    /// On a GPU: of all together.
     #[cfg(feature = "cuda")]
-    pub(super) low_rank: Option<Tensor>,
+    pub(super) on_device: Option<super::cuda::linear::Saved>,
 }
 
 /// What [`backward_weights`] needs from [`backward_input`].
@@ -163,8 +163,8 @@ pub struct CarriedGroup {
 
 #[cfg(feature = "cuda")]
 impl SavedGroup {
-    pub(super) fn on_device(low_rank: Option<Tensor>) -> Self {
-        Self { each: vec![], low_rank }
+    pub(super) fn on_device(saved: super::cuda::linear::Saved) -> Self {
+        Self { each: vec![], on_device: Some(saved) }
     }
 }
 
@@ -237,7 +237,7 @@ pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<Saved
     Ok(SavedGroup {
         each: each.collect::<Result<_, Error>>()?,
         #[cfg(feature = "cuda")]
-        low_rank: None,
+        on_device: None,
     })
 }
 

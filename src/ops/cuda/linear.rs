@@ -28,6 +28,15 @@ fn most_unpacked_bytes(tokens: usize) -> usize {
     (tokens * (24 << 10)).clamp(48 << 20, 192 << 20)
 }
 
+/// What a group keeps for backward, besides its input.
+#[derive(Clone, Debug)]
+pub(crate) struct Saved {
+    /// `x Aᵀ`: `[N, R]`, where an adapter takes part.
+    low_rank: Option<Tensor>,
+    /// Type of the activations. The gradient of a residual sum may come in another, and is multiplied in this one.
+    dtype: DType,
+}
+
 /// What the weights' gradients need from the input's.
 #[derive(Debug)]
 pub(crate) struct Carried {
@@ -276,13 +285,14 @@ pub(crate) fn forward(
         .outputs()
         .map(|(_, _, rows)| if linears.len() == 1 { Ok(y.clone()) } else { y.narrow(1, rows.start, rows.len()) })
         .collect::<Result<_, _>>()?;
-    Ok((outputs, SavedGroup::on_device(low_rank)))
+    Ok((outputs, SavedGroup::on_device(Saved { low_rank, dtype })))
 }
 
 pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
     let group = Group::new(linears, mode, x.buffer().device())?;
     let x = group.with_room(x)?;
-    Ok(SavedGroup::on_device(group.low_rank(&x)?))
+    let saved = Saved { low_rank: group.low_rank(&x)?, dtype: x.buffer().dtype() };
+    Ok(SavedGroup::on_device(saved))
 }
 
 pub(crate) fn backward_input(
@@ -293,9 +303,11 @@ pub(crate) fn backward_input(
 ) -> Result<(Tensor, CarriedGroup), Error> {
     let Some(first) = dys.first() else { return Err(shape_error(OP, "dys", 0, linears.len())) };
     let device = first.device().clone();
-    let mode = Mode { use_adapter: saved.low_rank.is_some(), ..mode };
+    let Some(&Saved { ref low_rank, dtype }) = saved.on_device.as_ref() else {
+        return Err(shape_error(OP, "saved", "what the CPU kept", "what the GPU kept"));
+    };
+    let mode = Mode { use_adapter: low_rank.is_some(), ..mode };
     let group = Group::new(linears, mode, &device)?;
-    let dtype = saved.low_rank.as_ref().map_or(first.dtype(), Tensor::dtype);
     let (held, dy) = side_by_side(&group, dys, dtype)?;
     for (_, linear, rows) in group.outputs() {
         if let Some(grad) = linear.bias.as_ref().and_then(|b| b.grad.as_ref()) {
@@ -384,7 +396,8 @@ pub(crate) fn backward_weights(
             gemm(device, matrix(grad)?, dy, (x, Side::Plain), 1.0, Accumulate::Into, None)?;
         }
     }
-    let (Some(low_rank), Some(d_low)) = (&saved.low_rank, &carried.d_low_rank) else { return Ok(()) };
+    let low_rank = saved.on_device.as_ref().and_then(|saved| saved.low_rank.as_ref());
+    let (Some(low_rank), Some(d_low)) = (low_rank, &carried.d_low_rank) else { return Ok(()) };
     let (low_rank, d_low) = (matrix(low_rank)?, matrix(d_low)?);
     for (_, adapter, rows, ranks) in group.adapters() {
         if let Some(grad) = &adapter.b.grad {
