@@ -27,7 +27,10 @@ fn compile_kernels() {
     let own = cudaforge::detect_compute_cap().map_or_else(|_| "80".into(), |arch| arch.to_nvcc_arch());
     let mut builder = cudaforge::KernelBuilder::default()
         .source_dir("src/kernels/cuda")
-        .watch(["common", "elementwise", "column_sums", "attention"].map(|name| format!("src/kernels/cuda/{name}.cuh")))
+        .watch(
+            ["common", "elementwise", "column_sums", "attention", "attention_sm90"]
+                .map(|name| format!("src/kernels/cuda/{name}.cuh")),
+        )
         .include_path("src/kernels/cuda")
         .args(["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);
     for arch in archs.split_whitespace().filter(|arch| !own.ends_with(*arch)) {

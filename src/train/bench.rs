@@ -132,7 +132,7 @@ impl Work {
 /// How to measure.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The adapter; `None`: no adapter, which trains nothing.
+    /// The adapter, which is what is trained.
     pub lora: LoraSettings,
     /// Steps before the clock starts.
     pub warmup: usize,

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use trainer::kernels::cuda::{
-    AttentionPlan, AttentionVariant, Matrix, SegmentRange, array as pointer, attention_backward_with,
-    attention_forward_with, matrix,
+    AttentionPlan, AttentionVariant, Matrix, SegmentRange, array, attention_backward_with, attention_forward_with,
+    matrix,
 };
 
 use crate::support::{assert_close, device, download, random, upload};
@@ -147,7 +147,7 @@ fn check(sizes: Sizes, segments: &[SegmentRange], before: usize, dtype: DType, v
         let delta = upload(&device, &poison[..heads * n], (heads, n), DType::F32);
         let gradients = [0, 1].map(|_| Fused::new(&device, &poison, n, sizes, before, dtype));
         let ([q, k, v], o_view) = (qkv.views(), matrix(&o).unwrap());
-        let (lse_view, delta_view) = (pointer(&lse).unwrap(), pointer(&delta).unwrap());
+        let (lse_view, delta_view) = (array(&lse).unwrap(), array(&delta).unwrap());
         attention_forward_with(variant, &device, &plan, o_view, lse_view, q, k, v, heads, kv_heads).unwrap();
         let dy = matrix(&d_out).unwrap();
         for gradients in &gradients {
@@ -221,8 +221,7 @@ fn attention_leaves_rows_of_no_segment_alone() {
     let lse = upload(&device, &vec![7.0; n], n, DType::F32);
     let [q, k, v] = [0, 1, 2].map(|part| matrix(&qkv).unwrap().columns(part * d, d));
     let variant = AttentionVariant::Automatic;
-    attention_forward_with(variant, &device, &plan, matrix(&o).unwrap(), pointer(&lse).unwrap(), q, k, v, 1, 1)
-        .unwrap();
+    attention_forward_with(variant, &device, &plan, matrix(&o).unwrap(), array(&lse).unwrap(), q, k, v, 1, 1).unwrap();
     let (o, lse) = (download(&o), download(&lse));
     assert!(o[..3 * d].iter().chain(&o[80 * d..]).all(|&x| x == 7.0));
     assert!(lse[..3].iter().chain(&lse[80..]).all(|&x| x == 7.0));
@@ -238,7 +237,7 @@ fn attention_of_no_tokens_does_nothing_and_wrong_shapes_are_refused() {
     let plan = AttentionPlan::new(&device, &[SegmentRange { start: 0, end: 9, prefix: None }]).unwrap();
     let x = upload(&device, &[0.0; 8 * 64], (8, 64), DType::BF16);
     let lse = upload(&device, &[0.0; 8], 8, DType::F32);
-    let (x, lse) = (matrix(&x).unwrap(), pointer(&lse).unwrap());
+    let (x, lse) = (matrix(&x).unwrap(), array(&lse).unwrap());
     let run = |plan, k, heads, kv_heads| {
         attention_forward_with(AttentionVariant::Automatic, &device, plan, x, lse, x, k, x, heads, kv_heads)
     };

@@ -5,23 +5,15 @@ use trainer::kernels::cuda::{
     AdamWFactors, adamw, array, download_f64, empty, fill, matrix, sums_of_squares, sums_of_squares_workspace,
     upload_u32,
 };
-use trainer::optim::{AdamWStep, adamw_step};
+use trainer::optim::{AdamWStep, Factors, adamw_step};
 
 use crate::padded::print_bandwidth;
 use crate::support::{device, download, random, upload};
 
 fn factors(hyper: &AdamWStep) -> AdamWFactors {
-    let step = hyper.step as f64;
-    AdamWFactors {
-        grad_scale: hyper.grad_scale,
-        keep: (1.0 - hyper.lr * hyper.weight_decay) as f32,
-        first_weight: (1.0 - hyper.beta1) as f32,
-        second_decay: hyper.beta2 as f32,
-        second_weight: (1.0 - hyper.beta2) as f32,
-        step_size: (hyper.lr / (1.0 - hyper.beta1.powf(step))) as f32,
-        root_correction: (1.0 - hyper.beta2.powf(step)).sqrt() as f32,
-        eps: hyper.eps as f32,
-    }
+    let Factors { grad_scale, keep, first_weight, second_decay, second_weight, step_size, root_correction, eps } =
+        Factors::checked(hyper).unwrap();
+    AdamWFactors { grad_scale, keep, first_weight, second_decay, second_weight, step_size, root_correction, eps }
 }
 
 /// Gradients of all sizes, down to where their squares are denormal or nothing.

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use super::launch::{RawMatrix, address_or_none, launched, stream};
-use super::memory::{Matrix, Pointer, cuda, empty, pointer, upload_i32};
+use super::memory::{Matrix, Pointer, array, cuda, empty, upload_i32};
 use super::{Error, argument};
 
 /// Queries of a tile and keys of a tile; `attention.cuh` has the same numbers.
@@ -318,7 +318,7 @@ impl AttentionPlan {
 
     /// Addresses of the tiles of queries, the tiles of keys, the views and the running sums of work.
     fn addresses(&self) -> Result<[u64; 4], Error> {
-        let first = pointer(&self.words)?.address;
+        let first = array(&self.words)?.address;
         let key_tiles = first + (self.num_query_tiles * size_of::<[i32; 8]>()) as u64;
         let views = key_tiles + (self.num_key_tiles * size_of::<[i32; 4]>()) as u64;
         Ok([first, key_tiles, views, views + (self.num_views * size_of::<[i32; 4]>()) as u64])
@@ -508,7 +508,7 @@ pub fn attention_backward_with(
     let sums = (num_floats > 0).then(|| empty(device, num_floats, DType::F32)).transpose()?;
     let split = RawKeySplit {
         work,
-        sums: address_or_none(sums.as_ref().map(pointer).transpose()?),
+        sums: address_or_none(sums.as_ref().map(array).transpose()?),
         num_tiles: plan.num_key_tiles as i32,
         part_steps: split.part_steps as i32,
         num_parts: split.num_parts as i32,

@@ -104,19 +104,11 @@ pub fn matrix(tensor: &Tensor) -> Result<Matrix, Error> {
 ///
 /// # Errors
 /// If it is not contiguous or not on a GPU.
-pub(super) fn pointer(tensor: &Tensor) -> Result<Pointer, Error> {
+pub fn array(tensor: &Tensor) -> Result<Pointer, Error> {
     if !tensor.is_contiguous() {
         return Err(argument("view", "tensor", tensor.layout(), "contiguous values"));
     }
     Ok(Pointer { address: address(tensor)?, len: tensor.elem_count() })
-}
-
-/// A contiguous tensor of any type as a flat array.
-///
-/// # Errors
-/// If it is not contiguous or not on a GPU.
-pub fn array(tensor: &Tensor) -> Result<Pointer, Error> {
-    pointer(tensor)
 }
 
 fn address(tensor: &Tensor) -> Result<u64, Error> {
@@ -236,7 +228,7 @@ download!(download_f64, f64, "The doubles");
 /// # Errors
 /// If the tensor is of another type or length, or the device failed.
 pub fn overwrite(tensor: &Tensor, values: &[f32]) -> Result<(), Error> {
-    let target = pointer(tensor)?;
+    let target = array(tensor)?;
     if tensor.dtype() != DType::F32 || target.len != values.len() {
         return Err(argument("overwrite", "values", (values.len(), tensor.dtype()), (target.len, DType::F32)));
     }

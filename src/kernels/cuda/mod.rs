@@ -48,6 +48,8 @@ pub use optimizer::{AdamWFactors, adamw, sums_of_squares, sums_of_squares_worksp
 pub use paged_attention::{
     NO_SLOT, PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
 };
+pub use parking::{Parked, Parking, Returning};
+pub use pinned::Pinned;
 pub use pointwise::{add_row, axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 pub use rope::{rope, rope_table};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
@@ -102,9 +104,6 @@ pub enum Error {
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
-
-pub use parking::{Parked, Parking, Returning};
-pub use pinned::Pinned;
 
 pub(crate) fn argument(
     kernel: &'static str,

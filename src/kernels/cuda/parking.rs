@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use cudarc::driver::result::{memcpy_dtoh_async, memcpy_htod_async};
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use super::memory::{cuda, empty, pointer};
+use super::memory::{array, cuda, empty};
 use super::pinned::Pinned;
 use super::{Error, argument};
 
@@ -101,7 +101,7 @@ impl Parking {
     /// # Errors
     /// If host memory cannot be locked or the driver refuses.
     pub fn park(&self, tensor: Tensor) -> Result<Parked, Error> {
-        let from = pointer(&tensor)?;
+        let from = array(&tensor)?;
         let dtype = tensor.dtype();
         let bytes = from.len * dtype.size_in_bytes();
         let free = lock(&self.state).free.get_mut(&bytes).and_then(Vec::pop);
@@ -151,7 +151,7 @@ impl Parking {
     /// If device memory runs out or the driver refuses.
     pub fn bring_back(&self, parked: Parked) -> Result<Returning, Error> {
         let tensor = empty(&self.device, parked.dims.as_slice(), parked.dtype)?;
-        let target = pointer(&tensor)?;
+        let target = array(&tensor)?;
         let bytes = target.len * parked.dtype.size_in_bytes();
         // The buffer may have been freed by work that the compute stream has still to do.
         let is_free = self.compute.record_event(None).map_err(failed("recording an event"))?;
