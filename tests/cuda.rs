@@ -9,6 +9,8 @@ mod attention;
 mod gemm;
 #[path = "cuda/gguf.rs"]
 mod gguf;
+#[path = "cuda/gradients.rs"]
+mod gradients;
 #[path = "cuda/head.rs"]
 mod head;
 #[path = "cuda/nf4.rs"]
@@ -33,3 +35,5 @@ mod rows;
 mod support;
 #[path = "cuda/swiglu.rs"]
 mod swiglu;
+#[path = "cuda/tiny.rs"]
+mod tiny;

@@ -1,19 +1,15 @@
 //! Generation on the GPU: the CPU's completions in f32, the trainer's log-probabilities in 16 bits.
 
 use candle_core::{DType, Device};
-use trainer::config::settings::{
-    LoraSettings, ModelSettings, Projection, QuantType, Quantization, SamplingSettings, WeightDtype,
-};
-use trainer::engine::{Activations, Engine, Speaker, Types};
+use trainer::config::settings::{Projection, SamplingSettings};
+use trainer::engine::{Engine, Speaker, Types};
 use trainer::model::batch::BatchBuilder;
-use trainer::model::load::{Purpose, load};
-use trainer::ops::buffer;
 use trainer::rng::Stream;
 use trainer::rollout::forward::{EngineModel, kv_shape};
 use trainer::rollout::{Caller, Completion, Error, KvCache, Request, Rollout, RolloutSettings, Statistics};
-use trainer::zero::ParamStore;
 
 use crate::support::{device, seed};
+use crate::tiny::{Tiny, VOCABULARY};
 
 /// Log-probabilities of f32 sums in another order.
 const F32: f32 = 1e-4;
@@ -25,72 +21,10 @@ const F16: (f32, f32) = (0.03, 0.005);
 /// Pages that hold the longest sequence of the f32 test, but not five of them.
 const FEW_PAGES: usize = 13;
 
-const VOCABULARY: u64 = 300;
-
-/// What a test's model is made of.
-#[derive(Clone, Copy, Debug)]
-struct Tiny {
-    architecture: &'static str,
-    head_dim: usize,
-    /// An adapter on 4-bit projections; else dense weights.
-    has_adapter: bool,
-}
-
-impl Tiny {
-    fn config(self) -> String {
-        let class = if self.architecture == "qwen2" { "Qwen2ForCausalLM" } else { "Qwen3ForCausalLM" };
-        let Self { architecture, head_dim, .. } = self;
-        let hidden = if architecture == "qwen2" { 4 * head_dim } else { 64 };
-        // Products of a normed row keep their size, so that softmax stays soft and rounding is not magnified.
-        let deviation = 0.8 / f64::from(hidden as u32).sqrt();
-        format!(
-            r#"{{"architectures": ["{class}"], "model_type": "{architecture}", "hidden_size": {hidden},
-            "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": {head_dim}, "vocab_size": {VOCABULARY}, "hidden_act": "silu", "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true, "use_sliding_window": false,
-            "sliding_window": 4096, "max_window_layers": 3, "attention_bias": false, "initializer_range": {deviation},
-            "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": 1}}"#
-        )
-    }
-
-    /// The same weights on every device.
-    fn engine(self, device: &Device, types: Types) -> Engine {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("config.json"), self.config()).unwrap();
-        let lora = LoraSettings {
-            r: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            target_modules: Projection::ALL.to_vec(),
-            use_rslora: false,
-        };
-        let quantization = Quantization { quant_type: QuantType::Nf4, double_quant: true };
-        let settings = ModelSettings {
-            model_name_or_path: String::new(),
-            model_revision: "main".into(),
-            tokenizer_name_or_path: None,
-            chat_template_path: None,
-            init_random: true,
-            dtype: WeightDtype::Auto,
-            quantization: self.has_adapter.then_some(quantization),
-            lora: self.has_adapter.then_some(lora),
-            adapter_name_or_path: None,
-        };
-        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
-        if device.is_cuda() {
-            loaded.keep_embedding_on_host();
-        }
-        let store = ParamStore::new(loaded.blocks, device).unwrap();
-        let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
-        // lora_B starts at zero, which would hide half of the adapter.
-        for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-            let mut values = buffer::to_vec(flat.values()).unwrap();
-            let mut stream = Stream::new(5, "rollout tests", 0, block as u64);
-            values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
-            buffer::write(flat.values(), &values).unwrap();
-        }
-        engine
-    }
+/// A model with adapters on all of its 4-bit projections, or with dense weights.
+fn tiny(architecture: &'static str, head_dim: usize, has_adapter: bool) -> Tiny {
+    let adapters: &[Projection] = if has_adapter { &Projection::ALL } else { &[] };
+    Tiny { architecture, head_dim, adapters, dropout: 0.0 }
 }
 
 /// Prompts around page borders, three requests each.
@@ -146,7 +80,7 @@ fn completions_in_f32_are_those_of_the_cpu() {
     for (architecture, head_dim, has_adapter) in
         [("qwen2", 16, false), ("qwen3", 24, true), ("qwen2", 16, true), ("qwen3", 64, false)]
     {
-        let tiny = Tiny { architecture, head_dim, has_adapter };
+        let tiny = tiny(architecture, head_dim, has_adapter);
         let (host, gpu) = (tiny.engine(&Device::Cpu, Types::F32), tiny.engine(&device(), Types::F32));
         let page_bytes = kv_shape(&gpu).page_bytes();
         assert_eq!(page_bytes, kv_shape(&host).page_bytes());
@@ -188,7 +122,7 @@ fn rollout_logprobs_in_16_bits_are_near_the_trainers() {
         for (architecture, head_dim, has_adapter) in
             [("qwen2", 64, true), ("qwen3", 64, true), ("qwen3", 24, true), ("qwen2", 64, false)]
         {
-            let tiny = Tiny { architecture, head_dim, has_adapter };
+            let tiny = tiny(architecture, head_dim, has_adapter);
             let engine = tiny.engine(&device(), types);
             let (completions, _) = generate(&engine, settings(usize::MAX), &requests, 0.8);
             let mut distances = Vec::new();
@@ -210,7 +144,7 @@ fn rollout_logprobs_in_16_bits_are_near_the_trainers() {
 #[test]
 #[ignore = "gpu"]
 fn a_cache_beyond_the_devices_memory_is_one_clear_error() {
-    let engine = Tiny { architecture: "qwen2", head_dim: 16, has_adapter: false }.engine(&device(), Types::BF16);
+    let engine = tiny("qwen2", 16, false).engine(&device(), Types::BF16);
     let shape = kv_shape(&engine);
     assert_eq!((shape.dtype, shape.element_bytes()), (DType::BF16, 2));
     let pages = (8 << 40) / shape.page_bytes();

@@ -1,0 +1,92 @@
+//! A training pass on the GPU against the CPU's in f32: every type, with adapters on all projections, on some and on none, and
+//! whatever becomes of activations.
+
+use candle_core::Device;
+use trainer::config::settings::Projection;
+use trainer::engine::{self, Activations, DropoutKey, Engine, Types};
+use trainer::model::HeadGradient;
+use trainer::model::batch::{Batch, BatchBuilder};
+use trainer::ops::buffer;
+use trainer::rng::Stream;
+
+use crate::support::{assert_close, device, seed};
+use crate::tiny::{Tiny, VOCABULARY};
+
+/// Relative errors of a block's gradients: sums in another order; activations and gradients rounded to 16 bits (8 bits of
+/// mantissa in bf16, 11 in f16) some ten times on their way through three layers.
+const TOLERANCES: [(Types, f32); 3] = [(Types::F32, 1e-4), (Types::BF16, 8e-2), (Types::F16, 1e-2)];
+/// Lifts f16's small gradients above its smallest numbers, as the loss scaler does.
+const LOSS_SCALE: f64 = 256.0;
+
+/// Packed sequences and a group that shares its prompt.
+fn batch() -> Batch {
+    let tokens = |length: usize, item: u64| -> Vec<u32> {
+        let mut stream = Stream::new(seed(), "gradient tests", 0, item);
+        (0..length).map(|_| stream.below(VOCABULARY) as u32).collect()
+    };
+    let mut builder = BatchBuilder::new();
+    for (item, length) in [(0, 33), (1, 1), (2, 70)] {
+        let rows = builder.push(&tokens(length, item), item);
+        builder.predict_within(rows);
+    }
+    let prompt = builder.push(&tokens(20, 3), 3);
+    for item in 4..7 {
+        let rows = builder.push_after(prompt.clone(), &tokens(9, item), item);
+        builder.predict_within(rows);
+    }
+    builder.build().unwrap()
+}
+
+/// Gradients of the mean log-probability, by block; once with the gradient known before and once without.
+fn gradients(engine: &Engine, batch: &Batch, scale: f64) -> [Vec<Vec<f32>>; 2] {
+    let count = batch.targets.len();
+    let gradient = || HeadGradient { d_logprobs: vec![1.0 / count as f32; count], d_entropies: vec![] }.scaled(scale);
+    let dropout = Some(DropoutKey { seed: 9, step: 2 });
+    let read = || -> Vec<Vec<f32>> {
+        let unscaled = |grads: Vec<f32>| grads.into_iter().map(|g| (f64::from(g) / scale) as f32).collect();
+        engine.store().flats().map(|flat| unscaled(buffer::to_vec(flat.grads()).unwrap())).collect()
+    };
+    engine.store().zero_gradients().unwrap();
+    let look = |_: &_| Ok::<_, engine::Error>(());
+    engine.forward_backward_known(batch, 0.9, dropout, &gradient(), look).unwrap();
+    let known = read();
+    engine.store().zero_gradients().unwrap();
+    engine.forward_backward(batch, 0.9, dropout, |_| Ok::<_, engine::Error>((gradient(), ()))).unwrap();
+    [known, read()]
+}
+
+#[test]
+#[ignore = "gpu"]
+fn gradients_are_those_of_the_cpu() {
+    let batch = batch();
+    let some: &[Projection] = &[Projection::QProj, Projection::VProj];
+    for (architecture, head_dim, adapters, dropout) in [
+        ("qwen2", 64, &Projection::ALL[..], 0.0),
+        ("qwen3", 24, &Projection::ALL[..], 0.3),
+        ("qwen2", 16, some, 0.0),
+        ("qwen3", 64, some, 0.3),
+        ("qwen2", 64, &[], 0.0),
+        ("qwen3", 16, &[], 0.0),
+    ] {
+        let tiny = Tiny { architecture, head_dim, adapters, dropout };
+        let [want, _] = gradients(&tiny.engine(&Device::Cpu, Types::F32), &batch, 1.0);
+        for (types, tolerance) in TOLERANCES {
+            let mut engine = tiny.engine(&device(), types);
+            for (activations, layers) in [
+                (Activations::Keep, usize::MAX),
+                (Activations::Recompute, usize::MAX),
+                (Activations::Offload, usize::MAX),
+                (Activations::Offload, 1),
+            ] {
+                engine.set_activations(activations);
+                engine.set_recomputed_layers(layers);
+                for (kind, got) in ["known", "asked for"].iter().zip(gradients(&engine, &batch, LOSS_SCALE)) {
+                    for (block, (got, want)) in got.iter().zip(&want).enumerate().filter(|(_, (_, w))| !w.is_empty()) {
+                        let what = format!("{tiny:?} in {types:?}, {activations:?} of {layers}, {kind}, block {block}");
+                        assert_close(&what, got, want, tolerance);
+                    }
+                }
+            }
+        }
+    }
+}

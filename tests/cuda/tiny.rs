@@ -1,0 +1,81 @@
+//! A tiny model of random weights, the same on every device.
+
+use candle_core::Device;
+use trainer::config::settings::{LoraSettings, ModelSettings, Projection, QuantType, Quantization, WeightDtype};
+use trainer::engine::{Activations, Engine, Types};
+use trainer::model::load::{Purpose, load};
+use trainer::ops::buffer;
+use trainer::rng::Stream;
+use trainer::zero::ParamStore;
+
+/// Entries in the vocabulary.
+pub(crate) const VOCABULARY: u64 = 300;
+
+/// What a test's model is made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiny {
+    pub(crate) architecture: &'static str,
+    pub(crate) head_dim: usize,
+    /// Projections with an adapter, on 4-bit weights; with none, weights are dense and all trained.
+    pub(crate) adapters: &'static [Projection],
+    /// Dropout of the adapters' inputs.
+    pub(crate) dropout: f64,
+}
+
+impl Tiny {
+    pub(crate) fn config(self) -> String {
+        let class = if self.architecture == "qwen2" { "Qwen2ForCausalLM" } else { "Qwen3ForCausalLM" };
+        let Self { architecture, head_dim, .. } = self;
+        let hidden = if architecture == "qwen2" { 4 * head_dim } else { 64 };
+        // Products of a normed row keep their size, so that softmax stays soft and rounding is not magnified.
+        let deviation = 0.8 / f64::from(hidden as u32).sqrt();
+        format!(
+            r#"{{"architectures": ["{class}"], "model_type": "{architecture}", "hidden_size": {hidden},
+            "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": {head_dim}, "vocab_size": {VOCABULARY}, "hidden_act": "silu", "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true, "use_sliding_window": false,
+            "sliding_window": 4096, "max_window_layers": 3, "attention_bias": false, "initializer_range": {deviation},
+            "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": 1}}"#
+        )
+    }
+
+    /// The same weights on every device.
+    pub(crate) fn engine(self, device: &Device, types: Types) -> Engine {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), self.config()).unwrap();
+        let lora = LoraSettings {
+            r: 8,
+            alpha: 16.0,
+            dropout: self.dropout,
+            target_modules: self.adapters.to_vec(),
+            use_rslora: false,
+        };
+        let has_adapter = !self.adapters.is_empty();
+        let quantization = Quantization { quant_type: QuantType::Nf4, double_quant: true };
+        let settings = ModelSettings {
+            model_name_or_path: String::new(),
+            model_revision: "main".into(),
+            tokenizer_name_or_path: None,
+            chat_template_path: None,
+            init_random: true,
+            dtype: WeightDtype::Auto,
+            quantization: has_adapter.then_some(quantization),
+            lora: has_adapter.then_some(lora),
+            adapter_name_or_path: None,
+        };
+        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+        if device.is_cuda() {
+            loaded.keep_embedding_on_host();
+        }
+        let store = ParamStore::new(loaded.blocks, device).unwrap();
+        let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
+        // lora_B starts at zero, which would hide half of the adapter.
+        for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
+            let mut values = buffer::to_vec(flat.values()).unwrap();
+            let mut stream = Stream::new(5, "rollout tests", 0, block as u64);
+            values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
+            buffer::write(flat.values(), &values).unwrap();
+        }
+        engine
+    }
+}
