@@ -109,10 +109,16 @@ pub enum Activations {
 /// copy that starts later.
 const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
 
+/// Tokens of a batch from which and up to which the last layer, needed again at once, keeps its activations: while the head
+/// works they take what the MLP's backward takes later. With fewer tokens the head needs that memory itself; with more it is
+/// much, and one layer's recomputation little beside attention.
+const LAST_LAYER_KEPT_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
+
 /// What a layer leaves for backward.
 enum Kept {
     Everything(Box<layer::Saved>),
-    Retained(Box<Retained<Held>>),
+    /// What is needed first, and the products before attention.
+    Retained(Box<Retained<Held>>, Option<Held>),
 }
 
 impl Engine {
@@ -360,19 +366,7 @@ impl Engine {
         let host = self.host()?;
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
         let hidden = self.walk(batch, &pass, |saved| {
-            kept.push(match self.activations {
-                Activations::Keep => Kept::Everything(Box::new(saved)),
-                _ if kept.len() >= self.recomputed_layers => Kept::Everything(Box::new(saved)),
-                // The last layer is needed again at once.
-                Activations::Recompute | Activations::Offload if kept.len() + 1 == self.config.num_hidden_layers => {
-                    Kept::Retained(Box::new(
-                        saved.retain(host.is_used()).map(|tensor| Ok::<_, Error>(Held::Here(tensor)))?,
-                    ))
-                }
-                Activations::Recompute | Activations::Offload => {
-                    Kept::Retained(Box::new(saved.retain(host.is_used()).map(|tensor| host.park(tensor))?))
-                }
-            });
+            kept.push(self.keep(saved, kept.len(), batch.tokens.len(), host)?);
             Ok(())
         })?;
         let head_block = self.head()?;
@@ -390,19 +384,22 @@ impl Engine {
                     next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     layer.backward(&gradient, *saved, &pass).map_err(in_layer(index))?
                 }
-                Kept::Retained(retained) => {
+                Kept::Retained(retained, products) => {
                     let retained = retained.map(|held| host.take(held))?;
                     // The layer before comes back while this one computes: from the start, or, where that is much memory,
-                    // once the MLP has given back its own.
+                    // once the MLP has given back its own. The products come back in the middle of the MLP.
                     let is_large = retained.size_bytes() > MOST_BESIDE_MLP_BYTES;
                     if !is_large {
                         next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     }
-                    let halfway = layer.backward_mlp(&gradient, retained, &pass).map_err(in_layer(index))?;
+                    let inside = layer.backward_down(&gradient, retained, &pass).map_err(in_layer(index))?;
+                    let products = products.map(|held| host.bring_back(held)).transpose()?;
+                    let halfway = layer.backward_mlp(&gradient, inside, &pass).map_err(in_layer(index))?;
+                    let products = products.map(|held| host.take(held)).transpose()?;
                     if is_large {
                         next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     }
-                    layer.backward_rest(halfway, &pass).map_err(in_layer(index))?
+                    layer.backward_attention(halfway, products, &pass).map_err(in_layer(index))?
                 }
             };
         }
@@ -411,6 +408,21 @@ impl Engine {
             embedding.backward(&gradient, &batch.tokens).map_err(in_block("embedding"))?;
         }
         Ok(result)
+    }
+
+    /// What layer `index` leaves for the backward of a batch of `tokens`.
+    fn keep(&self, saved: layer::Saved, index: usize, tokens: usize, host: &Host) -> Result<Kept, Error> {
+        let is_last = index + 1 == self.config.num_hidden_layers;
+        let is_whole = self.activations == Activations::Keep
+            || index >= self.recomputed_layers
+            || (is_last && LAST_LAYER_KEPT_TOKENS.contains(&tokens));
+        if is_whole {
+            return Ok(Kept::Everything(Box::new(saved)));
+        }
+        // The last layer is needed again at once.
+        let place = |tensor| if is_last { Ok(Held::Here(tensor)) } else { host.park(tensor) };
+        let (retained, products) = saved.retain(host.is_used());
+        Ok(Kept::Retained(Box::new(retained.map(place)?), products.map(place).transpose()?))
     }
 
     /// The hidden states after the last layer; `keep` gets what each layer left for backward.
@@ -460,9 +472,12 @@ impl Engine {
 }
 
 impl Kept {
+    /// Starts the way back of what is needed first.
     fn bring_back(self, host: &Host) -> Result<Self, Error> {
         match self {
-            Self::Retained(retained) => Ok(Self::Retained(Box::new(retained.map(|held| host.bring_back(held))?))),
+            Self::Retained(retained, products) => {
+                Ok(Self::Retained(Box::new(retained.map(|held| host.bring_back(held))?), products))
+            }
             everything @ Self::Everything(_) => Ok(everything),
         }
     }

@@ -4,11 +4,14 @@
 //! every trained parameter's gradient to its bucket. `attention_inputs` and `after_attention` are the two halves around
 //! attention, which the rollout shares.
 //!
-//! Projections that read one input are applied together, the residual sums ride in the products before them, and a
-//! block that is computed again for its backward leaves out its last product, which backward does not need.
+//! Projections that read one input are applied together, and the residual sums ride in the products before them. Of a
+//! block that is computed again for its backward the low-rank products are kept: they are small, and without them the
+//! last activation is not needed again. Its last product, which backward does not need, is left out.
 //!
 //! Shapes: `N` tokens, `D` hidden, `H` query heads, `K` key-value heads, `d` head size, `I` intermediate. The residual
 //! stream is `[N, D]`; its type and that of the activations are f32 on the CPU.
+
+mod retained;
 
 use candle_core::{DType, Tensor};
 
@@ -18,10 +21,12 @@ use super::params::BlockParams;
 use super::{Error, adapter};
 use crate::config::settings::Projection;
 use crate::ops::attention::{self, Heads, Layout};
-use crate::ops::linear::{self, Dropout, Linear, Mode, TokenKeys, room};
+use crate::ops::linear::{self, Dropout, Linear, Mode, Outputs, TokenKeys, room};
 use crate::ops::rope::Rotation;
 use crate::ops::{Param, Wide, rms_norm, swiglu};
 use crate::rng;
+pub use retained::Retained;
+use retained::{LowRank, LowRanks, Middle};
 
 /// What a pass through the layers needs to know besides the hidden states.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +80,8 @@ struct SavedNorm {
 pub struct SavedInputs {
     norm: rms_norm::Saved,
     normed: Wide,
+    /// The outputs of the projections as columns of one buffer, on a GPU: the memory of the values.
+    products: Option<Tensor>,
     qkv: linear::SavedGroup,
     q_norm: Option<SavedNorm>,
     k_norm: Option<SavedNorm>,
@@ -122,59 +129,7 @@ impl SavedMlp {
     }
 }
 
-/// What stays of a layer until its backward when the rest is computed again. `T` is where the large tensors are.
-#[derive(Debug)]
-pub struct Retained<T = Tensor> {
-    /// The layer's input: `[N, D]`.
-    pub input: T,
-    /// The results of attention and of the products beside it, where they are kept.
-    pub middle: Option<Middle<T>>,
-}
-
-/// Attention's results and the residual stream after it.
-#[derive(Debug)]
-pub struct Middle<T> {
-    attended: T,
-    cols: usize,
-    stream: T,
-    o: linear::SavedGroup,
-    attention: attention::Saved,
-}
-
-impl Retained {
-    /// Bytes of the large tensors.
-    pub fn size_bytes(&self) -> usize {
-        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
-        bytes(&self.input) + self.middle.as_ref().map_or(0, |m| bytes(&m.attended) + bytes(&m.stream))
-    }
-}
-
-impl<T> Retained<T> {
-    /// The same with every large tensor moved by `place`.
-    ///
-    /// # Errors
-    /// If `place` fails.
-    pub fn map<U, E>(self, mut place: impl FnMut(T) -> Result<U, E>) -> Result<Retained<U>, E> {
-        let input = place(self.input)?;
-        let middle = match self.middle {
-            None => None,
-            Some(Middle { attended, cols, stream, o, attention }) => {
-                Some(Middle { attended: place(attended)?, cols, stream: place(stream)?, o, attention })
-            }
-        };
-        Ok(Retained { input, middle })
-    }
-}
-
 impl Saved {
-    /// The layer's input alone, or with the results of attention.
-    pub fn retain(self, with_attention: bool) -> Retained {
-        let SavedOutputs { attended, o, stream, .. } = self.outputs;
-        let (cols, attention) = (attended.cols(), self.attention);
-        let middle = Middle { attended: attended.into_buffer(), cols, stream, o, attention };
-        Retained { input: self.input, middle: with_attention.then_some(middle) }
-    }
-
     /// The tensors of the layer in the order in which they are computed, by name: to find where values stop being finite.
     pub fn tensors(&self) -> Vec<(&'static str, Tensor)> {
         let SavedOutputs { attended, stream, normed, gate, up, .. } = &self.outputs;
@@ -194,17 +149,43 @@ impl Saved {
     }
 }
 
+/// A layer's backward behind the last projection of its MLP.
+#[derive(Debug)]
+pub struct InsideMlp {
+    front: Front,
+    mlp: MlpGradients,
+}
+
 /// A layer's backward between its MLP and its attention.
 #[derive(Debug)]
 pub struct Halfway {
-    input: Tensor,
+    front: Front,
     /// The gradient of the residual stream between the two.
     d_stream: Tensor,
+}
+
+/// What the backward of attention and of what is before it needs.
+#[derive(Debug)]
+struct Front {
+    input: Tensor,
+    /// The low-rank products of queries, keys and values, where they were kept.
+    qkv: Option<linear::SavedGroup>,
     /// Queries, keys, values and what they left, where they are there already.
     heads: Option<(Tensor, Tensor, Tensor, SavedInputs)>,
     attention: attention::Saved,
     attended: Wide,
     o: linear::SavedGroup,
+}
+
+/// The gradients of gate and up, and what the backward of what is before them needs.
+#[derive(Debug)]
+struct MlpGradients {
+    d_gate: Tensor,
+    d_up: Tensor,
+    stream: Tensor,
+    norm: rms_norm::Saved,
+    normed: Wide,
+    gate_up: linear::SavedGroup,
 }
 
 /// The projections of the keys, values and queries, of the output, and the two halves of the MLP.
@@ -318,12 +299,51 @@ impl DecoderLayer {
         x: &Tensor,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
+        self.attention_inputs_from(x, None, pass)
+    }
+
+    /// As [`Self::attention_inputs`], with the low-rank products that it left, if they were kept.
+    fn attention_inputs_from(
+        &self,
+        x: &Tensor,
+        first: Option<&linear::SavedGroup>,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
         let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, self.room(QKV, pass))?;
-        let (outputs, qkv) = self.with_group(QKV, pass, |group, mode| linear::forward(group, &normed, mode, None))?;
-        let [q, k, v] = exactly(outputs);
+        let (outputs, qkv) = self.with_group(QKV, pass, |group, mode| match first {
+            Some(first) => linear::forward_again(group, &normed, mode, None, first),
+            None => linear::forward(group, &normed, mode, None),
+        })?;
+        self.turned(outputs, norm, normed, qkv, pass)
+    }
+
+    /// As [`Self::attention_inputs`], from the products and the low-rank products that it left.
+    fn attention_inputs_again(
+        &self,
+        x: &Tensor,
+        products: Tensor,
+        qkv: linear::SavedGroup,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
+        let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, 0)?;
+        let outputs = Outputs::of_whole(&self.group(QKV), products)?;
+        self.turned(outputs, norm, normed, qkv, pass)
+    }
+
+    /// Normalises and turns the heads of queries and keys.
+    fn turned(
+        &self,
+        outputs: Outputs,
+        norm: rms_norm::Saved,
+        normed: Wide,
+        qkv: linear::SavedGroup,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
+        let products = outputs.whole().cloned();
+        let [q, k, v] = outputs.into_each();
         let (q, q_norm) = self.heads(q, self.q_norm.as_ref(), pass.rotation)?;
         let (k, k_norm) = self.heads(k, self.k_norm.as_ref(), pass.rotation)?;
-        Ok((q, k, v, SavedInputs { norm, normed, qkv, q_norm, k_norm }))
+        Ok((q, k, v, SavedInputs { norm, normed, products, qkv, q_norm, k_norm }))
     }
 
     /// The rest of the layer: output projection, residual, MLP, residual.
@@ -339,36 +359,41 @@ impl DecoderLayer {
         attended: Wide,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, SavedOutputs), Error> {
-        let (stream, o) = self.output_projection(x, &attended, pass)?;
-        let (activated, half) = self.mlp(&stream, pass)?;
+        let (stream, o) = self.output_projection(x, &attended, None, pass)?;
+        let half = self.gate_up(&stream, None, pass)?;
+        let activated = swiglu::forward_wide(&half.gate, &half.up, self.room(DOWN, pass))?;
         let (outputs, down) =
             self.with_group(DOWN, pass, |group, mode| linear::forward(group, &activated, mode, Some(&stream)))?;
-        let [y] = exactly(outputs);
+        let [y] = outputs.into_each();
         Ok((y, half.join(attended, o, stream, down)))
     }
 
-    /// The residual stream after attention.
+    /// The residual stream after attention; `first` is what the same left before.
     fn output_projection(
         &self,
         x: &Tensor,
         attended: &Wide,
+        first: Option<&linear::SavedGroup>,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, linear::SavedGroup), Error> {
-        let (outputs, o) =
-            self.with_group(OUTPUT, pass, |group, mode| linear::forward(group, attended, mode, Some(x)))?;
-        let [stream] = exactly(outputs);
+        let (outputs, o) = self.with_group(OUTPUT, pass, |group, mode| match first {
+            Some(first) => linear::forward_again(group, attended, mode, Some(x), first),
+            None => linear::forward(group, attended, mode, Some(x)),
+        })?;
+        let [stream] = outputs.into_each();
         Ok((stream, o))
     }
 
-    /// The MLP up to its last product, which reads the returned activation.
-    fn mlp(&self, stream: &Tensor, pass: &Pass<'_>) -> Result<(Wide, SavedMlp), Error> {
+    /// The MLP up to its activation; `first` is what the projections left before.
+    fn gate_up(&self, stream: &Tensor, first: Option<&linear::SavedGroup>, pass: &Pass<'_>) -> Result<SavedMlp, Error> {
         let room = self.room(GATE_UP, pass);
         let (normed, norm) = rms_norm::forward_wide(stream, &self.post_attention_norm, self.eps, pass.compute, room)?;
-        let (outputs, gate_up) =
-            self.with_group(GATE_UP, pass, |group, mode| linear::forward(group, &normed, mode, None))?;
-        let [gate, up] = exactly(outputs);
-        let activated = swiglu::forward_wide(&gate, &up, self.room(DOWN, pass))?;
-        Ok((activated, SavedMlp { norm, normed, gate, up, gate_up }))
+        let (outputs, gate_up) = self.with_group(GATE_UP, pass, |group, mode| match first {
+            Some(first) => linear::forward_again(group, &normed, mode, None, first),
+            None => linear::forward(group, &normed, mode, None),
+        })?;
+        let [gate, up] = outputs.into_each();
+        Ok(SavedMlp { norm, normed, gate, up, gate_up })
     }
 
     /// The layer's output and what backward needs.
@@ -395,63 +420,86 @@ impl DecoderLayer {
     /// If the shapes do not fit.
     pub fn backward(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<Tensor, Error> {
         let Saved { input, inputs, q, k, v, attention, outputs } = saved;
-        let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
-        self.attention_backward(&d_stream, &input, (q, k, v, inputs), attention, attended, &o, pass)
+        let (mlp, attended, o) = self.down_backward(dy, outputs, pass)?;
+        let front = Front { input, qkv: None, heads: Some((q, k, v, inputs)), attention, attended, o };
+        let halfway = self.backward_mlp(dy, InsideMlp { front, mlp }, pass)?;
+        self.backward_attention(halfway, None, pass)
     }
 
-    /// The first part of [`Self::backward`] from what was retained: through the MLP. The rest is computed again, without the
-    /// layer's last product; where the results of attention were retained, neither it nor the product after it is repeated,
-    /// and queries, keys and values are not there yet while the MLP needs its memory.
+    /// The first part of [`Self::backward`] from what was retained: through the last projection of the MLP. The rest is
+    /// computed again, without the layer's last product; where the results of attention were retained, neither it nor the
+    /// product after it is repeated, and queries, keys and values are not there yet while the MLP needs its memory.
     ///
     /// # Shapes
     /// `dy`: `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn backward_mlp(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<Halfway, Error> {
-        let Retained { input, middle } = retained;
-        let (heads, attention, attended, stream, o) =
-            if let Some(Middle { attended, cols, stream, o, attention }) = middle {
+    pub fn backward_down(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<InsideMlp, Error> {
+        let Retained { input, low_ranks: LowRanks { qkv, o, gate_up, down }, middle } = retained;
+        let [mut qkv, o, gate_up, down] = [qkv, o, gate_up, down].map(|group| group.map(LowRank::into_group));
+        let (heads, attention, attended, stream, o) = match (middle, o) {
+            (Some(Middle { attended, cols, log_sums, stream }), Some(o)) => {
+                let attention = attention::Saved::from_log_sums(log_sums);
                 (None, attention, Wide::with_cols(attended, cols)?, stream, o)
-            } else {
-                let (q, k, v, inputs) = self.attention_inputs(&input, pass)?;
+            }
+            (_, o) => {
+                let (q, k, v, inputs) = self.attention_inputs_from(&input, qkv.take().as_ref(), pass)?;
                 let room = self.attended_room(pass);
                 let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
-                let (stream, o) = self.output_projection(&input, &attended, pass)?;
+                let (stream, o) = self.output_projection(&input, &attended, o.as_ref(), pass)?;
                 (Some((q, k, v, inputs)), attention, attended, stream, o)
-            };
-        let outputs = self.outputs_again(attended, o, stream, pass)?;
-        let (d_stream, attended, o) = self.mlp_backward(dy, outputs, pass)?;
-        Ok(Halfway { input, d_stream, heads, attention, attended, o })
+            }
+        };
+        let half = self.gate_up(&stream, gate_up.as_ref(), pass)?;
+        let down = if let Some(down) = down {
+            down
+        } else {
+            let activated = swiglu::forward_wide(&half.gate, &half.up, self.room(DOWN, pass))?;
+            self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?
+        };
+        let (mlp, attended, o) = self.down_backward(dy, half.join(attended, o, stream, down), pass)?;
+        Ok(InsideMlp { front: Front { input, qkv, heads, attention, attended, o }, mlp })
     }
 
-    /// The rest: the gradient of the layer's input.
+    /// The second part: through the rest of the MLP and its norm.
+    ///
+    /// # Shapes
+    /// `dy`: `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn backward_mlp(&self, dy: &Tensor, inside: InsideMlp, pass: &Pass<'_>) -> Result<Halfway, Error> {
+        let InsideMlp { front, mlp: MlpGradients { d_gate, d_up, stream, norm, normed, gate_up } } = inside;
+        let d_normed = self.with_group(GATE_UP, pass, |group, mode| {
+            let (dx, carried) = linear::backward_input(group, &[d_gate, d_up], &gate_up, mode)?;
+            linear::backward_weights(group, &carried, &normed, &gate_up, mode)?;
+            Ok(dx)
+        })?;
+        let d_stream = rms_norm::backward_onto(&d_normed, &stream, &self.post_attention_norm, &norm, dy)?;
+        Ok(Halfway { front, d_stream })
+    }
+
+    /// The rest: the gradient of the layer's input. `products` are those that [`Saved::retain`] gave beside the retained.
     ///
     /// # Shapes
     /// Returns `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn backward_rest(&self, halfway: Halfway, pass: &Pass<'_>) -> Result<Tensor, Error> {
-        let Halfway { input, d_stream, heads, attention, attended, o } = halfway;
-        let heads = match heads {
-            Some(heads) => heads,
-            None => self.attention_inputs(&input, pass)?,
+    pub fn backward_attention(
+        &self,
+        halfway: Halfway,
+        products: Option<Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<Tensor, Error> {
+        let Halfway { front: Front { input, qkv, heads, attention, attended, o }, d_stream } = halfway;
+        let heads = match (heads, products, qkv) {
+            (Some(heads), ..) => heads,
+            (None, Some(products), Some(qkv)) => self.attention_inputs_again(&input, products, qkv, pass)?,
+            (None, _, qkv) => self.attention_inputs_from(&input, qkv.as_ref(), pass)?,
         };
         self.attention_backward(&d_stream, &input, heads, attention, attended, &o, pass)
-    }
-
-    /// What the second half keeps for backward, from the residual stream after attention, without its last product.
-    fn outputs_again(
-        &self,
-        attended: Wide,
-        o: linear::SavedGroup,
-        stream: Tensor,
-        pass: &Pass<'_>,
-    ) -> Result<SavedOutputs, Error> {
-        let (activated, half) = self.mlp(&stream, pass)?;
-        let down = self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?;
-        Ok(half.join(attended, o, stream, down))
     }
 
     /// The gradient of the layer's input from that of the residual stream after attention.
@@ -484,13 +532,13 @@ impl DecoderLayer {
         Ok(rms_norm::backward_onto(&d_normed, input, &self.input_norm, &inputs.norm, d_stream)?)
     }
 
-    /// The gradient of the residual stream between the halves, and what the first half needs of the second's residue.
-    fn mlp_backward(
+    /// The gradients of gate and up, and what the first half needs of the second's residue.
+    fn down_backward(
         &self,
         dy: &Tensor,
         saved: SavedOutputs,
         pass: &Pass<'_>,
-    ) -> Result<(Tensor, Wide, linear::SavedGroup), Error> {
+    ) -> Result<(MlpGradients, Wide, linear::SavedGroup), Error> {
         let SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down } = saved;
         // The activation is made again: it is as large as the gate and costs nothing beside the multiplies.
         let (d_gate, d_up) = self.with_group(DOWN, pass, |group, mode| {
@@ -499,17 +547,6 @@ impl DecoderLayer {
             linear::backward_weights(group, &carried, &activated, &down, mode)?;
             Ok((d_gate, d_up))
         })?;
-        let d_normed = self.with_group(GATE_UP, pass, |group, mode| {
-            let (dx, carried) = linear::backward_input(group, &[d_gate, d_up], &gate_up, mode)?;
-            linear::backward_weights(group, &carried, &normed, &gate_up, mode)?;
-            Ok(dx)
-        })?;
-        let d_stream = rms_norm::backward_onto(&d_normed, &stream, &self.post_attention_norm, &norm, dy)?;
-        Ok((d_stream, attended, o))
+        Ok((MlpGradients { d_gate, d_up, stream, norm, normed, gate_up }, attended, o))
     }
-}
-
-/// The outputs of a group, one for each of its projections.
-fn exactly<const G: usize>(outputs: Vec<Tensor>) -> [Tensor; G] {
-    outputs.try_into().unwrap_or_else(|_| unreachable!("a group has one output for each of its projections"))
 }

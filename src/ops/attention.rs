@@ -113,6 +113,18 @@ pub struct Saved {
     pub(super) log_sums: Tensor,
 }
 
+impl Saved {
+    /// The log-sum-exps alone: f32 `[H, N]`.
+    pub fn into_log_sums(self) -> Tensor {
+        self.log_sums
+    }
+
+    /// What [`Self::into_log_sums`] came from.
+    pub fn from_log_sums(log_sums: Tensor) -> Self {
+        Self { log_sums }
+    }
+}
+
 /// Query heads and key-value heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {

@@ -7,15 +7,20 @@
 //!
 //! Shapes: `N` tokens, `I` inputs, `O` outputs, `r` the adapter's rank.
 
+mod group;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::view::{change, dims2, tensor, view};
-use super::{Error, Param, Wide, residual, shape_error};
+use super::{Error, Param, shape_error};
 use crate::kernels::cpu::matmul::{Matrix, Threads, multiply};
 use crate::kernels::cpu::vector;
 use crate::quant::Weight;
 use crate::rng;
+pub use group::{
+    CarriedGroup, Mode, Outputs, SavedGroup, backward_input, backward_weights, forward, forward_again, room, saved_only,
+};
 
 const OP: &str = "linear";
 const OP_BACKWARD: &str = "linear backward";
@@ -128,183 +133,6 @@ struct Carried {
     d_low_rank: Option<Vec<f32>>,
 }
 
-/// How the projections of a group are applied in one pass.
-#[derive(Clone, Copy, Debug)]
-pub struct Mode<'a> {
-    /// Whether adapters take part.
-    pub use_adapter: bool,
-    /// Dropout of each projection's adapter; empty for none.
-    pub dropouts: &'a [Dropout<'a>],
-}
-
-impl<'a> Mode<'a> {
-    fn dropout(&self, index: usize) -> Option<Dropout<'a>> {
-        self.dropouts.get(index).copied()
-    }
-}
-
-/// What a group of projections keeps for backward, besides its input.
-#[derive(Clone, Debug, Default)]
-pub struct SavedGroup {
-    /// On the CPU: of each projection.
-    each: Vec<Saved>,
-    /// On a GPU: of all together.
-    #[cfg(feature = "cuda")]
-    pub(super) on_device: Option<super::cuda::linear::Saved>,
-}
-
-/// What [`backward_weights`] needs from [`backward_input`].
-#[derive(Debug)]
-pub struct CarriedGroup {
-    each: Vec<Carried>,
-    #[cfg(feature = "cuda")]
-    pub(super) on_device: Option<super::cuda::linear::Carried>,
-}
-
-#[cfg(feature = "cuda")]
-impl SavedGroup {
-    pub(super) fn on_device(saved: super::cuda::linear::Saved) -> Self {
-        Self { each: vec![], on_device: Some(saved) }
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl CarriedGroup {
-    pub(super) fn on_device(carried: super::cuda::linear::Carried) -> Self {
-        Self { each: vec![], on_device: Some(carried) }
-    }
-}
-
-/// Columns that the low-rank products of a group take behind its input: the sum of the ranks, a multiple of 8.
-pub fn room(linears: &[&Linear]) -> usize {
-    let rank = |linear: &&Linear| linear.adapter.as_ref().map_or(0, |a| a.a.value.dims()[0]);
-    linears.iter().map(rank).sum::<usize>().next_multiple_of(8)
-}
-
-/// Projects one input by several projections. With `residual`, to which a group of one is added, the output is of its
-/// type, else of the input's.
-///
-/// # Shapes
-/// `x`: `[N, I]`; `residual`: `[N, O]`; returns `[N, O]` for each projection.
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn forward(
-    linears: &[&Linear],
-    x: &Wide,
-    mode: Mode<'_>,
-    residual: Option<&Tensor>,
-) -> Result<(Vec<Tensor>, SavedGroup), Error> {
-    #[cfg(feature = "cuda")]
-    if x.buffer().device().is_cuda() {
-        return super::cuda::linear::forward(linears, x, mode, residual);
-    }
-    let values = x.values()?;
-    let (mut outputs, mut saved) = (Vec::with_capacity(linears.len()), SavedGroup::default());
-    for (index, linear) in linears.iter().enumerate() {
-        let (mut y, own) = linear.forward(&values, mode.use_adapter, mode.dropout(index))?;
-        if let Some(residual) = residual {
-            y = residual::add(y, residual)?;
-        }
-        outputs.push(y);
-        saved.each.push(own);
-    }
-    Ok((outputs, saved))
-}
-
-/// What [`forward`] keeps, without its outputs: a block that is computed again for its backward has no use for its last
-/// product.
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
-    #[cfg(feature = "cuda")]
-    if x.buffer().device().is_cuda() {
-        return super::cuda::linear::saved_only(linears, x, mode);
-    }
-    let has_magnitude = |linear: &&Linear| linear.adapter.as_ref().is_some_and(|a| a.magnitude.is_some());
-    if mode.use_adapter && linears.iter().any(has_magnitude) {
-        return Ok(forward(linears, x, mode, None)?.1);
-    }
-    let values = x.values()?;
-    let (n, inputs) = dims2(OP, "x", &values)?;
-    let values = view(OP, &values)?;
-    let each = linears.iter().enumerate().map(|(index, linear)| {
-        let adapter = linear.adapter.as_ref().filter(|_| mode.use_adapter);
-        let low_rank = adapter.map(|a| a.low_rank(&values, (n, inputs), linear.weight.rows(), mode.dropout(index)));
-        Ok(Saved { low_rank: low_rank.transpose()?, decomposed: None })
-    });
-    Ok(SavedGroup {
-        each: each.collect::<Result<_, Error>>()?,
-        #[cfg(feature = "cuda")]
-        on_device: None,
-    })
-}
-
-/// The gradient of a group's input; gradients of biases go to their buckets. On a GPU the result may be columns of a
-/// wider buffer.
-///
-/// # Shapes
-/// `dys`: `[N, O]` for each projection; returns `[N, I]`.
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn backward_input(
-    linears: &[&Linear],
-    dys: &[Tensor],
-    saved: &SavedGroup,
-    mode: Mode<'_>,
-) -> Result<(Tensor, CarriedGroup), Error> {
-    #[cfg(feature = "cuda")]
-    if dys.first().is_some_and(|dy| dy.device().is_cuda()) {
-        return super::cuda::linear::backward_input(linears, dys, saved, mode);
-    }
-    if dys.len() != linears.len() || saved.each.len() != linears.len() {
-        return Err(shape_error(OP_BACKWARD, "dys", [dys.len(), saved.each.len()], linears.len()));
-    }
-    let (mut sum, mut each): (Option<Tensor>, _) = (None, Vec::with_capacity(linears.len()));
-    for (index, (linear, dy)) in linears.iter().zip(dys).enumerate() {
-        let (dx, carried) = linear.backward_input(dy, &saved.each[index], mode.dropout(index))?;
-        sum = Some(match sum {
-            Some(sum) => residual::add(sum, &dx)?,
-            None => dx,
-        });
-        each.push(carried);
-    }
-    let Some(dx) = sum else { return Err(shape_error(OP_BACKWARD, "linears", 0, "at least one")) };
-    let carried = CarriedGroup {
-        each,
-        #[cfg(feature = "cuda")]
-        on_device: None,
-    };
-    Ok((dx, carried))
-}
-
-/// Adds the gradients of a group's weights and adapters to their buckets.
-///
-/// # Shapes
-/// `x`: `[N, I]`, as given to [`forward`].
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn backward_weights(
-    linears: &[&Linear],
-    carried: &CarriedGroup,
-    x: &Wide,
-    saved: &SavedGroup,
-    mode: Mode<'_>,
-) -> Result<(), Error> {
-    #[cfg(feature = "cuda")]
-    if let Some(on_device) = &carried.on_device {
-        return super::cuda::linear::backward_weights(linears, on_device, x, saved, mode);
-    }
-    let values = x.values()?;
-    for (index, (linear, carried)) in linears.iter().zip(&carried.each).enumerate() {
-        linear.backward_weights(carried, &values, &saved.each[index], mode.dropout(index))?;
-    }
-    Ok(())
-}
-
 impl Linear {
     /// A frozen projection without bias or adapter.
     pub fn frozen(weight: Weight) -> Self {
@@ -324,14 +152,23 @@ impl Linear {
         use_adapter: bool,
         dropout: Option<Dropout<'_>>,
     ) -> Result<(Tensor, Saved), Error> {
+        let shape = dims2(OP, "x", x)?;
+        let adapter = self.adapter.as_ref().filter(|_| use_adapter);
+        let low_rank = adapter.map(|a| a.low_rank(&view(OP, x)?, shape, self.weight.rows(), dropout)).transpose()?;
+        self.forward_from(x, low_rank)
+    }
+
+    /// [`Self::forward`] from `drop(x) Aᵀ`, where the adapter takes part.
+    fn forward_from(&self, x: &Tensor, low_rank: Option<Vec<f32>>) -> Result<(Tensor, Saved), Error> {
         let (n, inputs) = dims2(OP, "x", x)?;
         let outputs = self.weight.rows();
         let y = self.weight.forward(x)?;
         let mut saved = Saved::default();
-        let adapter = self.adapter.as_ref().filter(|_| use_adapter);
-        if let Some(adapter) = adapter {
+        if let (Some(adapter), Some(low_rank)) = (&self.adapter, low_rank) {
             let rank = adapter.rank(inputs, outputs)?;
-            let low_rank = adapter.low_rank(&view(OP, x)?, (n, inputs), outputs, dropout)?;
+            if low_rank.len() != n * rank {
+                return Err(shape_error(OP, "low_rank", low_rank.len(), n * rank));
+            }
             let b = view(OP, &adapter.b.value)?;
             change(OP, &y, |y| {
                 let b_t = Matrix::new(&b, outputs, rank).t();

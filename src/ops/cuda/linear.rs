@@ -15,7 +15,7 @@ use crate::kernels::cuda::{
     Accumulate, Matrix, Side, array, axpby, column_sums, column_sums_workspace, dropout, empty, fill, gemm, matrix,
     upload_u64,
 };
-use crate::ops::linear::{Adapter, CarriedGroup, Dropout, Linear, Mode, SavedGroup, TokenKeys, room};
+use crate::ops::linear::{Adapter, CarriedGroup, Dropout, Linear, Mode, Outputs, SavedGroup, TokenKeys, room};
 use crate::ops::{Error, Wide, shape_error};
 
 use super::row;
@@ -32,7 +32,7 @@ fn most_unpacked_bytes(tokens: usize) -> usize {
 #[derive(Clone, Debug)]
 pub(crate) struct Saved {
     /// `x Aᵀ`: `[N, R]`, where an adapter takes part.
-    low_rank: Option<Tensor>,
+    pub(crate) low_rank: Option<Tensor>,
     /// Type of the activations. The gradient of a residual sum may come in another, and is multiplied in this one.
     dtype: DType,
 }
@@ -210,6 +210,17 @@ impl<'a> Group<'a> {
         Ok(Some(copy))
     }
 
+    /// Puts `drop(x) Aᵀ`, computed before, into the room of `x`.
+    fn known_low_rank(&self, x: &Wide, low_rank: &Tensor) -> Result<Tensor, Error> {
+        if low_rank.dims() != [x.rows(), self.ranks] {
+            return Err(shape_error(OP, "low_rank", low_rank.dims(), [x.rows(), self.ranks]));
+        }
+        let _span = span(self.device, Phase::LowRank)?;
+        let columns = matrix(x.buffer())?.columns(self.inputs, self.ranks);
+        axpby(self.device, columns, 1.0, matrix(low_rank)?, 0.0)?;
+        Ok(low_rank.clone())
+    }
+
     /// `out (=|+=) drop(x)` with the mask of projection `index`.
     fn drop(&self, index: usize, out: Matrix, x: Matrix, is_added: bool) -> Result<(), Error> {
         let Some(Dropout { probability, key, token_keys }) = self.mode.dropouts.get(index).copied() else {
@@ -255,11 +266,16 @@ pub(crate) fn forward(
     x: &Wide,
     mode: Mode<'_>,
     residual: Option<&Tensor>,
-) -> Result<(Vec<Tensor>, SavedGroup), Error> {
+    first: Option<&SavedGroup>,
+) -> Result<(Outputs, SavedGroup), Error> {
     let group = Group::new(linears, mode, x.buffer().device())?;
     let (device, dtype) = (group.device, x.buffer().dtype());
     let x = group.with_room(x)?;
-    let low_rank = group.low_rank(&x)?;
+    let known = first.and_then(|saved| saved.on_device.as_ref()).and_then(|saved| saved.low_rank.as_ref());
+    let low_rank = match known {
+        Some(low_rank) => Some(group.known_low_rank(&x, low_rank)?),
+        None => group.low_rank(&x)?,
+    };
     let out_dtype = residual.map_or(dtype, Tensor::dtype);
     let y = empty(device, (x.rows(), group.outputs), out_dtype)?;
     let bias = group.bias(out_dtype)?;
@@ -281,11 +297,7 @@ pub(crate) fn forward(
         let weight = (matrix(&weight)?, Side::Transposed);
         gemm(device, columns(matrix(&y)?), (x, Side::Plain), weight, 1.0, onto, bias)?;
     }
-    let outputs = group
-        .outputs()
-        .map(|(_, _, rows)| if linears.len() == 1 { Ok(y.clone()) } else { y.narrow(1, rows.start, rows.len()) })
-        .collect::<Result<_, _>>()?;
-    Ok((outputs, SavedGroup::on_device(Saved { low_rank, dtype })))
+    Ok((Outputs::of_whole(linears, y)?, SavedGroup::on_device(Saved { low_rank, dtype })))
 }
 
 pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {

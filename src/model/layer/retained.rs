@@ -1,0 +1,118 @@
+//! What stays of a layer until its backward when the rest is computed again.
+
+use candle_core::Tensor;
+
+use super::{Saved, SavedInputs, SavedOutputs};
+use crate::ops::linear;
+
+/// The low-rank products of a group whose outputs are computed again. `T` is where large tensors are.
+#[derive(Debug)]
+pub(super) struct LowRank<T> {
+    group: linear::SavedGroup,
+    /// The products, where they are a tensor of a GPU.
+    products: Option<T>,
+}
+
+impl LowRank<Tensor> {
+    /// `None` where more than the products would have to be kept.
+    fn of(mut group: linear::SavedGroup) -> Option<Self> {
+        let products = group.is_low_rank().then(|| group.take_low_rank());
+        products.map(|products| Self { group, products })
+    }
+
+    pub(super) fn into_group(self) -> linear::SavedGroup {
+        let Self { mut group, products } = self;
+        if let Some(products) = products {
+            group.put_low_rank(products);
+        }
+        group
+    }
+}
+
+impl<T> LowRank<T> {
+    fn map<U, E>(self, place: &mut impl FnMut(T) -> Result<U, E>) -> Result<LowRank<U>, E> {
+        Ok(LowRank { group: self.group, products: self.products.map(place).transpose()? })
+    }
+}
+
+/// The low-rank products of a layer's groups.
+#[derive(Debug)]
+pub(super) struct LowRanks<T> {
+    pub(super) qkv: Option<LowRank<T>>,
+    pub(super) o: Option<LowRank<T>>,
+    pub(super) gate_up: Option<LowRank<T>>,
+    pub(super) down: Option<LowRank<T>>,
+}
+
+/// What stays of a layer until its backward when the rest is computed again. `T` is where the large tensors are.
+#[derive(Debug)]
+pub struct Retained<T = Tensor> {
+    /// The layer's input: `[N, D]`.
+    pub(super) input: T,
+    pub(super) low_ranks: LowRanks<T>,
+    /// The results of attention and of the product after it, where they are kept.
+    pub(super) middle: Option<Middle<T>>,
+}
+
+/// Attention's results and the residual stream after it.
+#[derive(Debug)]
+pub(super) struct Middle<T> {
+    pub(super) attended: T,
+    pub(super) cols: usize,
+    pub(super) log_sums: T,
+    pub(super) stream: T,
+}
+
+impl Retained {
+    /// Bytes of the large tensors.
+    pub fn size_bytes(&self) -> usize {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        bytes(&self.input) + self.middle.as_ref().map_or(0, |m| bytes(&m.attended) + bytes(&m.stream))
+    }
+}
+
+impl<T> Retained<T> {
+    /// The same with every tensor moved by `place`.
+    ///
+    /// # Errors
+    /// If `place` fails.
+    pub fn map<U, E>(self, mut place: impl FnMut(T) -> Result<U, E>) -> Result<Retained<U>, E> {
+        let input = place(self.input)?;
+        let LowRanks { qkv, o, gate_up, down } = self.low_ranks;
+        let mut low_rank = |x: Option<LowRank<T>>| x.map(|x| x.map(&mut place)).transpose();
+        let low_ranks =
+            LowRanks { gate_up: low_rank(gate_up)?, down: low_rank(down)?, o: low_rank(o)?, qkv: low_rank(qkv)? };
+        let middle = match self.middle {
+            None => None,
+            Some(Middle { attended, cols, log_sums, stream }) => {
+                let (stream, attended) = (place(stream)?, place(attended)?);
+                Some(Middle { attended, cols, log_sums: place(log_sums)?, stream })
+            }
+        };
+        Ok(Retained { input, low_ranks, middle })
+    }
+}
+
+impl Saved {
+    /// The layer's input and the low-rank products alone, or with the results of attention; then, on a GPU, also the outputs
+    /// of the projections before it, which are needed later than the rest.
+    pub fn retain(self, with_attention: bool) -> (Retained, Option<Tensor>) {
+        let SavedInputs { products, qkv, .. } = self.inputs;
+        let SavedOutputs { attended, o, stream, gate_up, down, .. } = self.outputs;
+        let low_ranks = LowRanks {
+            qkv: LowRank::of(qkv),
+            o: LowRank::of(o),
+            gate_up: LowRank::of(gate_up),
+            down: LowRank::of(down),
+        };
+        let products = products.filter(|_| with_attention && low_ranks.qkv.is_some());
+        let is_kept = with_attention && low_ranks.o.is_some();
+        let middle = is_kept.then(|| Middle {
+            cols: attended.cols(),
+            attended: attended.into_buffer(),
+            log_sums: self.attention.into_log_sums(),
+            stream,
+        });
+        (Retained { input: self.input, low_ranks, middle }, products)
+    }
+}
