@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
-use crate::model::layer::{self, DecoderLayer, Pass, PassDropout, Retained};
+use crate::model::layer::{self, DecoderLayer, Pass, PassDropout, Retained, Retaining};
 use crate::model::params::BlockParams;
 use crate::model::{self, Embedding, Head, HeadGradient};
 use crate::ops::linear::TokenKeys;
@@ -113,6 +113,10 @@ const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
 /// works they take what the MLP's backward takes later. With fewer tokens the head needs that memory itself; with more it is
 /// much, and one layer's recomputation little beside attention.
 const LAST_LAYER_KEPT_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
+
+/// Tokens of a batch up to which the products before attention go to host memory too: they are a quarter more of it, and with
+/// more tokens making them again is little beside attention.
+const MOST_TOKENS_WITH_PRODUCTS: usize = 16384;
 
 /// What a layer leaves for backward.
 enum Kept {
@@ -250,7 +254,7 @@ impl Engine {
                 compute: self.types.compute,
                 dropout: None,
             };
-            let hidden = self.walk(batch, &pass, |_| Ok(()))?;
+            let hidden = self.walk_only(batch, &pass)?;
             let picked = rows::gather(&hidden, &batch.head_rows)?;
             let (output, _) = self
                 .head()?
@@ -274,7 +278,7 @@ impl Engine {
                 compute: self.types.compute,
                 dropout: None,
             };
-            let hidden = self.walk(batch, &pass, |_| Ok(()))?;
+            let hidden = self.walk_only(batch, &pass)?;
             self.head()?.logits(&hidden, self.types.compute).map_err(in_block("head"))
         })
     }
@@ -365,16 +369,18 @@ impl Engine {
         };
         let host = self.host()?;
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
-        let hidden = self.walk(batch, &pass, |saved| {
-            kept.push(self.keep(saved, kept.len(), batch.tokens.len(), host)?);
-            Ok(())
+        let hidden = self.walk(batch, |layer, index, hidden| {
+            let (output, left) = self.forward_keeping(layer, index, hidden, &pass, host)?;
+            kept.push(left);
+            Ok(output)
         })?;
+        // The head needs the memory of what is still on its way out, and it is out by now.
+        host.settle()?;
         let head_block = self.head()?;
         let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
         let (d_picked, result) = at_head(&head_block, &picked)?;
         drop((picked, hidden));
         let mut gradient = rows::scatter_add(&d_picked, &batch.head_rows, batch.tokens.len()).map_err(Error::from)?;
-        host.settle()?;
         let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
         for index in (0..self.config.num_hidden_layers).rev() {
             let Some(current) = next.take() else { break };
@@ -410,35 +416,55 @@ impl Engine {
         Ok(result)
     }
 
-    /// What layer `index` leaves for the backward of a batch of `tokens`.
-    fn keep(&self, saved: layer::Saved, index: usize, tokens: usize, host: &Host) -> Result<Kept, Error> {
+    /// The output of layer `index`, and what it leaves for backward.
+    fn forward_keeping(
+        &self,
+        layer: &DecoderLayer,
+        index: usize,
+        hidden: &Tensor,
+        pass: &Pass<'_>,
+        host: &Host,
+    ) -> Result<(Tensor, Kept), Error> {
+        let tokens = hidden.dims()[0];
         let is_last = index + 1 == self.config.num_hidden_layers;
         let is_whole = self.activations == Activations::Keep
             || index >= self.recomputed_layers
             || (is_last && LAST_LAYER_KEPT_TOKENS.contains(&tokens));
         if is_whole {
-            return Ok(Kept::Everything(Box::new(saved)));
+            let (output, saved) = layer.forward(hidden, pass).map_err(in_layer(index))?;
+            return Ok((output, Kept::Everything(Box::new(saved))));
         }
+        let with = if host.is_used() {
+            Retaining::Attention { with_products: tokens <= MOST_TOKENS_WITH_PRODUCTS }
+        } else {
+            Retaining::Input
+        };
+        let (output, mut retained) = layer.forward_retaining(hidden, with, pass).map_err(in_layer(index))?;
         // The last layer is needed again at once.
         let place = |tensor| if is_last { Ok(Held::Here(tensor)) } else { host.park(tensor) };
-        let (retained, products) = saved.retain(host.is_used());
-        Ok(Kept::Retained(Box::new(retained.map(place)?), products.map(place).transpose()?))
+        let products = retained.take_products();
+        Ok((output, Kept::Retained(Box::new(retained.map(place)?), products.map(place).transpose()?)))
     }
 
-    /// The hidden states after the last layer; `keep` gets what each layer left for backward.
+    /// The hidden states after the last layer; `forward` runs a layer and keeps what it wants of it.
     fn walk(
         &self,
         batch: &Batch,
-        pass: &Pass<'_>,
-        mut keep: impl FnMut(layer::Saved) -> Result<(), Error>,
+        mut forward: impl FnMut(&DecoderLayer, usize, &Tensor) -> Result<Tensor, Error>,
     ) -> Result<Tensor, Error> {
         let mut hidden = self.embed(&batch.tokens)?;
         for index in 0..self.config.num_hidden_layers {
-            let (output, saved) = self.layer(index)?.forward(&hidden, pass).map_err(in_layer(index))?;
-            keep(saved)?;
-            hidden = output;
+            hidden = forward(&self.layer(index)?, index, &hidden)?;
         }
         Ok(hidden)
+    }
+
+    /// [`Self::walk`] that keeps nothing.
+    fn walk_only(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Tensor, Error> {
+        self.walk(batch, |layer, index, hidden| {
+            let (output, _) = layer.forward_retaining(hidden, Retaining::Input, pass).map_err(in_layer(index))?;
+            Ok(output)
+        })
     }
 
     /// Where this batch's values first stop being finite, if they do: the block and the tensor in it.

@@ -25,8 +25,8 @@ use crate::ops::linear::{self, Dropout, Linear, Mode, Outputs, TokenKeys, room};
 use crate::ops::rope::Rotation;
 use crate::ops::{Param, Wide, rms_norm, swiglu};
 use crate::rng;
-pub use retained::Retained;
 use retained::{LowRank, LowRanks, Middle};
+pub use retained::{Retained, Retaining};
 
 /// What a pass through the layers needs to know besides the hidden states.
 #[derive(Clone, Copy, Debug)]
@@ -113,18 +113,27 @@ pub struct Saved {
     outputs: SavedOutputs,
 }
 
+/// What of a layer's second half is not computed again.
+#[derive(Debug)]
+pub struct AfterAttention {
+    o: linear::SavedGroup,
+    stream: Tensor,
+    gate_up: linear::SavedGroup,
+    down: linear::SavedGroup,
+}
+
 /// The MLP's part of [`SavedOutputs`].
 struct SavedMlp {
     norm: rms_norm::Saved,
     normed: Wide,
-    gate: Tensor,
-    up: Tensor,
+    outputs: Outputs,
     gate_up: linear::SavedGroup,
 }
 
 impl SavedMlp {
     fn join(self, attended: Wide, o: linear::SavedGroup, stream: Tensor, down: linear::SavedGroup) -> SavedOutputs {
-        let Self { norm, normed, gate, up, gate_up } = self;
+        let Self { norm, normed, outputs, gate_up } = self;
+        let [gate, up] = outputs.into_each();
         SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down }
     }
 }
@@ -252,7 +261,7 @@ impl DecoderLayer {
         Ok(work(&self.group(projections), mode)?)
     }
 
-    /// Normalises heads (Qwen3) and turns them by their positions.
+    /// Normalises heads (Qwen3) and turns them by their positions; on a GPU a norm has its own result, and a turn has not.
     fn heads(
         &self,
         x: Tensor,
@@ -326,8 +335,15 @@ impl DecoderLayer {
         pass: &Pass<'_>,
     ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
         let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, 0)?;
-        let outputs = Outputs::of_whole(&self.group(QKV), products)?;
-        self.turned(outputs, norm, normed, qkv, pass)
+        let [q, k, v] = Outputs::of_whole(&self.group(QKV), products)?.into_each();
+        // Without a norm the products were turned where they are.
+        let again = |x, norm: Option<&Param>| match norm {
+            Some(_) => self.heads(x, norm, pass.rotation),
+            None => Ok((x, None)),
+        };
+        let (q, q_norm) = again(q, self.q_norm.as_ref())?;
+        let (k, k_norm) = again(k, self.k_norm.as_ref())?;
+        Ok((q, k, v, SavedInputs { norm, normed, products: None, qkv, q_norm, k_norm }))
     }
 
     /// Normalises and turns the heads of queries and keys.
@@ -346,7 +362,7 @@ impl DecoderLayer {
         Ok((q, k, v, SavedInputs { norm, normed, products, qkv, q_norm, k_norm }))
     }
 
-    /// The rest of the layer: output projection, residual, MLP, residual.
+    /// The rest of the layer: output projection, residual, MLP, residual. Of the MLP only the low-rank products stay.
     ///
     /// # Shapes
     /// `x`: `[N, D]`, the layer's input; `attended`: `[N, H · d]`; returns `[N, D]`.
@@ -356,16 +372,27 @@ impl DecoderLayer {
     pub fn after_attention(
         &self,
         x: &Tensor,
-        attended: Wide,
+        attended: &Wide,
         pass: &Pass<'_>,
-    ) -> Result<(Tensor, SavedOutputs), Error> {
-        let (stream, o) = self.output_projection(x, &attended, None, pass)?;
-        let half = self.gate_up(&stream, None, pass)?;
-        let activated = swiglu::forward_wide(&half.gate, &half.up, self.room(DOWN, pass))?;
+    ) -> Result<(Tensor, AfterAttention), Error> {
+        let (stream, o) = self.output_projection(x, attended, None, pass)?;
+        let SavedMlp { outputs, gate_up, .. } = self.gate_up(&stream, None, pass)?;
+        let activated = swiglu::forward_over(outputs)?;
+        let (y, down) = self.down(&activated, &stream, pass)?;
+        Ok((y, AfterAttention { o, stream, gate_up, down }))
+    }
+
+    fn activation(&self, half: &SavedMlp, pass: &Pass<'_>) -> Result<Wide, Error> {
+        let [gate, up] = half.outputs.clone().into_each();
+        Ok(swiglu::forward_wide(&gate, &up, self.room(DOWN, pass))?)
+    }
+
+    /// The MLP's last projection onto the residual stream.
+    fn down(&self, activated: &Wide, stream: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, linear::SavedGroup), Error> {
         let (outputs, down) =
-            self.with_group(DOWN, pass, |group, mode| linear::forward(group, &activated, mode, Some(&stream)))?;
+            self.with_group(DOWN, pass, |group, mode| linear::forward(group, activated, mode, Some(stream)))?;
         let [y] = outputs.into_each();
-        Ok((y, half.join(attended, o, stream, down)))
+        Ok((y, down))
     }
 
     /// The residual stream after attention; `first` is what the same left before.
@@ -392,8 +419,7 @@ impl DecoderLayer {
             Some(first) => linear::forward_again(group, &normed, mode, None, first),
             None => linear::forward(group, &normed, mode, None),
         })?;
-        let [gate, up] = outputs.into_each();
-        Ok(SavedMlp { norm, normed, gate, up, gate_up })
+        Ok(SavedMlp { norm, normed, outputs, gate_up })
     }
 
     /// The layer's output and what backward needs.
@@ -407,8 +433,30 @@ impl DecoderLayer {
         let (q, k, v, inputs) = self.attention_inputs(x, pass)?;
         let room = self.attended_room(pass);
         let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
-        let (y, outputs) = self.after_attention(x, attended, pass)?;
+        let (stream, o) = self.output_projection(x, &attended, None, pass)?;
+        let half = self.gate_up(&stream, None, pass)?;
+        let activated = self.activation(&half, pass)?;
+        let (y, down) = self.down(&activated, &stream, pass)?;
+        let outputs = half.join(attended, o, stream, down);
         Ok((y, Saved { input: x.clone(), inputs, q, k, v, attention, outputs }))
+    }
+
+    /// The layer's output and what [`Self::backward_down`] needs, in less memory than [`Self::forward`].
+    ///
+    /// # Shapes
+    /// `x`: `[N, D]`; returns `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_retaining(&self, x: &Tensor, with: Retaining, pass: &Pass<'_>) -> Result<(Tensor, Retained), Error> {
+        let (q, k, v, SavedInputs { products, qkv, .. }) = self.attention_inputs(x, pass)?;
+        let room = self.attended_room(pass);
+        let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
+        drop((q, k, v));
+        let products = products.filter(|_| with == Retaining::Attention { with_products: true });
+        let (y, rest) = self.after_attention(x, &attended, pass)?;
+        let middle = (with != Retaining::Input).then_some((attended, attention));
+        Ok((y, Retained::new(x.clone(), qkv, rest, middle, products)))
     }
 
     /// The gradient of the layer's input.
@@ -436,7 +484,7 @@ impl DecoderLayer {
     /// # Errors
     /// If the shapes do not fit.
     pub fn backward_down(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<InsideMlp, Error> {
-        let Retained { input, low_ranks: LowRanks { qkv, o, gate_up, down }, middle } = retained;
+        let Retained { input, low_ranks: LowRanks { qkv, o, gate_up, down }, middle, .. } = retained;
         let [mut qkv, o, gate_up, down] = [qkv, o, gate_up, down].map(|group| group.map(LowRank::into_group));
         let (heads, attention, attended, stream, o) = match (middle, o) {
             (Some(Middle { attended, cols, log_sums, stream }), Some(o)) => {
@@ -455,7 +503,7 @@ impl DecoderLayer {
         let down = if let Some(down) = down {
             down
         } else {
-            let activated = swiglu::forward_wide(&half.gate, &half.up, self.room(DOWN, pass))?;
+            let activated = self.activation(&half, pass)?;
             self.with_group(DOWN, pass, |group, mode| linear::saved_only(group, &activated, mode))?
         };
         let (mlp, attended, o) = self.down_backward(dy, half.join(attended, o, stream, down), pass)?;
@@ -480,7 +528,7 @@ impl DecoderLayer {
         Ok(Halfway { front, d_stream })
     }
 
-    /// The rest: the gradient of the layer's input. `products` are those that [`Saved::retain`] gave beside the retained.
+    /// The rest: the gradient of the layer's input. `products` are those that were taken out of what was retained.
     ///
     /// # Shapes
     /// Returns `[N, D]`.

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::linear::Outputs;
 use super::view::{tensor, view};
 use super::{Error, Wide, shape_error};
 use crate::kernels::cpu::vector;
@@ -45,6 +46,23 @@ pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Err
         return super::cuda::swiglu::forward(gate, up, room);
     }
     Wide::plain(forward(gate, up)?)
+}
+
+/// [`forward`] of the outputs of gate and up, which on a GPU it takes the place of: nothing else may need them.
+///
+/// # Shapes
+/// `outputs`: `[N, I]` each; returns `[N, I]`.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn forward_over(outputs: Outputs) -> Result<Wide, Error> {
+    #[cfg(feature = "cuda")]
+    if let Some(whole) = outputs.whole().cloned() {
+        let [gate, up] = outputs.into_each();
+        return super::cuda::swiglu::forward_over(whole, &gate, &up);
+    }
+    let [gate, up] = outputs.into_each();
+    Wide::plain(forward(&gate, &up)?)
 }
 
 /// The gradients with respect to `gate` and `up`, and the activation made again. On a GPU the gradients take the places

@@ -339,7 +339,7 @@ impl Bench {
 
 /// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
 /// the projections and the head, once more forward with recomputation (without the last product of a block, and without
-/// what was offloaded), and attention's.
+/// what was offloaded: all but gate and up), and attention's. That the last layer may not be computed again is not counted.
 fn floor_flops(config: &ModelConfig, batch: &Batch, work: Work, activations: Activations) -> f64 {
     let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
     let layers = config.num_hidden_layers as f64;
@@ -348,11 +348,10 @@ fn floor_flops(config: &ModelConfig, batch: &Batch, work: Work, activations: Act
     let kv_width = (config.num_key_value_heads * config.head_dim) as f64;
     let hidden = config.hidden_size as f64;
     let projections = hidden * (2.0 * attention_width + 2.0 * kv_width) + 3.0 * down;
-    let output = attention_width * hidden;
     let (again, attention_passes) = match activations {
         Activations::Keep => (0.0, 1.0 + 2.5),
         Activations::Recompute => (projections - down, 2.0 + 2.5),
-        Activations::Offload => (projections - down - output, 1.0 + 2.5),
+        Activations::Offload => (2.0 * down, 1.0 + 2.5),
     };
     let pairs = batch.layout.num_pairs() as f64;
     let head = hidden * config.vocab_size as f64;

@@ -2,8 +2,20 @@
 
 use candle_core::Tensor;
 
-use super::{Saved, SavedInputs, SavedOutputs};
-use crate::ops::linear;
+use super::AfterAttention;
+use crate::ops::{Wide, attention, linear};
+
+/// How much of a layer stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retaining {
+    /// Its input and the low-rank products.
+    Input,
+    /// The results of attention and of the product after it as well.
+    Attention {
+        /// And the products before it, on a GPU.
+        with_products: bool,
+    },
+}
 
 /// The low-rank products of a group whose outputs are computed again. `T` is where large tensors are.
 #[derive(Debug)]
@@ -52,6 +64,8 @@ pub struct Retained<T = Tensor> {
     pub(super) low_ranks: LowRanks<T>,
     /// The results of attention and of the product after it, where they are kept.
     pub(super) middle: Option<Middle<T>>,
+    /// The outputs of the projections before attention, where they are kept.
+    products: Option<T>,
 }
 
 /// Attention's results and the residual stream after it.
@@ -64,7 +78,32 @@ pub(super) struct Middle<T> {
 }
 
 impl Retained {
-    /// Bytes of the large tensors.
+    /// What stays: `middle` with the results of attention, `products` with those of the projections before.
+    pub(super) fn new(
+        input: Tensor,
+        qkv: linear::SavedGroup,
+        rest: AfterAttention,
+        middle: Option<(Wide, attention::Saved)>,
+        products: Option<Tensor>,
+    ) -> Self {
+        let AfterAttention { o, stream, gate_up, down } = rest;
+        let low_ranks = LowRanks {
+            qkv: LowRank::of(qkv),
+            o: LowRank::of(o),
+            gate_up: LowRank::of(gate_up),
+            down: LowRank::of(down),
+        };
+        let middle = middle.filter(|_| low_ranks.o.is_some()).map(|(attended, attention)| Middle {
+            cols: attended.cols(),
+            attended: attended.into_buffer(),
+            log_sums: attention.into_log_sums(),
+            stream,
+        });
+        let products = products.filter(|_| middle.is_some() && low_ranks.qkv.is_some());
+        Self { input, low_ranks, middle, products }
+    }
+
+    /// Bytes of the large tensors that backward needs first.
     pub fn size_bytes(&self) -> usize {
         let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
         bytes(&self.input) + self.middle.as_ref().map_or(0, |m| bytes(&m.attended) + bytes(&m.stream))
@@ -72,6 +111,11 @@ impl Retained {
 }
 
 impl<T> Retained<T> {
+    /// Takes out the products before attention, which backward needs later than the rest.
+    pub fn take_products(&mut self) -> Option<T> {
+        self.products.take()
+    }
+
     /// The same with every tensor moved by `place`.
     ///
     /// # Errors
@@ -89,30 +133,6 @@ impl<T> Retained<T> {
                 Some(Middle { attended, cols, log_sums: place(log_sums)?, stream })
             }
         };
-        Ok(Retained { input, low_ranks, middle })
-    }
-}
-
-impl Saved {
-    /// The layer's input and the low-rank products alone, or with the results of attention; then, on a GPU, also the outputs
-    /// of the projections before it, which are needed later than the rest.
-    pub fn retain(self, with_attention: bool) -> (Retained, Option<Tensor>) {
-        let SavedInputs { products, qkv, .. } = self.inputs;
-        let SavedOutputs { attended, o, stream, gate_up, down, .. } = self.outputs;
-        let low_ranks = LowRanks {
-            qkv: LowRank::of(qkv),
-            o: LowRank::of(o),
-            gate_up: LowRank::of(gate_up),
-            down: LowRank::of(down),
-        };
-        let products = products.filter(|_| with_attention && low_ranks.qkv.is_some());
-        let is_kept = with_attention && low_ranks.o.is_some();
-        let middle = is_kept.then(|| Middle {
-            cols: attended.cols(),
-            attended: attended.into_buffer(),
-            log_sums: self.attention.into_log_sums(),
-            stream,
-        });
-        (Retained { input: self.input, low_ranks, middle }, products)
+        Ok(Retained { input, low_ranks, middle, products: self.products.map(place).transpose()? })
     }
 }

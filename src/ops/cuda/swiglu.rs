@@ -15,10 +15,19 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, E
     Ok(y)
 }
 
+/// `gate`, the first columns of `whole`, becomes the activation; the columns behind it are its room.
+pub(crate) fn forward_over(whole: Tensor, gate: &Tensor, up: &Tensor) -> Result<Wide, Error> {
+    let device = gate.device();
+    let _span = span(device, Phase::Pointwise)?;
+    let (gate, up) = (matrix(gate)?, matrix(up)?);
+    swiglu(device, gate, gate, up)?;
+    Wide::with_cols(whole, gate.cols)
+}
+
 /// `gate` and `up` become their gradients, `dy` the activation.
 pub(crate) fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(), Error> {
     let device = gate.device();
     let _span = span(device, Phase::Pointwise)?;
     let (dy, gate, up) = (matrix(dy)?, matrix(gate)?, matrix(up)?);
-    Ok(swiglu_backward(device, gate, up, dy, gate, up, Some(dy))?)
+    Ok(swiglu_backward(device, gate, up, dy, gate, up, Some(dy), None)?)
 }
