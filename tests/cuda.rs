@@ -3,6 +3,8 @@
 //! All are ignored by default: `cargo test --release --features cuda --test cuda -- --ignored` runs them where a GPU is.
 #![cfg(feature = "cuda")]
 
+#[path = "cuda/assemble.rs"]
+mod assemble;
 #[path = "cuda/attention.rs"]
 mod attention;
 #[path = "cuda/gemm.rs"]

@@ -522,7 +522,7 @@ impl DecoderLayer {
         let d_normed = self.with_group(GATE_UP, pass, |group, mode| {
             let (dx, carried) = linear::backward_input(group, &[d_gate, d_up], &gate_up, mode)?;
             linear::backward_weights(group, &carried, &normed, &gate_up, mode)?;
-            Ok(dx)
+            dx.into_values()
         })?;
         let d_stream = rms_norm::backward_onto(&d_normed, &stream, &self.post_attention_norm, &norm, dy)?;
         Ok(Halfway { front, d_stream })
@@ -565,7 +565,7 @@ impl DecoderLayer {
         let d_attended = self.with_group(OUTPUT, pass, |group, mode| {
             let (dx, carried) = linear::backward_input(group, std::slice::from_ref(d_stream), o, mode)?;
             linear::backward_weights(group, &carried, &attended, o, mode)?;
-            Ok(dx)
+            dx.into_values()
         })?;
         let [dq, dk, dv] =
             attention::backward_rows(&d_attended, &q, &k, &v, &attended, pass.layout, self.heads, &attention)?;
@@ -575,7 +575,7 @@ impl DecoderLayer {
         let d_normed = self.with_group(QKV, pass, |group, mode| {
             let (dx, carried) = linear::backward_input(group, &[dq, dk, dv], &inputs.qkv, mode)?;
             linear::backward_weights(group, &carried, &inputs.normed, &inputs.qkv, mode)?;
-            Ok(dx)
+            dx.into_values()
         })?;
         Ok(rms_norm::backward_onto(&d_normed, input, &self.input_norm, &inputs.norm, d_stream)?)
     }
@@ -591,7 +591,7 @@ impl DecoderLayer {
         // The activation is made again: it is as large as the gate and costs nothing beside the multiplies.
         let (d_gate, d_up) = self.with_group(DOWN, pass, |group, mode| {
             let (d_activated, carried) = linear::backward_input(group, std::slice::from_ref(dy), &down, mode)?;
-            let (d_gate, d_up, activated) = swiglu::backward_again(&d_activated, &gate, &up)?;
+            let (d_gate, d_up, activated) = swiglu::backward_again(d_activated, &gate, &up)?;
             linear::backward_weights(group, &carried, &activated, &down, mode)?;
             Ok((d_gate, d_up))
         })?;

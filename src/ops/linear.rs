@@ -19,7 +19,8 @@ use crate::kernels::cpu::vector;
 use crate::quant::Weight;
 use crate::rng;
 pub use group::{
-    CarriedGroup, Mode, Outputs, SavedGroup, backward_input, backward_weights, forward, forward_again, room, saved_only,
+    CarriedGroup, InputGradient, Mode, Outputs, SavedGroup, backward_input, backward_weights, forward, forward_again,
+    room, saved_only,
 };
 
 const OP: &str = "linear";

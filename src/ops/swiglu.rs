@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::linear::Outputs;
+use super::linear::{InputGradient, Outputs};
 use super::view::{tensor, view};
 use super::{Error, Wide, shape_error};
 use crate::kernels::cpu::vector;
@@ -73,12 +73,13 @@ pub fn forward_over(outputs: Outputs) -> Result<Wide, Error> {
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn backward_again(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
+pub fn backward_again(dy: InputGradient, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
     #[cfg(feature = "cuda")]
-    if dy.device().is_cuda() {
-        super::cuda::swiglu::backward(dy, gate, up)?;
-        return Ok((gate.clone(), up.clone(), Wide::plain(dy.clone())?));
+    if gate.device().is_cuda() {
+        let activated = super::cuda::swiglu::backward(dy, gate, up)?;
+        return Ok((gate.clone(), up.clone(), Wide::plain(activated)?));
     }
+    let dy = &dy.into_values()?;
     let (d_gate, d_up) = backward(dy, gate, up)?;
     Ok((d_gate, d_up, Wide::plain(forward(gate, up)?)?))
 }

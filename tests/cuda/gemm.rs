@@ -313,8 +313,15 @@ fn bench_gemm() {
         ((8192, 16, 3584), (Plain, Transposed), DType::BF16, Accumulate::No),
         ((8192, 32, 3584), (Plain, Transposed), DType::BF16, Accumulate::No),
         ((8192, 48, 3584), (Plain, Transposed), DType::BF16, Accumulate::No),
+        ((8192, 16, 18944), (Plain, Transposed), DType::BF16, Accumulate::No),
+        ((8192, 3584, 32), (Plain, Plain), DType::BF16, Accumulate::Into),
+        ((8192, 18944, 16), (Plain, Plain), DType::BF16, Accumulate::Into),
+        ((16, 18944, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
+        ((32, 3584, 8192), (Transposed, Plain), DType::F32, Accumulate::No),
         ((48, 3584, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
-        ((37888, 16, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
+        ((18944, 16, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
+        ((3584, 16, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
+        ((512, 16, 8192), (Transposed, Plain), DType::F32, Accumulate::Into),
     ];
     println!("     m      n      k  a b  result |     us  TFLOP/s   GB/s |  tuned: us  TFLOP/s   GB/s");
     for ((m, n, k), (a_side, b_side), to, accumulate) in shapes {

@@ -4,6 +4,7 @@
 //! device's one compute stream. Nothing here waits for the device unless its name says so.
 #![expect(unsafe_code, reason = "kernel launches and raw device memory")]
 
+mod assemble;
 mod attention;
 mod checks;
 mod device;
@@ -24,6 +25,7 @@ mod rope;
 mod rows;
 mod swiglu;
 
+pub use assemble::{Part, assemble};
 pub use attention::{
     AttentionPlan, AttentionVariant, SegmentRange, attention_backward, attention_backward_with, attention_forward,
     attention_forward_with,
@@ -53,7 +55,7 @@ pub use pinned::Pinned;
 pub use pointwise::{add_row, axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 pub use rope::{rope, rope_table};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
-pub use swiglu::{swiglu, swiglu_backward};
+pub use swiglu::{MOST_SHARE_RANKS, swiglu, swiglu_backward};
 
 /// What went wrong on the device.
 #[derive(Debug, thiserror::Error)]

@@ -3,10 +3,10 @@
 use candle_core::Device;
 use cudarc::driver::sys::CUstream;
 
-use super::Error;
 use super::checks::{expect_shape, expect_type};
 use super::launch::{RawMatrix, launched, stream};
 use super::memory::Matrix;
+use super::{Error, argument};
 
 // SAFETY: these are the signatures of `swiglu.cu`.
 unsafe extern "C" {
@@ -18,6 +18,8 @@ unsafe extern "C" {
         gate: RawMatrix,
         up: RawMatrix,
         activated: RawMatrix,
+        d_low: RawMatrix,
+        a: RawMatrix,
         stream: CUstream,
     ) -> i32;
 }
@@ -46,16 +48,22 @@ pub fn swiglu(device: &Device, y: Matrix, gate: Matrix, up: Matrix) -> Result<()
     launched(KERNEL, code)
 }
 
-/// The gradients of [`swiglu`] with respect to `gate` and `up`, and its result again where `activated` is given.
+/// Most ranks of [`swiglu_backward`]'s `low`.
+pub const MOST_SHARE_RANKS: usize = 64;
+
+/// The gradients of [`swiglu`] with respect to `gate` and `up`, and its result again where `activated` is given. With
+/// `low = (d_low, a)` the gradient of `y` is `dy + d_low a`, summed in f32: an adapter's share of it.
 ///
 /// # Shapes
-/// All of one float type and one shape `[N, I]`; any of the results may lie on any of `dy`, `gate` and `up`.
+/// All of one float type and one shape `[N, I]`; any of the results may lie on any of `dy`, `gate` and `up`. `d_low`:
+/// `[N, R]`, `a`: `[R, I]`, of the same type, R a multiple of 8 up to 64; no result lies on them.
 ///
 /// # Errors
-/// If shapes or types differ.
+/// If shapes or types differ, or R is not such a number.
 ///
 /// # Equation
 /// With `s = 1 / (1 + exp(-gate))`: `d_up = dy gate s`, `d_gate = dy up s (1 + gate (1 - s))`.
+#[expect(clippy::too_many_arguments, reason = "the operands of one kernel")]
 pub fn swiglu_backward(
     device: &Device,
     d_gate: Matrix,
@@ -64,11 +72,27 @@ pub fn swiglu_backward(
     gate: Matrix,
     up: Matrix,
     activated: Option<Matrix>,
+    low: Option<(Matrix, Matrix)>,
 ) -> Result<(), Error> {
     const KERNEL: &str = "swiglu_backward";
     expect_alike(KERNEL, &[("d_gate", d_gate), ("d_up", d_up), ("dy", dy), ("gate", gate), ("up", up)], &gate)?;
     if let Some(activated) = activated {
         expect_alike(KERNEL, &[("activated", activated)], &gate)?;
+    }
+    if let Some((d_low, a)) = low {
+        let ranks = d_low.cols;
+        if ranks == 0 || ranks > MOST_SHARE_RANKS || !ranks.is_multiple_of(8) {
+            return Err(argument(
+                KERNEL,
+                "d_low",
+                [d_low.rows, ranks],
+                format!("8, 16, .. {MOST_SHARE_RANKS} columns"),
+            ));
+        }
+        expect_shape(KERNEL, "d_low", &d_low, gate.rows, ranks)?;
+        expect_shape(KERNEL, "a", &a, ranks, gate.cols)?;
+        expect_type(KERNEL, "d_low", &d_low, gate.dtype())?;
+        expect_type(KERNEL, "a", &a, gate.dtype())?;
     }
     // SAFETY: as in `swiglu`.
     let code = unsafe {
@@ -79,6 +103,8 @@ pub fn swiglu_backward(
             gate.into(),
             up.into(),
             RawMatrix::or_none(activated),
+            RawMatrix::or_none(low.map(|(d_low, _)| d_low)),
+            RawMatrix::or_none(low.map(|(_, a)| a)),
             stream(device)?,
         )
     };

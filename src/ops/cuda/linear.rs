@@ -12,10 +12,12 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::kernels::cuda::profile::{Phase, span};
 use crate::kernels::cuda::{
-    Accumulate, Matrix, Side, array, axpby, column_sums, column_sums_workspace, dropout, empty, fill, gemm, matrix,
-    upload_u64,
+    Accumulate, Matrix, Part, Side, array, assemble, axpby, column_sums, column_sums_workspace, dropout, empty, fill,
+    gemm, matrix, upload_u64,
 };
-use crate::ops::linear::{Adapter, CarriedGroup, Dropout, Linear, Mode, Outputs, SavedGroup, TokenKeys, room};
+use crate::ops::linear::{
+    Adapter, CarriedGroup, Dropout, InputGradient, Linear, Mode, Outputs, SavedGroup, TokenKeys, room,
+};
 use crate::ops::{Error, Wide, shape_error};
 
 use super::row;
@@ -133,21 +135,14 @@ impl<'a> Group<'a> {
             }
         }
         if self.ranks > 0 {
-            let columns = all.columns(self.inputs, self.ranks);
-            // One adapter alone may fill all columns of all rows.
-            let is_filled = self.adapters().all(|(_, _, rows, ranks)| {
-                inside(&rows).is_none_or(|(_, own)| own.len() == panel.len() && ranks.len() == self.ranks)
-            });
-            if !is_filled || self.adapters().all(|(_, _, rows, _)| inside(&rows).is_none()) {
-                fill(self.device, columns, 0.0)?;
-            }
+            let mut parts = Vec::with_capacity(self.linears.len());
             for (_, adapter, rows, ranks) in self.adapters() {
                 if let Some((first, own)) = inside(&rows) {
-                    let part = columns.rows(first, own.len()).columns(ranks.start, ranks.len());
-                    let b = matrix(&adapter.b.value)?.rows(own.start, own.len());
-                    axpby(self.device, part, adapter.scaling, b, 0.0)?;
+                    let source = matrix(&adapter.b.value)?.rows(own.start, own.len());
+                    parts.push(Part { rows: first, cols: ranks.start, source, factor: adapter.scaling.into() });
                 }
             }
+            assemble(self.device, all.columns(self.inputs, self.ranks), &parts)?;
         }
         Ok(out)
     }
@@ -155,15 +150,10 @@ impl<'a> Group<'a> {
     /// The `A`s one below the other, zero rows up to `R`: `[R, I]`.
     fn a(&self, dtype: DType) -> Result<Tensor, Error> {
         let out = empty(self.device, (self.ranks, self.inputs), dtype)?;
-        let all = matrix(&out)?;
-        let mut end = 0;
-        for (_, adapter, _, ranks) in self.adapters() {
-            axpby(self.device, all.rows(ranks.start, ranks.len()), 1.0, matrix(&adapter.a.value)?, 0.0)?;
-            end = ranks.end;
-        }
-        if end < self.ranks {
-            fill(self.device, all.rows(end, self.ranks - end), 0.0)?;
-        }
+        let part = |(_, adapter, _, ranks): (usize, &Adapter, Range<usize>, Range<usize>)| {
+            Ok(Part { rows: ranks.start, cols: 0, source: matrix(&adapter.a.value)?, factor: 1.0 })
+        };
+        assemble(self.device, matrix(&out)?, &self.adapters().map(part).collect::<Result<Vec<_>, Error>>()?)?;
         Ok(out)
     }
 
@@ -236,17 +226,15 @@ impl<'a> Group<'a> {
             return Ok(None);
         }
         let out = empty(self.device, self.outputs, dtype)?;
-        let all = row(&out)?;
+        let mut parts = Vec::with_capacity(self.linears.len());
         for (_, linear, rows) in self.outputs() {
-            let part = all.columns(rows.start, rows.len());
-            match &linear.bias {
-                Some(bias) if bias.value.elem_count() == rows.len() => {
-                    axpby(self.device, part, 1.0, row(&bias.value)?, 0.0)?;
-                }
-                Some(bias) => return Err(shape_error(OP, "bias", bias.value.dims(), rows.len())),
-                None => fill(self.device, part, 0.0)?,
+            let Some(bias) = &linear.bias else { continue };
+            if bias.value.elem_count() != rows.len() {
+                return Err(shape_error(OP, "bias", bias.value.dims(), rows.len()));
             }
+            parts.push(Part { rows: 0, cols: rows.start, source: row(&bias.value)?, factor: 1.0 });
         }
+        assemble(self.device, row(&out)?, &parts)?;
         Ok(Some(out))
     }
 }
@@ -312,7 +300,7 @@ pub(crate) fn backward_input(
     dys: &[Tensor],
     saved: &SavedGroup,
     mode: Mode<'_>,
-) -> Result<(Tensor, CarriedGroup), Error> {
+) -> Result<(InputGradient, CarriedGroup), Error> {
     let Some(first) = dys.first() else { return Err(shape_error(OP, "dys", 0, linears.len())) };
     let device = first.device().clone();
     let Some(&Saved { ref low_rank, dtype }) = saved.on_device.as_ref() else {
@@ -339,15 +327,16 @@ pub(crate) fn backward_input(
         gemm(&device, dx_matrix, (dy, Side::Plain), weight, 1.0, onto, None)?;
     }
     let (values, d_low) = (dx_matrix.columns(0, group.inputs), dx_matrix.columns(group.inputs, group.ranks));
+    let mut share = None;
     if group.ranks > 0 {
         let _span = span(&device, Phase::LowRank)?;
         let a = group.a(dtype)?;
-        let a = matrix(&a)?;
         if group.mode.dropouts.is_empty() {
-            gemm(&device, values, (d_low, Side::Plain), (a, Side::Plain), 1.0, Accumulate::Into, None)?;
+            share = Some((dx.narrow(1, group.inputs, group.ranks)?, a));
         } else {
             let scratch = empty(&device, (values.rows, group.inputs), dtype)?;
             let through = matrix(&scratch)?;
+            let a = matrix(&a)?;
             for (index, _, _, ranks) in group.adapters() {
                 let d_low = d_low.columns(ranks.start, ranks.len());
                 let a = a.rows(ranks.start, ranks.len());
@@ -361,7 +350,15 @@ pub(crate) fn backward_input(
         ranks => Some(dx.narrow(1, group.inputs, ranks)?),
     };
     let values = if group.ranks == 0 { dx } else { dx.narrow(1, 0, group.inputs)? };
-    Ok((values, CarriedGroup::on_device(Carried { held, dy, d_low_rank })))
+    Ok((InputGradient::of(values, share), CarriedGroup::on_device(Carried { held, dy, d_low_rank })))
+}
+
+/// Adds `d_low A` to the gradient of the input.
+pub(crate) fn add_share(values: &Tensor, (d_low, a): (&Tensor, &Tensor)) -> Result<(), Error> {
+    let device = values.device();
+    let _span = span(device, Phase::LowRank)?;
+    let (d_low, a) = ((matrix(d_low)?, Side::Plain), (matrix(a)?, Side::Plain));
+    Ok(gemm(device, matrix(values)?, d_low, a, 1.0, Accumulate::Into, None)?)
 }
 
 /// The outputs' gradients as columns of one buffer of type `dtype`, and the tensors that keep it alive; they are copied

@@ -3,7 +3,8 @@
 use candle_core::Tensor;
 
 use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{matrix, swiglu, swiglu_backward};
+use crate::kernels::cuda::{MOST_SHARE_RANKS, matrix, swiglu, swiglu_backward};
+use crate::ops::linear::InputGradient;
 use crate::ops::{Error, Wide};
 
 pub(crate) fn forward(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Error> {
@@ -25,9 +26,14 @@ pub(crate) fn forward_over(whole: Tensor, gate: &Tensor, up: &Tensor) -> Result<
 }
 
 /// `gate` and `up` become their gradients, `dy` the activation.
-pub(crate) fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(), Error> {
+pub(crate) fn backward(dy: InputGradient, gate: &Tensor, up: &Tensor) -> Result<Tensor, Error> {
     let device = gate.device();
+    let is_ready = dy.parts().1.is_none_or(|(d_low, _)| d_low.dims()[1] <= MOST_SHARE_RANKS);
+    let dy = if is_ready { dy } else { InputGradient::whole(dy.into_values()?) };
     let _span = span(device, Phase::Pointwise)?;
-    let (dy, gate, up) = (matrix(dy)?, matrix(gate)?, matrix(up)?);
-    Ok(swiglu_backward(device, gate, up, dy, gate, up, Some(dy), None)?)
+    let (values, share) = dy.parts();
+    let share = share.map(|(d_low, a)| Ok::<_, Error>((matrix(d_low)?, matrix(a)?))).transpose()?;
+    let (from, gate, up) = (matrix(values)?, matrix(gate)?, matrix(up)?);
+    swiglu_backward(device, gate, up, from, gate, up, Some(from), share)?;
+    Ok(values.clone())
 }

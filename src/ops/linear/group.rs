@@ -102,6 +102,55 @@ impl Outputs {
     }
 }
 
+/// The gradient of a group's input. On a GPU the adapters' share of it may still have to be added, which an operation that
+/// reads it next can do on the way.
+#[derive(Debug)]
+#[must_use]
+pub struct InputGradient {
+    values: Tensor,
+    /// The gradient of the low-rank product and the `A`s: `[N, R]`, `[R, I]`.
+    #[cfg(feature = "cuda")]
+    share: Option<(Tensor, Tensor)>,
+}
+
+impl InputGradient {
+    /// A gradient that is whole.
+    pub fn whole(values: Tensor) -> Self {
+        Self {
+            values,
+            #[cfg(feature = "cuda")]
+            share: None,
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(in crate::ops) fn of(values: Tensor, share: Option<(Tensor, Tensor)>) -> Self {
+        Self { values, share }
+    }
+
+    /// The values without the share, and the share.
+    #[cfg(feature = "cuda")]
+    pub(in crate::ops) fn parts(&self) -> (&Tensor, Option<(&Tensor, &Tensor)>) {
+        (&self.values, self.share.as_ref().map(|(d_low, a)| (d_low, a)))
+    }
+
+    /// The whole gradient. On a GPU it may be columns of a wider buffer.
+    ///
+    /// # Shapes
+    /// `[N, I]`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may have to add"))]
+    pub fn into_values(self) -> Result<Tensor, Error> {
+        #[cfg(feature = "cuda")]
+        if let Some((d_low, a)) = &self.share {
+            crate::ops::cuda::linear::add_share(&self.values, (d_low, a))?;
+        }
+        Ok(self.values)
+    }
+}
+
 /// What [`backward_weights`] needs from [`backward_input`].
 #[derive(Debug)]
 pub struct CarriedGroup {
@@ -221,11 +270,10 @@ pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<Saved
     })
 }
 
-/// The gradient of a group's input; gradients of biases go to their buckets. On a GPU the result may be columns of a
-/// wider buffer.
+/// The gradient of a group's input; gradients of biases go to their buckets.
 ///
 /// # Shapes
-/// `dys`: `[N, O]` for each projection; returns `[N, I]`.
+/// `dys`: `[N, O]` for each projection.
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -234,7 +282,7 @@ pub fn backward_input(
     dys: &[Tensor],
     saved: &SavedGroup,
     mode: Mode<'_>,
-) -> Result<(Tensor, CarriedGroup), Error> {
+) -> Result<(InputGradient, CarriedGroup), Error> {
     #[cfg(feature = "cuda")]
     if dys.first().is_some_and(|dy| dy.device().is_cuda()) {
         return crate::ops::cuda::linear::backward_input(linears, dys, saved, mode);
@@ -257,7 +305,7 @@ pub fn backward_input(
         #[cfg(feature = "cuda")]
         on_device: None,
     };
-    Ok((dx, carried))
+    Ok((InputGradient::whole(dx), carried))
 }
 
 /// Adds the gradients of a group's weights and adapters to their buckets.
