@@ -5,8 +5,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use trainer::kernels::cuda::{
-    HeadState, Matrix, array, dequantize_rows_int8, empty, head_backward_chunk, head_finish, head_forward_chunk,
-    head_start, matrix, quantize_rows_int8, synchronize, upload_f32, upload_u8, upload_u32,
+    HeadState, Matrix, array, empty, head_backward_chunk, head_finish, head_forward_chunk, head_start, matrix,
+    synchronize, upload_f32, upload_u8, upload_u32,
 };
 
 use crate::support::{device, download, random, upload};
@@ -224,61 +224,6 @@ fn a_masked_token_has_no_gradient() {
     let got = download(&out);
     assert!(got.iter().all(|v| v.is_finite()), "{got:?}");
     assert_eq!(got[3], 0.0);
-}
-
-#[test]
-#[ignore = "gpu"]
-fn rows_of_8_bits_are_rounded_to_the_nearest_code_and_come_back() {
-    let device = device();
-    for dtype in TYPES {
-        for (rows, cols, margin) in [(1, 1, 0), (3, 40, 0), (5, 33, 0), (6, 1000, 8), (4, 4100, 3), (9, 3584, 0)] {
-            let mut values: Vec<f32> =
-                random("int8 rows", rows * (cols + margin)).into_iter().map(|v| rounded(v, dtype)).collect();
-            let width = cols + margin;
-            // A row of zeros, a row of halves between codes, and a row of subnormals.
-            for (row, values) in values.chunks_exact_mut(width).enumerate() {
-                for (at, value) in values.iter_mut().enumerate() {
-                    match row % 5 {
-                        1 => *value = 0.0,
-                        2 => *value = if at == 0 { 127.0 } else { (at % 100) as f32 - 49.5 },
-                        3 if dtype == DType::F32 => *value *= 1e-43,
-                        _ => {}
-                    }
-                }
-            }
-            let wide = upload(&device, &values, (rows, width), dtype);
-            let x = wide.narrow(1, 0, cols).unwrap();
-            let codes = upload_u8(&device, &vec![0x80; rows * cols]).unwrap();
-            let scales = upload_f32(&device, &vec![f32::NAN; rows]).unwrap();
-            let (to_codes, to_scales) = (array(&codes).unwrap(), array(&scales).unwrap());
-            quantize_rows_int8(&device, to_codes, to_scales, matrix(&x).unwrap()).unwrap();
-            let mut want_codes = Vec::new();
-            let mut want_scales = Vec::new();
-            for row in values.chunks_exact(width).map(|row| &row[..cols]) {
-                let scale = row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
-                want_scales.push(scale);
-                want_codes.extend(row.iter().map(|v| {
-                    let code = if scale > 0.0 { (v / scale).round_ties_even() } else { 0.0 };
-                    code.clamp(-127.0, 127.0) as i8
-                }));
-            }
-            let what = format!("{dtype:?} [{rows}, {cols}] margin {margin}");
-            assert_eq!(download(&scales), want_scales, "{what}: scales");
-            let got: Vec<u8> = codes.to_device(&Device::Cpu).unwrap().to_vec1().unwrap();
-            let want: Vec<u8> = want_codes.iter().map(|c| c.cast_unsigned()).collect();
-            assert!(got == want, "{what}: codes");
-
-            let first = rows / 3;
-            let poison = vec![f32::NAN; (rows - first) * width];
-            let wide = upload(&device, &poison, (rows - first, width), dtype);
-            let out = wide.narrow(1, 0, cols).unwrap();
-            dequantize_rows_int8(&device, matrix(&out).unwrap(), to_codes, to_scales, first).unwrap();
-            let want: Vec<f32> = (first * cols..rows * cols)
-                .map(|i| rounded(f32::from(want_codes[i]) * want_scales[i / cols], dtype))
-                .collect();
-            assert_eq!(download(&out.contiguous().unwrap()), want, "{what}: values");
-        }
-    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use trainer::kernels::cuda::{
-    add_row, array, axpby, column_sums, column_sums_workspace, count_non_finite, download_u32, dropout, empty, fill,
-    matrix, upload_u64,
+    array, axpby, column_sums, column_sums_workspace, count_non_finite, download_u32, dropout, empty, fill, matrix,
+    upload_u64,
 };
 use trainer::rng::{Stream, is_kept, mix};
 
@@ -43,7 +43,7 @@ fn sums_of_all_types_shapes_and_strides() {
 
 #[test]
 #[ignore = "gpu"]
-fn fills_and_rows_added_to_all_rows() {
+fn fills_of_all_shapes_and_strides() {
     let device = device();
     for dtype in TYPES {
         for shape in SHAPES {
@@ -52,13 +52,6 @@ fn fills_and_rows_added_to_all_rows() {
                 let y = Padded::poisoned(&device, shape, margins, dtype);
                 fill(&device, y.matrix(), -1.5).unwrap();
                 assert!(y.read().iter().all(|&v| v == -1.5), "{what}");
-
-                let y = Padded::new(&device, &random("y", shape.0 * shape.1), shape, margins, dtype);
-                let row = random("row", shape.1);
-                let want: Vec<f32> = y.values.iter().zip(row.iter().cycle()).map(|(y, r)| y + r).collect();
-                let row = upload(&device, &row, shape.1, DType::F32);
-                add_row(&device, y.matrix(), array(&row).unwrap()).unwrap();
-                assert_close(&what, &y.read(), &want, tolerance(dtype));
             }
         }
     }
@@ -201,7 +194,6 @@ fn nothing_is_done_with_nothing_and_arguments_that_do_not_fit_are_named() {
     assert!(axpby(&device, small, 1.0, other, 0.0).unwrap_err().to_string().contains("[4, 8]"));
     let short = upload(&device, &[0.0; 8], 8, DType::F32);
     let short = array(&short).unwrap();
-    assert!(add_row(&device, other, short).unwrap_err().to_string().contains("`row`"));
     assert!(column_sums(&device, short, other, short).unwrap_err().to_string().contains("`sums`"));
     assert!(dropout(&device, small, small, short, 1, 1.0, false).unwrap_err().to_string().contains("`probability`"));
 }
@@ -228,7 +220,6 @@ fn bench_pointwise() {
     let row = empty(&device, cols, DType::F32).unwrap();
     fill(&device, matrix(&row).unwrap(), 0.0).unwrap();
     let sums = array(&row).unwrap();
-    print_bandwidth(&device, "add_row bf16", 4 * values, || add_row(&device, y, sums).unwrap());
     let workspace = empty(&device, column_sums_workspace(rows, cols), DType::F32).unwrap();
     let workspace = array(&workspace).unwrap();
     print_bandwidth(&device, "column_sums bf16", 2 * values, || column_sums(&device, sums, x, workspace).unwrap());

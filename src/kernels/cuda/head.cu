@@ -1,5 +1,5 @@
 // The loss head: log-probability and entropy of tokens from logits that exist for a piece of the vocabulary at a time,
-// their gradient, and rows of 8-bit codes.
+// and their gradient.
 //
 // Math, with z the scaled logits of a row: log_sum = log sum exp z, logprob = z[target] - log_sum, entropy = log_sum -
 // sum(p z) with p = exp(z - log_sum); d_z = d_logprob (1[target] - p) - d_entropy p (log p + entropy).
@@ -12,8 +12,6 @@
 // Bound: bytes, 4 per logit; about 15 instructions.
 // gradient: a block of 256 threads takes 4096 logits of a row, 16 bytes of the result per thread and step. Bound:
 // bytes, 4 read and 2 or 4 written per logit; about 20 instructions.
-// quantize_rows, dequantize_rows: code = round(x / scale), scale = max |x| / 127, a block a row; the second reading of
-// a row comes out of the caches. Bound: bytes.
 // A row whose length or start is not a multiple of 16 bytes is taken value by value.
 
 #include "common.cuh"
@@ -176,61 +174,6 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-template <typename T, bool IS_WIDE>
-__global__ void __launch_bounds__(THREADS)
-    quantize_rows(int8_t *out, float *scales, const T *x, int64_t stride, int64_t cols) {
-  constexpr int N = IS_WIDE ? 8 : 1, STEP = IS_WIDE ? 16 / sizeof(T) : 1;
-  __shared__ float scratch[THREADS / 32];
-  const int64_t row = blockIdx.x;
-  x += row * stride;
-  out += row * cols;
-  float largest = 0.0f;
-  for (int64_t at = threadIdx.x * STEP; at < cols; at += THREADS * STEP) {
-    float v[STEP];
-    load_pack<T, STEP>(v, x + at);
-#pragma unroll
-    for (int i = 0; i < STEP; i++) largest = fmaxf(largest, fabsf(v[i]));
-  }
-  const float scale = __fdiv_rn(block_max(largest, scratch), 127.0f);
-  if (threadIdx.x == 0) scales[row] = scale;
-  for (int64_t at = threadIdx.x * N; at < cols; at += THREADS * N) {
-    Pack<int8_t, N> codes;
-#pragma unroll
-    for (int part = 0; part < N; part += STEP) {
-      float v[STEP];
-      load_pack<T, STEP>(v, x + at + part);
-#pragma unroll
-      for (int i = 0; i < STEP; i++) {
-        // A scale that underflows to 0 makes the row 0.
-        const float code = scale > 0.0f ? rintf(__fdiv_rn(v[i], scale)) : 0.0f;
-        codes.v[part + i] = static_cast<int8_t>(fminf(fmaxf(code, -127.0f), 127.0f));
-      }
-    }
-    *reinterpret_cast<Pack<int8_t, N> *>(out + at) = codes;
-  }
-}
-
-template <typename T, bool IS_WIDE>
-__global__ void __launch_bounds__(THREADS)
-    dequantize_rows(T *out, int64_t stride, int64_t cols, const int8_t *codes, const float *scales) {
-  constexpr int N = IS_WIDE ? 16 / sizeof(T) : 1;
-  const int64_t row = blockIdx.x, start = static_cast<int64_t>(blockIdx.y) * TILE;
-  const int64_t end = start + TILE < cols ? start + TILE : cols;
-  const float scale = scales[row];
-  out += row * stride;
-  codes += row * cols;
-  for (int64_t at = start + threadIdx.x * N; at < end; at += THREADS * N) {
-    const Pack<int8_t, N> pack = *reinterpret_cast<const Pack<int8_t, N> *>(codes + at);
-    float v[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = __fmul_rn(static_cast<float>(pack.v[i]), scale);
-    if constexpr (IS_WIDE)
-      store16(out + at, v);
-    else
-      out[at] = from_float<T>(v[0]);
-  }
-}
-
 // A row for each block; `tiles` of a row where a block takes one.
 int grid_of(int64_t rows, int64_t cols, dim3 &grid) {
   const int64_t tiles = (cols + TILE - 1) / TILE;
@@ -253,28 +196,6 @@ int launch_gradient(const Matrix &out, const Matrix &logits, int64_t first, cons
   else
     gradient<T, false><<<grid, THREADS, 0, stream>>>(data, out.stride, from, logits.stride, out.cols, first, targets,
                                                      log_sums, entropies, d_logprobs, d_entropies, scale);
-  return LAUNCHED();
-}
-
-template <typename T> int launch_quantize(int8_t *out, float *scales, const Matrix &x, cudaStream_t stream) {
-  const T *data = static_cast<const T *>(x.data);
-  if (x.cols % 8 == 0 && is_aligned(x, 16 / sizeof(T)) && reinterpret_cast<uintptr_t>(out) % 8 == 0)
-    quantize_rows<T, true><<<x.rows, THREADS, 0, stream>>>(out, scales, data, x.stride, x.cols);
-  else
-    quantize_rows<T, false><<<x.rows, THREADS, 0, stream>>>(out, scales, data, x.stride, x.cols);
-  return LAUNCHED();
-}
-
-template <typename T>
-int launch_dequantize(const Matrix &out, const int8_t *codes, const float *scales, cudaStream_t stream) {
-  constexpr int N = 16 / sizeof(T);
-  dim3 grid;
-  if (int code = grid_of(out.rows, out.cols, grid)) return code;
-  T *data = static_cast<T *>(out.data);
-  if (is_aligned(out, N) && reinterpret_cast<uintptr_t>(codes) % N == 0)
-    dequantize_rows<T, true><<<grid, THREADS, 0, stream>>>(data, out.stride, out.cols, codes, scales);
-  else
-    dequantize_rows<T, false><<<grid, THREADS, 0, stream>>>(data, out.stride, out.cols, codes, scales);
   return LAUNCHED();
 }
 
@@ -314,17 +235,4 @@ extern "C" int trainer_head_backward_chunk(Matrix d_logits, Matrix logits, int64
   WITH_TYPE(d_logits.dtype, T,
             return launch_gradient<T>(d_logits, logits, first, targets, log_sums, entropies, d_logprobs, d_entropies,
                                       scale, stream))
-}
-
-extern "C" int trainer_quantize_rows_int8(int8_t *out, float *scales, Matrix x, cudaStream_t stream) {
-  if (x.rows == 0) return 0;
-  WITH_TYPE(x.dtype, T, return launch_quantize<T>(out, scales, x, stream))
-}
-
-extern "C" int trainer_dequantize_rows_int8(Matrix out, const int8_t *codes, const float *scales, int64_t first_row,
-                                            cudaStream_t stream) {
-  if (out.rows == 0 || out.cols == 0) return 0;
-  codes += first_row * out.cols;
-  scales += first_row;
-  WITH_TYPE(out.dtype, T, return launch_dequantize<T>(out, codes, scales, stream))
 }

@@ -37,8 +37,6 @@ unsafe extern "C" {
         scale: f32,
         stream: CUstream,
     ) -> i32;
-    fn trainer_quantize_rows_int8(out: u64, scales: u64, x: RawMatrix, stream: CUstream) -> i32;
-    fn trainer_dequantize_rows_int8(out: RawMatrix, codes: u64, scales: u64, first_row: i64, stream: CUstream) -> i32;
 }
 
 /// The running sums of all rows over the pieces of the vocabulary.
@@ -198,50 +196,6 @@ pub fn head_backward_chunk(
             scale,
             stream(device)?,
         )
-    };
-    launched(KERNEL, code)
-}
-
-/// Quantises each row to 8 bits: `scale = max |x| / 127`, `code = round(x / scale)`, ties to even.
-///
-/// # Shapes
-/// `x`: f32, f16 or bf16 `[rows, cols]`; `out`: i8 `[rows * cols]`; `scales`: f32 `[rows]`.
-///
-/// # Errors
-/// If an array is too short.
-pub fn quantize_rows_int8(device: &Device, out: Pointer, scales: Pointer, x: Matrix) -> Result<(), Error> {
-    const KERNEL: &str = "quantize_rows_int8";
-    expect_length(KERNEL, "out", out, x.rows * x.cols)?;
-    expect_length(KERNEL, "scales", scales, x.rows)?;
-    // SAFETY: all addresses are views of live device memory that is long enough, as checked above; the work is ordered
-    // by the device's one compute stream.
-    let code = unsafe { trainer_quantize_rows_int8(out.address, scales.address, x.into(), stream(device)?) };
-    launched(KERNEL, code)
-}
-
-/// Rows `first_row ..` of a matrix of 8-bit codes: `code * scale` in f32, rounded to the type of `out`.
-///
-/// # Shapes
-/// `out`: f32, f16 or bf16 `[rows, cols]`; `codes`: i8, the whole matrix of as many columns; `scales`: f32, one for
-/// each of its rows.
-///
-/// # Errors
-/// If an array is too short.
-pub fn dequantize_rows_int8(
-    device: &Device,
-    out: Matrix,
-    codes: Pointer,
-    scales: Pointer,
-    first_row: usize,
-) -> Result<(), Error> {
-    const KERNEL: &str = "dequantize_rows_int8";
-    let rows = first_row + out.rows;
-    expect_length(KERNEL, "codes", codes, rows * out.cols)?;
-    expect_length(KERNEL, "scales", scales, rows)?;
-    // SAFETY: all addresses are views of live device memory that is long enough, as checked above; the work is ordered
-    // by the device's one compute stream.
-    let code = unsafe {
-        trainer_dequantize_rows_int8(out.into(), codes.address, scales.address, first_row as i64, stream(device)?)
     };
     launched(KERNEL, code)
 }

@@ -36,10 +36,7 @@ pub use device::{
 };
 pub use gemm::{Accumulate, Side, gemm, tune};
 pub use gguf::{GgufKind, dequantize_gguf};
-pub use head::{
-    HeadState, dequantize_rows_int8, head_backward_chunk, head_finish, head_forward_chunk, head_start,
-    quantize_rows_int8,
-};
+pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use memory::{
     Matrix, Pointer, array, download, download_f64, download_u8, download_u32, empty, matrix, overwrite, upload_f32,
     upload_i32, upload_u8, upload_u32, upload_u64,
@@ -52,7 +49,7 @@ pub use paged_attention::{
 };
 pub use parking::{Parked, Parking, Returning};
 pub use pinned::Pinned;
-pub use pointwise::{add_row, axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
+pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 pub use rope::{rope, rope_table};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
 pub use swiglu::{MOST_SHARE_RANKS, swiglu, swiglu_backward};

@@ -1,6 +1,6 @@
 // Work on every value of a matrix, and sums of its columns.
 //
-//   axpby: y = alpha x + beta y     fill: y = value     add_row: y += row     dropout: y (+)= keep(x) / (1 - p)
+//   axpby: y = alpha x + beta y     fill: y = value    dropout: y (+)= keep(x) / (1 - p)
 //   column_sums: sums += sum of the rows     count_non_finite: count += values that are infinite or not a number
 //
 // Layout: matrices of any of the three types, `y` and `x` of one shape but not of one type; the arithmetic is f32.
@@ -14,8 +14,8 @@
 // Counting: at most 4096 blocks, an atomic addition of whole numbers for each warp that found any.
 //
 // Bound: bytes. With X and Y for the sizes of the types: axpby R C (X + Y), and Y again where beta is not 0; fill R C
-// Y; add_row 2 R C Y + 4 C; dropout R C (X + Y), and Y again where added (on the fastest cards about as much 64-bit
-// integer arithmetic: two multiplications a value); column_sums R C X + 8 splits C; count_non_finite R C X.
+// Y; dropout R C (X + Y), and Y again where added (on the fastest cards about as much 64-bit integer arithmetic: two
+// multiplications a value); column_sums R C X + 8 splits C; count_non_finite R C X.
 #include "column_sums.cuh"
 #include "elementwise.cuh"
 
@@ -182,11 +182,6 @@ __global__ void __launch_bounds__(column_sums::THREADS)
 extern "C" int trainer_axpby(Matrix y, float alpha, Matrix x, float beta, cudaStream_t stream) {
   Axpby op{alpha, beta};
   return beta == 0.0f ? combine<false>(y, x, op, true, stream) : combine<true>(y, x, op, true, stream);
-}
-
-extern "C" int trainer_add_row(Matrix y, float *row, cudaStream_t stream) {
-  Matrix x{row, 0, y.rows, y.cols, F32, 0};
-  return combine<true>(y, x, Axpby{1.0f, 1.0f}, false, stream);
 }
 
 extern "C" int trainer_dropout(Matrix y, Matrix x, const uint64_t *token_keys, uint64_t key, uint64_t least_kept,

@@ -14,7 +14,6 @@ use super::{Error, argument};
 // SAFETY: these are the signatures of `pointwise.cu`.
 unsafe extern "C" {
     fn trainer_axpby(y: RawMatrix, alpha: f32, x: RawMatrix, beta: f32, stream: CUstream) -> i32;
-    fn trainer_add_row(y: RawMatrix, row: u64, stream: CUstream) -> i32;
     fn trainer_dropout(
         y: RawMatrix,
         x: RawMatrix,
@@ -82,22 +81,6 @@ pub fn fill(device: &Device, y: Matrix, value: f32) -> Result<(), Error> {
         launched(KERNEL, code)?;
     }
     Ok(())
-}
-
-/// Adds a row to every row of `y`.
-///
-/// # Shapes
-/// `y`: `[R, C]`; `row`: f32 `[C]`.
-///
-/// # Errors
-/// If the shapes do not fit.
-pub fn add_row(device: &Device, y: Matrix, row: Pointer) -> Result<(), Error> {
-    const KERNEL: &str = "add_row";
-    expect_shape(KERNEL, "y", &y, y.rows, y.cols)?;
-    expect_length(KERNEL, "row", row, y.cols)?;
-    // SAFETY: as in `axpby`.
-    let code = unsafe { trainer_add_row(y.into(), row.address, stream(device)?) };
-    launched(KERNEL, code)
 }
 
 /// Length of the workspace, in f32, of [`column_sums`] for a matrix of this shape.
