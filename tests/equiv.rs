@@ -64,7 +64,7 @@ fn engine(architecture: &str, dropout: Option<f64>, recompute: bool) -> Engine {
         lora,
         adapter_name_or_path: None,
     };
-    let loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+    let loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
     let engine = Engine::new(
         loaded.config,
         loaded.adapter,
@@ -279,7 +279,7 @@ fn logits_are_those_of_candles_own_qwen_models() {
             lora: None,
             adapter_name_or_path: None,
         };
-        let loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+        let loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
         let engine = Engine::new(
             loaded.config,
             None,

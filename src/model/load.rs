@@ -56,12 +56,20 @@ impl LoadedModel {
     }
 }
 
-/// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time.
+/// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time, into host memory; `device`
+/// quantises.
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration.
-pub fn load(path: &Path, settings: &ModelSettings, seed: u64, purpose: Purpose) -> Result<LoadedModel, Error> {
+pub fn load(
+    path: &Path,
+    settings: &ModelSettings,
+    seed: u64,
+    purpose: Purpose,
+    device: &Device,
+) -> Result<LoadedModel, Error> {
     let (config, source) = WeightSource::open(path, settings.init_random.then_some(seed))?;
+    let source = source.quantizing_on(device);
     let spec = match (&settings.adapter_name_or_path, &settings.lora) {
         (Some(folder), _) => Some(AdapterSpec::load(folder, &config)?),
         (None, Some(lora)) => {

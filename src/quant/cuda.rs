@@ -3,6 +3,8 @@
 //! A multiply unpacks a matrix into a buffer that is used once ([`Weight::unpack_into`]); nothing but that buffer is ever
 //! unpacked.
 
+mod quantize;
+
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;

@@ -74,7 +74,7 @@ impl Maxima {
 impl Nested {
     /// Quantises maxima: subtracts their mean, then blocks of 256 to the nearest value of the signed dynamic map.
     pub(crate) fn quantize(maxima: &[f32]) -> Self {
-        let offset = sum(maxima) / maxima.len().max(1) as f32;
+        let offset = mean(maxima);
         let map = dynamic_map();
         let mut codes = vec![0; maxima.len()];
         let mut absmax = vec![0.0; maxima.len().div_ceil(NESTED_BLOCK)];
@@ -91,6 +91,11 @@ impl Nested {
             });
         Self { codes: Bytes::from(codes), absmax: absmax.into(), map, offset }
     }
+}
+
+/// The mean, of which the sum is [`sum`]'s.
+pub(crate) fn mean(maxima: &[f32]) -> f32 {
+    sum(maxima) / maxima.len().max(1) as f32
 }
 
 /// The f32 sum in the order in which torch's CPU kernel adds on one thread (`aten/src/ATen/native/cpu/SumKernel.cpp`,

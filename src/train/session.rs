@@ -70,7 +70,7 @@ pub fn open(
     };
     // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.
     let started = Instant::now();
-    let mut loaded = load(&folder, settings, seed, purpose)?;
+    let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
     if !backend.device.is_cpu() {
         if loaded.adapter_spec.as_ref().is_some_and(|spec| spec.config.use_dora) {
             bail!(

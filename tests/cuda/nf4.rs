@@ -4,11 +4,13 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use trainer::config::settings::QuantType;
+use trainer::config::settings::{QuantType, Quantization, WeightDtype};
 use trainer::kernels::cuda::{
     Nf4Absmax, Nf4View, array, dequantize_nf4, empty, matrix, quantize_maxima, quantize_nf4, synchronize, upload_f32,
     upload_u8,
 };
+use trainer::model::config::TensorRole;
+use trainer::model::source::{LinearStorage, WeightSource};
 use trainer::quant::{BitsandbytesParts, Nf4Matrix, Weight};
 
 use crate::support::{device, download, random, upload};
@@ -202,6 +204,38 @@ fn quantising_maxima_gives_the_cpu_s_codes() {
         assert_same_bits(&what, &download(&nested), &floats(want.nested_absmax.as_ref().unwrap()));
         assert_eq!(bytes_of(&codes), want.absmax[..], "{what}");
     }
+}
+
+#[test]
+#[ignore = "gpu"]
+fn a_model_s_weights_get_the_same_bits_from_the_gpu_as_from_the_cpu() {
+    let device = device();
+    let mut compared = 0;
+    for folder in std::fs::read_dir("tests/golden/qlora_step").unwrap().map(|entry| entry.unwrap().path()) {
+        if !folder.join("base").is_dir() {
+            continue;
+        }
+        let open = || WeightSource::open(&folder.join("base"), None).unwrap();
+        let ((config, by_cpu), (_, by_gpu)) = (open(), open());
+        let by_gpu = by_gpu.quantizing_on(&device);
+        for tensor in config.tensors().iter().filter(|tensor| tensor.role == TensorRole::Linear) {
+            for (quant_type, double_quant) in QUANT_TYPES.into_iter().flat_map(|t| [(t, false), (t, true)]) {
+                let quantization = Some(Quantization { quant_type, double_quant });
+                let storage = LinearStorage { quantization, dtype: WeightDtype::Auto };
+                let parts = |source: &WeightSource| {
+                    let shape = (tensor.shape[0], tensor.shape[1]);
+                    let Weight::Nf4(matrix) = source.linear(&tensor.name, shape, storage).unwrap() else {
+                        panic!("{} is not quantised", tensor.name)
+                    };
+                    let parts = matrix.to_bitsandbytes("float32");
+                    (matrix.packed().to_vec(), parts.absmax.to_vec(), parts.nested_absmax.map(|b| b.to_vec()))
+                };
+                assert!(parts(&by_gpu) == parts(&by_cpu), "{}: {quant_type:?}, double {double_quant}", tensor.name);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 0, "no model in tests/golden/qlora_step");
 }
 
 #[test]

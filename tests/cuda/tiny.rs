@@ -63,7 +63,7 @@ impl Tiny {
             lora: has_adapter.then_some(lora),
             adapter_name_or_path: None,
         };
-        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training).unwrap();
+        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::Context;
+use candle_core::Device;
 use serde_json::Value;
 use trainer::config::settings::{SamplingSettings, WeightDtype};
 use trainer::engine::{Activations, Engine, Speaker, Types};
@@ -38,7 +39,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     check_tensors(path, &golden, report)?;
     let model = settings(None, None);
     assert_eq!(model.dtype, WeightDtype::Auto);
-    let mut loaded = load(path, &model, 0, Purpose::Inference)?;
+    let mut loaded = load(path, &model, 0, Purpose::Inference, &Device::Cpu)?;
     let device = device()?;
     if !device.is_cpu() {
         loaded.keep_embedding_on_host();

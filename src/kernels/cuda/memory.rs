@@ -19,6 +19,12 @@ pub struct Matrix {
 }
 
 impl Pointer {
+    /// The same bytes, of which each was an element, as elements of `element_bytes`.
+    #[must_use]
+    pub fn as_elements(self, element_bytes: usize) -> Self {
+        Self { len: self.len / element_bytes, ..self }
+    }
+
     /// Elements from `first` on, each of `element_bytes`.
     #[must_use]
     pub fn from_element(self, first: usize, element_bytes: usize) -> Self {

@@ -50,6 +50,8 @@ pub struct WeightSource {
     backing: Backing,
     /// Names that are stored and that no block asks for.
     unused: Vec<String>,
+    /// What quantises.
+    device: Device,
 }
 
 #[derive(Debug)]
@@ -87,7 +89,13 @@ impl WeightSource {
             }
             (seed, _) => (Backing::Random(RandomWeights::new(&config, seed.unwrap_or(0))), vec![]),
         };
-        Ok((config, Self { path: path.into(), expected, backing, unused }))
+        Ok((config, Self { path: path.into(), expected, backing, unused, device: Device::Cpu }))
+    }
+
+    /// Lets a device quantise: a GPU does so as fast as files are read, to the same bits.
+    #[must_use]
+    pub fn quantizing_on(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
     }
 
     /// Hugging Face's names of all weights, sorted.
@@ -172,8 +180,8 @@ impl WeightSource {
         };
         if let Some(stored) = self.stored(name) {
             stored.check_finite()?;
-            if let Some(matrix) = stored.quantize(quantization) {
-                return Ok(Weight::Nf4(matrix));
+            if let Some(matrix) = stored.quantize(quantization, &self.device) {
+                return matrix.map(Weight::Nf4);
             }
         }
         let Quantization { quant_type, double_quant } = quantization;

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::DType;
 use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -106,12 +106,20 @@ impl Stored {
         Err(Error::Damaged { path: self.file.to_path_buf(), reason })
     }
 
-    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix.
-    pub(super) fn quantize(&self, quantization: Quantization) -> Option<Nf4Matrix> {
+    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix. A GPU quantises
+    /// it if it is the device.
+    pub(super) fn quantize(&self, quantization: Quantization, device: &Device) -> Option<Result<Nf4Matrix, Error>> {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
         let Quantization { quant_type, double_quant } = quantization;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let dtype = self.dense_dtype()?;
+            let matrix = Nf4Matrix::quantize_on(device, &self.bytes, dtype, (rows, cols), quant_type, double_quant);
+            return Some(matrix.map_err(|source| self.packing_error(source)));
+        }
+        debug_assert!(device.is_cpu(), "without the feature every device is the CPU");
         let halves = self.bytes.as_chunks::<2>().0;
-        Some(match self.dense_dtype()? {
+        Some(Ok(match self.dense_dtype()? {
             DType::BF16 => Nf4Matrix::quantize_from(halves, rows, cols, quant_type, double_quant, |bytes| {
                 bf16::from_le_bytes(bytes).to_f32()
             }),
@@ -122,7 +130,7 @@ impl Stored {
                 let values = self.bytes.as_chunks::<4>().0;
                 Nf4Matrix::quantize_from(values, rows, cols, quant_type, double_quant, f32::from_le_bytes)
             }
-        })
+        }))
     }
 
     fn packing_error(&self, source: crate::quant::Error) -> Error {
