@@ -37,5 +37,7 @@ mod rows;
 mod support;
 #[path = "cuda/swiglu.rs"]
 mod swiglu;
+#[path = "cuda/swiglu_adapters.rs"]
+mod swiglu_adapters;
 #[path = "cuda/tiny.rs"]
 mod tiny;

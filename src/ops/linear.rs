@@ -215,7 +215,7 @@ impl Linear {
         dropout: Option<Dropout<'_>>,
     ) -> Result<Tensor, Error> {
         let (dx, carried) = self.backward_input(dy, saved, dropout)?;
-        self.backward_weights(&carried, x, saved, dropout)?;
+        self.backward_weights(&carried, Some(x), Some(saved), dropout)?;
         Ok(dx)
     }
 
@@ -252,24 +252,41 @@ impl Linear {
     fn backward_weights(
         &self,
         carried: &Carried,
-        x: &Tensor,
-        saved: &Saved,
+        x: Option<&Tensor>,
+        saved: Option<&Saved>,
         dropout: Option<Dropout<'_>>,
     ) -> Result<(), Error> {
-        let (n, inputs) = dims2(OP_BACKWARD, "x", x)?;
-        let outputs = self.weight.rows();
-        if carried.dy.dims() != [n, outputs] {
-            return Err(shape_error(OP_BACKWARD, "x", x.dims(), [carried.dy.dims()[0], inputs]));
+        let (n, outputs) = dims2(OP_BACKWARD, "dy", &carried.dy)?;
+        let dy = view(OP_BACKWARD, &carried.dy)?;
+        let low_rank = saved.and_then(|saved| saved.low_rank.as_ref());
+        if let (Some(adapter), Some(low_rank)) = (&self.adapter, low_rank)
+            && let Some(grad) = &adapter.b.grad
+        {
+            let rank = adapter.b.value.dims()[1];
+            change(OP_BACKWARD, grad, |grad| {
+                let low = Matrix::new(low_rank, n, rank);
+                multiply(grad, rank, 1.0, adapter.scaling, Matrix::new(&dy, n, outputs).t(), low, Threads::All);
+            })?;
         }
-        let (dy, x) = (view(OP_BACKWARD, &carried.dy)?, view(OP_BACKWARD, x)?);
+        let Some(x) = x else { return Ok(()) };
+        let (rows, inputs) = dims2(OP_BACKWARD, "x", x)?;
+        if rows != n || outputs != self.weight.rows() {
+            return Err(shape_error(OP_BACKWARD, "x", [rows, inputs], [n, inputs]));
+        }
+        let x = view(OP_BACKWARD, x)?;
         if let Some(grad) = &self.weight_grad {
             change(OP_BACKWARD, grad, |grad| {
                 let dy_t = Matrix::new(&dy, n, outputs).t();
                 multiply(grad, inputs, 1.0, 1.0, dy_t, Matrix::new(&x, n, inputs), Threads::All);
             })?;
         }
-        if let (Some(adapter), Some(low_rank), Some(d_low)) = (&self.adapter, &saved.low_rank, &carried.d_low_rank) {
-            adapter.backward_weights(&dy, d_low, &x, low_rank, dropout)?;
+        if let (Some(adapter), Some(d_low)) = (&self.adapter, &carried.d_low_rank)
+            && let Some(grad) = &adapter.a.grad
+        {
+            let dropped = dropout.map(|d| d.apply(&x, inputs));
+            let source = Matrix::new(dropped.as_deref().unwrap_or(&x), n, inputs);
+            let d_low = Matrix::new(d_low, n, adapter.a.value.dims()[0]);
+            change(OP_BACKWARD, grad, |grad| multiply(grad, inputs, 1.0, 1.0, d_low.t(), source, Threads::All))?;
         }
         Ok(())
     }
@@ -369,30 +386,5 @@ impl Adapter {
             }
         }
         Ok(d_low_rank)
-    }
-
-    fn backward_weights(
-        &self,
-        dy: &[f32],
-        d_low: &[f32],
-        x: &[f32],
-        low_rank: &[f32],
-        dropout: Option<Dropout<'_>>,
-    ) -> Result<(), Error> {
-        let (outputs, rank) = dims2(OP_BACKWARD, "lora_b", &self.b.value)?;
-        let (n, inputs) = (dy.len() / outputs.max(1), self.a.value.dims()[1]);
-        if let Some(grad) = &self.b.grad {
-            change(OP_BACKWARD, grad, |grad| {
-                let low = Matrix::new(low_rank, n, rank);
-                multiply(grad, rank, 1.0, self.scaling, Matrix::new(dy, n, outputs).t(), low, Threads::All);
-            })?;
-        }
-        if let Some(grad) = &self.a.grad {
-            let dropped = dropout.map(|d| d.apply(x, inputs));
-            let source = Matrix::new(dropped.as_deref().unwrap_or(x), n, inputs);
-            let d_low = Matrix::new(d_low, n, rank);
-            change(OP_BACKWARD, grad, |grad| multiply(grad, inputs, 1.0, 1.0, d_low.t(), source, Threads::All))?;
-        }
-        Ok(())
     }
 }

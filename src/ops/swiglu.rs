@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::linear::{InputGradient, Outputs};
+use super::linear::{InputGradient, Linear, Mode, Outputs, SavedGroup};
 use super::view::{tensor, view};
 use super::{Error, Wide, shape_error};
 use crate::kernels::cpu::vector;
@@ -65,23 +65,51 @@ pub fn forward_over(outputs: Outputs) -> Result<Wide, Error> {
     Wide::plain(forward(&gate, &up)?)
 }
 
-/// The gradients with respect to `gate` and `up`, and the activation made again. On a GPU the gradients take the places
-/// of `gate` and `up`, the activation that of `dy`.
+/// The projections around the activation, whose adapters' gradients can be made on the way.
+#[derive(Clone, Copy, Debug)]
+pub struct Around<'a> {
+    /// Takes the activation.
+    pub down: &'a Linear,
+    /// Gives `gate`.
+    pub gate: &'a Linear,
+    /// Gives `up`.
+    pub up: &'a Linear,
+    /// What the group of `gate` and `up` saved.
+    pub saved: &'a SavedGroup,
+    /// How `down` was applied.
+    pub mode: Mode<'a>,
+}
+
+/// What [`backward_between`] leaves.
+#[derive(Debug)]
+pub struct Between {
+    /// The gradient of `gate`.
+    pub d_gate: Tensor,
+    /// The gradient of `up`.
+    pub d_up: Tensor,
+    /// The activation. Without it the gradients of `down`'s `A` and of the `B`s of `gate` and `up` have been added to their
+    /// buckets.
+    pub activated: Option<Wide>,
+}
+
+/// The gradients with respect to `gate` and `up`, and the activation made again; or, on a GPU, in its stead what it is needed
+/// for. There the gradients take the places of `gate` and `up`, the activation that of `dy`.
 ///
 /// # Shapes
 /// All `[N, I]` of one type.
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn backward_again(dy: InputGradient, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor, Wide), Error> {
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the GPU's kernel makes use of it"))]
+pub fn backward_between(dy: InputGradient, gate: &Tensor, up: &Tensor, around: &Around<'_>) -> Result<Between, Error> {
     #[cfg(feature = "cuda")]
     if gate.device().is_cuda() {
-        let activated = super::cuda::swiglu::backward(dy, gate, up)?;
-        return Ok((gate.clone(), up.clone(), Wide::plain(activated)?));
+        let activated = super::cuda::swiglu::backward(dy, gate, up, around)?.map(Wide::plain).transpose()?;
+        return Ok(Between { d_gate: gate.clone(), d_up: up.clone(), activated });
     }
     let dy = &dy.into_values()?;
     let (d_gate, d_up) = backward(dy, gate, up)?;
-    Ok((d_gate, d_up, Wide::plain(forward(gate, up)?)?))
+    Ok(Between { d_gate, d_up, activated: Some(Wide::plain(forward(gate, up)?)?) })
 }
 
 /// The gradients of [`forward`] with respect to `gate` and `up`.

@@ -133,7 +133,7 @@ fn check(sizes: Sizes, segments: &[SegmentRange], before: usize, dtype: DType, v
     let device = device();
     let Sizes { heads, kv_heads, d } = sizes;
     let n = segments.last().unwrap().end;
-    let plan = AttentionPlan::new(&device, segments).unwrap();
+    let mut plan = AttentionPlan::new(&device, segments).unwrap();
     let wide = before + (heads + 2 * kv_heads) * d;
     let qkv = Fused::new(&device, &random("qkv", n * wide), n, sizes, before, dtype);
     let d_out = upload(&device, &random("d_out", n * heads * d), (n, heads * d), dtype);
@@ -145,12 +145,14 @@ fn check(sizes: Sizes, segments: &[SegmentRange], before: usize, dtype: DType, v
         let o = upload(&device, &poison[..n * heads * d], (n, heads * d), dtype);
         let lse = upload(&device, &poison[..heads * n], (heads, n), DType::F32);
         let delta = upload(&device, &poison[..heads * n], (heads, n), DType::F32);
-        let gradients = [0, 1].map(|_| Fused::new(&device, &poison, n, sizes, before, dtype));
+        // Twice with an order of all sums that is fixed, then twice without.
+        let gradients = [0; 4].map(|_| Fused::new(&device, &poison, n, sizes, before, dtype));
         let ([q, k, v], o_view) = (qkv.views(), matrix(&o).unwrap());
         let (lse_view, delta_view) = (array(&lse).unwrap(), array(&delta).unwrap());
         attention_forward_with(variant, &device, &plan, o_view, lse_view, q, k, v, heads, kv_heads).unwrap();
         let dy = matrix(&d_out).unwrap();
-        for gradients in &gradients {
+        for (i, gradients) in gradients.iter().enumerate() {
+            plan.set_deterministic(i < 2);
             let [dq, dk, dv] = gradients.views();
             attention_backward_with(
                 variant, &device, &plan, dq, dk, dv, dy, q, k, v, o_view, lse_view, delta_view, heads, kv_heads,
@@ -159,14 +161,18 @@ fn check(sizes: Sizes, segments: &[SegmentRange], before: usize, dtype: DType, v
         }
         let what =
             |name: &str| format!("{name} of {sizes:?}, {dtype:?}, {variant:?}, {n} tokens, {before} columns before");
-        let [dq, dk, dv] = gradients[0].values();
         assert_close(&what("o"), &download(&o), &want.o, o_error);
         assert_close(&what("lse"), &download(&lse), &want.lse, lse_error);
-        assert_close(&what("dq"), &dq, &want.dq, gradient_error);
-        assert_close(&what("dk"), &dk, &want.dk, gradient_error);
-        assert_close(&what("dv"), &dv, &want.dv, gradient_error);
-        let bits = |x: &[Vec<f32>; 3]| x.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
-        assert!(bits(&gradients[0].values()) == bits(&gradients[1].values()), "{}", what("a second time"));
+        for gradients in &gradients {
+            let [dq, dk, dv] = gradients.values();
+            assert_close(&what("dq"), &dq, &want.dq, gradient_error);
+            assert_close(&what("dk"), &dk, &want.dk, gradient_error);
+            assert_close(&what("dv"), &dv, &want.dv, gradient_error);
+        }
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let [first, second, third, fourth] = gradients.each_ref().map(|x| x.values().map(|x| bits(&x)));
+        assert!(first == second, "{}", what("a second time"));
+        assert!(third[1..] == fourth[1..], "{}", what("dk and dv a second time"));
     }
 }
 

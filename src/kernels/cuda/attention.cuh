@@ -100,6 +100,12 @@ int warp_group_backward_queries(Matrix dq, Matrix d_out, Matrix q, Matrix k, Mat
 int warp_group_backward_keys(Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
                              const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
                              cudaStream_t stream);
+// Those of `attention_backward_fused_sm90.cu`: all gradients, with a workspace of `fused_sums` floats.
+bool has_fused_backward(Sizes sizes);
+int64_t fused_sums(Sizes sizes);
+int warp_group_backward(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
+                        const float *delta, float *sums, const QueryTile *query_tiles, int num_query_tiles,
+                        const KeyTile *key_tiles, const View *views, KeySplit split, Sizes sizes, cudaStream_t stream);
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -91,6 +91,38 @@ unsafe extern "C" {
         variant: i32,
         stream: CUstream,
     ) -> i32;
+    fn trainer_attention_backward_sums(
+        dq: RawMatrix,
+        dk: RawMatrix,
+        dv: RawMatrix,
+        d_out: RawMatrix,
+        q: RawMatrix,
+        k: RawMatrix,
+        v: RawMatrix,
+        heads: i32,
+        kv_heads: i32,
+        variant: i32,
+    ) -> i64;
+    fn trainer_attention_backward(
+        dq: RawMatrix,
+        dk: RawMatrix,
+        dv: RawMatrix,
+        d_out: RawMatrix,
+        q: RawMatrix,
+        k: RawMatrix,
+        v: RawMatrix,
+        lse: u64,
+        delta: u64,
+        sums: u64,
+        query_tiles: u64,
+        num_query_tiles: i32,
+        key_tiles: u64,
+        views: u64,
+        split: RawKeySplit,
+        heads: i32,
+        kv_heads: i32,
+        stream: CUstream,
+    ) -> i32;
 }
 
 /// Which kernels do the work.
@@ -281,6 +313,7 @@ pub struct AttentionPlan {
     num_views: usize,
     num_tokens: usize,
     multiprocessors: u64,
+    is_deterministic: bool,
 }
 
 impl AttentionPlan {
@@ -303,7 +336,14 @@ impl AttentionPlan {
             num_views: lists.views.len(),
             num_tokens: lists.num_tokens,
             multiprocessors: u64::from(multiprocessors.map_err(asked)?.cast_unsigned()),
+            is_deterministic: false,
         })
+    }
+
+    /// Whether gradients are to have the same bits every time: without it [`attention_backward`] may take kernels that
+    /// add up `dq` in an order that varies. Off at first.
+    pub fn set_deterministic(&mut self, is_deterministic: bool) {
+        self.is_deterministic = is_deterministic;
     }
 
     /// Whether no token attends to anything.
@@ -436,7 +476,11 @@ pub fn attention_forward_with(
     launched(KERNEL, code)
 }
 
-/// The gradients of [`attention_forward`]: `dq`, `dk`, `dv` from `d_out`; the same bits every time.
+/// The gradients of [`attention_forward`]: `dq`, `dk`, `dv` from `d_out`.
+///
+/// `dk` and `dv` have the same bits every time. So has `dq` if the plan is deterministic; else its last bits may vary
+/// on devices of compute capability 9.0, where one kernel makes all three with 5 matrix products instead of 7 if `d`
+/// is above 64. It takes workspace: f32 `[H, N, 128]`.
 ///
 /// # Shapes
 /// `dq`, `d_out`, `q`, `o`: f32, f16 or bf16 `[N, H d]`; `dk`, `dv`, `k`, `v`: the same type, `[N, K d]`, any stride;
@@ -447,7 +491,7 @@ pub fn attention_forward_with(
 /// If the shapes do not fit, `d` is above 256, or the device has no bf16.
 ///
 /// # Equation
-/// `FlashAttention-2` (2307.08691), algorithm 2, with one kernel for `dq` and one for `dk` and `dv`.
+/// `FlashAttention-2` (2307.08691), algorithm 2, with one kernel for `dq` and one for `dk` and `dv`, or one for all.
 #[expect(clippy::too_many_arguments, reason = "the operands of attention's backward")]
 pub fn attention_backward(
     device: &Device,
@@ -514,27 +558,62 @@ pub fn attention_backward_with(
         num_parts: split.num_parts as i32,
         num_split_tiles: split.num_split_tiles as i32,
     };
-    let (heads, kv_heads, stream) = (heads as i32, kv_heads as i32, stream(device)?);
+    let raw: [RawMatrix; 7] = [dq, dk, dv, d_out, q, k, v].map(Into::into);
+    let [dq, dk, dv, d_out, q, k, v] = raw;
+    let (lse, delta, num_query_tiles) = (lse.address, delta.address, plan.num_query_tiles as i32);
+    let (heads, kv_heads, variant, stream) = (heads as i32, kv_heads as i32, variant.code(), stream(device)?);
     // SAFETY: both matrices are views of live device memory of one shape, and `delta` has a float for each head and
     // row, as checked above; the work is ordered by the device's one compute stream.
-    let code = unsafe { trainer_attention_delta(delta.address, d_out.into(), o.into(), heads, variant.code(), stream) };
+    let code = unsafe { trainer_attention_delta(delta, d_out, o.into(), heads, variant, stream) };
     launched("attention_delta", code)?;
+    // SAFETY: the call uses nothing but its arguments and the device's properties.
+    let num_sums = unsafe { trainer_attention_backward_sums(dq, dk, dv, d_out, q, k, v, heads, kv_heads, variant) };
+    if num_sums > 0 && !plan.is_deterministic {
+        let dq_sums = empty(device, num_sums as usize, DType::F32)?;
+        let dq_sums = array(&dq_sums)?.address;
+        // SAFETY: all addresses are views of live device memory whose sizes were checked above, the workspace is as
+        // large as was asked for, and `sums` has a place for every part of a split tile; the plan's tiles and views lie
+        // within its tokens, which are rows of the matrices; the work is ordered by the device's one compute stream.
+        let code = unsafe {
+            trainer_attention_backward(
+                dq,
+                dk,
+                dv,
+                d_out,
+                q,
+                k,
+                v,
+                lse,
+                delta,
+                dq_sums,
+                query_tiles,
+                num_query_tiles,
+                key_tiles,
+                views,
+                split,
+                heads,
+                kv_heads,
+                stream,
+            )
+        };
+        return launched(KERNEL, code);
+    }
     // SAFETY: all addresses are views of live device memory whose sizes were checked above; the plan's tiles lie within
     // its tokens, which are rows of the matrices; the work is ordered by the device's one compute stream.
     let code = unsafe {
         trainer_attention_backward_queries(
-            dq.into(),
-            d_out.into(),
-            q.into(),
-            k.into(),
-            v.into(),
-            lse.address,
-            delta.address,
+            dq,
+            d_out,
+            q,
+            k,
+            v,
+            lse,
+            delta,
             query_tiles,
-            plan.num_query_tiles as i32,
+            num_query_tiles,
             heads,
             kv_heads,
-            variant.code(),
+            variant,
             stream,
         )
     };
@@ -543,21 +622,7 @@ pub fn attention_backward_with(
     // every part of a split tile.
     let code = unsafe {
         trainer_attention_backward_keys(
-            dk.into(),
-            dv.into(),
-            d_out.into(),
-            q.into(),
-            k.into(),
-            v.into(),
-            lse.address,
-            delta.address,
-            key_tiles,
-            views,
-            split,
-            heads,
-            kv_heads,
-            variant.code(),
-            stream,
+            dk, dv, d_out, q, k, v, lse, delta, key_tiles, views, split, heads, kv_heads, variant, stream,
         )
     };
     launched("attention_backward_keys", code)

@@ -3,6 +3,7 @@
 // Math: FlashAttention-2 (2307.08691), algorithm 2: p = exp(q k^T / sqrt(d) - lse), dp = do v^T, delta = rowsum(do o),
 // ds = p (dp - delta); dv = p^T do, dk = ds^T q / sqrt(d), dq = ds k / sqrt(d). Two kernels make p and ds anew, one for
 // dq and one for dk and dv, so that every sum has one owner and a fixed order: no atomics, the same bits every time.
+// Where there is one that makes all three at once (`attention_backward_fused_sm90.cu`), the caller may choose it.
 // Layout: q, o, do, dq [N, H d], k, v, dk, dv [N, K d] with any row stride; lse, delta f32 [H, N].
 // Launch: dq: a block of 8 warps for each tile of 128 queries of one head, 16 rows a warp with q and do in registers,
 // key tiles of 64 in two buffers. dk, dv: a block of 4 warps for each half (64 keys) of a key tile and key-value head,
@@ -16,9 +17,10 @@
 namespace attention {
 namespace {
 
-// What is faster for dq, and for dk and dv, on compute capability 9.0.
+// What is faster for dq, for dk and dv, and for all three, on compute capability 9.0.
 constexpr int HOPPER_QUERIES = WARP_GROUPS;
 constexpr int HOPPER_KEYS = WARP_GROUPS;
+constexpr int HOPPER_ALL = WARP_GROUPS;
 
 // delta: a group of `D / 8` lanes for each token and head, 8 columns a lane. Bound: bytes of do and o.
 template <typename T, int D>
@@ -440,4 +442,33 @@ extern "C" int trainer_attention_backward_keys(Matrix dk, Matrix dv, Matrix d_ou
   if (code != 0 || split.num_split_tiles == 0) return code;
   auto add = q.dtype == F16 ? add_parts<__half> : add_parts<__nv_bfloat16>;
   return add(dk, dv, tiles, split, sizes, stream);
+}
+
+// Floats of workspace that `trainer_attention_backward` needs; 0: it does not take these matrices on this device.
+extern "C" int64_t trainer_attention_backward_sums(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k,
+                                                   Matrix v, int32_t heads, int32_t kv_heads, int32_t variant) {
+  using namespace attention;
+  Sizes sizes = sizes_of(q, heads, kv_heads);
+  for (const Matrix &m : {dq, dk, dv, d_out, q, k, v}) {
+    if (!fits_tiles(m, sizes.d)) return 0;
+  }
+  if (!is_by_warp_groups(variant, HOPPER_ALL, compute_capability()) || !has_fused_backward(sizes)) return 0;
+  return fused_sums(sizes);
+}
+
+// All gradients by one kernel; `sums`: workspace. dq may differ in its last bits from one time to the next.
+extern "C" int trainer_attention_backward(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v,
+                                          const float *lse, const float *delta, float *sums,
+                                          const attention::QueryTile *query_tiles, int32_t num_query_tiles,
+                                          const attention::KeyTile *key_tiles, const attention::View *views,
+                                          attention::KeySplit split, int32_t heads, int32_t kv_heads,
+                                          cudaStream_t stream) {
+  using namespace attention;
+  if (split.num_tiles == 0) return 0;
+  Sizes sizes = sizes_of(q, heads, kv_heads);
+  int code = warp_group_backward(dq, dk, dv, d_out, q, k, v, lse, delta, sums, query_tiles, num_query_tiles, key_tiles,
+                                 views, split, sizes, stream);
+  if (code != 0 || split.num_split_tiles == 0) return code;
+  auto add = q.dtype == F16 ? add_parts<__half> : add_parts<__nv_bfloat16>;
+  return add(dk, dv, key_tiles, split, sizes, stream);
 }

@@ -133,6 +133,14 @@ pub fn tune(device: &Device, on: bool) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether [`tune`] is on: results may then differ in their last bits from one run to the next.
+///
+/// # Errors
+/// If `device` is no GPU, or memory for the workspace runs out.
+pub fn is_tuned(device: &Device) -> Result<bool, Error> {
+    Ok(locked(&library(device)?.choices).is_tuning)
+}
+
 /// Alignment in bytes from which on kernels do not differ.
 const FULL_ALIGNMENT: u32 = 16;
 

@@ -24,6 +24,7 @@ pub mod profile;
 mod rope;
 mod rows;
 mod swiglu;
+mod swiglu_adapters;
 
 pub use assemble::{Part, assemble};
 pub use attention::{
@@ -34,7 +35,7 @@ pub use device::{
     MemoryUse, device_memory_used, device_name, free_memory, has_bf16, is_cuda_device, memory_use, open, reset_peak,
     synchronize,
 };
-pub use gemm::{Accumulate, Side, gemm, tune};
+pub use gemm::{Accumulate, Side, gemm, is_tuned, tune};
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use memory::{
@@ -53,6 +54,10 @@ pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite,
 pub use rope::{rope, rope_table};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
 pub use swiglu::{MOST_SHARE_RANKS, swiglu, swiglu_backward};
+pub use swiglu_adapters::{
+    DownAdapter, MOST_SWIGLU_RANKS, MlpAdapters, OutAdapter, swiglu_adapters_fit, swiglu_backward_adapters,
+    swiglu_backward_adapters_workspace,
+};
 
 /// What went wrong on the device.
 #[derive(Debug, thiserror::Error)]

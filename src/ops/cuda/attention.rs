@@ -5,7 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{AttentionPlan, SegmentRange, array, attention_backward, attention_forward, empty, matrix};
+use crate::kernels::cuda::{
+    AttentionPlan, SegmentRange, array, attention_backward, attention_forward, empty, is_tuned, matrix,
+};
 use crate::ops::attention::{Heads, Layout, Saved};
 use crate::ops::{Error, Wide, shape_error};
 
@@ -24,8 +26,9 @@ impl Layout {
                 prefix: s.prefix.as_ref().map(|p| (p.start, p.end)),
             })
             .collect();
-        let plan = Arc::new(AttentionPlan::new(device, &ranges)?);
-        Ok(self.plan.get_or_init(|| plan).clone())
+        let mut plan = AttentionPlan::new(device, &ranges)?;
+        plan.set_deterministic(!is_tuned(device)?);
+        Ok(self.plan.get_or_init(|| Arc::new(plan)).clone())
     }
 }
 

@@ -388,33 +388,43 @@ fn side_by_side(group: &Group<'_>, dys: &[Tensor], dtype: DType) -> Result<(Vec<
 pub(crate) fn backward_weights(
     linears: &[&Linear],
     carried: &Carried,
-    x: &Wide,
-    saved: &SavedGroup,
+    x: Option<&Wide>,
+    saved: Option<&SavedGroup>,
     mode: Mode<'_>,
 ) -> Result<(), Error> {
-    let device = x.buffer().device();
+    debug_assert!(!carried.held.is_empty(), "the gradients are kept alive by their tensors");
+    let device = carried.held[0].device();
     let mode = Mode { use_adapter: carried.d_low_rank.is_some(), ..mode };
     let group = Group::new(linears, mode, device)?;
-    debug_assert!(!carried.held.is_empty(), "the gradients are kept alive by their tensors");
-    let dy = carried.dy;
-    let x = matrix(x.buffer())?.columns(0, group.inputs);
     let _span = span(device, Phase::LowRank)?;
+    let low_rank = saved.and_then(|saved| saved.on_device.as_ref()).and_then(|saved| saved.low_rank.as_ref());
+    if let Some(low_rank) = low_rank {
+        let low_rank = matrix(low_rank)?;
+        for (_, adapter, rows, ranks) in group.adapters() {
+            if let Some(grad) = &adapter.b.grad {
+                let dy = (carried.dy.columns(rows.start, rows.len()), Side::Transposed);
+                let low = (low_rank.columns(ranks.start, ranks.len()), Side::Plain);
+                gemm(device, matrix(grad)?, dy, low, adapter.scaling, Accumulate::Into, None)?;
+            }
+        }
+    }
+    match x {
+        Some(x) => backward_from_input(&group, carried, matrix(x.buffer())?.columns(0, group.inputs)),
+        None => Ok(()),
+    }
+}
+
+/// The gradients of the weights and of the `A`s.
+fn backward_from_input(group: &Group<'_>, carried: &Carried, x: Matrix) -> Result<(), Error> {
+    let device = group.device;
     for (_, linear, rows) in group.outputs() {
         if let Some(grad) = &linear.weight_grad {
-            let dy = (dy.columns(rows.start, rows.len()), Side::Transposed);
+            let dy = (carried.dy.columns(rows.start, rows.len()), Side::Transposed);
             gemm(device, matrix(grad)?, dy, (x, Side::Plain), 1.0, Accumulate::Into, None)?;
         }
     }
-    let low_rank = saved.on_device.as_ref().and_then(|saved| saved.low_rank.as_ref());
-    let (Some(low_rank), Some(d_low)) = (low_rank, &carried.d_low_rank) else { return Ok(()) };
-    let (low_rank, d_low) = (matrix(low_rank)?, matrix(d_low)?);
-    for (_, adapter, rows, ranks) in group.adapters() {
-        if let Some(grad) = &adapter.b.grad {
-            let dy = (dy.columns(rows.start, rows.len()), Side::Transposed);
-            let low = (low_rank.columns(ranks.start, ranks.len()), Side::Plain);
-            gemm(device, matrix(grad)?, dy, low, adapter.scaling, Accumulate::Into, None)?;
-        }
-    }
+    let Some(d_low) = &carried.d_low_rank else { return Ok(()) };
+    let d_low = matrix(d_low)?;
     if !group.mode.dropouts.is_empty() {
         let scratch = empty(device, (x.rows, group.inputs), x.dtype())?;
         let dropped = matrix(&scratch)?;

@@ -308,7 +308,9 @@ pub fn backward_input(
     Ok((InputGradient::whole(dx), carried))
 }
 
-/// Adds the gradients of a group's weights and adapters to their buckets.
+/// Adds the gradients of a group's weights and adapters to their buckets: those of the weights and of the `A`s from the input
+/// `x`, those of the `B`s from the low-rank products in `saved`. Without one of the two the gradients that come of it are left
+/// out: they are there already.
 ///
 /// # Shapes
 /// `x`: `[N, I]`, as given to [`forward`].
@@ -318,17 +320,18 @@ pub fn backward_input(
 pub fn backward_weights(
     linears: &[&Linear],
     carried: &CarriedGroup,
-    x: &Wide,
-    saved: &SavedGroup,
+    x: Option<&Wide>,
+    saved: Option<&SavedGroup>,
     mode: Mode<'_>,
 ) -> Result<(), Error> {
     #[cfg(feature = "cuda")]
     if let Some(on_device) = &carried.on_device {
         return crate::ops::cuda::linear::backward_weights(linears, on_device, x, saved, mode);
     }
-    let values = x.values()?;
+    let values = x.map(Wide::values).transpose()?;
     for (index, (linear, carried)) in linears.iter().zip(&carried.each).enumerate() {
-        linear.backward_weights(carried, &values, &saved.each[index], mode.dropout(index))?;
+        let own = saved.map(|saved| &saved.each[index]);
+        linear.backward_weights(carried, values.as_ref(), own, mode.dropout(index))?;
     }
     Ok(())
 }

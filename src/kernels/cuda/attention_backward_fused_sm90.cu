@@ -1,0 +1,474 @@
+// Causal grouped-query attention over a ragged batch, backward, all of dq, dk and dv in one kernel by Hopper's warp
+// groups; math and layout as `attention_backward.cu`.
+//
+// The probabilities and ds are made once, so that there are 5 products instead of 7. dk and dv have one owner, a tile
+// of keys; dq gets a part from every tile of keys, added in f32 in an order that varies: the last bits vary too.
+// Launch: a block of two groups of 4 warps for each tile of 128 keys and key-value head, 64 keys a group, tiles of 64
+// queries in three buffers. The transposed ds are A operands in registers for dk, and in shared memory for dq, of which
+// each group makes half of the columns from all keys of the tile. Products are asynchronous: while dq is added to the
+// sums, the scores of the next tile and dk are computed; dp and dk while probabilities are made; dv while ds is. One
+// barrier for each tile. A second kernel turns the sums of dq into 16-bit rows.
+// Only sm_90a has these instructions; elsewhere the kernel is empty.
+// Bound: tensor cores, 10 d flops for each query, key and head; shared memory is as busy.
+#include "attention_sm90.cuh"
+
+namespace attention {
+
+// Which way the kernel goes. 0: dq is added in bulk, scores of the next tile come after dk; 1: dq is added from
+// registers; 2 and 3: the same with scores that are not computed ahead; 4: as 0, scores of the next tile before dk.
+int fused_way = 0;
+
+namespace {
+
+constexpr int FUSED_QUERIES = 64, FUSED_STAGES = 3, FUSED_D = 128, FUSED_FOUND = 4;
+
+// A tile of queries as the loop needs it.
+struct alignas(16) FusedTile {
+  int32_t row, rows, head;
+  int32_t visible; // keys of the tile that its queries see; less than 0: causal, -1 - (row - the tile's first key)
+};
+
+constexpr int FUSED_TILE_BYTES = FUSED_QUERIES * FUSED_D * 2;
+constexpr int FUSED_KEYS_BYTES = KEY_TILE * FUSED_D * 2;
+constexpr int FUSED_DS_BYTES = KEY_TILE * FUSED_QUERIES * 2;
+constexpr int FUSED_STAGING_BYTES = FUSED_QUERIES * FUSED_D * 4;
+constexpr int FUSED_VALUES_BYTES = 2 * FUSED_QUERIES * 4;
+constexpr int FUSED_STATE_BYTES = 128 + FUSED_FOUND * 16;
+constexpr int FUSED_SHARED_BYTES = 2 * FUSED_KEYS_BYTES + 2 * FUSED_STAGES * FUSED_TILE_BYTES + 2 * FUSED_DS_BYTES +
+                                   FUSED_STAGING_BYTES + FUSED_STAGES * FUSED_VALUES_BYTES + FUSED_STATE_BYTES;
+static_assert(FUSED_SHARED_BYTES <= 227 * 1024, "what a block can have");
+
+// The sums of dq: f32 [H, 2, N, 64], the halves of a head's columns apart, so that a warp's rows are contiguous.
+//
+// The 8 neighbouring columns `c` of row `r` lie at `c ^ (r & 3)`: sixteen lanes, which write four rows to shared memory
+// at once, then use all banks.
+constexpr int SUM_COLUMNS = FUSED_D / 2;
+
+__device__ __forceinline__ int64_t sum_row(int head, int half, int row, int tokens) {
+  return ((head * int64_t{2} + half) * tokens + row) * SUM_COLUMNS;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+#define GROUP_FOUR(mode, c) mode(c[0]), mode(c[1]), mode(c[2]), mode(c[3])
+#define GROUP_ALL(mode, c)                                                                                             \
+  GROUP_FOUR(mode, c[0]), GROUP_FOUR(mode, c[1]), GROUP_FOUR(mode, c[2]), GROUP_FOUR(mode, c[3]),                      \
+      GROUP_FOUR(mode, c[4]), GROUP_FOUR(mode, c[5]), GROUP_FOUR(mode, c[6]), GROUP_FOUR(mode, c[7])
+// One product of 64 x 64 x 16; what c was before is not read if `mode` is "=f", so that its registers are free until
+// then.
+#define GROUP_PRODUCT(type, is_added, is_transposed, mode)                                                             \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " is_added ", 0; "                                                      \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                                        \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                        \
+               "}, %32, %33, p, 1, 1, " is_transposed ", " is_transposed "; }"                                         \
+               : GROUP_ALL(mode, c)                                                                                    \
+               : "l"(a), "l"(b))
+
+// c (+)= A B^T (rows) or c (+)= A^T B (columns), 64 x 64 x 16.
+template <typename T, bool IS_ADDED, bool IS_BY_COLUMNS>
+__device__ __forceinline__ void group_multiply(float (&c)[8][4], uint64_t a, uint64_t b) {
+  constexpr bool IS_HALF = std::is_same<T, __half>::value;
+  if constexpr (IS_HALF && IS_ADDED && IS_BY_COLUMNS) GROUP_PRODUCT("f16", "1", "1", "+f");
+  if constexpr (IS_HALF && IS_ADDED && !IS_BY_COLUMNS) GROUP_PRODUCT("f16", "1", "0", "+f");
+  if constexpr (IS_HALF && !IS_ADDED && IS_BY_COLUMNS) GROUP_PRODUCT("f16", "0", "1", "=f");
+  if constexpr (IS_HALF && !IS_ADDED && !IS_BY_COLUMNS) GROUP_PRODUCT("f16", "0", "0", "=f");
+  if constexpr (!IS_HALF && IS_ADDED && IS_BY_COLUMNS) GROUP_PRODUCT("bf16", "1", "1", "+f");
+  if constexpr (!IS_HALF && IS_ADDED && !IS_BY_COLUMNS) GROUP_PRODUCT("bf16", "1", "0", "+f");
+  if constexpr (!IS_HALF && !IS_ADDED && IS_BY_COLUMNS) GROUP_PRODUCT("bf16", "0", "1", "=f");
+  if constexpr (!IS_HALF && !IS_ADDED && !IS_BY_COLUMNS) GROUP_PRODUCT("bf16", "0", "0", "=f");
+}
+#undef GROUP_PRODUCT
+#undef GROUP_ALL
+#undef GROUP_FOUR
+
+// The lower half of a descriptor, in which addresses lie. All lanes of a warp are told the same, so that the hardware's
+// uniform registers can compute what follows from it.
+__device__ __forceinline__ uint32_t lower_descriptor(uint32_t address, int block_bytes) {
+  return __shfl_sync(0xffffffffu, static_cast<uint32_t>(group_descriptor(address, block_bytes)), 0);
+}
+// The descriptor `n` times 16 bytes further.
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t lower, int n) {
+  return group_descriptor(0, 0) | static_cast<uint64_t>(lower + n);
+}
+
+// Starts c = A B^T: 64 rows at `a` of a tile of `A_ROWS` rows, and the tile of 64 rows at `b`; `D` columns.
+template <typename T, int D, int A_ROWS>
+__device__ __forceinline__ void start_scores(float (&c)[8][4], uint32_t a, uint32_t b) {
+  const uint32_t left = lower_descriptor(a, 16), right = lower_descriptor(b, 16);
+  group_multiply<T, false, false>(c, descriptor_at(left, 0), descriptor_at(right, 0));
+#pragma unroll
+  for (int step = 1; step < D / 16; step++) {
+    const int block = step / 4, within = step % 4 * (32 >> 4); // 16 columns are 32 bytes
+    group_multiply<T, true, false>(c, descriptor_at(left, block * (A_ROWS * 128 >> 4) + within),
+                                   descriptor_at(right, block * (64 * 128 >> 4) + within));
+  }
+  group_commit();
+}
+
+// Starts c = A^T B of tiles of `ROWS` rows and 64 columns.
+template <typename T, int ROWS>
+__device__ __forceinline__ void start_transposed(float (&c)[8][4], uint32_t a, uint32_t b) {
+  const uint32_t left = lower_descriptor(a, ROWS * 128), right = lower_descriptor(b, ROWS * 128);
+  group_multiply<T, false, true>(c, descriptor_at(left, 0), descriptor_at(right, 0));
+#pragma unroll
+  for (int step = 1; step < ROWS / 16; step++) {
+    group_multiply<T, true, true>(c, descriptor_at(left, step * (16 * 128 >> 4)),
+                                  descriptor_at(right, step * (16 * 128 >> 4)));
+  }
+  group_commit();
+}
+
+// Starts c += A B: A tiles in registers, and the tile of `16 K` rows at `b`.
+template <typename T, int K, int N>
+__device__ __forceinline__ void start_added(float (&c)[N][4], const uint32_t (&a)[K][4], uint32_t b) {
+  const uint32_t right = lower_descriptor(b, 16 * K * 128);
+#pragma unroll
+  for (int step = 0; step < K; step++) {
+    group_multiply_columns<T>(c, a[step], descriptor_at(right, step * (16 * 128 >> 4)));
+  }
+  group_commit();
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_two(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void add_two(float *to, float x, float y) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
+// Adds floats from shared memory to global memory, without waiting; a group of its own.
+__device__ __forceinline__ void add_bulk(float *to, uint32_t from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until the memory that this thread's additions read may be written again.
+__device__ __forceinline__ void wait_for_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+#endif
+
+template <typename T, bool IS_BULK, int ORDER>
+__global__ void __launch_bounds__(GROUP_THREADS, 1)
+    group_fused_kernel(float *sums, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
+                       const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int D = FUSED_D, QUERIES = FUSED_QUERIES, KEYS = KEY_TILE, TILE = FUSED_TILE_BYTES;
+  static_assert(KEY_TILE == 2 * 64 && D == 2 * 64, "64 keys a group, and half of the columns of dq");
+  extern __shared__ __align__(1024) uint8_t attention_shared[];
+  const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + FUSED_KEYS_BYTES;
+  const uint32_t stages = v_tile + FUSED_KEYS_BYTES; // queries, then gradients
+  const uint32_t ds_tiles = stages + 2 * FUSED_STAGES * TILE, staging = ds_tiles + 2 * FUSED_DS_BYTES;
+  // For each stage: the log-sum-exps times log2 e, then the deltas. Behind them: where the first thread is on its way,
+  // and what it has found; the first is kept there to keep registers free.
+  float *const row_values = reinterpret_cast<float *>(attention_shared + FUSED_SHARED_BYTES - FUSED_STATE_BYTES -
+                                                      FUSED_STAGES * FUSED_VALUES_BYTES);
+  using Walk = QueryWalk<QUERIES>;
+  Walk *const walk = reinterpret_cast<Walk *>(attention_shared + FUSED_SHARED_BYTES - FUSED_STATE_BYTES);
+  FusedTile *const found = reinterpret_cast<FusedTile *>(walk + 1);
+  KeyPart *const kept_part = reinterpret_cast<KeyPart *>(found + FUSED_FOUND);
+  static_assert(sizeof(Walk) + FUSED_FOUND * sizeof(FusedTile) + sizeof(KeyPart) <= FUSED_STATE_BYTES,
+                "the state has its place");
+  const int kv_heads = sizes.heads / sizes.group, kv_head = blockIdx.x % kv_heads, d = sizes.d;
+  const KeyPart part = find_part(split, blockIdx.x / kv_heads, sizes.group);
+  if (part.index >= part.count) return;
+  const KeyTile tile = tiles[part.tile];
+  Walk start(views, tiles + part.tile, part, tile.start, kv_head * sizes.group, sizes.group);
+  const int count = __shfl_sync(0xffffffffu, start.left, 0);
+  if (count == 0) { // a tile of fewer steps than parts
+    const float zeros[D / 8][4] = {};
+    float *to = part_sums(split, part, kv_heads, kv_head, d) + threadIdx.x / 32 * 16 * d;
+    store_sums<D>(to, 16, d, zeros);
+    store_sums<D>(to + KEY_TILE * d, 16, d, zeros);
+    return;
+  }
+
+  auto note = [&](const Walk &walk, int j) {
+    found[j & (FUSED_FOUND - 1)] = {walk.row, min(QUERIES, walk.view.end - walk.row), walk.head,
+                                    walk.view.is_causal ? walk.first_key - walk.row - 1
+                                                        : walk.view.key_end - walk.first_key};
+  };
+  // Starts to copy tile `j` to a stage; returns this thread's lse or delta of it. An infinite lse makes the
+  // probabilities of rows that are not there 0.
+  auto load = [&](int j, int stage) {
+    const FusedTile here = found[j & (FUSED_FOUND - 1)];
+    const int64_t first = here.row;
+    uint32_t to = stages + stage * (2 * TILE);
+    load_blocks<T, QUERIES, D>(to, static_cast<const T *>(q.data) + first * q.stride + here.head * d, q.stride,
+                               here.rows, d);
+    load_blocks<T, QUERIES, D>(to + TILE, static_cast<const T *>(d_out.data) + first * d_out.stride + here.head * d,
+                               d_out.stride, here.rows, d);
+    const int thread = thread_anew(), row = thread % QUERIES;
+    const bool is_lse = thread < QUERIES;
+    if (row >= here.rows || thread >= 2 * QUERIES) return is_lse ? INFINITY : 0.0f;
+    int64_t offset = static_cast<int64_t>(here.head) * sizes.tokens + here.row + row;
+    return is_lse ? lse[offset] * LOG2_E : delta[offset];
+  };
+  auto store_row_value = [&](int stage, float value) {
+    int thread = thread_anew();
+    if (thread < 2 * QUERIES) row_values[stage * 2 * QUERIES + thread] = value;
+  };
+
+  const int64_t first_key = tile.start;
+  load_blocks<T, KEYS, D>(k_tile, static_cast<const T *>(k.data) + first_key * k.stride + kv_head * d, k.stride,
+                          tile.end - tile.start, d);
+  load_blocks<T, KEYS, D>(v_tile, static_cast<const T *>(v.data) + first_key * v.stride + kv_head * d, v.stride,
+                          tile.end - tile.start, d);
+  if (threadIdx.x == 0) {
+    note(start, 0);
+    start.advance();
+    if (count > 1) note(start, 1);
+    *walk = start;
+    *kept_part = part;
+  }
+  __syncthreads();
+  store_row_value(0, load(0, 0));
+  wait_for_copies();
+  group_publish();
+  __syncthreads();
+  float row_value = count > 1 ? load(1, 1) : 0.0f;
+
+  const float log2_scale = sizes.scale * LOG2_E;
+  float out_k[D / 8][4] = {}, out_v[D / 8][4] = {};
+  float s[QUERIES / 8][4], x[QUERIES / 8][4]; // x: dp, then dq
+  uint32_t p_left[QUERIES / 16][4], ds_left[QUERIES / 16][4];
+
+  auto start_s = [&](int stage) {
+    start_scores<T, D, KEYS>(s, k_tile + thread_anew() / 128 * (64 * 128), stages + stage * (2 * TILE));
+  };
+  auto start_dp = [&](int stage) {
+    start_scores<T, D, KEYS>(x, v_tile + thread_anew() / 128 * (64 * 128), stages + stage * (2 * TILE) + TILE);
+  };
+  auto start_dq = [&](int j) {
+    const uint32_t columns = k_tile + thread_anew() / 128 * (KEYS * 128); // the group's half
+    start_transposed<T, KEYS>(x, ds_tiles + (j & 1) * FUSED_DS_BYTES, columns);
+  };
+  // Makes probabilities of the scores, adds to dv, makes ds and leaves it in shared memory. `under_way`: products that
+  // were started after the scores. Those for dv are under way at the end.
+  auto differentiate = [&](int j, int stage, auto under_way) {
+    const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int warp_key = thread / 32 * 16; // counted from the tile's first
+    const float *values = row_values + stage * 2 * QUERIES + 2 * t;
+    const FusedTile here = found[j & (FUSED_FOUND - 1)];
+    group_wait<decltype(under_way)::value>();
+    group_pin(s);
+    const bool is_causal = here.visible < 0;
+    const int first_row = -1 - here.visible;
+    if (is_causal ? warp_key + 15 > first_row : warp_key + 16 > here.visible) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int key = warp_key + 8 * i + g;
+        // The first query, counted from this lane's first, that sees the key.
+        int from = (is_causal ? key - first_row : key < here.visible ? 0 : QUERIES) - 2 * t;
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+          if (8 * n < from) s[n][2 * i] = -INFINITY;
+          if (8 * n + 1 < from) s[n][2 * i + 1] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < QUERIES / 8; n++) {
+      float2 two = *reinterpret_cast<const float2 *>(values + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[n][i] = exp2_fast(fmaf(s[n][i], log2_scale, -(i % 2 ? two.y : two.x)));
+    }
+    as_left<T>(p_left, s);
+    group_pin(out_v);
+    group_fence();
+    start_added<T>(out_v, p_left, stages + stage * (2 * TILE) + TILE);
+    if (thread == 0 && j + 2 < count) {
+      walk->advance();
+      note(*walk, j + 2);
+    }
+    __syncwarp();
+    group_wait<1>();
+    group_pin(x);
+    group_pin(out_k);
+#pragma unroll
+    for (int n = 0; n < QUERIES / 8; n++) {
+      float2 two = *reinterpret_cast<const float2 *>(values + QUERIES + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[n][i] *= x[n][i] - (i % 2 ? two.y : two.x);
+    }
+    as_left<T>(ds_left, s);
+    const uint32_t ds_rows =
+        ds_tiles + (j & 1) * FUSED_DS_BYTES + thread_anew() / 32 * (16 * 128) + lane_by_rows<64>(lane);
+#pragma unroll
+    for (int n = 0; n < QUERIES / 16; n++) store_matrices(ds_rows ^ (n << 5), ds_left[n]);
+  };
+  // Adds this warp's part of dq, 16 rows, to the sums.
+  auto add_dq = [&](int j) {
+    const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4, first = thread / 32 % 4 * 16;
+    const FusedTile here = found[j & (FUSED_FOUND - 1)];
+    float *const to = sums + sum_row(here.head, thread / 128, here.row + first, sizes.tokens);
+    if (IS_BULK) {
+      const uint32_t warp_staging = staging + thread / 32 * (16 * SUM_COLUMNS * 4);
+      if (lane == 0) wait_for_bulk_reads();
+      __syncwarp();
+      const uint32_t row = warp_staging + g * (SUM_COLUMNS * 4) + ((here.row + g) % 4 << 5) + t * 8;
+#pragma unroll
+      for (int n = 0; n < SUM_COLUMNS / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          store_two((row ^ (n << 5)) + i * (8 * SUM_COLUMNS * 4), x[n][2 * i], x[n][2 * i + 1]);
+        }
+      }
+      group_publish();
+      __syncwarp();
+      const int rows = min(16, here.rows - first);
+      if (lane == 0 && rows > 0) add_bulk(to, warp_staging, rows * (SUM_COLUMNS * 4));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (first + 8 * i + g >= here.rows) continue;
+        float *row = to + (8 * i + g) * SUM_COLUMNS + t * 2;
+#pragma unroll
+        for (int n = 0; n < SUM_COLUMNS / 8; n++) {
+          add_two(row + (n ^ ((here.row + g) % 4)) * 8, x[n][2 * i], x[n][2 * i + 1]);
+        }
+      }
+    }
+  };
+  // Shows ds and the copies of the next tile to both groups. Nobody reads the tile before this one and its ds any more.
+  auto meet = [&]() {
+    wait_for_copies();
+    group_publish();
+    __syncthreads();
+  };
+
+  group_fence();
+  start_s(0);
+  start_dp(0);
+  differentiate(0, 0, std::integral_constant<int, 1>());
+  int stage = 0, j = 0;
+#pragma unroll 1
+  for (; j + 1 < count; j++) {
+    const int next = stage + 1 == FUSED_STAGES ? 0 : stage + 1;
+    store_row_value(next, row_value);
+    if (ORDER == 2) group_wait<0>(), group_pin(out_v);
+    meet();
+    group_pin(out_k);
+    group_fence();
+    start_dq(j);
+    if (ORDER == 2) start_s(next);
+    start_added<T>(out_k, ds_left, stages + stage * (2 * TILE));
+    group_wait<ORDER == 2 ? 2 : 1>();
+    group_pin(x);
+    if (ORDER != 2) group_pin(out_v);
+    if (ORDER == 1) group_fence(), start_s(next);
+    add_dq(j);
+    if (j + 2 < count) row_value = load(j + 2, next + 1 == FUSED_STAGES ? 0 : next + 1);
+    group_fence();
+    if (ORDER == 0) start_s(next);
+    start_dp(next);
+    differentiate(j + 1, next, std::integral_constant<int, ORDER == 2 ? 2 : 1>());
+    stage = next;
+  }
+  meet();
+  group_pin(out_k);
+  group_fence();
+  start_dq(j);
+  start_added<T>(out_k, ds_left, stages + stage * (2 * TILE));
+  group_wait<0>();
+  group_pin(x);
+  group_pin(out_k);
+  group_pin(out_v);
+  add_dq(j);
+
+  if (IS_BULK && threadIdx.x % 32 == 0) wait_for_bulk();
+  // Read anew, as the loop leaves no registers for it.
+  const KeyPart own = *kept_part;
+  const KeyTile own_tile = tiles[own.tile];
+  const int warp_key = own_tile.start + threadIdx.x / 32 * 16;
+  if (own.place >= 0) {
+    float *to = part_sums(split, own, kv_heads, kv_head, d) + (warp_key - own_tile.start) * d;
+    store_sums<D>(to, own_tile.end - warp_key, d, out_k);
+    store_sums<D>(to + KEY_TILE * d, own_tile.end - warp_key, d, out_v);
+    return;
+  }
+  __syncthreads(); // the tiles of keys and values hold the results now
+  const uint32_t own_rows = (warp_key - own_tile.start) * (D * 2);
+  const float scales[2] = {sizes.scale, sizes.scale}, ones[2] = {1.0f, 1.0f};
+  T *to_k = static_cast<T *>(dk.data) + warp_key * dk.stride + kv_head * d;
+  T *to_v = static_cast<T *>(dv.data) + warp_key * dv.stride + kv_head * d;
+  store_rows<T, D, 1>(to_k, dk.stride, own_tile.end - warp_key, d, reinterpret_cast<float (&)[1][D / 8][4]>(out_k),
+                      scales, k_tile + own_rows);
+  store_rows<T, D, 1>(to_v, dv.stride, own_tile.end - warp_key, d, reinterpret_cast<float (&)[1][D / 8][4]>(out_v),
+                      ones, v_tile + own_rows);
+#endif
+}
+
+// dq from its sums: a thread for each 8 columns of a row of one head, blocks of `FUSED_ROWS` rows of a tile of queries.
+// Bound: bytes of the sums and of dq.
+constexpr int FUSED_ROWS = 16;
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    round_sums_kernel(Matrix dq, const float *sums, const QueryTile *tiles, Sizes sizes) {
+  constexpr int CHUNKS = FUSED_D / 8, BLOCKS = QUERY_TILE / FUSED_ROWS;
+  static_assert(FUSED_ROWS * CHUNKS == 256, "a thread for each chunk");
+  const int head = blockIdx.x % sizes.heads, rest = blockIdx.x / sizes.heads;
+  const QueryTile tile = tiles[rest / BLOCKS];
+  const int row = tile.start + rest % BLOCKS * FUSED_ROWS + threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  if (row >= tile.end || chunk * 8 >= sizes.d) return;
+  const float *from = sums + sum_row(head, chunk / (CHUNKS / 2), row, sizes.tokens);
+  float values[8];
+  load_pack<float, 8>(values, from + (chunk % (CHUNKS / 2) ^ row % 4) * 8);
+#pragma unroll
+  for (int i = 0; i < 8; i++) values[i] *= sizes.scale;
+  store_pack<T, 8>(static_cast<T *>(dq.data) + row * dq.stride + head * sizes.d + chunk * 8, values);
+}
+
+template <typename T, bool IS_BULK, int ORDER>
+int group_fused(float *sums, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
+                const float *delta, const KeyTile *tiles, const View *views, KeySplit split, Sizes sizes,
+                cudaStream_t stream) {
+  int64_t blocks = static_cast<int64_t>(split.num_parts) * (sizes.heads / sizes.group);
+  return launch(group_fused_kernel<T, IS_BULK, ORDER>, blocks, GROUP_THREADS, FUSED_SHARED_BYTES, stream, sums, dk, dv,
+                d_out, q, k, v, lse, delta, tiles, views, split, sizes);
+}
+
+template <typename T>
+int group_backward(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
+                   const float *delta, float *sums, const QueryTile *query_tiles, int num_query_tiles,
+                   const KeyTile *key_tiles, const View *views, KeySplit split, Sizes sizes, cudaStream_t stream) {
+  cudaError_t cleared = cudaMemsetAsync(sums, 0, fused_sums(sizes) * sizeof(float), stream);
+  if (cleared != cudaSuccess) return static_cast<int>(cleared);
+  auto run = fused_way == 0   ? group_fused<T, true, 1>
+             : fused_way == 1 ? group_fused<T, false, 1>
+             : fused_way == 2 ? group_fused<T, true, 0>
+             : fused_way == 3 ? group_fused<T, false, 0>
+                              : group_fused<T, true, 2>;
+  int code = run(sums, dk, dv, d_out, q, k, v, lse, delta, key_tiles, views, split, sizes, stream);
+  if (code != 0) return code;
+  int64_t blocks = static_cast<int64_t>(num_query_tiles) * (QUERY_TILE / FUSED_ROWS) * sizes.heads;
+  return launch(round_sums_kernel<T>, blocks, 256, 0, stream, dq, sums, query_tiles, sizes);
+}
+
+} // namespace
+
+int64_t fused_sums(Sizes sizes) { return static_cast<int64_t>(sizes.heads) * sizes.tokens * FUSED_D; }
+
+bool has_fused_backward(Sizes sizes) {
+  return sizes.d > 64 && sizes.d <= FUSED_D && is_built(group_fused_kernel<__nv_bfloat16, true, 1>);
+}
+
+int warp_group_backward(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q, Matrix k, Matrix v, const float *lse,
+                        const float *delta, float *sums, const QueryTile *query_tiles, int num_query_tiles,
+                        const KeyTile *key_tiles, const View *views, KeySplit split, Sizes sizes, cudaStream_t stream) {
+  auto run = q.dtype == F16 ? group_backward<__half> : group_backward<__nv_bfloat16>;
+  return run(dq, dk, dv, d_out, q, k, v, lse, delta, sums, query_tiles, num_query_tiles, key_tiles, views, split, sizes,
+             stream);
+}
+
+} // namespace attention
