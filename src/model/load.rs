@@ -56,8 +56,8 @@ impl LoadedModel {
     }
 }
 
-/// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time, into host memory; `device`
-/// quantises.
+/// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time, into host memory; what
+/// is quantised on the way is quantised by `device`, and stays there if it is a GPU.
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration.

@@ -19,6 +19,7 @@ use crate::kernels::cuda::{
     GgufKind, Matrix, Nf4Absmax, Nf4View, Pinned, array, axpby, dequantize_gguf, dequantize_nf4, empty, matrix,
     upload_f32, upload_u8,
 };
+pub use quantize::Quantizer;
 
 /// A matrix `[N, K]` where a GPU can read it.
 #[derive(Clone, Debug)]

@@ -22,7 +22,7 @@ mod weight;
 
 pub use bitsandbytes::BitsandbytesParts;
 #[cfg(feature = "cuda")]
-pub use cuda::DeviceMatrix;
+pub use cuda::{DeviceMatrix, Quantizer};
 pub use error::Error;
 pub use gguf::GgufMatrix;
 pub use nf4::Nf4Matrix;

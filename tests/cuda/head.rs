@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
 use trainer::kernels::cuda::{
     HeadState, Matrix, array, empty, head_backward_chunk, head_finish, head_forward_chunk, head_start, matrix,
     synchronize, upload_f32, upload_u8, upload_u32,
@@ -22,14 +21,6 @@ fn tolerance(dtype: DType) -> f64 {
         DType::F16 => 6e-4,
         DType::BF16 => 4.5e-3,
         _ => 1e-5,
-    }
-}
-
-fn rounded(value: f32, dtype: DType) -> f32 {
-    match dtype {
-        DType::F16 => f16::from_f32(value).to_f32(),
-        DType::BF16 => bf16::from_f32(value).to_f32(),
-        _ => value,
     }
 }
 

@@ -11,6 +11,8 @@ use trainer::kernels::cuda::{
 };
 use trainer::model::config::TensorRole;
 use trainer::model::source::{LinearStorage, WeightSource};
+use trainer::ops::Wide;
+use trainer::ops::linear::{self, Linear, Mode};
 use trainer::quant::{BitsandbytesParts, Nf4Matrix, Weight};
 
 use crate::support::{device, download, random, upload};
@@ -222,15 +224,20 @@ fn a_model_s_weights_get_the_same_bits_from_the_gpu_as_from_the_cpu() {
             for (quant_type, double_quant) in QUANT_TYPES.into_iter().flat_map(|t| [(t, false), (t, true)]) {
                 let quantization = Some(Quantization { quant_type, double_quant });
                 let storage = LinearStorage { quantization, dtype: WeightDtype::Auto };
-                let parts = |source: &WeightSource| {
-                    let shape = (tensor.shape[0], tensor.shape[1]);
-                    let Weight::Nf4(matrix) = source.linear(&tensor.name, shape, storage).unwrap() else {
-                        panic!("{} is not quantised", tensor.name)
-                    };
-                    let parts = matrix.to_bitsandbytes("float32");
-                    (matrix.packed().to_vec(), parts.absmax.to_vec(), parts.nested_absmax.map(|b| b.to_vec()))
-                };
-                assert!(parts(&by_gpu) == parts(&by_cpu), "{}: {quant_type:?}, double {double_quant}", tensor.name);
+                let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
+                let weight = |source: &WeightSource| source.linear(&tensor.name, (rows, cols), storage).unwrap();
+                let (want, got) = (weight(&by_cpu), weight(&by_gpu));
+                assert_eq!(got.kind_name(), want.kind_name());
+                assert_eq!(got.size_bytes(), want.size_bytes());
+                // The products with the rows of an identity are the columns.
+                let identity = Wide::plain(Tensor::eye(cols, DType::F32, &device).unwrap()).unwrap();
+                let linear = Linear::frozen(got);
+                let mode = Mode { use_adapter: false, dropouts: &[] };
+                let [columns] = linear::forward(&[&linear], &identity, mode, None).unwrap().0.into_each();
+                let got = download(&columns.t().unwrap().contiguous().unwrap());
+                let want = want.dequantize().unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let what = format!("{}: {quant_type:?}, double {double_quant}", tensor.name);
+                assert_same_bits(&what, &got, &want);
                 compared += 1;
             }
         }

@@ -79,8 +79,8 @@ pub(crate) fn engine(
     quantization: Option<Quantization>,
     recompute: bool,
 ) -> anyhow::Result<Engine> {
-    let mut loaded = load(model, &settings(adapter, quantization), 0, Purpose::Training, &Device::Cpu)?;
     let device = device()?;
+    let mut loaded = load(model, &settings(adapter, quantization), 0, Purpose::Training, &device)?;
     if !device.is_cpu() {
         loaded.keep_embedding_on_host();
     }

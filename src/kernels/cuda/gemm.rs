@@ -120,7 +120,8 @@ pub fn gemm(
 
 /// Whether products of a new kind try several algorithms and keep the fastest. Off at first.
 ///
-/// A trial takes a few milliseconds and, for its time, memory for another result. A change forgets earlier choices.
+/// A trial takes some milliseconds and, where a result is added to, memory for another one of up to 256 MiB. A change
+/// forgets earlier choices.
 ///
 /// # Errors
 /// If `device` is no GPU, or memory for the workspace runs out.
@@ -147,9 +148,17 @@ const FULL_ALIGNMENT: u32 = 16;
 /// Algorithms that a trial compares.
 const MAX_CANDIDATES: usize = 8;
 
-/// Runs of each algorithm in a trial that do not count, then those that do.
-const WARM_UP_RUNS: usize = 2;
+/// Runs of an algorithm before it is timed, and runs that are timed together, in each of some rounds: the clock of a GPU
+/// changes under load, so that all must be timed under all of it.
+const WARM_UP_RUNS: usize = 1;
 const TIMED_RUNS: usize = 3;
+const ROUNDS: usize = 3;
+
+/// The part of the first algorithm's time that another must stay below to be taken.
+const CLEARLY_FASTER: f32 = 0.98;
+
+/// Most bytes of a result that goes elsewhere for a trial.
+const MOST_TRIAL_BYTES: usize = 256 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
@@ -419,7 +428,9 @@ impl Library {
         }
     }
 
-    /// The fastest of some algorithms, timed on the product's own operands with the result going elsewhere.
+    /// The fastest of some algorithms, timed in turns on the product's own operands: the first, which the library expects to
+    /// be it, unless another is clearly faster. A result that is added to goes elsewhere meanwhile; others are just made
+    /// several times.
     fn fastest(
         &self,
         product: &Product,
@@ -432,29 +443,42 @@ impl Library {
         let d = product.d;
         let bytes = ((d.rows - 1) * d.stride + d.cols) * d.dtype().size_in_bytes();
         let slack = (d.address % u64::from(FULL_ALIGNMENT)) as usize;
-        // SAFETY: bytes, for which any bits are a value; nobody looks at the result.
-        let Ok(scratch) = (unsafe { cuda(device)?.alloc::<u8>(bytes + slack) }) else {
-            return Ok(candidates.first().copied());
-        };
-        let elsewhere = Matrix { address: scratch.device_ptr(stream).0 + slack as u64, ..d };
-        let c = if product.kind == Kind::Onto { product.c } else { elsewhere };
-        let trial = Product { d: elsewhere, c, ..*product };
-        let mut best = None;
-        for algorithm in candidates {
-            let run = |times| (0..times).try_for_each(|_| self.launch(&trial, descriptors, algorithm, stream));
-            match run(WARM_UP_RUNS) {
-                Err(error) if is_refusal(error) => continue,
-                done => done.map_err(|error| product.failed(error))?,
+        let mut trial = *product;
+        let scratch;
+        if product.kind == Kind::Into {
+            if bytes > MOST_TRIAL_BYTES {
+                return Ok(candidates.first().copied());
             }
-            let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
-            let start = event()?;
-            run(TIMED_RUNS).map_err(|error| product.failed(error))?;
-            let millis = start.elapsed_ms(&event()?).map_err(driver)?;
-            if best.is_none_or(|(least, _)| millis < least) {
-                best = Some((millis, *algorithm));
+            // SAFETY: bytes, for which any bits are a value; nobody looks at the result.
+            let Ok(memory) = (unsafe { cuda(device)?.alloc::<u8>(bytes + slack) }) else {
+                return Ok(candidates.first().copied());
+            };
+            scratch = memory;
+            let elsewhere = Matrix { address: scratch.device_ptr(stream).0 + slack as u64, ..d };
+            trial = Product { d: elsewhere, c: elsewhere, ..trial };
+        }
+        let run = |algorithm, times| (0..times).try_for_each(|_| self.launch(&trial, descriptors, algorithm, stream));
+        let mut usable = Vec::with_capacity(candidates.len());
+        for algorithm in candidates {
+            match run(algorithm, WARM_UP_RUNS) {
+                Err(error) if is_refusal(error) => {}
+                done => {
+                    done.map_err(|error| product.failed(error))?;
+                    usable.push((f32::INFINITY, algorithm));
+                }
             }
         }
-        Ok(best.map(|(_, algorithm)| algorithm))
+        for _ in 0..ROUNDS {
+            for (least, algorithm) in &mut usable {
+                let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
+                let start = event()?;
+                run(algorithm, TIMED_RUNS).map_err(|error| product.failed(error))?;
+                *least = least.min(start.elapsed_ms(&event()?).map_err(driver)?);
+            }
+        }
+        let Some(&first) = usable.first() else { return Ok(None) };
+        let best = usable.into_iter().fold(first, |best, other| if other.0 < best.0 { other } else { best });
+        Ok(Some(*if best.0 < CLEARLY_FASTER * first.0 { best.1 } else { first.1 }))
     }
 
     fn launch(

@@ -3,6 +3,7 @@
 use candle_core::cuda_backend::{CudaStorageSlice, cudarc::driver::DevicePtr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 
+use super::pinned::Pinned;
 use super::{Error, argument};
 
 /// A matrix on the device: contiguous columns, rows `stride` elements apart.
@@ -19,12 +20,6 @@ pub struct Matrix {
 }
 
 impl Pointer {
-    /// The same bytes, of which each was an element, as elements of `element_bytes`.
-    #[must_use]
-    pub fn as_elements(self, element_bytes: usize) -> Self {
-        Self { len: self.len / element_bytes, ..self }
-    }
-
     /// Elements from `first` on, each of `element_bytes`.
     #[must_use]
     pub fn from_element(self, first: usize, element_bytes: usize) -> Self {
@@ -243,6 +238,24 @@ pub fn overwrite(tensor: &Tensor, values: &[f32]) -> Result<(), Error> {
     // SAFETY: the address and length are those of a live tensor, and the host's values outlive the copy, which is waited for.
     unsafe { cudarc::driver::result::memcpy_htod_async(target.address, values, stream.cu_stream()) }.map_err(copied)?;
     stream.synchronize().map_err(copied)
+}
+
+/// Replaces the values of a contiguous tensor by the first bytes of page-locked memory, which must stay as they are until
+/// the device has been waited for.
+///
+/// # Errors
+/// If there are too few bytes or the device failed.
+pub fn overwrite_from_pinned(tensor: &Tensor, from: &Pinned) -> Result<(), Error> {
+    let target = array(tensor)?;
+    let bytes = target.len * tensor.dtype().size_in_bytes();
+    if from.len() < bytes {
+        return Err(argument("overwrite_from_pinned", "from", from.len(), format!("at least {bytes} bytes")));
+    }
+    let stream = cuda(tensor.device())?.cuda_stream();
+    // SAFETY: the target is a live tensor of that size; the source is page-locked memory that long, which the caller leaves
+    // alone until the copy is done.
+    unsafe { cudarc::driver::result::memcpy_htod_async(target.address, from.bytes(bytes), stream.cu_stream()) }
+        .map_err(|source| Error::Driver { what: "copying to the device", source })
 }
 
 /// The values of a tensor as floats on the host; waits for the device.

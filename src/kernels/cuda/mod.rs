@@ -39,8 +39,8 @@ pub use gemm::{Accumulate, Side, gemm, is_tuned, tune};
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use memory::{
-    Matrix, Pointer, array, download, download_f64, download_u8, download_u32, empty, matrix, overwrite, upload_f32,
-    upload_i32, upload_u8, upload_u32, upload_u64,
+    Matrix, Pointer, array, download, download_f64, download_u8, download_u32, empty, matrix, overwrite,
+    overwrite_from_pinned, upload_f32, upload_i32, upload_u8, upload_u32, upload_u64,
 };
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};

@@ -11,20 +11,21 @@
 // [I, <= r]. Every value is read before the values of the same place are written, so d_gate and d_up may lie on dy,
 // gate and up, but not on the other operands.
 //
-// Launch: blocks of four warps, each of 16 TILES columns, walk down a share of the rows 8 at a time. Ranks are rounded
-// up to 16 (four tiles of 16 columns a warp) or 32 (two). A thread copies its own values to its own place in shared
-// memory, three or seven steps ahead; only the rows of d_low, low_gate and low_up are shared, by one barrier a step.
+// Launch: blocks of four warps, each of 32 columns, walk down a share of the rows 8 at a time. Ranks are rounded up to 16
+// or 32. A thread copies its own values to its own place in shared memory, five or seven steps ahead; only the rows of
+// d_low, low_gate and low_up are shared, by one barrier a step.
 // The sums stay in registers down the whole share; a second launch adds those of the shares in order, so that the
 // result depends on shapes alone.
 //
 // All products are `m16n8k8`, whose 16 columns of tile `t` stand for columns 2 TILES `group` + 2 t (+ 1 for the second
 // half) of the warp. So thread (`group`, `quad`) has 2 TILES neighbours of rows 2 `quad` and 2 `quad` + 1, accesses are
-// whole lines (half lines with 32 ranks), and what the activation leaves in a thread is, after a change of halves
-// between the two rows, just what the next products want of it.
+// half lines, and what the activation leaves in a thread is, after a change of halves between the two rows, just what the
+// next products want of it. (With 64 columns a warp accesses are whole lines, but two blocks a multiprocessor are too few
+// to hide the latency of the arithmetic: 685 microseconds at 8192 x 18944 and rank 16 on an H200.)
 //
 // Bound: bytes, 5 N I T. At 4.1 TB/s each of 132 multiprocessors takes a value of 10 bytes every 0.55 cycles of 1.7
-// GHz, room for 70 instructions of a thread. A step takes 420 for the 16 values of a thread, 26 each: 18 are the
-// activation, the rounding and the exchange of halves, 2 the products. 72 KB are on the way to each multiprocessor.
+// GHz, room for 70 instructions of a thread. A value takes about 26: 18 are the activation, the rounding and the exchange
+// of halves, 2 the products.
 #include "attention.cuh"
 #include "elementwise.cuh"
 
@@ -37,22 +38,24 @@ constexpr int STEP_ROWS = 8;
 constexpr int PARTS = 3; // the sums of A, of B of gate, of B of up
 constexpr int MOST_RANKS = 32;
 
-// Sizes that follow from the tiles of 16 columns of a warp. Ranks times columns are the same in all: 1,024 sums of each
-// part in a warp.
-template <int TILES> struct Sizes {
-  static constexpr int COLS = 2 * TILES;       // of a thread
-  static constexpr int WARP_COLS = 16 * TILES; // `swiglu_adapters.rs` knows these two
-  static constexpr int RANKS = 64 / TILES;
+constexpr int TILES = 2;              // of 16 columns, of a warp
+constexpr int COLS = 2 * TILES;       // of a thread
+constexpr int WARP_COLS = 16 * TILES; // `swiglu_adapters.rs` knows this
+constexpr int BYTES = 2 * COLS;       // of one access
+
+// What follows from the ranks.
+template <int RANKS> struct Sizes {
   static constexpr int GROUPS = RANKS / 8;
-  static constexpr int BYTES = 2 * COLS; // of one access
+  static constexpr int PART = TILES * GROUPS * 32; // the sums of a part in a warp, four each
   static constexpr int PLANE = THREADS * BYTES;
   static constexpr int LOW_BYTES = PARTS * GROUPS * 128;
   static constexpr int SLOT = 6 * PLANE + LOW_BYTES;
-  static constexpr int SLOTS = TILES == 4 ? 4 : 8;
+  static constexpr int SLOTS = RANKS == 16 ? 6 : 8;
+  static constexpr int BLOCKS = RANKS == 16 ? 4 : 2; // of a multiprocessor
 };
 
 // What a thread has of a row of one operand: `TILES` pairs of neighbours.
-template <int TILES> struct alignas(4 * TILES) Words {
+struct alignas(4 * TILES) Words {
   uint32_t pair[TILES];
 };
 
@@ -127,22 +130,11 @@ template <int LEFT> __device__ __forceinline__ void wait_for_groups() {
 #endif
 }
 
-__device__ __forceinline__ void load_words(Words<4> &x, uint32_t from) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.pair[0]), "=r"(x.pair[1]), "=r"(x.pair[2]), "=r"(x.pair[3])
-               : "r"(from)
-               : "memory");
-}
-__device__ __forceinline__ void load_words(Words<2> &x, uint32_t from) {
+__device__ __forceinline__ void load_words(Words &x, uint32_t from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.pair[0]), "=r"(x.pair[1]) : "r"(from) : "memory");
 }
 
-__device__ __forceinline__ void store_words(void *to, const Words<4> &x) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.pair[0]),
-               "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3])
-               : "memory");
-}
-__device__ __forceinline__ void store_words(void *to, const Words<2> &x) {
+__device__ __forceinline__ void store_words(void *to, const Words &x) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.pair[0]), "r"(x.pair[1])
                : "memory");
 }
@@ -168,13 +160,14 @@ __device__ __forceinline__ void load_low_transposed(uint32_t (&b)[4], uint32_t m
   attention::load_matrices_transposed(b, matrices + lane * 16);
 }
 
-template <typename T, int TILES>
-__global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_constant__ Work<T> work) {
-  using S = Sizes<TILES>;
-  constexpr int COLS = S::COLS, GROUPS = S::GROUPS, PLANE = S::PLANE, SLOTS = S::SLOTS;
+template <typename T, int RANKS>
+__global__ void __launch_bounds__(THREADS, Sizes<RANKS>::BLOCKS)
+    backward_kernel(const __grid_constant__ Work<T> work) {
+  using S = Sizes<RANKS>;
+  constexpr int GROUPS = S::GROUPS, PLANE = S::PLANE, SLOTS = S::SLOTS;
   extern __shared__ __align__(128) uint8_t adapters_shared[];
   int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-  int across = (work.cols + WARPS * S::WARP_COLS - 1) / (WARPS * S::WARP_COLS);
+  int across = (work.cols + WARPS * WARP_COLS - 1) / (WARPS * WARP_COLS);
   int warp = blockIdx.x % across * WARPS + threadIdx.x / 32, share = blockIdx.x / across;
   int first = share * work.share, end = min(first + work.share, work.rows);
   int col = (warp * 8 + group) * COLS;
@@ -184,12 +177,12 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
   uint32_t a[TILES][GROUPS][2];
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
-    Words<TILES> pairs[2];
+    Words pairs[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int k = 8 * j + 2 * quad + i;
-      pairs[i] = Words<TILES>{};
-      if (has_columns && k < work.ranks) pairs[i] = *reinterpret_cast<const Words<TILES> *>(work.a[k] + col);
+      pairs[i] = Words{};
+      if (has_columns && k < work.ranks) pairs[i] = *reinterpret_cast<const Words *>(work.a[k] + col);
     }
 #pragma unroll
     for (int t = 0; t < TILES; t++) exchange_halves(a[t][j], pairs[0].pair[t], pairs[1].pair[t]);
@@ -197,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
 
   // Where the thread's copies come from and go to. One thread for each row of 8 ranks copies it: the 8 x 8 matrices lie
   // one behind the other, first those of `d_low`, then those of gate's and of up's adapter.
-  uint32_t shared = shared_address(adapters_shared), own = shared + threadIdx.x * S::BYTES, lows = shared + 6 * PLANE;
+  uint32_t shared = shared_address(adapters_shared), own = shared + threadIdx.x * BYTES, lows = shared + 6 * PLANE;
   int64_t top = first + 2 * quad;
   const T *dy = work.dy[top] + col, *gate = work.gate[top] + col, *up = work.up[top] + col;
   int part = threadIdx.x / (8 * GROUPS), low_row = first + threadIdx.x % 8, low_rank = threadIdx.x / 8 % GROUPS * 8;
@@ -214,9 +207,9 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         bool is_there = has_columns && next + 2 * quad + i < end;
-        copy<S::BYTES>(to + i * PLANE, dy + i * work.dy.stride, is_there);
-        copy<S::BYTES>(to + (2 + i) * PLANE, gate + i * work.gate.stride, is_there);
-        copy<S::BYTES>(to + (4 + i) * PLANE, up + i * work.up.stride, is_there);
+        copy<BYTES>(to + i * PLANE, dy + i * work.dy.stride, is_there);
+        copy<BYTES>(to + (2 + i) * PLANE, gate + i * work.gate.stride, is_there);
+        copy<BYTES>(to + (4 + i) * PLANE, up + i * work.up.stride, is_there);
       }
       if (is_low) {
         bool is_there = has_low && next + static_cast<int>(threadIdx.x % 8) < end;
@@ -245,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
     copy_step();
 
     uint32_t from = own + slot * S::SLOT, low_matrices = lows + slot * S::SLOT;
-    Words<TILES> dy_pairs[2], gate_pairs[2], up_pairs[2];
+    Words dy_pairs[2], gate_pairs[2], up_pairs[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       load_words(dy_pairs[i], from + i * PLANE);
@@ -274,7 +267,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
         multiply<T>(d[0][2 * t], d[1][2 * t], d[0][2 * t + 1], d[1][2 * t + 1], a[t][j], d_low[j]);
     }
 
-    Words<TILES> d_gate[2], d_up[2];
+    Words d_gate[2], d_up[2];
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       uint32_t y[2];
@@ -313,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
     slot = (slot + 1) % SLOTS;
   }
 
-  float4 *partials = work.partials + (static_cast<int64_t>(share) * across * WARPS + warp) * (PARTS * 256) + lane;
+  float4 *partials = work.partials + (static_cast<int64_t>(share) * across * WARPS + warp) * (PARTS * S::PART) + lane;
 #pragma unroll
   for (int p = 0; p < PARTS; p++) {
     if (!(p == 0 ? work.has_grad_a : p == 1 ? work.gate_ranks > 0 : work.up_ranks > 0)) continue;
@@ -322,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
         const float (&c)[4] = sums[p][t][j];
-        partials[p * 256 + (j * TILES + t) * 32] = make_float4(c[0], c[1], c[2], c[3]);
+        partials[p * S::PART + (j * TILES + t) * 32] = make_float4(c[0], c[1], c[2], c[3]);
       }
     }
   }
@@ -342,17 +335,17 @@ struct Gradients {
 
 // Adds the partial sums of the shares in order: a warp for each warp of columns, 8 ranks and part (`blockIdx.y`), each
 // thread the sums that the thread of the same place has left.
-template <int TILES>
+template <int RANKS>
 __global__ void __launch_bounds__(256)
     add_partials(const __grid_constant__ Gradients gradients, const float4 *partials, int shares, int warps, int cols) {
-  using S = Sizes<TILES>;
+  using S = Sizes<RANKS>;
   const Gradient &to = gradients.parts[blockIdx.y];
   int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
   int unit = blockIdx.x * (256 / 32) + threadIdx.x / 32, j = unit % S::GROUPS, warp = unit / S::GROUPS;
-  int col = (warp * 8 + group) * S::COLS;
+  int col = (warp * 8 + group) * COLS;
   if (warp >= warps || col >= cols || 8 * j >= to.ranks) return;
   float4 sums[TILES] = {};
-  const float4 *from = partials + (warp * static_cast<int64_t>(PARTS) + blockIdx.y) * 256 + j * TILES * 32 + lane;
+  const float4 *from = partials + (warp * static_cast<int64_t>(PARTS) + blockIdx.y) * S::PART + j * TILES * 32 + lane;
 #pragma unroll 2
   for (int share = 0; share < shares; share++) {
 #pragma unroll
@@ -363,7 +356,7 @@ __global__ void __launch_bounds__(256)
       sums[t].z += x.z;
       sums[t].w += x.w;
     }
-    from += static_cast<int64_t>(warps) * PARTS * 256;
+    from += static_cast<int64_t>(warps) * PARTS * S::PART;
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -378,18 +371,18 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <typename T, int TILES> int backward(const Work<T> &work, const Gradients &gradients, cudaStream_t stream) {
-  using S = Sizes<TILES>;
-  int across = (work.cols + WARPS * S::WARP_COLS - 1) / (WARPS * S::WARP_COLS), warps = across * WARPS;
+template <typename T, int RANKS> int backward(const Work<T> &work, const Gradients &gradients, cudaStream_t stream) {
+  using S = Sizes<RANKS>;
+  int across = (work.cols + WARPS * WARP_COLS - 1) / (WARPS * WARP_COLS), warps = across * WARPS;
   int shares = (work.rows + work.share - 1) / work.share;
-  int code = attention::launch(backward_kernel<T, TILES>, static_cast<int64_t>(across) * shares, THREADS,
+  int code = attention::launch(backward_kernel<T, RANKS>, static_cast<int64_t>(across) * shares, THREADS,
                                S::SLOTS * S::SLOT, stream, work);
   if (code != 0) return code;
   int most = 0;
   for (const Gradient &part : gradients.parts) most = part.ranks > most ? part.ranks : most;
   if (most == 0) return 0;
   dim3 grid((warps * S::GROUPS + 7) / 8, PARTS);
-  add_partials<TILES><<<grid, 256, 0, stream>>>(gradients, work.partials, shares, warps, work.cols);
+  add_partials<RANKS><<<grid, 256, 0, stream>>>(gradients, work.partials, shares, warps, work.cols);
   return LAUNCHED();
 }
 
@@ -435,7 +428,7 @@ extern "C" int trainer_swiglu_backward_adapters(Matrix d_gate, Matrix d_up, Matr
                  dy.cols,
                  share,
                  reinterpret_cast<float4 *>(workspace)};
-    return ranks <= 16 ? backward<T, 4>(work, gradients, stream) : backward<T, 2>(work, gradients, stream);
+    return ranks <= 16 ? backward<T, 16>(work, gradients, stream) : backward<T, 32>(work, gradients, stream);
   };
   return dy.dtype == F16 ? run(__half()) : run(__nv_bfloat16());
 }

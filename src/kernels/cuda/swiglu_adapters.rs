@@ -113,29 +113,32 @@ fn has_tensor_cores(device: &Device, dtype: DType) -> bool {
     capability.is_some_and(|capability| capability >= least)
 }
 
-/// Blocks across the columns: of four warps that have 64 columns each, or 32 with more than 16 ranks.
-fn blocks_across(cols: usize, most_ranks: usize) -> usize {
-    cols.div_ceil(if most_ranks <= 16 { 256 } else { 128 })
+/// Blocks across the columns: of four warps that have 32 columns each.
+fn blocks_across(cols: usize) -> usize {
+    cols.div_ceil(128)
+}
+
+/// Ranks as the kernels take them.
+fn rounded_ranks(most_ranks: usize) -> usize {
+    if most_ranks <= 16 { 16 } else { MOST_SWIGLU_RANKS }
 }
 
 /// Rows that a block sums, a multiple of 8: such that the blocks are few, as each leaves sums to be added, and never
 /// too few at a time to keep the memory busy. Depends on the shape alone, so that a sum's order does.
-fn share_rows(rows: usize, across: usize) -> usize {
-    /// Blocks at a time: two on each of 132 multiprocessors.
-    const RESIDENT: usize = 264;
-    /// Fewer than these take as long as these.
-    const BUSY: usize = 198;
+fn share_rows(rows: usize, across: usize, most_ranks: usize) -> usize {
     /// What writing and adding the sums of a block takes, in rows.
     const SUMS: usize = 40;
     /// The least that is worth a block of its own.
     const ROWS: usize = 64;
     let rows = rows.max(1);
+    // Blocks at a time: four or two on each of 132 multiprocessors. Fewer than three quarters of them take as long.
+    let resident = if rounded_ranks(most_ranks) == 16 { 4 * 132 } else { 2 * 132 };
     let cost = |&share: &usize| {
         let blocks = across * rows.div_ceil(share);
-        let last = blocks % RESIDENT;
-        (blocks - last + if last == 0 { 0 } else { last.max(BUSY) }) * (share + SUMS)
+        let last = blocks % resident;
+        (blocks - last + if last == 0 { 0 } else { last.max(3 * resident / 4) }) * (share + SUMS)
     };
-    let counts = 1..=rows.div_ceil(ROWS).min(RESIDENT);
+    let counts = 1..=rows.div_ceil(ROWS).min(resident);
     let shares = counts.map(|count| rows.div_ceil(count).next_multiple_of(8));
     shares.min_by_key(cost).unwrap_or(rows.next_multiple_of(8))
 }
@@ -143,10 +146,10 @@ fn share_rows(rows: usize, across: usize) -> usize {
 /// Length of the workspace, in f32, of [`swiglu_backward_adapters`] for `[rows, cols]` values and adapters of at most
 /// `most_ranks` ranks.
 pub fn swiglu_backward_adapters_workspace(rows: usize, cols: usize, most_ranks: usize) -> usize {
-    /// The sums of a warp: three parts of 1,024, whatever its columns and ranks.
-    const WARP: usize = 3 * 1024;
-    let across = blocks_across(cols, most_ranks);
-    rows.div_ceil(share_rows(rows, across)) * across * 4 * WARP
+    // Three parts of the sums of a warp.
+    let warp = 3 * 32 * rounded_ranks(most_ranks);
+    let across = blocks_across(cols);
+    rows.div_ceil(share_rows(rows, across, most_ranks)) * across * 4 * warp
 }
 
 fn expect_adapters(kernel: &'static str, adapters: &MlpAdapters, gate: &Matrix) -> Result<(), Error> {
@@ -233,7 +236,7 @@ pub fn swiglu_backward_adapters(
             RawMatrix::or_none(of_up.map(|a| a.grad_b)),
             of_up.map_or(0.0, |a| a.factor),
             workspace.address,
-            share_rows(gate.rows, blocks_across(gate.cols, ranks)) as i32,
+            share_rows(gate.rows, blocks_across(gate.cols), ranks) as i32,
             stream(device)?,
         )
     };
@@ -246,15 +249,17 @@ mod tests {
 
     #[test]
     fn shares_are_multiples_of_8_and_fill_the_device() {
-        for (rows, cols, ranks, blocks) in [(8192, 18_944, 16, 222), (8192, 4864, 16, 209), (8192, 17_408, 16, 204)] {
-            let across = blocks_across(cols, ranks);
-            let share = share_rows(rows, across);
+        for (rows, cols, ranks, blocks) in
+            [(8192, 18_944, 16, 444), (8192, 18_944, 32, 740), (8192, 4864, 16, 418), (2048, 18_944, 8, 444)]
+        {
+            let across = blocks_across(cols);
+            let share = share_rows(rows, across, ranks);
             assert!(share.is_multiple_of(8));
             assert_eq!(rows.div_ceil(share) * across, blocks, "[{rows}, {cols}] in shares of {share} rows");
         }
         for rows in [0, 1, 7, 63, 64, 65, 5000] {
             for across in [1, 3, 200, 300] {
-                let share = share_rows(rows, across);
+                let share = share_rows(rows, across, 16);
                 assert!(
                     share >= 8 && share.is_multiple_of(8) && share < rows.max(1) + 8,
                     "{rows} rows, {across} across: {share}"
@@ -266,7 +271,7 @@ mod tests {
     #[test]
     fn the_workspace_has_the_sums_of_all_warps() {
         assert_eq!(swiglu_backward_adapters_workspace(0, 256, 16), 0);
-        assert_eq!(swiglu_backward_adapters_workspace(1, 8, 16), 4 * 3072);
+        assert_eq!(swiglu_backward_adapters_workspace(1, 8, 16), 4 * 1536);
         assert_eq!(swiglu_backward_adapters_workspace(1, 256, 24), 8 * 3072);
     }
 }

@@ -16,6 +16,8 @@ use candle_core::{DType, Device, Tensor};
 use crate::config::settings::{Quantization, WeightDtype};
 use crate::model::Error;
 use crate::model::config::ModelConfig;
+#[cfg(feature = "cuda")]
+use crate::quant::Quantizer;
 use crate::quant::{Nf4Matrix, Weight};
 
 mod bnb;
@@ -50,8 +52,9 @@ pub struct WeightSource {
     backing: Backing,
     /// Names that are stored and that no block asks for.
     unused: Vec<String>,
-    /// What quantises.
-    device: Device,
+    /// What quantises, if it is not the CPU.
+    #[cfg(feature = "cuda")]
+    quantizer: Option<Quantizer>,
 }
 
 #[derive(Debug)]
@@ -89,13 +92,26 @@ impl WeightSource {
             }
             (seed, _) => (Backing::Random(RandomWeights::new(&config, seed.unwrap_or(0))), vec![]),
         };
-        Ok((config, Self { path: path.into(), expected, backing, unused, device: Device::Cpu }))
+        let source = Self {
+            path: path.into(),
+            expected,
+            backing,
+            unused,
+            #[cfg(feature = "cuda")]
+            quantizer: None,
+        };
+        Ok((config, source))
     }
 
-    /// Lets a device quantise: a GPU does so as fast as files are read, to the same bits.
+    /// Lets `device` quantise: a GPU does so as fast as files are read, to the same bits, and keeps the matrices.
     #[must_use]
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "every device is the CPU"))]
     pub fn quantizing_on(self, device: &Device) -> Self {
-        Self { device: device.clone(), ..self }
+        Self {
+            #[cfg(feature = "cuda")]
+            quantizer: device.is_cuda().then(|| Quantizer::new(device)),
+            ..self
+        }
     }
 
     /// Hugging Face's names of all weights, sorted.
@@ -179,8 +195,11 @@ impl WeightSource {
             return self.dense(name, storage.dtype).map(Weight::Dense);
         };
         if let Some(stored) = self.stored(name) {
-            stored.check_finite()?;
-            if let Some(matrix) = stored.quantize(quantization, &self.device) {
+            #[cfg(feature = "cuda")]
+            if let Some(weight) = self.quantizer.as_ref().and_then(|by| stored.quantize_on(by, quantization)) {
+                return weight;
+            }
+            if let Some(matrix) = stored.quantize(quantization) {
                 return matrix.map(Weight::Nf4);
             }
         }

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::DType;
 use candle_core::quantized::GgmlDType;
-use candle_core::{DType, Device};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -12,6 +12,8 @@ use super::bnb::QuantState;
 use crate::config::settings::Quantization;
 use crate::fs::Bytes;
 use crate::model::Error;
+#[cfg(feature = "cuda")]
+use crate::quant::Quantizer;
 use crate::quant::{GgufMatrix, Nf4Matrix, Weight};
 
 /// Values converted by one task.
@@ -90,8 +92,28 @@ impl Stored {
         Ok(values)
     }
 
+    /// [`Self::quantize`] by a GPU, on which the matrix stays.
+    #[cfg(feature = "cuda")]
+    pub(super) fn quantize_on(
+        &self,
+        quantizer: &Quantizer,
+        quantization: Quantization,
+    ) -> Option<Result<Weight, Error>> {
+        let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
+        Some(match quantizer.quantize(&self.bytes, self.dense_dtype()?, (rows, cols), quantization) {
+            Ok(Some(weight)) => Ok(weight),
+            Ok(None) => Err(self.not_finite()),
+            Err(source) => Err(self.packing_error(source)),
+        })
+    }
+
+    fn not_finite(&self) -> Error {
+        let reason = format!("tensor `{}` holds values that are not finite", self.name);
+        Error::Damaged { path: self.file.to_path_buf(), reason }
+    }
+
     /// Refuses values that are not finite: in 4 bits they would vanish without a trace.
-    pub(super) fn check_finite(&self) -> Result<(), Error> {
+    fn check_finite(&self) -> Result<(), Error> {
         let halves = self.bytes.as_chunks::<2>().0;
         let is_finite = match self.dense_dtype() {
             Some(DType::BF16) => halves.par_iter().all(|bytes| bf16::from_le_bytes(*bytes).is_finite()),
@@ -99,27 +121,20 @@ impl Stored {
             Some(_) => self.bytes.as_chunks::<4>().0.par_iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
             None => true,
         };
-        if is_finite {
-            return Ok(());
-        }
-        let reason = format!("tensor `{}` holds values that are not finite", self.name);
-        Err(Error::Damaged { path: self.file.to_path_buf(), reason })
+        if is_finite { Ok(()) } else { Err(self.not_finite()) }
     }
 
-    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix. A GPU quantises
-    /// it if it is the device.
-    pub(super) fn quantize(&self, quantization: Quantization, device: &Device) -> Option<Result<Nf4Matrix, Error>> {
+    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix. Values that are
+    /// not finite are refused.
+    pub(super) fn quantize(&self, quantization: Quantization) -> Option<Result<Nf4Matrix, Error>> {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
         let Quantization { quant_type, double_quant } = quantization;
-        #[cfg(feature = "cuda")]
-        if device.is_cuda() {
-            let dtype = self.dense_dtype()?;
-            let matrix = Nf4Matrix::quantize_on(device, &self.bytes, dtype, (rows, cols), quant_type, double_quant);
-            return Some(matrix.map_err(|source| self.packing_error(source)));
+        let dtype = self.dense_dtype()?;
+        if let Err(error) = self.check_finite() {
+            return Some(Err(error));
         }
-        debug_assert!(device.is_cpu(), "without the feature every device is the CPU");
         let halves = self.bytes.as_chunks::<2>().0;
-        Some(Ok(match self.dense_dtype()? {
+        Some(Ok(match dtype {
             DType::BF16 => Nf4Matrix::quantize_from(halves, rows, cols, quant_type, double_quant, |bytes| {
                 bf16::from_le_bytes(bytes).to_f32()
             }),

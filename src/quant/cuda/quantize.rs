@@ -1,60 +1,108 @@
-//! Quantising on a GPU, for a model on its way from its files: the bits are the CPU's.
+//! Quantising on a GPU, for a model on its way from its files to that GPU: the bits are the CPU's.
 
-use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::config::settings::QuantType;
-use crate::fs::Bytes;
+use super::{DeviceMatrix, DeviceMaxima, Storage};
+use crate::config::settings::{QuantType, Quantization};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
-use crate::kernels::cuda::{array, download, empty, quantize_maxima, quantize_nf4, upload_f32, upload_u8};
-use crate::quant::double_quant::{Maxima, NESTED_BLOCK, Nested, dynamic_map, mean};
+use crate::kernels::cuda::{
+    Pinned, array, count_non_finite, download, download_u32, empty, matrix, overwrite_from_pinned, quantize_maxima,
+    quantize_nf4, upload_f32,
+};
+use crate::quant::double_quant::{NESTED_BLOCK, dynamic_map, mean};
 use crate::quant::nf4::codebook_of;
-use crate::quant::{Error, Nf4Matrix};
+use crate::quant::{Error, Weight};
 
-impl Nf4Matrix {
-    /// As [`Nf4Matrix::quantize_from`], by the kernels of `device`, from little-endian values as they are stored. The result
-    /// is in host memory; of the device it takes the unpacked matrix for that time.
+/// Quantises matrices on one GPU, where they stay. All cores copy a matrix to page-locked memory, from which it goes on at
+/// the full speed of the bus; of the device it takes one unpacked matrix at a time.
+#[derive(Debug)]
+pub struct Quantizer {
+    device: Device,
+    /// As large as the largest matrix so far.
+    staging: Mutex<Option<Pinned>>,
+}
+
+impl Quantizer {
+    /// A quantiser on `device`, which is a GPU.
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), staging: Mutex::new(None) }
+    }
+
+    /// The matrix in 4 bits on the device, from little-endian values as they are stored; `None` if some are not finite.
+    ///
+    /// # Shapes
+    /// `bytes`: row-major `[rows, cols]` of `dtype`, f32, f16 or bf16.
     ///
     /// # Errors
-    /// If `dtype` is no float type of at most 32 bits, there are not `rows * cols` values, or the device fails.
-    pub(crate) fn quantize_on(
-        device: &Device,
+    /// If there are not as many bytes, or the device fails.
+    pub fn quantize(
+        &self,
         bytes: &[u8],
         dtype: DType,
         (rows, cols): (usize, usize),
-        quant_type: QuantType,
-        double_quant: bool,
-    ) -> Result<Self, Error> {
-        let count = rows * cols;
-        let values = upload_u8(device, bytes)?;
-        let values = array(&values)?.as_elements(dtype.size_in_bytes());
+        quantization: Quantization,
+    ) -> Result<Option<Weight>, Error> {
+        let Quantization { quant_type, double_quant } = quantization;
+        let (device, count) = (&self.device, rows * cols);
+        if bytes.len() != count * dtype.size_in_bytes() {
+            let kind = dtype.as_str().into();
+            return Err(Error::ByteLength {
+                kind,
+                rows,
+                cols,
+                expected: count * dtype.size_in_bytes(),
+                got: bytes.len(),
+            });
+        }
+        let values = empty(device, (rows, cols), dtype)?;
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let staging = match staging.as_mut().filter(|staging| staging.len() >= bytes.len()) {
+            Some(staging) => staging,
+            None => staging.insert(Pinned::new(device, bytes.len())?),
+        };
+        staging.fill_with(bytes);
+        overwrite_from_pinned(&values, staging)?;
+        let bad = Tensor::zeros(1, DType::U32, device)?;
+        count_non_finite(device, array(&bad)?, matrix(&values)?)?;
         let packed = empty(device, count.div_ceil(2), DType::U8)?;
         let maxima = empty(device, count.div_ceil(BLOCK_LEN), DType::F32)?;
         let is_fp4 = quant_type == QuantType::Fp4;
-        quantize_nf4(device, array(&packed)?, array(&maxima)?, values, dtype, count, is_fp4)?;
-        let host_maxima = download(&maxima)?;
-        let maxima = if double_quant {
-            Maxima::Nested(nested(device, &maxima, &host_maxima)?)
-        } else {
-            Maxima::Plain(host_maxima.into())
+        quantize_nf4(device, array(&packed)?, array(&maxima)?, array(&values)?, dtype, count, is_fp4)?;
+        // This waits for the device, so that the staging may be used again.
+        if download_u32(&bad)?.iter().any(|&n| n > 0) {
+            return Ok(None);
+        }
+        let maxima = if double_quant { nested(device, &maxima)? } else { DeviceMaxima::Plain(maxima) };
+        let name = if quant_type == QuantType::Nf4 { "nf4" } else { "fp4" };
+        let matrix = DeviceMatrix {
+            rows,
+            cols,
+            kind_name: if double_quant { format!("{name} double quantised") } else { name.into() },
+            size_bytes: packed.elem_count() + maxima.size_bytes(),
+            storage: Storage::Nf4 { packed, maxima, values: upload_f32(device, &codebook_of(quant_type).values)? },
         };
-        Ok(Self { rows, cols, quant_type, values: codebook_of(quant_type).values, packed: bytes_of(&packed)?, maxima })
+        Ok(Some(Weight::Device(matrix)))
     }
 }
 
-/// Quantises the maxima, which are on the device and on the host.
-fn nested(device: &Device, maxima: &Tensor, host: &[f32]) -> Result<Nested, Error> {
-    let (offset, map) = (mean(host), dynamic_map());
-    let codes = empty(device, host.len(), DType::U8)?;
-    let absmax = empty(device, host.len().div_ceil(NESTED_BLOCK), DType::F32)?;
-    let to_map = upload_f32(device, &map)?;
-    quantize_maxima(device, array(&codes)?, array(&absmax)?, array(maxima)?, array(&to_map)?, offset, host.len())?;
-    let absmax: Arc<[f32]> = download(&absmax)?.into();
-    Ok(Nested { codes: bytes_of(&codes)?, absmax, map, offset })
+fn nested(device: &Device, maxima: &Tensor) -> Result<DeviceMaxima, Error> {
+    let count = maxima.elem_count();
+    let offset = mean(&download(maxima)?);
+    let codes = empty(device, count, DType::U8)?;
+    let absmax = empty(device, count.div_ceil(NESTED_BLOCK), DType::F32)?;
+    let map = upload_f32(device, &dynamic_map())?;
+    quantize_maxima(device, array(&codes)?, array(&absmax)?, array(maxima)?, array(&map)?, offset, count)?;
+    Ok(DeviceMaxima::Nested { codes, absmax, map, offset })
 }
 
-fn bytes_of(tensor: &Tensor) -> Result<Bytes, Error> {
-    let bytes: Vec<u8> = tensor.to_vec1()?;
-    Ok(Bytes::from(bytes))
+impl DeviceMaxima {
+    fn size_bytes(&self) -> usize {
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        match self {
+            Self::Plain(values) => bytes(values),
+            Self::Nested { codes, absmax, map, .. } => bytes(codes) + bytes(absmax) + bytes(map) + 4,
+        }
+    }
 }
