@@ -118,11 +118,24 @@ const LAST_LAYER_KEPT_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
 /// more tokens making them again is little beside attention.
 const MOST_TOKENS_WITH_PRODUCTS: usize = 16384;
 
+/// Gate and up of one row in so many go to host memory too, in batches of so many tokens: as much as the bus has time for
+/// while a layer computes. That time and the bus grow alike from one generation of cards to the next.
+const MLP_ROWS_PART: usize = 8;
+const MLP_ROWS_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
+
 /// What a layer leaves for backward.
 enum Kept {
     Everything(Box<layer::Saved>),
-    /// What is needed first, and the products before attention.
-    Retained(Box<Retained<Held>>, Option<Held>),
+    Retained(Box<KeptRetained>),
+}
+
+/// What was retained of a layer, in the order in which backward needs it.
+struct KeptRetained {
+    /// Gate and up of the first rows. Large, they come back once the layer after has given back its own.
+    mlp_outputs: Option<Held>,
+    most: Retained<Held>,
+    /// The products before attention, which come back in the middle of the layer's own MLP.
+    products: Option<Held>,
 }
 
 impl Engine {
@@ -387,24 +400,27 @@ impl Engine {
             let layer = self.layer(index)?;
             gradient = match current {
                 Kept::Everything(saved) => {
-                    next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
+                    next = kept.pop().map(|kept| kept.bring_back(host)?.bring_back_mlp(host)).transpose()?;
                     layer.backward(&gradient, *saved, &pass).map_err(in_layer(index))?
                 }
-                Kept::Retained(retained, products) => {
-                    let retained = retained.map(|held| host.take(held))?;
+                Kept::Retained(retained) => {
+                    let KeptRetained { mlp_outputs, most, products } = *retained;
+                    let most = most.map(|held| host.take(held))?;
+                    let mlp_outputs = mlp_outputs.map(|held| host.take(held)).transpose()?;
                     // The layer before comes back while this one computes: from the start, or, where that is much memory,
-                    // once the MLP has given back its own. The products come back in the middle of the MLP.
-                    let is_large = retained.size_bytes() > MOST_BESIDE_MLP_BYTES;
+                    // once the MLP has given back its own.
+                    let is_large = most.size_bytes() > MOST_BESIDE_MLP_BYTES;
                     if !is_large {
                         next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     }
-                    let inside = layer.backward_down(&gradient, retained, &pass).map_err(in_layer(index))?;
+                    let inside = layer.backward_down(&gradient, most, mlp_outputs, &pass).map_err(in_layer(index))?;
                     let products = products.map(|held| host.bring_back(held)).transpose()?;
                     let halfway = layer.backward_mlp(&gradient, inside, &pass).map_err(in_layer(index))?;
                     let products = products.map(|held| host.take(held)).transpose()?;
                     if is_large {
                         next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
                     }
+                    next = next.map(|kept| kept.bring_back_mlp(host)).transpose()?;
                     layer.backward_attention(halfway, products, &pass).map_err(in_layer(index))?
                 }
             };
@@ -435,15 +451,21 @@ impl Engine {
             return Ok((output, Kept::Everything(Box::new(saved))));
         }
         let with = if host.is_used() {
-            Retaining::Attention { with_products: tokens <= MOST_TOKENS_WITH_PRODUCTS }
+            let mlp_rows = if MLP_ROWS_TOKENS.contains(&tokens) { tokens / MLP_ROWS_PART } else { 0 };
+            Retaining::Attention { with_products: tokens <= MOST_TOKENS_WITH_PRODUCTS, mlp_rows }
         } else {
             Retaining::Input
         };
         let (output, mut retained) = layer.forward_retaining(hidden, with, pass).map_err(in_layer(index))?;
         // The last layer is needed again at once.
         let place = |tensor| if is_last { Ok(Held::Here(tensor)) } else { host.park(tensor) };
-        let products = retained.take_products();
-        Ok((output, Kept::Retained(Box::new(retained.map(place)?), products.map(place).transpose()?)))
+        let (products, mlp_outputs) = (retained.take_products(), retained.take_mlp_outputs());
+        let kept = KeptRetained {
+            mlp_outputs: mlp_outputs.map(place).transpose()?,
+            most: retained.map(place)?,
+            products: products.map(place).transpose()?,
+        };
+        Ok((output, Kept::Retained(Box::new(kept))))
     }
 
     /// The hidden states after the last layer; `forward` runs a layer and keeps what it wants of it.
@@ -498,12 +520,24 @@ impl Engine {
 }
 
 impl Kept {
-    /// Starts the way back of what is needed first.
+    /// Starts the way back of most that was retained.
     fn bring_back(self, host: &Host) -> Result<Self, Error> {
+        self.change(|KeptRetained { mlp_outputs, most, products }| {
+            Ok(KeptRetained { mlp_outputs, most: most.map(|held| host.bring_back(held))?, products })
+        })
+    }
+
+    /// Starts the way back of gate and up.
+    fn bring_back_mlp(self, host: &Host) -> Result<Self, Error> {
+        self.change(|KeptRetained { mlp_outputs, most, products }| {
+            let mlp_outputs = mlp_outputs.map(|held| host.bring_back(held)).transpose()?;
+            Ok(KeptRetained { mlp_outputs, most, products })
+        })
+    }
+
+    fn change(self, change: impl FnOnce(KeptRetained) -> Result<KeptRetained, Error>) -> Result<Self, Error> {
         match self {
-            Self::Retained(retained, products) => {
-                Ok(Self::Retained(Box::new(retained.map(|held| host.bring_back(held))?), products))
-            }
+            Self::Retained(retained) => Ok(Self::Retained(Box::new(change(*retained)?))),
             everything @ Self::Everything(_) => Ok(everything),
         }
     }

@@ -120,6 +120,8 @@ pub struct AfterAttention {
     o: linear::SavedGroup,
     stream: Tensor,
     gate_up: linear::SavedGroup,
+    /// Gate and up of the first rows.
+    mlp_outputs: Option<Tensor>,
     down: linear::SavedGroup,
 }
 
@@ -269,7 +271,7 @@ impl DecoderLayer {
     ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
         let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, self.room(QKV, pass))?;
         let (outputs, qkv) = self.with_group(QKV, pass, |group, mode| match first {
-            Some(first) => linear::forward_again(group, &normed, mode, None, first),
+            Some(first) => linear::forward_again(group, &normed, mode, None, first, None),
             None => linear::forward(group, &normed, mode, None),
         })?;
         self.turned(outputs, norm, normed, qkv, pass)
@@ -291,7 +293,8 @@ impl DecoderLayer {
         Ok((q, k, v, SavedInputs { norm, normed, products, qkv, q_norm, k_norm }))
     }
 
-    /// The rest of the layer: output projection, residual, MLP, residual. Of the MLP only the low-rank products stay.
+    /// The rest of the layer: output projection, residual, MLP, residual. Of the MLP only the low-rank products stay and, on a
+    /// GPU, gate and up of the first `mlp_rows`.
     ///
     /// # Shapes
     /// `x`: `[N, D]`, the layer's input; `attended`: `[N, H · d]`; returns `[N, D]`.
@@ -302,13 +305,14 @@ impl DecoderLayer {
         &self,
         x: &Tensor,
         attended: &Wide,
+        mlp_rows: usize,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, AfterAttention), Error> {
         let (stream, o) = self.output_projection(x, attended, None, pass)?;
-        let SavedMlp { outputs, gate_up, .. } = self.gate_up(&stream, None, pass)?;
-        let activated = swiglu::forward_over(outputs)?;
+        let SavedMlp { outputs, gate_up, .. } = self.gate_up(&stream, None, None, pass)?;
+        let (activated, mlp_outputs) = swiglu::forward_over(outputs, mlp_rows)?;
         let (y, down) = self.down(&activated, &stream, pass)?;
-        Ok((y, AfterAttention { o, stream, gate_up, down }))
+        Ok((y, AfterAttention { o, stream, gate_up, mlp_outputs, down }))
     }
 
     fn activation(&self, half: &SavedMlp, pass: &Pass<'_>) -> Result<Wide, Error> {
@@ -333,19 +337,25 @@ impl DecoderLayer {
         pass: &Pass<'_>,
     ) -> Result<(Tensor, linear::SavedGroup), Error> {
         let (outputs, o) = self.with_group(OUTPUT, pass, |group, mode| match first {
-            Some(first) => linear::forward_again(group, attended, mode, Some(x), first),
+            Some(first) => linear::forward_again(group, attended, mode, Some(x), first, None),
             None => linear::forward(group, attended, mode, Some(x)),
         })?;
         let [stream] = outputs.into_each();
         Ok((stream, o))
     }
 
-    /// The MLP up to its activation; `first` is what the projections left before.
-    fn gate_up(&self, stream: &Tensor, first: Option<&linear::SavedGroup>, pass: &Pass<'_>) -> Result<SavedMlp, Error> {
+    /// The MLP up to its activation; `first` is what the projections left before, `known` their outputs of the first rows.
+    fn gate_up(
+        &self,
+        stream: &Tensor,
+        first: Option<&linear::SavedGroup>,
+        known: Option<&Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<SavedMlp, Error> {
         let room = self.room(GATE_UP, pass);
         let (normed, norm) = rms_norm::forward_wide(stream, &self.post_attention_norm, self.eps, pass.compute, room)?;
         let (outputs, gate_up) = self.with_group(GATE_UP, pass, |group, mode| match first {
-            Some(first) => linear::forward_again(group, &normed, mode, None, first),
+            Some(first) => linear::forward_again(group, &normed, mode, None, first, known),
             None => linear::forward(group, &normed, mode, None),
         })?;
         Ok(SavedMlp { norm, normed, outputs, gate_up })
@@ -363,7 +373,7 @@ impl DecoderLayer {
         let room = self.attended_room(pass);
         let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
         let (stream, o) = self.output_projection(x, &attended, None, pass)?;
-        let half = self.gate_up(&stream, None, pass)?;
+        let half = self.gate_up(&stream, None, None, pass)?;
         let activated = self.activation(&half, pass)?;
         let (y, down) = self.down(&activated, &stream, pass)?;
         let outputs = half.join(attended, o, stream, down);
@@ -382,9 +392,13 @@ impl DecoderLayer {
         let room = self.attended_room(pass);
         let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
         drop((q, k, v));
-        let products = products.filter(|_| with == Retaining::Attention { with_products: true });
-        let (y, rest) = self.after_attention(x, &attended, pass)?;
-        let middle = (with != Retaining::Input).then_some((attended, attention));
+        let (is_middle_kept, with_products, mlp_rows) = match with {
+            Retaining::Input => (false, false, 0),
+            Retaining::Attention { with_products, mlp_rows } => (true, with_products, mlp_rows),
+        };
+        let products = products.filter(|_| with_products);
+        let (y, rest) = self.after_attention(x, &attended, mlp_rows, pass)?;
+        let middle = is_middle_kept.then_some((attended, attention));
         Ok((y, Retained::new(x.clone(), qkv, rest, middle, products)))
     }
 }

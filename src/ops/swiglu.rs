@@ -48,21 +48,23 @@ pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Err
     Wide::plain(forward(gate, up)?)
 }
 
-/// [`forward`] of the outputs of gate and up, which on a GPU it takes the place of: nothing else may need them.
+/// [`forward`] of the outputs of gate and up, which on a GPU it takes the place of: nothing else may need them. There the
+/// outputs of the first `rows` are copied before, `[rows, 2 I]`, if that is not 0.
 ///
 /// # Shapes
 /// `outputs`: `[N, I]` each; returns `[N, I]`.
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn forward_over(outputs: Outputs) -> Result<Wide, Error> {
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "rows are copied on a GPU only"))]
+pub fn forward_over(outputs: Outputs, rows: usize) -> Result<(Wide, Option<Tensor>), Error> {
     #[cfg(feature = "cuda")]
     if let Some(whole) = outputs.whole().cloned() {
         let [gate, up] = outputs.into_each();
-        return super::cuda::swiglu::forward_over(whole, &gate, &up);
+        return super::cuda::swiglu::forward_over(whole, &gate, &up, rows);
     }
     let [gate, up] = outputs.into_each();
-    Wide::plain(forward(&gate, &up)?)
+    Ok((Wide::plain(forward(&gate, &up)?)?, None))
 }
 
 /// The projections around the activation, whose adapters' gradients can be made on the way.

@@ -71,7 +71,7 @@ impl DecodeModel for EngineModel<'_> {
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
             let attended = cache.attention(index, &cached, [&q, &k, &v], layer.attended_room(&pass))?;
-            hidden = layer.after_attention(&hidden, &attended, &pass)?.0;
+            hidden = layer.after_attention(&hidden, &attended, 0, &pass)?.0;
         }
         if batch.logit_rows.is_empty() {
             return Ok(Tensor::zeros((0, self.vocab_size()), DType::F32, &Device::Cpu)?);

@@ -90,3 +90,32 @@ fn gradients_are_those_of_the_cpu() {
         }
     }
 }
+
+/// From some thousand tokens on more is kept (the last layer, gate and up of some rows), from some more on less (the products
+/// before attention).
+#[test]
+#[ignore = "gpu"]
+fn what_becomes_of_the_activations_of_large_batches_changes_no_gradient() {
+    for (tokens, architecture) in [(4100, "qwen2"), (4100, "qwen3"), (16_400, "qwen2")] {
+        let mut builder = BatchBuilder::new();
+        for item in 0..10 {
+            let mut stream = Stream::new(seed(), "large gradient tests", tokens, item);
+            let sequence: Vec<u32> = (0..tokens / 10).map(|_| stream.below(VOCABULARY) as u32).collect();
+            let rows = builder.push(&sequence, item);
+            builder.predict_within(rows);
+        }
+        let batch = builder.build().unwrap();
+        let tiny = Tiny { architecture, head_dim: 16, adapters: &Projection::ALL, dropout: 0.0 };
+        let mut engine = tiny.engine(&device(), Types::F32);
+        engine.set_activations(Activations::Keep);
+        let [want, _] = gradients(&engine, &batch, 1.0);
+        for activations in [Activations::Recompute, Activations::Offload] {
+            engine.set_activations(activations);
+            let [got, _] = gradients(&engine, &batch, 1.0);
+            for (block, (got, want)) in got.iter().zip(&want).enumerate().filter(|(_, (_, w))| !w.is_empty()) {
+                let what = format!("{tokens} tokens, {architecture}, {activations:?}, block {block}");
+                assert_close(&what, got, want, 1e-5);
+            }
+        }
+    }
+}

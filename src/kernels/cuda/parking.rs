@@ -16,7 +16,7 @@ use super::pinned::Pinned;
 use super::{Error, argument};
 
 /// Copies out that may be under way before the compute stream waits for the oldest.
-const UNDER_WAY: usize = 9;
+const UNDER_WAY: usize = 10;
 
 fn failed(what: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
     move |source| Error::Driver { what, source }

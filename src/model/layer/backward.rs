@@ -71,12 +71,20 @@ impl DecoderLayer {
     /// computed again, without the layer's last product; where the results of attention were retained, neither it nor the
     /// product after it is repeated, and queries, keys and values are not there yet while the MLP needs its memory.
     ///
+    /// `mlp_outputs` are those that were taken out of what was retained.
+    ///
     /// # Shapes
     /// `dy`: `[N, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn backward_down(&self, dy: &Tensor, retained: Retained, pass: &Pass<'_>) -> Result<InsideMlp, Error> {
+    pub fn backward_down(
+        &self,
+        dy: &Tensor,
+        retained: Retained,
+        mlp_outputs: Option<Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<InsideMlp, Error> {
         let Retained { input, low_ranks: LowRanks { qkv, o, gate_up, down }, middle, .. } = retained;
         let [mut qkv, o, gate_up, down] = [qkv, o, gate_up, down].map(|group| group.map(LowRank::into_group));
         let (heads, attention, attended, stream, o) = match (middle, o) {
@@ -92,7 +100,8 @@ impl DecoderLayer {
                 (Some((q, k, v, inputs)), attention, attended, stream, o)
             }
         };
-        let half = self.gate_up(&stream, gate_up.as_ref(), pass)?;
+        let half = self.gate_up(&stream, gate_up.as_ref(), mlp_outputs.as_ref(), pass)?;
+        drop(mlp_outputs);
         let down = if let Some(down) = down {
             down
         } else {

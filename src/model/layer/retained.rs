@@ -14,6 +14,8 @@ pub enum Retaining {
     Attention {
         /// And the products before it, on a GPU.
         with_products: bool,
+        /// And gate and up of so many of the first rows, on a GPU.
+        mlp_rows: usize,
     },
 }
 
@@ -66,6 +68,8 @@ pub struct Retained<T = Tensor> {
     pub(super) middle: Option<Middle<T>>,
     /// The outputs of the projections before attention, where they are kept.
     products: Option<T>,
+    /// Gate and up of the first rows, where they are kept.
+    mlp_outputs: Option<T>,
 }
 
 /// Attention's results and the residual stream after it.
@@ -86,7 +90,7 @@ impl Retained {
         middle: Option<(Wide, attention::Saved)>,
         products: Option<Tensor>,
     ) -> Self {
-        let AfterAttention { o, stream, gate_up, down } = rest;
+        let AfterAttention { o, stream, gate_up, mlp_outputs, down } = rest;
         let low_ranks = LowRanks {
             qkv: LowRank::of(qkv),
             o: LowRank::of(o),
@@ -100,7 +104,8 @@ impl Retained {
             stream,
         });
         let products = products.filter(|_| middle.is_some() && low_ranks.qkv.is_some());
-        Self { input, low_ranks, middle, products }
+        let mlp_outputs = mlp_outputs.filter(|_| low_ranks.gate_up.is_some());
+        Self { input, low_ranks, middle, products, mlp_outputs }
     }
 
     /// Bytes of the large tensors that backward needs first.
@@ -114,6 +119,11 @@ impl<T> Retained<T> {
     /// Takes out the products before attention, which backward needs later than the rest.
     pub fn take_products(&mut self) -> Option<T> {
         self.products.take()
+    }
+
+    /// Takes out gate and up of the first rows, which backward needs first of all and which are large.
+    pub fn take_mlp_outputs(&mut self) -> Option<T> {
+        self.mlp_outputs.take()
     }
 
     /// The same with every tensor moved by `place`.
@@ -133,6 +143,8 @@ impl<T> Retained<T> {
                 Some(Middle { attended, cols, log_sums: place(log_sums)?, stream })
             }
         };
-        Ok(Retained { input, low_ranks, middle, products: self.products.map(place).transpose()? })
+        let products = self.products.map(&mut place).transpose()?;
+        let mlp_outputs = self.mlp_outputs.map(&mut place).transpose()?;
+        Ok(Retained { input, low_ranks, middle, products, mlp_outputs })
     }
 }

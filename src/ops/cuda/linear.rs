@@ -30,6 +30,11 @@ fn most_unpacked_bytes(tokens: usize) -> usize {
     (tokens * (24 << 10)).clamp(48 << 20, 192 << 20)
 }
 
+/// Most bytes of unpacked weights that wait for a backward that follows at once: little beside the activations.
+fn most_waiting_bytes(tokens: usize) -> usize {
+    tokens * (40 << 10)
+}
+
 /// What a group keeps for backward, besides its input.
 #[derive(Clone, Debug)]
 pub(crate) struct Saved {
@@ -37,6 +42,8 @@ pub(crate) struct Saved {
     pub(crate) low_rank: Option<Tensor>,
     /// Type of the activations. The gradient of a residual sum may come in another, and is multiplied in this one.
     dtype: DType,
+    /// The unpacked weights of each panel, where backward follows so soon that they are not unpacked again.
+    weights: Vec<Tensor>,
 }
 
 /// What the weights' gradients need from the input's.
@@ -255,12 +262,13 @@ pub(crate) fn forward(
     mode: Mode<'_>,
     residual: Option<&Tensor>,
     first: Option<&SavedGroup>,
+    known: Option<&Tensor>,
 ) -> Result<(Outputs, SavedGroup), Error> {
     let group = Group::new(linears, mode, x.buffer().device())?;
     let (device, dtype) = (group.device, x.buffer().dtype());
     let x = group.with_room(x)?;
-    let known = first.and_then(|saved| saved.on_device.as_ref()).and_then(|saved| saved.low_rank.as_ref());
-    let low_rank = match known {
+    let known_low_rank = first.and_then(|saved| saved.on_device.as_ref()).and_then(|saved| saved.low_rank.as_ref());
+    let low_rank = match known_low_rank {
         Some(low_rank) => Some(group.known_low_rank(&x, low_rank)?),
         None => group.low_rank(&x)?,
     };
@@ -271,11 +279,27 @@ pub(crate) fn forward(
         Some(residual) => Accumulate::Onto(matrix(residual)?),
         None => Accumulate::No,
     };
+    let known_rows = known.map_or(0, |known| known.dims()[0]);
+    if let Some(known) = known {
+        if known.dims() != [known_rows, group.outputs] || known_rows > x.rows() || residual.is_some() {
+            return Err(shape_error(OP, "known", known.dims(), [x.rows(), group.outputs]));
+        }
+        let _span = span(device, Phase::Pointwise)?;
+        axpby(device, matrix(&y)?.rows(0, known_rows), 1.0, matrix(known)?, 0.0)?;
+    }
+    let rows = |m: Matrix| m.rows(known_rows, m.rows - known_rows);
+    // What is computed again is computed for its backward.
+    let bytes = group.outputs * (group.inputs + group.ranks) * dtype.size_in_bytes();
+    let is_soon_backward = first.is_some() && residual.is_none() && bytes <= most_waiting_bytes(x.rows());
+    let mut weights = Vec::new();
     for panel in group.panels(dtype, x.rows()) {
         let weight = group.weight(&panel, dtype)?;
+        if is_soon_backward {
+            weights.push(weight.clone());
+        }
         let _span = span(device, Phase::Multiply)?;
-        let x = matrix(x.buffer())?.columns(0, group.inputs + group.ranks);
-        let columns = |m: Matrix| m.columns(panel.start, panel.len());
+        let x = rows(matrix(x.buffer())?.columns(0, group.inputs + group.ranks));
+        let columns = |m: Matrix| rows(m).columns(panel.start, panel.len());
         let onto = match onto {
             Accumulate::Onto(residual) => Accumulate::Onto(columns(residual)),
             other => other,
@@ -285,13 +309,13 @@ pub(crate) fn forward(
         let weight = (matrix(&weight)?, Side::Transposed);
         gemm(device, columns(matrix(&y)?), (x, Side::Plain), weight, 1.0, onto, bias)?;
     }
-    Ok((Outputs::of_whole(linears, y)?, SavedGroup::on_device(Saved { low_rank, dtype })))
+    Ok((Outputs::of_whole(linears, y)?, SavedGroup::on_device(Saved { low_rank, dtype, weights })))
 }
 
 pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
     let group = Group::new(linears, mode, x.buffer().device())?;
     let x = group.with_room(x)?;
-    let saved = Saved { low_rank: group.low_rank(&x)?, dtype: x.buffer().dtype() };
+    let saved = Saved { low_rank: group.low_rank(&x)?, dtype: x.buffer().dtype(), weights: Vec::new() };
     Ok(SavedGroup::on_device(saved))
 }
 
@@ -303,7 +327,7 @@ pub(crate) fn backward_input(
 ) -> Result<(InputGradient, CarriedGroup), Error> {
     let Some(first) = dys.first() else { return Err(shape_error(OP, "dys", 0, linears.len())) };
     let device = first.device().clone();
-    let Some(&Saved { ref low_rank, dtype }) = saved.on_device.as_ref() else {
+    let Some(&Saved { ref low_rank, dtype, ref weights }) = saved.on_device.as_ref() else {
         return Err(shape_error(OP, "saved", "what the CPU kept", "what the GPU kept"));
     };
     let mode = Mode { use_adapter: low_rank.is_some(), ..mode };
@@ -319,7 +343,10 @@ pub(crate) fn backward_input(
     let dx = empty(&device, (dy.rows, group.inputs + group.ranks), dtype)?;
     let dx_matrix = matrix(&dx)?;
     for (index, panel) in group.panels(dtype, dy.rows).into_iter().enumerate() {
-        let weight = group.weight(&panel, dtype)?;
+        let weight = match weights.get(index) {
+            Some(weight) => weight.clone(),
+            None => group.weight(&panel, dtype)?,
+        };
         let _span = span(&device, Phase::Multiply)?;
         let weight = (matrix(&weight)?, Side::Plain);
         let onto = if index == 0 { Accumulate::No } else { Accumulate::Into };

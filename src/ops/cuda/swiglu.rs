@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 
 use crate::kernels::cuda::profile::{Phase, span};
 use crate::kernels::cuda::{
-    DownAdapter, MOST_SHARE_RANKS, MlpAdapters, OutAdapter, array, empty, matrix, swiglu, swiglu_adapters_fit,
+    DownAdapter, MOST_SHARE_RANKS, MlpAdapters, OutAdapter, array, axpby, empty, matrix, swiglu, swiglu_adapters_fit,
     swiglu_backward, swiglu_backward_adapters, swiglu_backward_adapters_workspace,
 };
 use crate::ops::linear::InputGradient;
@@ -20,13 +20,27 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, E
     Ok(y)
 }
 
-/// `gate`, the first columns of `whole`, becomes the activation; the columns behind it are its room.
-pub(crate) fn forward_over(whole: Tensor, gate: &Tensor, up: &Tensor) -> Result<Wide, Error> {
+/// `gate`, the first columns of `whole`, becomes the activation; the columns behind it are its room. The first `rows` of
+/// `whole` are copied before.
+pub(crate) fn forward_over(
+    whole: Tensor,
+    gate: &Tensor,
+    up: &Tensor,
+    rows: usize,
+) -> Result<(Wide, Option<Tensor>), Error> {
     let device = gate.device();
     let _span = span(device, Phase::Pointwise)?;
+    let from = matrix(&whole)?;
+    let copy = match rows {
+        0 => None,
+        _ => Some(empty(device, (rows, from.cols), whole.dtype())?),
+    };
+    if let Some(copy) = &copy {
+        axpby(device, matrix(copy)?, 1.0, from.rows(0, rows), 0.0)?;
+    }
     let (gate, up) = (matrix(gate)?, matrix(up)?);
     swiglu(device, gate, gate, up)?;
-    Wide::with_cols(whole, gate.cols)
+    Ok((Wide::with_cols(whole, gate.cols)?, copy))
 }
 
 /// `gate` and `up` become their gradients; where a kernel does not take the adapters along, `dy` becomes the activation.

@@ -193,13 +193,14 @@ pub fn forward(
     mode: Mode<'_>,
     residual: Option<&Tensor>,
 ) -> Result<(Outputs, SavedGroup), Error> {
-    forward_with(linears, x, mode, residual, None)
+    forward_with(linears, x, mode, residual, None, None)
 }
 
-/// [`forward`] of the same input in the same mode again, with the low-rank products that the first one saved.
+/// [`forward`] of the same input in the same mode again, with the low-rank products that the first one saved. On a GPU the
+/// outputs of the first rows, as many as `known` has, are taken from there.
 ///
 /// # Shapes
-/// As [`forward`].
+/// As [`forward`]; `known`: `[M, O]` of all projections, M at most N.
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -209,8 +210,9 @@ pub fn forward_again(
     mode: Mode<'_>,
     residual: Option<&Tensor>,
     saved: &SavedGroup,
+    known: Option<&Tensor>,
 ) -> Result<(Outputs, SavedGroup), Error> {
-    forward_with(linears, x, mode, residual, Some(saved))
+    forward_with(linears, x, mode, residual, Some(saved), known)
 }
 
 fn forward_with(
@@ -219,11 +221,13 @@ fn forward_with(
     mode: Mode<'_>,
     residual: Option<&Tensor>,
     first: Option<&SavedGroup>,
+    known: Option<&Tensor>,
 ) -> Result<(Outputs, SavedGroup), Error> {
     #[cfg(feature = "cuda")]
     if x.buffer().device().is_cuda() {
-        return crate::ops::cuda::linear::forward(linears, x, mode, residual, first);
+        return crate::ops::cuda::linear::forward(linears, x, mode, residual, first, known);
     }
+    debug_assert!(known.is_none(), "outputs are kept for a GPU only");
     let values = x.values()?;
     let (mut outputs, mut saved) = (Vec::with_capacity(linears.len()), SavedGroup::default());
     for (index, linear) in linears.iter().enumerate() {
