@@ -2,10 +2,10 @@
 // `attention_forward.cu`.
 //
 // Launch: a block of three groups of 4 warps for each multiprocessor, which takes tiles of 128 queries of one head one
-// after another. Two groups compute, 64 rows each. Each warp of the third fills one of the four buffers for key or value
-// tiles of 128, two of them also the buffers for queries. While a group's probabilities of key tile j are multiplied
-// with the values, its scores of tile j + 1 (after the last one: of the next query tile's first) become probabilities.
-// The groups take turns at starting products, so that one's exponentials run beside the other's products.
+// after another. Two groups compute, 64 rows each. Each warp of the third fills one of the four buffers for tiles of
+// 128 keys or values, two of them also the buffers for queries. While a group's probabilities of key tile j are
+// multiplied with the values, its scores of tile j + 1 (after the last one: of the next query tile's first) become
+// probabilities. The groups take turns at starting products, so that one's exponentials run beside the other's.
 // Only sm_90a has these instructions; elsewhere the kernel is empty.
 // Bound: tensor cores, 4 d flops for each query, key and head.
 #include "attention_sm90.cuh"
@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_blocks(T *to, int64_t stride, int rows, in
 namespace attention {
 namespace {
 
-template <typename T, int D, bool TAKES_TURNS, bool SKIPS>
+template <typename T, int D>
 __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
     group_forward_kernel(Matrix o, float *lse, Matrix q, Matrix k, Matrix v, const QueryTile *tiles, int num_items,
                          Sizes sizes) {
@@ -230,8 +230,6 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
   const float log2_scale = sizes.scale * LOG2_E, slack = 8.0f / log2_scale;
   float out[D / 8][4] = {}, s[KEYS / 8][4];
   uint32_t p[KEYS / 16][4];
-  constexpr std::integral_constant<int, KEYS / 16> all_steps;
-  constexpr std::integral_constant<int, KEYS / 32> half_steps;
   float shift[2] = {-INFINITY, -INFINITY}, sum[2] = {}; // of rows g and g + 8 of the warp
   // Query tile `n` of the block, its key tile `j`, the `total`th of all.
   int n = 0, j = 0, total = 0, count, prefix_count, first_masked;
@@ -254,23 +252,10 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
   };
   // Whether some row does not see all of key tile `j`.
   auto is_masked = [&]() { return j >= prefix_count ? j >= first_masked : j + 1 == prefix_count; };
-  // Whether no row of the group sees a key of the second half of key tile `j`.
-  auto is_half = [&]() {
-    if (!SKIPS || !is_masked()) return false;
-    int first, end;
-    bool is_own = keys_of(first, end);
-    return (is_own ? min(end, own_tiles[n % 2].start + group * 64 + 64) : end) - first <= KEYS / 2;
-  };
   auto start_scores = [&](int i) {
     start_rows<T, D, QUERY_TILE>(s, q_tiles + n % 2 * Q_TILE + group * (64 * 128), k_tiles + i % 2 * TILE);
   };
-  // Of the first `16 steps` keys.
-  auto start_values = [&](auto steps, int i) {
-    const uint64_t right = group_descriptor(v_tiles + i % 2 * TILE, KEYS * 128);
-#pragma unroll
-    for (int step = 0; step < steps; step++) group_multiply_columns<T>(out, p[step], right + step * (16 * 128 >> 4));
-    group_commit();
-  };
+  auto start_values = [&](int i) { start_columns<T>(out, p, v_tiles + i % 2 * TILE); };
   // All lanes of a warp have waited for the products that read the buffer.
   auto release = [&](uint32_t barrier) {
     if (lane == 0) phase_arrive(barrier);
@@ -359,7 +344,6 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
   phase_wait(k_full, 0);
   group_pin(s);
   group_fence();
-  bool has_half = is_half(); // of the key tile before this one
   start_scores(0);
   group_wait<0>();
   group_pin(s);
@@ -367,7 +351,7 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
   mask();
   soften(factor); // nothing is summed yet
   as_left<T>(p, s);
-  if (TAKES_TURNS && group == 1) turn_give(1);
+  if (group == 1) turn_give(1);
 
 #pragma unroll 1
   while (true) {
@@ -380,24 +364,17 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
       j++;
     }
     phase_wait(k_full + (total + 1) % 2 * 8, (total + 1) / 2 % 2);
-    if (TAKES_TURNS) turn_wait(1 + group);
+    turn_wait(1 + group);
     group_pin(s);
     group_pin(out);
     group_fence();
-    // Branches up to the wait: the compiler makes products wait for each other where paths meet earlier.
-    auto multiply = [&](auto value_steps) {
-      start_scores(total + 1);
-      phase_wait(v_full + total % 2 * 8, total / 2 % 2);
-      start_values(value_steps, total);
-      if (TAKES_TURNS) turn_give(2 - group);
-      group_wait<1>();
-      group_pin(s);
-    };
-    if (SKIPS && has_half) {
-      multiply(half_steps);
-    } else {
-      multiply(all_steps);
-    }
+    // No branch up to the wait: where paths meet earlier the compiler makes products wait for each other.
+    start_scores(total + 1);
+    phase_wait(v_full + total % 2 * 8, total / 2 % 2);
+    start_values(total);
+    turn_give(2 - group);
+    group_wait<1>();
+    group_pin(s);
     release(k_empty + (total + 1) % 2 * 8);
     mask();
     const float last_shift[2] = {shift[0], shift[1]};
@@ -424,14 +401,13 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
       }
     }
     as_left<T>(p, s);
-    has_half = is_half();
     total++;
   }
-  if (TAKES_TURNS && group == 0) turn_wait(1); // the other group's last turn
+  if (group == 0) turn_wait(1); // the other group's last turn
   phase_wait(v_full + total % 2 * 8, total / 2 % 2);
   group_pin(out);
   group_fence();
-  start_values(all_steps, total);
+  start_values(total);
   group_wait<0>();
   group_pin(out);
   close(n, shift, sum, inverse);
@@ -439,25 +415,17 @@ __global__ void __launch_bounds__(GROUP_FORWARD_THREADS, 1)
 #endif
 }
 
-#ifdef FORWARD_VARIANTS
-inline int forward_kind = 1; // 1: turns, 2: no turns, 3: turns, a block for each item, 4: turns and halves
-#else
-constexpr int forward_kind = 1;
-#endif
-
 template <typename T, int D>
 int group_forward(Matrix o, float *lse, Matrix q, Matrix k, Matrix v, const QueryTile *tiles, int num_tiles,
                   Sizes sizes, cudaStream_t stream) {
-  auto kernel = forward_kind == 2   ? group_forward_kernel<T, D, false, false>
-                : forward_kind == 4 ? group_forward_kernel<T, D, true, true>
-                                    : group_forward_kernel<T, D, true, false>;
+  auto kernel = group_forward_kernel<T, D>;
   if (!is_built(kernel)) return static_cast<int>(cudaErrorNotSupported);
   int64_t items = static_cast<int64_t>(num_tiles) * sizes.heads;
   if (items > INT32_MAX / 2) return static_cast<int>(cudaErrorInvalidValue); // a block looks beyond the last one
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  int64_t blocks = forward_kind == 3 || items < multiprocessors ? items : multiprocessors;
+  int64_t blocks = items < multiprocessors ? items : multiprocessors;
   return launch(kernel, blocks, GROUP_FORWARD_THREADS, group_shared_bytes(D), stream, o, lse, q, k, v, tiles,
                 static_cast<int>(items), sizes);
 }
