@@ -35,24 +35,6 @@ __device__ __forceinline__ int item_of(int n) {
   return n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
-// Barriers in shared memory, of 8 bytes. A phase is over when `arrivals` threads have arrived; phases count from 0.
-__device__ __forceinline__ void phase_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void phase_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Waits until the phase is over that has this parity and is the present one or the one before.
-__device__ __forceinline__ void phase_wait(uint32_t barrier, int parity) {
-  int is_over;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-                 : "=r"(is_over)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (!is_over);
-}
-
 // Barrier `id` of the two computing groups: one group waits for the other's arrival.
 __device__ __forceinline__ void turn_wait(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(GROUP_THREADS) : "memory");
@@ -65,14 +47,6 @@ __device__ __forceinline__ void turn_give(int id) {
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-// Registers of each thread of this warp group from here on.
-template <int N> __device__ __forceinline__ void group_keep_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> __device__ __forceinline__ void group_take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // `load_blocks` by one warp, of `ROWS` rows of a tile of `TILE_ROWS`.

@@ -123,22 +123,18 @@ fn rounded_ranks(most_ranks: usize) -> usize {
     if most_ranks <= 16 { 16 } else { MOST_SWIGLU_RANKS }
 }
 
-/// Rows that a block sums, a multiple of 8: such that the blocks are few, as each leaves sums to be added, and never
-/// too few at a time to keep the memory busy. Depends on the shape alone, so that a sum's order does.
-fn share_rows(rows: usize, across: usize, most_ranks: usize) -> usize {
+/// Rows that a block sums, a multiple of 8: such that the blocks are few, as each leaves sums to be added, and that no
+/// multiprocessor has more to do than the others. Depends on the shape alone, so that a sum's order does.
+fn share_rows(rows: usize, across: usize) -> usize {
+    /// Multiprocessors that share the blocks.
+    const MULTIPROCESSORS: usize = 132;
     /// What writing and adding the sums of a block takes, in rows.
     const SUMS: usize = 40;
     /// The least that is worth a block of its own.
     const ROWS: usize = 64;
     let rows = rows.max(1);
-    // Blocks at a time: four or two on each of 132 multiprocessors. Fewer than three quarters of them take as long.
-    let resident = if rounded_ranks(most_ranks) == 16 { 4 * 132 } else { 2 * 132 };
-    let cost = |&share: &usize| {
-        let blocks = across * rows.div_ceil(share);
-        let last = blocks % resident;
-        (blocks - last + if last == 0 { 0 } else { last.max(3 * resident / 4) }) * (share + SUMS)
-    };
-    let counts = 1..=rows.div_ceil(ROWS).min(resident);
+    let cost = |&share: &usize| (across * rows.div_ceil(share)).div_ceil(MULTIPROCESSORS) * (share + SUMS);
+    let counts = 1..=rows.div_ceil(ROWS).min(4 * MULTIPROCESSORS);
     let shares = counts.map(|count| rows.div_ceil(count).next_multiple_of(8));
     shares.min_by_key(cost).unwrap_or(rows.next_multiple_of(8))
 }
@@ -149,7 +145,7 @@ pub fn swiglu_backward_adapters_workspace(rows: usize, cols: usize, most_ranks: 
     // Three parts of the sums of a warp.
     let warp = 3 * 32 * rounded_ranks(most_ranks);
     let across = blocks_across(cols);
-    rows.div_ceil(share_rows(rows, across, most_ranks)) * across * 4 * warp
+    rows.div_ceil(share_rows(rows, across)) * across * 4 * warp
 }
 
 fn expect_adapters(kernel: &'static str, adapters: &MlpAdapters, gate: &Matrix) -> Result<(), Error> {
@@ -236,7 +232,7 @@ pub fn swiglu_backward_adapters(
             RawMatrix::or_none(of_up.map(|a| a.grad_b)),
             of_up.map_or(0.0, |a| a.factor),
             workspace.address,
-            share_rows(gate.rows, blocks_across(gate.cols), ranks) as i32,
+            share_rows(gate.rows, blocks_across(gate.cols)) as i32,
             stream(device)?,
         )
     };
@@ -249,17 +245,15 @@ mod tests {
 
     #[test]
     fn shares_are_multiples_of_8_and_fill_the_device() {
-        for (rows, cols, ranks, blocks) in
-            [(8192, 18_944, 16, 444), (8192, 18_944, 32, 740), (8192, 4864, 16, 418), (2048, 18_944, 8, 444)]
-        {
+        for (rows, cols, blocks) in [(8192, 18_944, 1184), (8192, 4864, 380), (2048, 18_944, 1184)] {
             let across = blocks_across(cols);
-            let share = share_rows(rows, across, ranks);
+            let share = share_rows(rows, across);
             assert!(share.is_multiple_of(8));
             assert_eq!(rows.div_ceil(share) * across, blocks, "[{rows}, {cols}] in shares of {share} rows");
         }
         for rows in [0, 1, 7, 63, 64, 65, 5000] {
             for across in [1, 3, 200, 300] {
-                let share = share_rows(rows, across, 16);
+                let share = share_rows(rows, across);
                 assert!(
                     share >= 8 && share.is_multiple_of(8) && share < rows.max(1) + 8,
                     "{rows} rows, {across} across: {share}"

@@ -47,7 +47,10 @@ impl SavedGroup {
     }
 
     /// Puts back what [`Self::take_low_rank`] took.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "nothing was taken"))]
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, clippy::needless_pass_by_value, reason = "nothing was taken")
+    )]
     pub fn put_low_rank(&mut self, low_rank: Tensor) {
         #[cfg(feature = "cuda")]
         if let Some(saved) = &mut self.on_device {
@@ -141,7 +144,6 @@ impl InputGradient {
     ///
     /// # Errors
     /// If the device fails.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may have to add"))]
     pub fn into_values(self) -> Result<Tensor, Error> {
         #[cfg(feature = "cuda")]
         if let Some((d_low, a)) = &self.share {
