@@ -105,6 +105,17 @@ pub enum Activations {
     Offload,
 }
 
+/// The parts of the model that are computed again for a backward, from 0 for none to 1 for all layers and rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ComputedAgain {
+    /// Of the projections gate and up.
+    pub gate_up: f64,
+    /// Of the projections q, k and v.
+    pub qkv: f64,
+    /// Of attention and its output projection.
+    pub attention: f64,
+}
+
 /// What may come back from host memory while the MLP before it still needs its own: with few tokens a layer is done before a
 /// copy that starts later.
 const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
@@ -170,6 +181,26 @@ impl Engine {
     /// Keeps the activations of all layers but the first `count`, whatever becomes of those.
     pub fn set_recomputed_layers(&mut self, count: usize) {
         self.recomputed_layers = count;
+    }
+
+    /// What is computed again for the backward of a batch of `tokens`.
+    pub fn computed_again(&self, tokens: usize) -> ComputedAgain {
+        let layers = self.config.num_hidden_layers;
+        let kept =
+            usize::from(LAST_LAYER_KEPT_TOKENS.contains(&tokens)).max(layers.saturating_sub(self.recomputed_layers));
+        let layers = (layers - kept.min(layers)) as f64 / layers.max(1) as f64;
+        let mlp_rows = if MLP_ROWS_TOKENS.contains(&tokens) { 1.0 - 1.0 / MLP_ROWS_PART as f64 } else { 1.0 };
+        match self.activations {
+            Activations::Keep => ComputedAgain { gate_up: 0.0, qkv: 0.0, attention: 0.0 },
+            Activations::Offload if self.device().is_cuda() => ComputedAgain {
+                gate_up: layers * mlp_rows,
+                qkv: if tokens <= MOST_TOKENS_WITH_PRODUCTS { 0.0 } else { layers },
+                attention: 0.0,
+            },
+            Activations::Recompute | Activations::Offload => {
+                ComputedAgain { gate_up: layers, qkv: layers, attention: layers }
+            }
+        }
     }
 
     fn host(&self) -> Result<&Host, Error> {

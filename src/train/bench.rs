@@ -246,7 +246,7 @@ impl Bench {
         }
         let (peak_bytes, device_bytes) = self.memory()?;
         let phases = self.phases(&batch, work)?;
-        let floor_secs = floor_flops(self.engine.config(), &batch, work, self.settings.activations) / self.peak_flops;
+        let floor_secs = floor_flops(&self.engine, &batch, work) / self.peak_flops;
         Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes })
     }
 
@@ -338,26 +338,24 @@ impl Bench {
 }
 
 /// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
-/// the projections and the head, once more forward with recomputation (without the last product of a block, and without
-/// what was offloaded: all but gate and up), and attention's. That the last layer may not be computed again is not counted.
-fn floor_flops(config: &ModelConfig, batch: &Batch, work: Work, activations: Activations) -> f64 {
+/// the projections and the head, what is computed again, and attention's.
+fn floor_flops(engine: &Engine, batch: &Batch, work: Work) -> f64 {
+    let config = engine.config();
     let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
     let layers = config.num_hidden_layers as f64;
+    let hidden = config.hidden_size as f64;
     let down = (config.hidden_size * config.intermediate_size) as f64;
     let attention_width = (config.num_attention_heads * config.head_dim) as f64;
-    let kv_width = (config.num_key_value_heads * config.head_dim) as f64;
-    let hidden = config.hidden_size as f64;
-    let projections = hidden * (2.0 * attention_width + 2.0 * kv_width) + 3.0 * down;
-    let (again, attention_passes) = match activations {
-        Activations::Keep => (0.0, 1.0 + 2.5),
-        Activations::Recompute => (projections - down, 2.0 + 2.5),
-        Activations::Offload => (2.0 * down, 1.0 + 2.5),
-    };
+    let output = hidden * attention_width;
+    let qkv = output + 2.0 * hidden * (config.num_key_value_heads * config.head_dim) as f64;
+    let again = engine.computed_again(batch.tokens.len());
+    let projections =
+        2.0 * (qkv + output + 3.0 * down) + again.gate_up * 2.0 * down + again.qkv * qkv + again.attention * output;
     let pairs = batch.layout.num_pairs() as f64;
     let head = hidden * config.vocab_size as f64;
     let head_passes = if matches!(work, Work::Sequences { .. }) { 2.0 } else { 3.0 };
-    2.0 * tokens * layers * (2.0 * projections + again)
-        + 4.0 * pairs * attention_width * layers * attention_passes
+    2.0 * tokens * layers * projections
+        + 4.0 * pairs * attention_width * layers * (1.0 + again.attention + 2.5)
         + 2.0 * rows * head * head_passes
 }
 
