@@ -1,8 +1,9 @@
 //! The walk over the blocks: forward, head, backward, with recomputation and activations in host memory.
 //!
 //! Called by the training loops for gradients and log-probabilities. Parameters come from the store block by block; a
-//! block's gradients are final when its backward returns. With recomputation only the blocks' inputs are kept and each
-//! block runs forward again just before its backward, which changes no bit of the result.
+//! block's gradients are final when its backward returns. With recomputation only the blocks' inputs and low-rank products
+//! are kept and each block runs forward again just before its backward, which on the CPU changes no bit of the result. (On a
+//! GPU a product of fewer rows may be summed in another order.)
 
 mod host;
 
@@ -98,9 +99,9 @@ pub struct Engine {
 pub enum Activations {
     /// They stay where they are.
     Keep,
-    /// The block's input stays, the rest is computed again in backward.
+    /// The block's input and the adapters' low-rank products stay, the rest is computed again in backward.
     Recompute,
-    /// As `Recompute`; on a GPU the inputs, and the results of attention so that they are not computed again, wait in
+    /// As `Recompute`; on a GPU these, and attention's inputs and results so that they are not computed again, wait in
     /// page-locked host memory. On the CPU the same as `Recompute`.
     Offload,
 }

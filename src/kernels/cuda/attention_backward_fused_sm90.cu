@@ -51,19 +51,13 @@ __device__ __forceinline__ int64_t sum_row(int head, int half, int row, int toke
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-#define GROUP_FOUR(mode, c) mode(c[0]), mode(c[1]), mode(c[2]), mode(c[3])
-#define GROUP_ALL(mode, c)                                                                                             \
-  GROUP_FOUR(mode, c[0]), GROUP_FOUR(mode, c[1]), GROUP_FOUR(mode, c[2]), GROUP_FOUR(mode, c[3]),                      \
-      GROUP_FOUR(mode, c[4]), GROUP_FOUR(mode, c[5]), GROUP_FOUR(mode, c[6]), GROUP_FOUR(mode, c[7])
 // One product of 64 x 64 x 16; what c was before is not read if `mode` is "=f", so that its registers are free until
 // then.
 #define GROUP_PRODUCT(type, is_added, is_transposed, mode)                                                             \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " is_added ", 0; "                                                      \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                                        \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                        \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" GROUP_NAMES_8                          \
                "}, %32, %33, p, 1, 1, " is_transposed ", " is_transposed "; }"                                         \
-               : GROUP_ALL(mode, c)                                                                                    \
+               : GROUP_OPERANDS_8(mode, c)                                                                             \
                : "l"(a), "l"(b))
 
 // c (+)= A B^T (rows) or c (+)= A^T B (columns), 64 x 64 x 16.
@@ -80,8 +74,6 @@ __device__ __forceinline__ void group_multiply(float (&c)[8][4], uint64_t a, uin
   if constexpr (!IS_HALF && !IS_ADDED && !IS_BY_COLUMNS) GROUP_PRODUCT("bf16", "0", "0", "=f");
 }
 #undef GROUP_PRODUCT
-#undef GROUP_ALL
-#undef GROUP_FOUR
 
 // The lower half of a descriptor, in which addresses lie. All lanes of a warp are told the same, so that the hardware's
 // uniform registers can compute what follows from it.

@@ -15,7 +15,7 @@ use super::memory::{array, cuda, empty};
 use super::pinned::Pinned;
 use super::{Error, argument};
 
-/// Copies out that may be under way before the compute stream waits for the oldest.
+/// Copies out that may be under way before the compute stream waits for the oldest: those of a layer.
 const UNDER_WAY: usize = 10;
 
 fn failed(what: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
