@@ -25,7 +25,7 @@ pub enum ActivationsArg {
     Keep,
     /// They are computed again in backward
     Recompute,
-    /// As recompute, with what it starts from in host memory
+    /// As recompute, with what it starts from and attention's results in host memory
     Offload,
 }
 
@@ -85,7 +85,7 @@ pub struct Args {
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = |text: &str| text.parse::<DeviceChoice>())]
     pub device: DeviceChoice,
 
-    /// Take the libraries' first choice for each product instead of the fastest of several
+    /// Do as with `full_determinism`: the libraries' first choice for each product, fixed orders of sums
     #[arg(long)]
     pub no_tune: bool,
 

@@ -304,9 +304,9 @@ pub struct TrainingSettings {
     pub gradient_checkpointing: bool,
     /// Recompute only this many of the first layers; `None`: all.
     pub gradient_checkpointing_layers: Option<usize>,
-    /// Keep what recomputation starts from in host memory.
+    /// Keep what recomputation starts from, and attention's results, in host memory.
     pub activation_offloading: bool,
-    /// Do not choose a GPU's products by timing.
+    /// Choose a GPU's products not by timing, and add up in fixed orders.
     pub full_determinism: bool,
     /// Peak learning rate.
     pub learning_rate: f64,

@@ -65,6 +65,19 @@ impl Host {
         Ok(Held::Here(tensor))
     }
 
+    /// Tells that what was parked since the last call is all of a layer: copies out of the layer before are waited for.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU waits and may fail")
+    )]
+    pub(super) fn end_layer(&self) -> Result<(), Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(parking) = &self.parking {
+            parking.end_layer().map_err(crate::ops::Error::from)?;
+        }
+        Ok(())
+    }
+
     /// Waits, on the device, for the copies out.
     #[cfg_attr(
         not(feature = "cuda"),

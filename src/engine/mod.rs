@@ -2,8 +2,8 @@
 //!
 //! Called by the training loops for gradients and log-probabilities. Parameters come from the store block by block; a
 //! block's gradients are final when its backward returns. With recomputation only the blocks' inputs and low-rank products
-//! are kept and each block runs forward again just before its backward, which on the CPU changes no bit of the result. (On a
-//! GPU a product of fewer rows may be summed in another order.)
+//! are kept (the last block keeps everything where that costs nothing) and each block runs forward again just before its
+//! backward, which on the CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
 
 mod host;
 
@@ -101,8 +101,9 @@ pub enum Activations {
     Keep,
     /// The block's input and the adapters' low-rank products stay, the rest is computed again in backward.
     Recompute,
-    /// As `Recompute`; on a GPU these, and attention's inputs and results so that they are not computed again, wait in
-    /// page-locked host memory. On the CPU the same as `Recompute`.
+    /// As `Recompute`; on a GPU these, attention's results, and in batches of up to some thousand tokens its inputs and a part
+    /// of gate and up, wait in page-locked host memory, so that they are not computed again. On the CPU the same as
+    /// `Recompute`.
     Offload,
 }
 
@@ -497,6 +498,7 @@ impl Engine {
             most: retained.map(place)?,
             products: products.map(place).transpose()?,
         };
+        host.end_layer()?;
         Ok((output, Kept::Retained(Box::new(kept))))
     }
 

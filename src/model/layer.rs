@@ -5,7 +5,7 @@
 //! attention, which the rollout shares.
 //!
 //! Projections that read one input are applied together, and the residual sums ride in the products before them. Of a
-//! block that is computed again for its backward the low-rank products are kept: they are small, and without them the
+//! block that is computed again for its backward the low-rank products are kept: they are small, and with them the
 //! last activation is not needed again. Its last product, which backward does not need, is left out.
 //!
 //! Shapes: `N` tokens, `D` hidden, `H` query heads, `K` key-value heads, `d` head size, `I` intermediate. The residual

@@ -57,7 +57,7 @@ impl LoadedModel {
 }
 
 /// Loads the model at `path` (a local folder or file) as `settings` say, one matrix at a time, into host memory; what
-/// is quantised on the way is quantised by `device`, and stays there if it is a GPU.
+/// is quantised on the way from a file is quantised by `device`, and stays there if it is a GPU.
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration.

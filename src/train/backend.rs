@@ -72,7 +72,8 @@ impl Backend {
         Ok(Self::on_cpu(precision))
     }
 
-    /// Lets a GPU's products be chosen by timing, or not; the CPU has one way.
+    /// Lets a GPU's products be chosen by timing and attention's gradients be added up in any order, or not; the CPU has one
+    /// way.
     ///
     /// # Errors
     /// If the device refuses.

@@ -192,6 +192,23 @@ fn attention_on_tensor_cores_matches_its_definition() {
     }
 }
 
+/// A long segment, the beginning of which some of many shorter ones see: blocks that go round their buffers many times, and
+/// that take several tiles of unlike work.
+#[test]
+#[ignore = "gpu"]
+fn attention_of_long_and_many_segments_matches_its_definition() {
+    let mut segments = vec![SegmentRange { start: 0, end: 1300, prefix: None }];
+    for i in 0..30 {
+        let start = segments.last().unwrap().end;
+        let prefix = (i % 3 == 0).then_some((0, 700 + 9 * i));
+        segments.push(SegmentRange { start, end: start + 1 + i * 37 % 190, prefix });
+    }
+    for (dtype, d) in [(DType::BF16, 128), (DType::F16, 72), (DType::BF16, 64)] {
+        let sizes = Sizes { heads: 7, kv_heads: 1, d };
+        check(sizes, &segments, 8, dtype, &[AttentionVariant::Automatic, AttentionVariant::WarpGroups]);
+    }
+}
+
 #[test]
 #[ignore = "gpu"]
 fn attention_in_f32_matches_its_definition() {

@@ -4,6 +4,7 @@
 use candle_core::Device;
 use trainer::config::settings::Projection;
 use trainer::engine::{self, Activations, DropoutKey, Engine, Types};
+use trainer::kernels::cuda::tune;
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::ops::buffer;
@@ -116,6 +117,43 @@ fn what_becomes_of_the_activations_of_large_batches_changes_no_gradient() {
                 let what = format!("{tokens} tokens, {architecture}, {activations:?}, block {block}");
                 assert_close(&what, got, want, 1e-5);
             }
+        }
+    }
+}
+
+/// What a run does by default on a large batch: algorithms by timing, attention's gradients in no fixed order, 16 bits.
+#[test]
+#[ignore = "gpu"]
+fn gradients_of_large_batches_in_16_bits_are_those_in_f32() {
+    let mut builder = BatchBuilder::new();
+    for item in 0..4 {
+        let mut stream = Stream::new(seed(), "large 16-bit gradient tests", 0, item);
+        let sequence: Vec<u32> = (0..1100).map(|_| stream.below(VOCABULARY) as u32).collect();
+        let rows = builder.push(&sequence, item);
+        builder.predict_within(rows);
+    }
+    let batch = builder.build().unwrap();
+    let some: &[Projection] = &[Projection::QProj, Projection::DownProj];
+    let gate: &[Projection] = &[Projection::GateProj];
+    for (adapters, dropout) in [(&Projection::ALL[..], 0.0), (&Projection::ALL[..], 0.3), (some, 0.0), (gate, 0.0)] {
+        let tiny = Tiny { architecture: "qwen2", head_dim: 128, adapters, dropout };
+        let mut exact = tiny.engine(&device(), Types::F32);
+        exact.set_activations(Activations::Keep);
+        let [want, _] = gradients(&exact, &batch, 1.0);
+        for (types, tolerance) in TOLERANCES.into_iter().skip(1) {
+            let mut engine = tiny.engine(&device(), types);
+            tune(engine.device(), true).unwrap();
+            for (activations, layers) in [(Activations::Keep, 9), (Activations::Offload, 9), (Activations::Offload, 1)]
+            {
+                engine.set_activations(activations);
+                engine.set_recomputed_layers(layers);
+                let [got, _] = gradients(&engine, &batch, LOSS_SCALE);
+                for (block, (got, want)) in got.iter().zip(&want).enumerate().filter(|(_, (_, w))| !w.is_empty()) {
+                    let what = format!("{tiny:?} in {types:?}, {activations:?} of {layers}, block {block}");
+                    assert_close(&what, got, want, tolerance);
+                }
+            }
+            tune(engine.device(), false).unwrap();
         }
     }
 }

@@ -13,7 +13,7 @@ use trainer::model::config::TensorRole;
 use trainer::model::source::{LinearStorage, WeightSource};
 use trainer::ops::Wide;
 use trainer::ops::linear::{self, Linear, Mode};
-use trainer::quant::{BitsandbytesParts, Nf4Matrix, Weight};
+use trainer::quant::{BitsandbytesParts, Nf4Matrix, Quantizer, Weight};
 
 use crate::support::{device, download, random, upload};
 
@@ -243,6 +243,22 @@ fn a_model_s_weights_get_the_same_bits_from_the_gpu_as_from_the_cpu() {
         }
     }
     assert!(compared > 0, "no model in tests/golden/qlora_step");
+}
+
+#[test]
+#[ignore = "gpu"]
+fn values_that_are_not_finite_are_not_quantised() {
+    let quantizer = Quantizer::new(&device());
+    let quantization = Quantization { quant_type: QuantType::Nf4, double_quant: true };
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut values = random("finite", 37 * 64);
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let quantize = |values: &[f32]| quantizer.quantize(&bytes(values), DType::F32, (37, 64), quantization).unwrap();
+        assert!(quantize(&values).is_some());
+        values[1000] = bad;
+        assert!(quantize(&values).is_none(), "{bad}");
+    }
+    assert!(quantizer.quantize(&[0; 12], DType::F32, (2, 2), quantization).is_err());
 }
 
 #[test]

@@ -18,7 +18,7 @@
 
 namespace attention {
 
-// Rows of the tiles in the work lists (`attention.rs` has the same numbers).
+// Rows of the tiles in the work lists (`attention/work.rs` has the same numbers).
 constexpr int QUERY_TILE = 128, KEY_TILE = 128;
 
 // Queries of one segment; they see the prefix wholly and their own segment's keys from `own_start` up to themselves.

@@ -227,6 +227,9 @@ fn check(
     if d == 0 || d > 256 {
         return Err(argument(kernel, "head size", d, "1 to 256"));
     }
+    if i32::try_from(q.rows).is_err() {
+        return Err(argument(kernel, "q", q.rows, "fewer than 2^31 rows"));
+    }
     if plan.num_tokens > q.rows {
         return Err(argument(kernel, "plan", plan.num_tokens, format!("at most {} tokens", q.rows)));
     }

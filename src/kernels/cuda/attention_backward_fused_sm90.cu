@@ -6,7 +6,8 @@
 // Launch: a block of three groups of 4 warps for each tile of 128 keys and key-value head, tiles of 64 queries in three
 // buffers, which the third group fills. The other two own 64 keys each. They leave the transposed ds, A operands in
 // registers for dk, in shared memory too: each group makes half of the columns of dq from all keys of the tile. They
-// wait for each other only there, and ds have two buffers, so that one's arithmetic runs beside the other's products.
+// wait for each other only there (and at the start and the end), and ds have two buffers, so that one's arithmetic runs
+// beside the other's products.
 // A second kernel turns the sums of dq into 16-bit rows.
 // Only sm_90a has these instructions; elsewhere the kernel is empty.
 // Bound: shared memory, 384 KB for each tile of queries and keys, a fifth more than the tensor cores take for their

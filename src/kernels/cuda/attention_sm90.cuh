@@ -11,13 +11,15 @@
 
 namespace attention {
 
-// Threads of the blocks: two warp groups.
+// Threads of the two warp groups that compute.
 constexpr int GROUP_THREADS = 256;
 
 // Whether the code that the driver chose for this device has the kernel, which is empty where `wgmma` is missing.
 template <typename Kernel> bool is_built(Kernel kernel) {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.numRegs > 64;
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs > 64;
+  cudaGetLastError(); // the next launch has nothing to do with it
+  return false;
 }
 
 } // namespace attention

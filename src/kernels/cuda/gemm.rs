@@ -6,20 +6,21 @@
 //! blocks go through the workspace in f32 and are added in a fixed order. Which algorithm is chosen depends on the
 //! sizes, types and alignments; with [`tune`] also on timings, so that two runs may then differ in the last bits.
 
+mod choice;
 mod descriptors;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use cudarc::cublas::{result as blas_result, sys as blas};
 use cudarc::cublaslt::{result, sys};
-use cudarc::driver::sys::{CUDA_MEMCPY2D, CUevent_flags, CUmemorytype, cuMemcpy2DAsync_v2, cuMemsetD2D8Async};
+use cudarc::driver::sys::{CUDA_MEMCPY2D, CUmemorytype, cuMemcpy2DAsync_v2, cuMemsetD2D8Async};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use self::descriptors::{Descriptors, Preference};
+use self::choice::{Key, MAX_CANDIDATES};
+use self::descriptors::Descriptors;
 use super::memory::{Matrix, Pointer, cuda, matrix};
 use super::{Error, argument};
 
@@ -118,7 +119,8 @@ pub fn gemm(
     }
 }
 
-/// Whether products of a new kind try several algorithms and keep the fastest. Off at first.
+/// Whether products of a new kind try several algorithms and keep the fastest. Off at first. Products whose sizes are alike
+/// are of one kind.
 ///
 /// A trial takes some milliseconds and, where a result is added to, memory for another one of up to 256 MiB. A change
 /// forgets earlier choices.
@@ -129,7 +131,7 @@ pub fn tune(device: &Device, on: bool) -> Result<(), Error> {
     let library = library(device)?;
     let mut choices = locked(&library.choices);
     if choices.is_tuning != on {
-        *choices = Choices { is_tuning: on, algorithms: HashMap::new() };
+        *choices = Choices { is_tuning: on, algorithms: HashMap::new(), fastest: HashMap::new() };
     }
     Ok(())
 }
@@ -144,21 +146,6 @@ pub fn is_tuned(device: &Device) -> Result<bool, Error> {
 
 /// Alignment in bytes from which on kernels do not differ.
 const FULL_ALIGNMENT: u32 = 16;
-
-/// Algorithms that a trial compares.
-const MAX_CANDIDATES: usize = 8;
-
-/// Runs of an algorithm before it is timed, and runs that are timed together, in each of some rounds: the clock of a GPU
-/// changes under load, so that all must be timed under all of it.
-const WARM_UP_RUNS: usize = 1;
-const TIMED_RUNS: usize = 3;
-const ROUNDS: usize = 3;
-
-/// The part of the first algorithm's time that another must stay below to be taken.
-const CLEARLY_FASTER: f32 = 0.98;
-
-/// Most bytes of a result that goes elsewhere for a trial.
-const MOST_TRIAL_BYTES: usize = 256 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
@@ -185,18 +172,6 @@ struct Product {
     bias: Option<Pointer>,
 }
 
-/// What an algorithm is chosen by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    sizes: [usize; 3],
-    types: [DType; 2],
-    sides: [Side; 2],
-    strides: [usize; 4],
-    alignments: [u32; 4],
-    kind: Kind,
-    has_bias: bool,
-}
-
 /// The library on one compute stream.
 struct Library {
     handle: Handle,
@@ -208,6 +183,8 @@ struct Choices {
     is_tuning: bool,
     /// `None`: the library has no algorithm for it.
     algorithms: HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>,
+    /// The fastest ones, by sizes alike.
+    fastest: HashMap<Key, sys::cublasLtMatmulAlgo_t>,
 }
 
 /// By GPU and stream.
@@ -245,7 +222,7 @@ fn library(device: &Device) -> Result<Arc<Library>, Error> {
         let status = source.0;
         candle_core::Error::wrap(format!("cuBLASLt cannot start on GPU {}: {status:?}", context.ordinal()))
     })?;
-    let choices = Mutex::new(Choices { is_tuning: false, algorithms: HashMap::new() });
+    let choices = Mutex::new(Choices { is_tuning: false, algorithms: HashMap::new(), fastest: HashMap::new() });
     let library = Arc::new(Library { handle: Handle(handle), workspace, choices });
     libraries.insert(key, Arc::clone(&library));
     Ok(library)
@@ -303,12 +280,23 @@ impl Product {
         let chosen = if let Some(chosen) = choices.algorithms.get(&key) {
             *chosen
         } else {
-            let candidates = if choices.is_tuning { MAX_CANDIDATES } else { 1 };
-            let found = library.candidates(self, &descriptors, candidates).map_err(|error| self.failed(error))?;
-            let chosen = match found[..] {
-                [] => None,
-                [only] => Some(only),
-                _ => library.fastest(self, &descriptors, &found, device, stream)?,
+            let like = key.of_like_sizes();
+            let known = choices.fastest.get(&like).copied().filter(|_| choices.is_tuning);
+            let chosen = if let Some(known) = known.filter(|known| library.takes(&descriptors, known)) {
+                Some(known)
+            } else {
+                let is_trial = choices.is_tuning && known.is_none();
+                let count = if is_trial { MAX_CANDIDATES } else { 1 };
+                let found = library.candidates(self, &descriptors, count).map_err(|error| self.failed(error))?;
+                let chosen = match found[..] {
+                    [] => None,
+                    [only] => Some(only),
+                    _ => library.fastest(self, &descriptors, &found, device, stream)?,
+                };
+                if let (true, Some(chosen)) = (is_trial, chosen) {
+                    choices.fastest.insert(like, chosen);
+                }
+                chosen
             };
             choices.algorithms.insert(key, chosen);
             chosen
@@ -377,110 +365,6 @@ impl Product {
 }
 
 impl Library {
-    /// Algorithms for a product, the one expected to be fastest first; none if there are none.
-    fn candidates(
-        &self,
-        product: &Product,
-        descriptors: &Descriptors,
-        count: usize,
-    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
-        use sys::cublasLtMatmulPreferenceAttributes_t::{
-            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-        };
-        let preference = Preference(result::create_matmul_pref()?);
-        preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, self.workspace.len() as u64)?;
-        // Partial sums stay f32 and are added in one order.
-        let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-        preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction)?;
-        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(product.b.address))?;
-        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(product.a.address))?;
-        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(product.c.address))?;
-        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(product.d.address))?;
-        let mut found = MaybeUninit::<[sys::cublasLtMatmulHeuristicResult_t; MAX_CANDIDATES]>::zeroed();
-        let mut num_found = 0;
-        // SAFETY: handle and descriptors are live; there is room for `MAX_CANDIDATES` results, and zeros are a valid
-        // result (its only enum counts from 0), so those that the library does not write may be read.
-        let (status, found) = unsafe {
-            let status = sys::cublasLtMatmulAlgoGetHeuristic(
-                self.handle.0,
-                descriptors.product.0,
-                descriptors.b.0,
-                descriptors.a.0,
-                descriptors.c.0,
-                descriptors.d.0,
-                preference.0,
-                count.min(MAX_CANDIDATES) as i32,
-                found.as_mut_ptr().cast(),
-                &raw mut num_found,
-            );
-            (status.result(), found.assume_init())
-        };
-        match status {
-            Err(error) if is_refusal(error) => Ok(Vec::new()),
-            Err(error) => Err(error),
-            Ok(()) => {
-                let found = found.iter().take(num_found.max(0) as usize);
-                let usable = found.filter(|f| f.state.result().is_ok() && f.workspaceSize <= self.workspace.len());
-                Ok(usable.map(|f| f.algo).collect())
-            }
-        }
-    }
-
-    /// The fastest of some algorithms, timed in turns on the product's own operands: the first, which the library expects to
-    /// be it, unless another is clearly faster. A result that is added to goes elsewhere meanwhile; others are just made
-    /// several times.
-    fn fastest(
-        &self,
-        product: &Product,
-        descriptors: &Descriptors,
-        candidates: &[sys::cublasLtMatmulAlgo_t],
-        device: &Device,
-        stream: &Arc<CudaStream>,
-    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, Error> {
-        let driver = |source| Error::Driver { what: "timing a matrix product", source };
-        let d = product.d;
-        let bytes = ((d.rows - 1) * d.stride + d.cols) * d.dtype().size_in_bytes();
-        let slack = (d.address % u64::from(FULL_ALIGNMENT)) as usize;
-        let mut trial = *product;
-        let scratch;
-        if product.kind == Kind::Into {
-            if bytes > MOST_TRIAL_BYTES {
-                return Ok(candidates.first().copied());
-            }
-            // SAFETY: bytes, for which any bits are a value; nobody looks at the result.
-            let Ok(memory) = (unsafe { cuda(device)?.alloc::<u8>(bytes + slack) }) else {
-                return Ok(candidates.first().copied());
-            };
-            scratch = memory;
-            let elsewhere = Matrix { address: scratch.device_ptr(stream).0 + slack as u64, ..d };
-            trial = Product { d: elsewhere, c: elsewhere, ..trial };
-        }
-        let run = |algorithm, times| (0..times).try_for_each(|_| self.launch(&trial, descriptors, algorithm, stream));
-        let mut usable = Vec::with_capacity(candidates.len());
-        for algorithm in candidates {
-            match run(algorithm, WARM_UP_RUNS) {
-                Err(error) if is_refusal(error) => {}
-                done => {
-                    done.map_err(|error| product.failed(error))?;
-                    usable.push((f32::INFINITY, algorithm));
-                }
-            }
-        }
-        for _ in 0..ROUNDS {
-            for (least, algorithm) in &mut usable {
-                let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
-                let start = event()?;
-                run(algorithm, TIMED_RUNS).map_err(|error| product.failed(error))?;
-                *least = least.min(start.elapsed_ms(&event()?).map_err(driver)?);
-            }
-        }
-        let Some(&first) = usable.first() else { return Ok(None) };
-        let best = usable.into_iter().fold(first, |best, other| if other.0 < best.0 { other } else { best });
-        Ok(Some(*if best.0 < CLEARLY_FASTER * first.0 { best.1 } else { first.1 }))
-    }
-
     fn launch(
         &self,
         product: &Product,

@@ -5,6 +5,7 @@
 //! read it, and used there only after the copy back has filled it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
@@ -15,11 +16,15 @@ use super::memory::{array, cuda, empty};
 use super::pinned::Pinned;
 use super::{Error, argument};
 
-/// Copies out that may be under way before the compute stream waits for the oldest: those of a layer.
-const UNDER_WAY: usize = 10;
-
 fn failed(what: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
     move |source| Error::Driver { what, source }
+}
+
+/// The size of the host memory for so many bytes, an eighth more at most: batches are ragged, and a little more than the last
+/// one is not to be locked anew.
+fn size_class(bytes: usize) -> usize {
+    let step = (bytes.next_power_of_two() / 16).max(4096);
+    bytes.next_multiple_of(step)
 }
 
 /// The stream of the copies and the host memory they go to. Host memory is kept for the next step.
@@ -36,6 +41,8 @@ struct State {
     free: BTreeMap<usize, Vec<Pinned>>,
     /// Device buffers that a copy out still reads, with the event of its end.
     leaving: VecDeque<(Tensor, Arc<CudaEvent>)>,
+    /// How many of them were there at the last [`Parking::end_layer`].
+    left_before: usize,
     /// Bytes of host memory locked so far.
     locked: usize,
 }
@@ -55,10 +62,12 @@ pub struct Parked {
     state: Arc<Mutex<State>>,
 }
 
-/// Values on their way back to the device.
+/// Values on their way back to the device. Dropped before [`Parking::take`], it lets the compute stream wait for them, so that
+/// their buffer is not used again while they arrive.
 pub struct Returning {
     tensor: Tensor,
     arrived: CudaEvent,
+    compute: Arc<CudaStream>,
     /// Read by the copy until it has arrived.
     parked: Parked,
 }
@@ -72,6 +81,14 @@ impl std::fmt::Debug for Parked {
 impl std::fmt::Debug for Returning {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Returning").field(&self.parked).finish()
+    }
+}
+
+impl State {
+    /// Takes free memory out, the smallest of a range of sizes.
+    fn pop(&mut self, sizes: RangeInclusive<usize>) -> Option<Pinned> {
+        let size = self.free.range(sizes).find(|(_, blocks)| !blocks.is_empty()).map(|(&size, _)| size)?;
+        self.free.get_mut(&size).and_then(Vec::pop)
     }
 }
 
@@ -95,8 +112,27 @@ impl Parking {
         lock(&self.state).locked
     }
 
-    /// Starts the copy of a contiguous tensor to host memory. The device buffer lives until that is done, and no longer if
-    /// nobody else holds it.
+    /// Locks host memory in the place of free memory that is somewhat too small, so that batches of growing sizes do not lock
+    /// more and more of it.
+    fn lock_memory(&self, size: usize) -> Result<Pinned, Error> {
+        let too_small = {
+            let mut state = lock(&self.state);
+            let memory = state.pop(size / 2..=size);
+            state.locked -= memory.as_ref().map_or(0, Pinned::len);
+            memory
+        };
+        if too_small.is_some() {
+            // A copy back may still be reading it.
+            self.copies.synchronize().map_err(failed("waiting for copies"))?;
+        }
+        drop(too_small);
+        let memory = Pinned::new(&self.device, size)?;
+        lock(&self.state).locked += size;
+        Ok(memory)
+    }
+
+    /// Starts the copy of a contiguous tensor to host memory. The device buffer lives until that is done, and until the second
+    /// [`Self::end_layer`] from now or [`Self::settle`].
     ///
     /// # Errors
     /// If host memory cannot be locked or the driver refuses.
@@ -104,13 +140,11 @@ impl Parking {
         let from = array(&tensor)?;
         let dtype = tensor.dtype();
         let bytes = from.len * dtype.size_in_bytes();
-        let free = lock(&self.state).free.get_mut(&bytes).and_then(Vec::pop);
-        let mut memory = if let Some(memory) = free {
-            memory
-        } else {
-            let memory = Pinned::new(&self.device, bytes)?;
-            lock(&self.state).locked += bytes;
-            memory
+        let size = size_class(bytes);
+        let free = lock(&self.state).pop(size..=2 * size);
+        let mut memory = match free {
+            Some(memory) => memory,
+            None => self.lock_memory(size)?,
         };
         let made = self.compute.record_event(None).map_err(failed("recording an event"))?;
         self.copies.wait(&made).map_err(failed("waiting for an event"))?;
@@ -118,18 +152,42 @@ impl Parking {
         // target is page-locked memory of that size, owned by the returned `Parked`.
         unsafe { memcpy_dtoh_async(memory.bytes_mut(bytes), from.address, self.copies.cu_stream()) }
             .map_err(failed("copying activations to the host"))?;
-        let left = Arc::new(self.copies.record_event(None).map_err(failed("recording an event"))?);
-        let dims = tensor.dims().to_vec();
-        let oldest = {
-            let mut state = lock(&self.state);
-            state.leaving.push_back((tensor, left.clone()));
-            if state.leaving.len() > UNDER_WAY { state.leaving.pop_front() } else { None }
+        let left = match self.copies.record_event(None) {
+            Ok(left) => Arc::new(left),
+            Err(source) => {
+                // The copy must not outlive what it reads and writes.
+                let _ = self.copies.synchronize();
+                return Err(failed("recording an event")(source));
+            }
         };
-        if let Some((tensor, left)) = oldest {
+        let dims = tensor.dims().to_vec();
+        lock(&self.state).leaving.push_back((tensor, left.clone()));
+        Ok(Parked { memory: Some(memory), left, dtype, dims, state: self.state.clone() })
+    }
+
+    /// Tells that what was parked since the last call belongs together: the compute stream waits for the copies out that were
+    /// started before that, and frees their buffers.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn end_layer(&self) -> Result<(), Error> {
+        let before: Vec<_> = {
+            let mut state = lock(&self.state);
+            let count = state.left_before.min(state.leaving.len());
+            let before = state.leaving.drain(..count).collect();
+            state.left_before = state.leaving.len();
+            before
+        };
+        self.wait_for(before)
+    }
+
+    /// Lets the compute stream wait for copies out, and frees their buffers.
+    fn wait_for(&self, leaving: impl IntoIterator<Item = (Tensor, Arc<CudaEvent>)>) -> Result<(), Error> {
+        for (tensor, left) in leaving {
             self.compute.wait(&left).map_err(failed("waiting for an event"))?;
             drop(tensor);
         }
-        Ok(Parked { memory: Some(memory), left, dtype, dims, state: self.state.clone() })
+        Ok(())
     }
 
     /// Lets the compute stream wait for all copies out, and frees their buffers.
@@ -137,12 +195,12 @@ impl Parking {
     /// # Errors
     /// If the driver refuses.
     pub fn settle(&self) -> Result<(), Error> {
-        let leaving = std::mem::take(&mut lock(&self.state).leaving);
-        for (tensor, left) in leaving {
-            self.compute.wait(&left).map_err(failed("waiting for an event"))?;
-            drop(tensor);
-        }
-        Ok(())
+        let leaving = {
+            let mut state = lock(&self.state);
+            state.left_before = 0;
+            std::mem::take(&mut state.leaving)
+        };
+        self.wait_for(leaving)
     }
 
     /// Starts the copy back into a new buffer.
@@ -164,8 +222,13 @@ impl Parking {
         // the target is a new buffer of that size, which the compute stream uses only after it has waited for `arrived`.
         unsafe { memcpy_htod_async(target.address, memory.bytes(bytes), self.copies.cu_stream()) }
             .map_err(failed("copying activations to the device"))?;
-        let arrived = self.copies.record_event(None).map_err(failed("recording an event"))?;
-        Ok(Returning { tensor, arrived, parked })
+        match self.copies.record_event(None) {
+            Ok(arrived) => Ok(Returning { tensor, arrived, compute: self.compute.clone(), parked }),
+            Err(source) => {
+                let _ = self.copies.synchronize();
+                Err(failed("recording an event")(source))
+            }
+        }
     }
 
     /// The values, ready for the compute stream.
@@ -173,13 +236,18 @@ impl Parking {
     /// # Errors
     /// If the driver refuses.
     pub fn take(&self, returning: Returning) -> Result<Tensor, Error> {
-        let Returning { tensor, arrived, mut parked } = returning;
-        self.compute.wait(&arrived).map_err(failed("waiting for an event"))?;
-        // The next copy out into this memory is on the same stream as the copy back, and so comes after it.
-        if let Some(memory) = parked.memory.take() {
-            lock(&self.state).free.entry(memory.len()).or_default().push(memory);
-        }
+        self.compute.wait(&returning.arrived).map_err(failed("waiting for an event"))?;
+        let tensor = returning.tensor.clone();
+        // The next copy out into the host memory is on the same stream as the copy back, and so comes after it.
+        drop(returning);
         Ok(tensor)
+    }
+}
+
+impl Drop for Returning {
+    fn drop(&mut self) {
+        // After `take` this waits for what has been waited for.
+        let _ = self.compute.wait(&self.arrived);
     }
 }
 
@@ -195,5 +263,22 @@ impl Drop for Parking {
     fn drop(&mut self) {
         // Host memory must outlive the copies that use it.
         let _ = self.copies.synchronize();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn sizes_of_like_batches_are_one_class_and_little_is_lost() {
+        for tokens in 1000..1100 {
+            let bytes = tokens * 7168;
+            let class = size_class(bytes);
+            assert!(class >= bytes && class <= bytes + bytes / 8, "{bytes}: {class}");
+        }
+        let classes: std::collections::BTreeSet<usize> = (4096..8192).map(|tokens| size_class(tokens * 7168)).collect();
+        assert!(classes.len() <= 10, "{classes:?}");
+        assert_eq!(size_class(1), 4096);
     }
 }

@@ -65,7 +65,7 @@ template <typename T> struct Work {
   int ranks, gate_ranks, up_ranks; // 0: there is no such adapter
   bool has_grad_a;
   int rows, cols, share;
-  float4 *partials; // [shares, warps of all columns, PARTS, 8, 32]
+  float4 *partials; // [shares, warps of all columns, PARTS, GROUPS, TILES, 32]
 };
 
 __device__ __forceinline__ float sigmoid(float x) {
@@ -102,18 +102,15 @@ __device__ __forceinline__ void multiply(float &c0, float &c1, float &c2, float 
   }
 }
 
-// Copies the thread's part of a row to shared memory, or zeros.
-template <int BYTES> __device__ __forceinline__ void copy(uint32_t to, const void *from, bool is_there) {
-  if constexpr (BYTES == 16) {
-    attention::copy_16_bytes(to, from, is_there);
-  } else {
+// Copies the thread's part of a row, 8 bytes, to shared memory, or zeros.
+__device__ __forceinline__ void copy(uint32_t to, const void *from, bool is_there) {
+  static_assert(BYTES == 8, "one access");
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(is_there ? 8 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(is_there ? 8 : 0) : "memory");
 #else
-    uint2 x = is_there ? *static_cast<const uint2 *>(from) : make_uint2(0, 0);
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+  uint2 x = is_there ? *static_cast<const uint2 *>(from) : make_uint2(0, 0);
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
 #endif
-  }
 }
 
 // Ends a group of copies.
@@ -207,9 +204,9 @@ __global__ void __launch_bounds__(THREADS, Sizes<RANKS>::BLOCKS)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         bool is_there = has_columns && next + 2 * quad + i < end;
-        copy<BYTES>(to + i * PLANE, dy + i * work.dy.stride, is_there);
-        copy<BYTES>(to + (2 + i) * PLANE, gate + i * work.gate.stride, is_there);
-        copy<BYTES>(to + (4 + i) * PLANE, up + i * work.up.stride, is_there);
+        copy(to + i * PLANE, dy + i * work.dy.stride, is_there);
+        copy(to + (2 + i) * PLANE, gate + i * work.gate.stride, is_there);
+        copy(to + (4 + i) * PLANE, up + i * work.up.stride, is_there);
       }
       if (is_low) {
         bool is_there = has_low && next + static_cast<int>(threadIdx.x % 8) < end;

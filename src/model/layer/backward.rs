@@ -192,7 +192,8 @@ impl DecoderLayer {
         pass: &Pass<'_>,
     ) -> Result<(MlpGradients, Wide, linear::SavedGroup), Error> {
         let SavedOutputs { attended, o, stream, norm, normed, gate, up, gate_up, down } = saved;
-        // The activation is made again: it is as large as the gate and costs nothing beside the multiplies.
+        // The activation is not kept: it is as large as the gate and costs nothing beside the multiplies to make again, if a
+        // kernel does not do what it is for.
         let [gate_proj, up_proj] = self.group(GATE_UP);
         let (d_gate, d_up, has_b_gradients) = self.with_group(DOWN, pass, |group, mode| {
             let (d_activated, carried) = linear::backward_input(group, std::slice::from_ref(dy), &down, mode)?;

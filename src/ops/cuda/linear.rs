@@ -288,7 +288,7 @@ pub(crate) fn forward(
         axpby(device, matrix(&y)?.rows(0, known_rows), 1.0, matrix(known)?, 0.0)?;
     }
     let rows = |m: Matrix| m.rows(known_rows, m.rows - known_rows);
-    // What is computed again is computed for its backward.
+    // What is computed again is computed for its backward. (That of queries, keys and values comes after the MLP's.)
     let bytes = group.outputs * (group.inputs + group.ranks) * dtype.size_in_bytes();
     let is_soon_backward = first.is_some() && residual.is_none() && bytes <= most_waiting_bytes(x.rows());
     let mut weights = Vec::new();

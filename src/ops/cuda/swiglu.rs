@@ -79,6 +79,9 @@ fn adapters_around(dy: &InputGradient, around: &Around<'_>) -> Result<Option<Mlp
     if !around.mode.dropouts.is_empty() || around.down.weight_grad.is_some() {
         return Ok(None);
     }
+    if dy.parts().1.is_some() && around.down.adapter.is_none() {
+        return Ok(None);
+    }
     let mut adapters = MlpAdapters::default();
     if let (Some((d_low, a)), Some(adapter)) = (dy.parts().1, &around.down.adapter) {
         let grad_a = adapter.a.grad.as_ref().map(matrix).transpose()?;

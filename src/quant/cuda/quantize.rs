@@ -70,7 +70,7 @@ impl Quantizer {
         let maxima = empty(device, count.div_ceil(BLOCK_LEN), DType::F32)?;
         let is_fp4 = quant_type == QuantType::Fp4;
         quantize_nf4(device, array(&packed)?, array(&maxima)?, array(&values)?, dtype, count, is_fp4)?;
-        // This waits for the device, so that the staging may be used again.
+        // This waits for the device, so that the staging may be used again. (After an error nothing is quantised any more.)
         if download_u32(&bad)?.iter().any(|&n| n > 0) {
             return Ok(None);
         }
