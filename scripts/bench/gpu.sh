@@ -2,7 +2,7 @@
 # GPU speed and memory of training steps of a 7B shape: NF4 double-quantised, LoRA r=16 on all projections, AdamW.
 # Usage: gpu.sh [FOLDER]   FOLDER is new or empty; default target/bench-gpu/DATE-TIME. It gets one JSON line per measurement in
 #                          sft.jsonl, long.jsonl and grpo.jsonl, the console in console.txt, the machine in machine.txt, and the
-#                          table in table.md. A few minutes after the build.
+#                          table in table.md. Some ten minutes after the build; 1x65536 takes 40 GB of host memory.
 # TRAINER=PATH takes that program instead of building one with --features cuda,nccl; STEPS=N measures N steps (default 10).
 set -euo pipefail
 here=$PWD
@@ -36,7 +36,7 @@ measure() {
 }
 measure sft --work 1x2048 --work 4x2048 --work 1x8192 --activations recompute --activations offload
 measure sft --work 4x2048 --activations keep
-measure long --work 1x32768 --activations offload
+measure long --work 1x32768 --work 1x65536 --activations offload
 measure grpo --work 4x4x128+256 --activations recompute --activations offload
 
 cat "$out"/{sft,long,grpo}.jsonl | awk '

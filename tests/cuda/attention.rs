@@ -1,9 +1,11 @@
 //! Attention against plain loops in f64.
 
+use std::time::Instant;
+
 use candle_core::{DType, Device, Tensor};
 use trainer::kernels::cuda::{
     AttentionPlan, AttentionVariant, Matrix, SegmentRange, array, attention_backward_with, attention_forward_with,
-    matrix,
+    empty, matrix, synchronize,
 };
 
 use crate::support::{assert_close, device, download, random, upload};
@@ -269,4 +271,88 @@ fn attention_of_no_tokens_does_nothing_and_wrong_shapes_are_refused() {
     run(&empty, x.columns(0, 32), 1, 1).unwrap_err();
     run(&empty, x, 2, 2).unwrap_err(); // lse is too short
     run(&empty, x, 3, 1).unwrap_err();
+}
+
+/// One after the other; `answers`: behind each of them, which then is their prompt.
+fn packed(lengths: &[usize], answers: &[usize]) -> Vec<SegmentRange> {
+    let mut segments: Vec<SegmentRange> = Vec::new();
+    let mut push = |length: usize, prefix| {
+        let start = segments.last().map_or(0, |last| last.end);
+        segments.push(SegmentRange { start, end: start + length, prefix });
+        (start, start + length)
+    };
+    for &length in lengths {
+        let prompt = push(length, None);
+        for &answer in answers {
+            push(answer, Some(prompt));
+        }
+    }
+    segments
+}
+
+#[test]
+#[ignore = "gpu"]
+#[expect(clippy::print_stdout, reason = "a table for the reader")]
+fn bench_attention() {
+    use AttentionVariant::{Automatic, TensorCores};
+    let device = device();
+    let batches = [
+        ("1 x 2048", packed(&[2048], &[]), (28, 4, 128)),
+        ("4 x 2048", packed(&[2048; 4], &[]), (28, 4, 128)),
+        ("1 x 8192", packed(&[8192], &[]), (28, 4, 128)),
+        ("4 x (128 + 8 x 255)", packed(&[128; 4], &[255; 8]), (28, 4, 128)),
+        ("400 x 20", packed(&[20; 400], &[]), (28, 4, 128)),
+        ("4 x 2048", packed(&[2048; 4], &[]), (14, 2, 64)),
+    ];
+    println!("batch, heads, kv, d | kernels | forward: ms  TFLOP/s | backward: ms  TFLOP/s");
+    for (name, segments, (heads, kv_heads, d)) in batches {
+        let n = segments.last().unwrap().end;
+        let seen = |s: &SegmentRange| {
+            let (own, prefix) = (s.end - s.start, s.prefix.map_or(0, |(start, end)| end - start));
+            own * (own + 1) / 2 + own * prefix
+        };
+        let flops = (segments.iter().map(seen).sum::<usize>() * heads * d) as f64;
+        let values = |name, width: usize| upload(&device, &random(name, n * width), (n, width), DType::BF16);
+        let (qkv, d_out) = (values("qkv", (heads + 2 * kv_heads) * d), values("d_out", heads * d));
+        let qkv = matrix(&qkv).unwrap();
+        let [q, k, v] = [(0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads)]
+            .map(|(first, count)| qkv.columns(first * d, count * d));
+        let narrow = || empty(&device, (n, kv_heads * d), DType::BF16).unwrap();
+        let (o, dq) = (values("o", heads * d), values("dq", heads * d));
+        let (dk, dv) = (narrow(), narrow());
+        let [o, dq, dk, dv, d_out] = [&o, &dq, &dk, &dv, &d_out].map(|tensor| matrix(tensor).unwrap());
+        let floats = [(); 2].map(|()| empty(&device, heads * n, DType::F32).unwrap());
+        let [lse, delta] = [0, 1].map(|i| array(&floats[i]).unwrap());
+        for (kernels, variant, is_deterministic) in
+            [("automatic", Automatic, false), ("fixed order", Automatic, true), ("mma.sync", TensorCores, true)]
+        {
+            let mut plan = AttentionPlan::new(&device, &segments).unwrap();
+            plan.set_deterministic(is_deterministic);
+            let millis = |run: &dyn Fn()| {
+                let times = |count: u32| {
+                    let start = Instant::now();
+                    (0..count).for_each(|_| run());
+                    synchronize(&device).unwrap();
+                    1e3 * start.elapsed().as_secs_f64() / f64::from(count)
+                };
+                times(3);
+                times(20)
+            };
+            let forward = millis(&|| {
+                attention_forward_with(variant, &device, &plan, o, lse, q, k, v, heads, kv_heads).unwrap();
+            });
+            let backward = millis(&|| {
+                attention_backward_with(
+                    variant, &device, &plan, dq, dk, dv, d_out, q, k, v, o, lse, delta, heads, kv_heads,
+                )
+                .unwrap();
+            });
+            let rate = |passes: f64, millis: f64| passes * flops / millis * 1e-9;
+            println!(
+                "{name:20} {heads:2} {kv_heads} {d:3} | {kernels:11} | {forward:8.3} {:7.0} | {backward:8.3} {:7.0}",
+                rate(4.0, forward),
+                rate(10.0, backward)
+            );
+        }
+    }
 }

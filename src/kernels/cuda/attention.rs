@@ -411,9 +411,13 @@ pub fn attention_backward_with(
     // row, as checked above; the work is ordered by the device's one compute stream.
     let code = unsafe { trainer_attention_delta(delta, d_out, o.into(), heads, variant, stream) };
     launched("attention_delta", code)?;
-    // SAFETY: the call uses nothing but its arguments and the device's properties.
-    let num_sums = unsafe { trainer_attention_backward_sums(dq, dk, dv, d_out, q, k, v, heads, kv_heads, variant) };
-    if num_sums > 0 && is_fused_chosen {
+    let num_sums = if is_fused_chosen {
+        // SAFETY: the call uses nothing but its arguments and the device's properties.
+        unsafe { trainer_attention_backward_sums(dq, dk, dv, d_out, q, k, v, heads, kv_heads, variant) }
+    } else {
+        0
+    };
+    if num_sums > 0 {
         let dq_sums = empty(device, num_sums as usize, DType::F32)?;
         let dq_sums = array(&dq_sums)?.address;
         // SAFETY: all addresses are views of live device memory whose sizes were checked above, the workspace is as
