@@ -318,12 +318,17 @@ impl Bench {
         if !device.is_cuda() {
             return Ok(BTreeMap::new());
         }
-        self.synchronize()?;
-        let started = Instant::now();
-        profile::start();
-        self.step(batch, work)?;
-        let by_phase = profile::stop(&device)?;
-        let all = started.elapsed().as_secs_f64();
+        let mut timed = || {
+            self.synchronize()?;
+            let started = Instant::now();
+            profile::start();
+            self.step(batch, work)?;
+            let by_phase = profile::stop(&device)?;
+            Ok::<_, anyhow::Error>((started.elapsed().as_secs_f64(), by_phase))
+        };
+        // Of two, for one may hold a trial of algorithms.
+        let (one, other) = (timed()?, timed()?);
+        let (all, by_phase) = if one.0 < other.0 { one } else { other };
         let mut phases: BTreeMap<String, f64> =
             by_phase.iter().map(|(phase, &secs)| (phase.name().to_string(), secs)).collect();
         phases.insert("rest and gaps".into(), (all - by_phase.values().sum::<f64>()).max(0.0));

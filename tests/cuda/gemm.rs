@@ -269,6 +269,35 @@ fn tuning_changes_no_result_but_rounding() {
 
 #[test]
 #[ignore = "gpu"]
+fn products_used_for_long_are_tuned_again_and_stay_the_same() {
+    let _held = TUNING.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = device();
+    // Long enough for a second trial, and used often enough.
+    let (size, uses) = (4096, 200);
+    let (a, b) = (noise(&device, size, size), noise(&device, size, size));
+    let run = |d: &Tensor, accumulate| {
+        let (a, b) = ((matrix(&a).unwrap(), Side::Plain), (matrix(&b).unwrap(), Side::Transposed));
+        gemm(&device, matrix(d).unwrap(), a, b, 1.0, accumulate, None).unwrap();
+    };
+    let result = || Tensor::zeros((size, size), DType::F32, &device).unwrap();
+    let want = result();
+    run(&want, Accumulate::No);
+    let want = download(&want);
+    let largest = want.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+    tune(&device, true).unwrap();
+    let (plain, sum) = (result(), result());
+    for _ in 0..uses {
+        run(&plain, Accumulate::No);
+        run(&sum, Accumulate::Into);
+    }
+    tune(&device, false).unwrap();
+    let mean: Vec<f32> = download(&sum).into_iter().map(|x| x / uses as f32).collect();
+    assert_close("made again and again", &download(&plain), &want, 1e-4 * largest);
+    assert_close("added up", &mean, &want, 1e-3 * largest);
+}
+
+#[test]
+#[ignore = "gpu"]
 fn arguments_that_do_not_fit_are_named() {
     let device = device();
     let tensor = |shape, dtype| Tensor::zeros(shape, dtype, &device).unwrap();

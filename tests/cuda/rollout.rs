@@ -73,34 +73,53 @@ fn generate(
     (completions, statistics)
 }
 
+/// Checks completions in f32 against the CPU's.
+fn check_completions(architecture: &'static str, head_dim: usize, has_adapter: bool) {
+    let requests = requests(&[1, 15, 16, 17, 40, 150, 5]);
+    let tiny = tiny(architecture, head_dim, has_adapter);
+    let (host, gpu) = (tiny.engine(&Device::Cpu, Types::F32), tiny.engine(&device(), Types::F32));
+    let page_bytes = kv_shape(&gpu).page_bytes();
+    assert_eq!(page_bytes, kv_shape(&host).page_bytes());
+    for temperature in [0.0, 1.0] {
+        for pages in [FEW_PAGES, 500] {
+            let (want, _) = generate(&host, settings(pages * page_bytes), &requests, temperature);
+            let (got, statistics) = generate(&gpu, settings(pages * page_bytes), &requests, temperature);
+            let case = format!("{tiny:?} at {temperature}, {pages} pages, TRAINER_TEST_SEED={}", seed());
+            assert_eq!(statistics.preemptions > 0, pages == FEW_PAGES, "{case}: {statistics:?}");
+            for (got, want) in got.iter().zip(&want) {
+                assert_eq!(got.token_ids, want.token_ids, "{case}: sample {}", got.sample_id);
+                assert_eq!(got.finish, want.finish, "{case}: sample {}", got.sample_id);
+                for (got, want) in got.logprobs.iter().zip(&want.logprobs) {
+                    assert!((got - want).abs() < F32, "{case}: {got}, on the CPU {want}");
+                }
+            }
+            assert_eq!(got.len(), requests.len());
+        }
+    }
+}
+
 #[test]
 #[ignore = "gpu"]
 fn completions_in_f32_are_those_of_the_cpu() {
-    let requests = requests(&[1, 15, 16, 17, 40, 150, 5]);
-    for (architecture, head_dim, has_adapter) in
-        [("qwen2", 16, false), ("qwen3", 24, true), ("qwen2", 16, true), ("qwen3", 64, false)]
-    {
-        let tiny = tiny(architecture, head_dim, has_adapter);
-        let (host, gpu) = (tiny.engine(&Device::Cpu, Types::F32), tiny.engine(&device(), Types::F32));
-        let page_bytes = kv_shape(&gpu).page_bytes();
-        assert_eq!(page_bytes, kv_shape(&host).page_bytes());
-        for temperature in [0.0, 1.0] {
-            for pages in [FEW_PAGES, 500] {
-                let (want, _) = generate(&host, settings(pages * page_bytes), &requests, temperature);
-                let (got, statistics) = generate(&gpu, settings(pages * page_bytes), &requests, temperature);
-                let case = format!("{tiny:?} at {temperature}, {pages} pages, TRAINER_TEST_SEED={}", seed());
-                assert_eq!(statistics.preemptions > 0, pages == FEW_PAGES, "{case}: {statistics:?}");
-                for (got, want) in got.iter().zip(&want) {
-                    assert_eq!(got.token_ids, want.token_ids, "{case}: sample {}", got.sample_id);
-                    assert_eq!(got.finish, want.finish, "{case}: sample {}", got.sample_id);
-                    for (got, want) in got.logprobs.iter().zip(&want.logprobs) {
-                        assert!((got - want).abs() < F32, "{case}: {got}, on the CPU {want}");
-                    }
-                }
-                assert_eq!(got.len(), requests.len());
-            }
-        }
-    }
+    check_completions("qwen2", 16, false);
+}
+
+#[test]
+#[ignore = "gpu"]
+fn completions_in_f32_with_adapters_are_those_of_the_cpu() {
+    check_completions("qwen2", 16, true);
+}
+
+#[test]
+#[ignore = "gpu"]
+fn completions_in_f32_of_qwen3_are_those_of_the_cpu() {
+    check_completions("qwen3", 64, false);
+}
+
+#[test]
+#[ignore = "gpu"]
+fn completions_in_f32_of_qwen3_with_adapters_are_those_of_the_cpu() {
+    check_completions("qwen3", 24, true);
 }
 
 /// The trainer's log-probabilities of a completion.

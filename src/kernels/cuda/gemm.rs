@@ -19,7 +19,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::{CUDA_MEMCPY2D, CUmemorytype, cuMemcpy2DAsync_v2, cuMemsetD2D8Async};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use self::choice::{Key, MAX_CANDIDATES};
+use self::choice::{Key, MAX_CANDIDATES, Tuned};
 use self::descriptors::Descriptors;
 use super::memory::{Matrix, Pointer, cuda, matrix};
 use super::{Error, argument};
@@ -122,8 +122,8 @@ pub fn gemm(
 /// Whether products of a new kind try several algorithms and keep the fastest. Off at first. Products whose sizes are alike
 /// are of one kind.
 ///
-/// A trial takes some milliseconds and, where a result is added to, memory for another one of up to 256 MiB. A change
-/// forgets earlier choices.
+/// A trial takes some milliseconds and, where a result is added to, memory for another one of up to 256 MiB. Kinds that take
+/// long have a second trial of up to half a second when they have been used some times. A change forgets earlier choices.
 ///
 /// # Errors
 /// If `device` is no GPU, or memory for the workspace runs out.
@@ -131,7 +131,7 @@ pub fn tune(device: &Device, on: bool) -> Result<(), Error> {
     let library = library(device)?;
     let mut choices = locked(&library.choices);
     if choices.is_tuning != on {
-        *choices = Choices { is_tuning: on, algorithms: HashMap::new(), fastest: HashMap::new() };
+        *choices = Choices { is_tuning: on, algorithms: HashMap::new(), tuned: HashMap::new() };
     }
     Ok(())
 }
@@ -184,7 +184,7 @@ struct Choices {
     /// `None`: the library has no algorithm for it.
     algorithms: HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>,
     /// The fastest ones, by sizes alike.
-    fastest: HashMap<Key, sys::cublasLtMatmulAlgo_t>,
+    tuned: HashMap<Key, Tuned>,
 }
 
 /// By GPU and stream.
@@ -222,7 +222,7 @@ fn library(device: &Device) -> Result<Arc<Library>, Error> {
         let status = source.0;
         candle_core::Error::wrap(format!("cuBLASLt cannot start on GPU {}: {status:?}", context.ordinal()))
     })?;
-    let choices = Mutex::new(Choices { is_tuning: false, algorithms: HashMap::new(), fastest: HashMap::new() });
+    let choices = Mutex::new(Choices { is_tuning: false, algorithms: HashMap::new(), tuned: HashMap::new() });
     let library = Arc::new(Library { handle: Handle(handle), workspace, choices });
     libraries.insert(key, Arc::clone(&library));
     Ok(library)
@@ -277,33 +277,14 @@ impl Product {
         };
         let key = self.key();
         let mut choices = locked(&library.choices);
-        let chosen = if let Some(chosen) = choices.algorithms.get(&key) {
-            *chosen
-        } else {
-            let like = key.of_like_sizes();
-            let known = choices.fastest.get(&like).copied().filter(|_| choices.is_tuning);
-            let chosen = if let Some(known) = known.filter(|known| library.takes(&descriptors, known)) {
-                Some(known)
-            } else {
-                let is_trial = choices.is_tuning && known.is_none();
-                let count = if is_trial { MAX_CANDIDATES } else { 1 };
-                let found = library.candidates(self, &descriptors, count).map_err(|error| self.failed(error))?;
-                let chosen = match found[..] {
-                    [] => None,
-                    [only] => Some(only),
-                    _ => library.fastest(self, &descriptors, &found, device, stream)?,
-                };
-                if let (true, Some(chosen)) = (is_trial, chosen) {
-                    choices.fastest.insert(like, chosen);
-                }
-                chosen
-            };
-            choices.algorithms.insert(key, chosen);
-            chosen
+        let chosen = match choices.algorithms.get(&key) {
+            Some(chosen) => *chosen,
+            None => library.choose(self, key, &descriptors, &mut choices, device, stream)?,
         };
         let Some(algorithm) = chosen else {
             return Ok(false);
         };
+        let algorithm = library.used(self, key, &descriptors, algorithm, &mut choices, device, stream)?;
         match library.launch(self, &descriptors, &algorithm, stream) {
             Ok(()) => Ok(true),
             Err(error) if is_refusal(error) => {
@@ -365,6 +346,64 @@ impl Product {
 }
 
 impl Library {
+    /// Chooses an algorithm for a product that has not been made yet; `None` if there is none.
+    fn choose(
+        &self,
+        product: &Product,
+        key: Key,
+        descriptors: &Descriptors,
+        choices: &mut Choices,
+        device: &Device,
+        stream: &Arc<CudaStream>,
+    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, Error> {
+        let like = key.of_like_sizes();
+        let known = choices.tuned.get(&like).map(|tuned| tuned.algorithm);
+        let chosen = if let Some(known) = known.filter(|known| self.takes(descriptors, known)) {
+            Some(known)
+        } else {
+            let is_trial = choices.is_tuning && known.is_none();
+            let count = if is_trial { MAX_CANDIDATES } else { 1 };
+            let found = self.candidates(product, descriptors, count).map_err(|error| product.failed(error))?;
+            if let [_, _, ..] = found[..] {
+                let tuned = self.first_trial(product, descriptors, &found, device, stream)?;
+                let chosen = tuned.as_ref().map(|tuned| tuned.algorithm);
+                choices.tuned.extend(tuned.map(|tuned| (like, tuned)));
+                chosen
+            } else {
+                found.first().copied()
+            }
+        };
+        choices.algorithms.insert(key, chosen);
+        Ok(chosen)
+    }
+
+    /// Counts a product that is about to be made and returns its algorithm, which may be another when that has been used for
+    /// some time.
+    #[expect(clippy::too_many_arguments, reason = "a product and all that it runs on")]
+    fn used(
+        &self,
+        product: &Product,
+        key: Key,
+        descriptors: &Descriptors,
+        algorithm: sys::cublasLtMatmulAlgo_t,
+        choices: &mut Choices,
+        device: &Device,
+        stream: &Arc<CudaStream>,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, Error> {
+        let like = key.of_like_sizes();
+        let Some(tuned) = choices.tuned.get_mut(&like).filter(|tuned| tuned.algorithm.data == algorithm.data) else {
+            return Ok(algorithm);
+        };
+        if !tuned.is_due() {
+            return Ok(algorithm);
+        }
+        tuned.decide(self.second_trial(product, descriptors, tuned, device, stream)?);
+        let chosen = tuned.algorithm;
+        choices.algorithms.retain(|key, _| key.of_like_sizes() != like);
+        choices.algorithms.insert(key, Some(chosen));
+        Ok(chosen)
+    }
+
     fn launch(
         &self,
         product: &Product,
