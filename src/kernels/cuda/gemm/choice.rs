@@ -34,9 +34,11 @@ const CLEARLY_FASTER: f32 = 0.98;
 const MAX_FINALISTS: usize = 6;
 const FINALIST: f32 = 1.05;
 
-/// Milliseconds that products of a kind have taken when their second trial comes, and that one of them takes at least.
+/// Milliseconds that products of a kind have taken when their second trial comes, and that one of them takes at least; and
+/// least rows, columns and summands: memory bounds what is smaller, not power.
 const USED_MS: f32 = 20.0;
 const LONG_MS: f32 = 0.1;
+const LEAST_SIZE: usize = 512;
 
 /// Milliseconds that an algorithm runs before it is timed in the second trial, and while it is.
 const LOADED_MS: f32 = 40.0;
@@ -173,8 +175,11 @@ impl Library {
         let Some(&first) = usable.first() else { return Ok(None) };
         usable.sort_by(|a, b| a.0.total_cmp(&b.0));
         let best = if usable[0].0 < CLEARLY_FASTER * first.0 { usable[0] } else { first };
-        let finalists = usable.iter().filter(|one| one.0 <= FINALIST * fastest).map(|one| *one.1).take(MAX_FINALISTS);
-        Ok(Some(Tuned { algorithm: *best.1, ms: best.0, used_ms: 0.0, finalists: finalists.collect() }))
+        let is_large = [product.m, product.n, product.k].iter().all(|&size| size >= LEAST_SIZE);
+        let ms = best.0;
+        let near = usable.iter().filter(|one| one.0 <= FINALIST * fastest && ms >= LONG_MS && is_large);
+        let finalists = near.map(|one| *one.1).take(MAX_FINALISTS).collect();
+        Ok(Some(Tuned { algorithm: *best.1, ms, used_ms: 0.0, finalists }))
     }
 
     /// Of the algorithms that the first trial left, the one that is fastest when it runs without a pause.
@@ -225,7 +230,7 @@ impl Tuned {
     /// Counts one product; true when it is time for the second trial.
     pub(super) fn is_due(&mut self) -> bool {
         self.used_ms += self.ms;
-        self.used_ms >= USED_MS && self.ms >= LONG_MS && self.finalists.len() > 1
+        self.used_ms >= USED_MS && self.finalists.len() > 1
     }
 
     pub(super) fn decide(&mut self, algorithm: sys::cublasLtMatmulAlgo_t) {
