@@ -35,9 +35,9 @@ measure() {
     tee -a "$out/console.txt"
 }
 measure sft --work 1x2048 --work 4x2048 --work 1x8192 --activations recompute --activations offload
-measure sft --work 4x2048 --activations keep
+measure sft --work 1x2048 --work 4x2048 --work 1x8192 --activations keep
 measure long --work 1x32768 --work 1x65536 --activations offload
-measure grpo --work 4x4x128+256 --activations recompute --activations offload
+measure grpo --work 4x4x128+256 --activations recompute --activations offload --activations keep
 
 cat "$out"/{sft,long,grpo}.jsonl | awk '
   function value(name) {
