@@ -54,7 +54,11 @@ impl CommandReward {
         Ok(Self { name, command, timeout_secs, process: Some(process), next_id: 1 })
     }
 
-    fn exchange(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, ProgramError> {
+    fn exchange(
+        &mut self,
+        samples: &[Sample<'_>],
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<f64>>, ProgramError> {
         let id = self.next_id;
         self.next_id += 1;
         let process = self.process.as_mut().ok_or(ProgramError::Stopped)?;
@@ -62,7 +66,7 @@ impl CommandReward {
         let limit = Duration::from_secs_f64(self.timeout_secs.min(30.0 * 86_400.0));
         let deadline = Instant::now() + limit;
         process.send(request(id, samples));
-        match process.receive(deadline) {
+        match process.receive(deadline, is_interrupted) {
             Received::Line(line) => scores(id, &line, samples.len()),
             Received::TooLong(start) => Err(ProgramError::NotAnAnswer {
                 id,
@@ -70,6 +74,7 @@ impl CommandReward {
                 line: excerpt(&start),
             }),
             Received::Nothing => Err(ProgramError::TimedOut { id, samples: samples.len(), seconds: self.timeout_secs }),
+            Received::Interrupted => Err(ProgramError::Interrupted),
             Received::End => Err(ProgramError::Died { id, status: process.wait(Duration::from_secs(1)) }),
         }
     }
@@ -99,13 +104,24 @@ impl Reward for CommandReward {
     }
 
     fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> {
+        self.score_unless(samples, &|| false)
+    }
+
+    fn score_unless(
+        &mut self,
+        samples: &[Sample<'_>],
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<f64>>, Error> {
         if samples.is_empty() {
             return Ok(Vec::new());
         }
-        self.exchange(samples).map_err(|problem| {
+        self.exchange(samples, is_interrupted).map_err(|problem| {
             // After any failure the conversation is out of step: stop the program and keep its last words.
             let stderr = self.process.take().map_or_else(Vec::new, Process::kill);
-            failure(&self.name, &self.command, problem, stderr)
+            match problem {
+                ProgramError::Interrupted => Error::Interrupted { name: self.name.clone() },
+                problem => failure(&self.name, &self.command, problem, stderr),
+            }
         })
     }
 }

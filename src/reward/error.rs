@@ -82,6 +82,12 @@ pub enum Error {
         /// The last lines it wrote to standard error, oldest first.
         stderr: Vec<String>,
     },
+    /// The run was asked to stop while a reward program was at work; the program was killed.
+    #[error("reward program `{name}` was stopped with the run")]
+    Interrupted {
+        /// Name of the reward.
+        name: String,
+    },
 }
 
 /// How a reward program failed.
@@ -121,6 +127,9 @@ pub enum ProgramError {
         /// How it ended, if the system said so.
         status: Option<ExitStatus>,
     },
+    /// The run was asked to stop while an answer was due.
+    #[error("was stopped with the run")]
+    Interrupted,
     /// An earlier call failed, and the program was stopped then.
     #[error("is not running any more: it failed in an earlier batch")]
     Stopped,

@@ -54,4 +54,18 @@ pub trait Reward: Send {
     /// # Errors
     /// If a sample lacks a column the reward needs, or a reward program fails.
     fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error>;
+
+    /// As [`Reward::score`], but given up as soon as `is_interrupted`, which a reward that waits for another process asks
+    /// while it waits. Those that compute are done soon and go on to the end.
+    ///
+    /// # Errors
+    /// Those of [`Reward::score`]; [`Error::Interrupted`] if it was given up.
+    fn score_unless(
+        &mut self,
+        samples: &[Sample<'_>],
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<f64>>, Error> {
+        let _ = is_interrupted;
+        self.score(samples)
+    }
 }

@@ -216,3 +216,36 @@ fn tempfile_folder(name: &str) -> std::path::PathBuf {
     std::fs::create_dir_all(&folder).expect("created");
     folder
 }
+
+#[test]
+fn a_wait_for_an_answer_is_given_up_when_the_run_is_to_stop_and_the_group_is_killed() {
+    let folder = tempfile_folder("interrupted");
+    let pid_file = folder.join("pid");
+    let script = format!("sleep 300 & echo $! > {}; cat > /dev/null; wait", pid_file.display());
+    let mut reward = shell(&script, 3600.0);
+    let (prompt, row) = (json!("p"), Map::new());
+    let sample = Sample {
+        prompt: &prompt,
+        prompt_text: "p",
+        completion: "c",
+        completion_tokens: 1,
+        max_completion_length: 4,
+        is_truncated: false,
+        row: &row,
+    };
+    let started = Instant::now();
+    let is_interrupted = || started.elapsed() > Duration::from_millis(300);
+    let error = reward.score_unless(&[sample], &is_interrupted).expect_err("given up");
+    assert!(matches!(&error, Error::Interrupted { name } if name == "mine"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(3), "took {:?}", started.elapsed());
+    let pid = std::fs::read_to_string(pid_file).expect("a process id");
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while is_running(pid.trim()) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!is_running(pid.trim()), "the program's child is still there");
+    // Rewards that compute do not ask.
+    let mut builtin = build(&RewardSpec::Builtin { name: "format".to_owned(), parameters: Map::new() })
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(builtin.score_unless(&[sample], &|| true).expect("scores"), [Some(0.0)]);
+}

@@ -20,6 +20,8 @@ const KEPT_LINES: usize = 20;
 const LONGEST_KEPT: u64 = 500;
 /// How long a process may take to exit by itself once its standard input ends.
 const GRACE: Duration = Duration::from_secs(1);
+/// How often a wait for an answer asks whether it should be given up.
+const TICK: Duration = Duration::from_millis(50);
 
 type LastLines = Arc<Mutex<VecDeque<String>>>;
 
@@ -44,6 +46,8 @@ pub(super) enum Received {
     TooLong(String),
     /// Nothing until the deadline.
     Nothing,
+    /// The wait was given up.
+    Interrupted,
     /// Standard output has ended.
     End,
 }
@@ -84,13 +88,18 @@ impl Process {
         }
     }
 
-    /// Waits for the next line until `deadline`.
-    pub(super) fn receive(&self, deadline: Instant) -> Received {
-        match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Line::Whole(line)) => Received::Line(line),
-            Ok(Line::TooLong(start)) => Received::TooLong(start),
-            Err(RecvTimeoutError::Timeout) => Received::Nothing,
-            Err(RecvTimeoutError::Disconnected) => Received::End,
+    /// Waits for the next line until `deadline`, or until `is_interrupted`.
+    pub(super) fn receive(&self, deadline: Instant, is_interrupted: &dyn Fn() -> bool) -> Received {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left.min(TICK)) {
+                Ok(Line::Whole(line)) => return Received::Line(line),
+                Ok(Line::TooLong(start)) => return Received::TooLong(start),
+                Err(RecvTimeoutError::Disconnected) => return Received::End,
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => return Received::Nothing,
+                Err(RecvTimeoutError::Timeout) if is_interrupted() => return Received::Interrupted,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
         }
     }
 
