@@ -111,7 +111,11 @@ pub fn advantages(inputs: &AdvantageInputs<'_>) -> Result<AdvantageOutput, Error
         }
         RewardAggregation::NormalizeThenSum => {
             let normalised = normalise_within_groups(rewards, functions, group_size);
-            let sums = weighted_sums(&normalised, weights);
+            // A completion that some function scored counts, with 0 where that function scored no other of its group.
+            let is_scored = totals.iter().map(|total| !total.is_nan());
+            let sums: Vec<f64> = (weighted_sums(&normalised, weights).into_iter().zip(is_scored))
+                .map(|(sum, is_scored)| if sum.is_nan() && is_scored { 0.0 } else { sum })
+                .collect();
             let batch = Moments::of(&sums);
             (sums.iter().map(|sum| sum - batch.mean).collect(), vec![batch.std_or_zero(count); count])
         }

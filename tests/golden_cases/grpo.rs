@@ -32,6 +32,7 @@ const LARGE_REWARD: f64 = 1e4;
 pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     losses(folder, report).context("loss")?;
     advantage_cases(folder, report).context("advantages")?;
+    sparse_advantages(folder, report).context("sparse advantages")?;
     let mut runs: Vec<_> = std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
     runs.sort();
     for run in runs {
@@ -292,6 +293,43 @@ fn advantage_cases(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
         }
     }
     truncation_masks(&file, &tensors, report)
+}
+
+/// A batch in which functions score few completions or none; absent where a group of cases has no such file.
+#[derive(Deserialize)]
+struct SparseCase {
+    functions: Vec<String>,
+    num_generations: usize,
+    weights: Vec<f64>,
+    aggregation: String,
+    scale: String,
+    rewards: Vec<Vec<Option<f64>>>,
+    advantages: Vec<f32>,
+    metrics: BTreeMap<String, Option<f64>>,
+}
+
+fn sparse_advantages(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
+    if !folder.join("sparse_advantages.json").is_file() {
+        return Ok(());
+    }
+    let cases: Vec<SparseCase> = serde_json::from_value(read(folder, "sparse_advantages.json")?)?;
+    for (index, case) in cases.iter().enumerate() {
+        let name = format!("sparse {index} ({}: {})", case.aggregation, case.functions.join(", "));
+        let rewards: Vec<f64> = case.rewards.iter().flatten().map(|reward| reward.unwrap_or(f64::NAN)).collect();
+        let output = advantages(&AdvantageInputs {
+            rewards: &rewards,
+            weights: &case.weights,
+            group_size: case.num_generations,
+            aggregation: case.aggregation.parse().ok().context("aggregation")?,
+            scale: case.scale.parse::<ScaleRewards>().ok().context("scale")?,
+        })?;
+        let largest = case.advantages.iter().fold(1e-3f64, |most, a| most.max(f64::from(a.abs())));
+        let error = crate::report::max_difference(&output.advantages, &case.advantages);
+        report.check(&name, error, ADVANTAGE_RELATIVE * largest);
+        let names: Vec<String> = (0..case.weights.len()).map(|f| format!("f{f}")).collect();
+        compare_metrics(&name, &output.metrics(&names), &case.metrics, report);
+    }
+    Ok(())
 }
 
 fn advantage_case(
