@@ -22,12 +22,15 @@ use crate::report::{Report, max_difference};
 const LOSS: f64 = 1e-4;
 const LOGPS: f64 = 1e-4;
 const GRAD_NORM: f64 = 1e-3;
+/// A learning rate is a few f64 operations in both.
+const LEARNING_RATE_RELATIVE: f64 = 1e-9;
 
 /// Settings of the recorded run.
 struct Config {
     loss: GrpoLossSettings,
     optimizer: OptimizerSettings,
     learning_rate: f64,
+    schedule: LrSchedule,
     max_grad_norm: f64,
     temperature: f64,
     steps: usize,
@@ -43,6 +46,7 @@ impl Config {
             value.and_then(Value::as_f64).with_context(|| format!("no number `{key}`"))
         };
         let loss_type: GrpoLossType = config["loss_type"].as_str().and_then(|t| t.parse().ok()).context("loss_type")?;
+        let (learning_rate, steps) = (number("learning_rate")?, number("steps")? as usize);
         Ok(Self {
             loss: GrpoLossSettings {
                 loss_type,
@@ -68,14 +72,30 @@ impl Config {
                 adam_beta2: number("adam_beta2")?,
                 adam_epsilon: number("adam_epsilon")?,
             },
-            learning_rate: number("learning_rate")?,
+            learning_rate,
+            schedule: schedule(config, learning_rate, steps)?,
             max_grad_norm: number("max_grad_norm")?,
             temperature: number("temperature")?,
-            steps: number("steps")? as usize,
+            steps,
             accumulation: number("gradient_accumulation_steps")? as usize,
             steps_per_generation: number("steps_per_generation")? as usize,
         })
     }
+}
+
+/// The schedule of the recorded run; its name may be written as Python prints transformers' enum (`SchedulerType.COSINE`).
+fn schedule(config: &Value, learning_rate: f64, steps: usize) -> anyhow::Result<LrSchedule> {
+    let value = |key: &str| config["resolved"].get(key).or_else(|| config.get(key)).filter(|value| !value.is_null());
+    let name = value("lr_scheduler_type").and_then(Value::as_str).unwrap_or("linear");
+    let word = name.rsplit('.').next().unwrap_or(name).to_lowercase();
+    let kind: LrSchedulerType = word.parse().ok().with_context(|| format!("no schedule `{name}`"))?;
+    let share = |key: &str| value(key).and_then(Value::as_f64).unwrap_or(0.0);
+    let warmup = match (share("warmup_steps"), share("warmup_ratio")) {
+        (count, _) if count >= 1.0 => count,
+        (share, ratio) => (steps as f64 * share.max(ratio)).ceil(),
+    };
+    let arguments = value("lr_scheduler_kwargs").and_then(Value::as_object).cloned().unwrap_or_default();
+    Ok(LrSchedule::new(kind, learning_rate, warmup as usize, steps, &arguments)?)
 }
 
 pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
@@ -86,8 +106,6 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let weights = Tensors::read(&folder.join("weights_after_step.safetensors"))?;
     let engine = engine(folder, None, None, true)?;
     let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store())?;
-    let schedule =
-        LrSchedule::new(LrSchedulerType::Linear, config.learning_rate, 0, config.steps, &serde_json::Map::new())?;
     let logs = run["logs"].as_array().context("logs")?;
     for step in 0..config.steps {
         engine.store().zero_gradients()?;
@@ -99,7 +117,11 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
             let expected = f64::from(io.floats(&format!("micro{micro}.loss"))?[0]);
             report.check(&format!("{label} loss"), (output.loss - expected).abs(), LOSS * slack);
         }
-        let done = optimizer.step(engine.store(), schedule.lr(step as u64), config.max_grad_norm, 1.0)?;
+        let lr = config.schedule.lr(step as u64);
+        let expected = logs[step]["learning_rate"].as_f64().context("learning_rate")?;
+        let label = format!("{case} step {} learning rate", step + 1);
+        report.check(&label, (lr - expected).abs(), LEARNING_RATE_RELATIVE * config.learning_rate);
+        let done = optimizer.step(engine.store(), lr, config.max_grad_norm, 1.0)?;
         let expected = logs[step]["grad_norm"].as_f64().context("grad_norm")?;
         let error = (f64::from(done.grad_norm) - expected).abs() / expected;
         report.check(&format!("{case} step {} grad norm", step + 1), error, GRAD_NORM * slack);
