@@ -323,6 +323,49 @@ fn a_gguf_file_gives_the_weights_under_their_hub_names() {
     }
 }
 
+/// A file that changes under a run: what was read stays, what was not read yet is an error that names the file.
+#[test]
+fn a_file_that_is_cut_or_written_to_after_it_was_opened_changes_no_weight_and_ends_no_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, drawn) = open_random(folder.path(), &tiny_config("qwen3", false), 9);
+    let gguf = folder.path().join("model.gguf");
+    let saved = folder.path().join("saved");
+    std::fs::create_dir(&saved).unwrap();
+    save_model(&saved, &config, DType::BF16, SHARD_BYTES, |name| drawn.tensor_f32(name)).unwrap();
+    write_gguf(&gguf, &config, &drawn, GgmlDType::Q8_0);
+    let (name, shape) = ("model.layers.0.mlp.up_proj.weight", (96, 64));
+    let nf4 = Some(Quantization { quant_type: QuantType::Nf4, double_quant: true });
+    for (place, file) in [(&gguf, gguf.clone()), (&saved, saved.join("model.safetensors"))] {
+        let whole = std::fs::read(&file).unwrap();
+        for damage in ["cut", "emptied", "overwritten"] {
+            for quantization in [None, nf4] {
+                let (_, source) = WeightSource::open(place, None).unwrap();
+                let storage = LinearStorage { quantization, dtype: WeightDtype::Auto };
+                let weight = source.linear(name, shape, storage).unwrap();
+                let before = bits(&weight.dequantize().unwrap());
+                match damage {
+                    "cut" => std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(4096).unwrap(),
+                    "emptied" => std::fs::write(&file, "").unwrap(),
+                    _ => std::fs::write(&file, vec![0xff; whole.len()]).unwrap(),
+                }
+                // Clocks of file systems are coarse; a real change is not made in the same tick.
+                if damage == "overwritten" {
+                    let time = std::time::SystemTime::now() + std::time::Duration::from_secs(2);
+                    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_modified(time).unwrap();
+                }
+                assert_eq!(bits(&weight.dequantize().unwrap()), before, "{damage}");
+                let error = source.linear("model.layers.1.mlp.up_proj.weight", shape, storage).unwrap_err().to_string();
+                let part = format!("`{}` was changed while it was read", file.display());
+                assert!(error.contains(&part), "{damage}: {error}");
+                assert!(source.vector("model.norm.weight").is_err() && source.tensor_f32(name).is_err());
+                std::fs::write(&file, &whole).unwrap();
+                let (_, again) = WeightSource::open(place, None).unwrap();
+                assert_eq!(bits(&again.linear(name, shape, storage).unwrap().dequantize().unwrap()), before);
+            }
+        }
+    }
+}
+
 #[test]
 fn gguf_metadata_is_read_in_all_its_forms_and_refused_where_it_cannot_be() {
     let folder = tempfile::tempdir().unwrap();
@@ -447,7 +490,9 @@ fn an_index_that_does_not_fit_its_shards_is_refused() {
     assert!(found.contains("places tensor `model.norm.wight`"), "{found}");
     let found = message(&|index| index["weight_map"]["model.norm.weight"] = json!("model-00099-of-00002.safetensors"));
     assert!(found.contains("model-00099-of-00002.safetensors"), "{found}");
-    for outside in ["../model.safetensors", "/etc/passwd", "", ".."] {
+    for outside in
+        ["../model.safetensors", "/etc/passwd", "", "..", ".", "./model.safetensors", "sub/model.safetensors", "a\\b"]
+    {
         let found = message(&|index| index["weight_map"]["model.norm.weight"] = json!(outside));
         assert!(found.contains("same folder"), "{outside}: {found}");
     }

@@ -1,13 +1,21 @@
 //! Opens checkpoints and finds the newest whole one.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::de::DeserializeOwned;
 
 use super::manifest::{FORMAT_VERSION, Manifest, Version};
-use super::{Error, MANIFEST, list};
+use super::{Error, MANIFEST, list, stays_inside};
 use crate::fs::{self, io_error};
+
+/// A manifest lists some ten files; a larger one than this is not read.
+const MOST_MANIFEST_BYTES: u64 = 16 << 20;
+
+/// Beyond this a state is not one: that of a generation batch takes some hundred bytes a token.
+const MOST_JSON_BYTES: u64 = 4 << 30;
 
 /// A whole checkpoint: every file was compared with the manifest when it was opened.
 #[derive(Clone, Debug)]
@@ -54,18 +62,24 @@ pub fn open(path: &Path) -> Result<Checkpoint, Error> {
     if path.is_dir() && !manifest_path.exists() {
         return Err(Error::NoManifest { path: path.into() });
     }
-    let text = std::fs::read(&manifest_path).map_err(io_error("read", &manifest_path))?;
+    let Some(text) = fs::read_bounded(&manifest_path, MOST_MANIFEST_BYTES)? else {
+        return Err(Error::NoManifest { path: path.into() });
+    };
     let not_json = |source| Error::FromJson { path: manifest_path.clone(), source };
     let Version { format_version } = serde_json::from_slice(&text).map_err(not_json)?;
     if format_version != FORMAT_VERSION {
         return Err(Error::Format { path: manifest_path, found: format_version });
     }
     let manifest: Manifest = serde_json::from_slice(&text).map_err(not_json)?;
+    if let Some(name) = manifest.files.keys().find(|name| !stays_inside(name)) {
+        return Err(Error::Outside { path: manifest_path, name: name.clone() });
+    }
     for (name, entry) in &manifest.files {
         let damaged = |problem: String| Error::Damaged { path: path.into(), name: name.clone(), problem };
         let file = path.join(name);
         let length = match std::fs::metadata(&file) {
-            Ok(metadata) => metadata.len(),
+            Ok(metadata) if metadata.is_file() => metadata.len(),
+            Ok(_) => return Err(damaged("is no ordinary file".into())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(damaged("is missing".into())),
             Err(error) => return Err(io_error("read", &file)(error).into()),
         };
@@ -95,6 +109,16 @@ pub fn find_latest(output_dir: &Path) -> Result<Found, Error> {
         }
     }
     Ok(found)
+}
+
+/// The header of a safetensors file and what it describes: eight bytes of length come first.
+fn split(all: &fs::Region) -> Option<(fs::Region, fs::Region)> {
+    const LENGTH: usize = 8;
+    const MOST_HEADER_BYTES: usize = 100_000_000;
+    let length = all.slice(0..LENGTH)?.read().ok()?;
+    let length = u64::from_le_bytes(*length.as_chunks::<LENGTH>().0.first()?);
+    let end = LENGTH + usize::try_from(length).ok().filter(|&length| length <= MOST_HEADER_BYTES)?;
+    Some((all.slice(LENGTH..end)?, all.slice(end..all.len())?))
 }
 
 impl Checkpoint {
@@ -135,7 +159,8 @@ impl Checkpoint {
     /// If there is none of this name or it does not have the form of `T`.
     pub fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T, Error> {
         let path = self.file(name)?;
-        let text = std::fs::read(&path).map_err(io_error("read", &path))?;
+        let no_file = || Error::NoFile { path: self.path.clone(), name: name.into() };
+        let text = fs::read_bounded(&path, MOST_JSON_BYTES)?.ok_or_else(no_file)?;
         serde_json::from_slice(&text).map_err(|source| Error::FromJson { path, source })
     }
 
@@ -149,18 +174,25 @@ impl Checkpoint {
         mut visit: impl FnMut(StoredTensor) -> Result<(), E>,
     ) -> Result<(), E> {
         let path = self.file(name)?;
-        let bytes = fs::map(&path).map_err(Error::from)?;
         let wrong = |reason: String| Error::Tensors { action: "read", path: path.clone(), reason };
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
-        let mut views = tensors.tensors();
-        views.sort_by(|left, right| left.0.cmp(&right.0));
-        for (name, view) in views {
-            if view.dtype() != Dtype::F32 {
-                return Err(wrong(format!("`{name}` is {:?}, f32 was expected", view.dtype())).into());
+        let all = fs::Region::open(&path).map_err(Error::from)?;
+        let (header, data) = split(&all).ok_or_else(|| wrong("it does not begin with a header".into()))?;
+        let header = header.read().map_err(Error::from)?;
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
+        let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
+        if tensors.values().map(|info| info.data_offsets.1).max().unwrap_or(0) != data.len() {
+            return Err(wrong(format!("its {} bytes are not as many as its header lists", all.len())).into());
+        }
+        for (name, info) in tensors {
+            if info.dtype != Dtype::F32 {
+                return Err(wrong(format!("`{name}` is {:?}, f32 was expected", info.dtype)).into());
             }
-            let (chunks, _) = view.data().as_chunks::<4>();
+            let (from, to) = info.data_offsets;
+            let region = data.slice(from..to).ok_or_else(|| wrong(format!("`{name}` is not all there")))?;
+            let bytes = region.read().map_err(Error::from)?;
+            let (chunks, _) = bytes.as_chunks::<4>();
             let values = chunks.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-            visit(StoredTensor { name, shape: view.shape().to_vec(), values })?;
+            visit(StoredTensor { name, shape: info.shape.clone(), values })?;
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ impl Dataset {
         let mut dataset = Self::default();
         for path in files {
             let rows = match extension(path).as_str() {
-                "jsonl" | "ndjson" => read_lines(path, &crate::fs::map(path)?)?,
+                "jsonl" | "ndjson" => read_lines(path, &crate::fs::read(path)?)?,
                 "json" => read_json(path)?,
                 "parquet" => number(read_parquet(path)?),
                 _ => {
@@ -152,7 +152,7 @@ fn number(rows: Vec<Row>) -> Vec<(u32, Row)> {
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 fn read_json(path: &Path) -> Result<Vec<(u32, Row)>, Error> {
-    let bytes = crate::fs::map(path)?;
+    let bytes = crate::fs::read(path)?;
     let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
     if text.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'[') {
         return read_lines(path, &bytes);

@@ -77,7 +77,7 @@ impl Tokenizer {
                     .into(),
             });
         }
-        let bytes = crate::fs::map(&path)?;
+        let bytes = crate::fs::read(&path)?;
         let inner = tokenizers::Tokenizer::from_bytes(&*bytes)
             .map_err(|e| Error::Tokenizer { what: format!("`{}`", path.display()), problem: e.to_string() })?;
         let config = read_object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
@@ -322,6 +322,17 @@ impl Tokenizer {
             }
             _ => None,
         }
+    }
+
+    /// A checksum of everything that decides about tokens: the vocabulary and its rules, and the special tokens.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be serialised.
+    pub fn fingerprint(&self) -> Result<String, Error> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.inner.to_string(false).map_err(failed("serialise"))?.as_bytes());
+        hasher.update(format!("{:?}", self.special).as_bytes());
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json`, the special-token files and `chat_template.jinja` into

@@ -253,7 +253,7 @@ impl Reader<'_> {
                 expected: shape.into(),
             });
         }
-        Ok(dense_to_f32(&tensor.bytes, self.dtype(name, tensor.dtype)?))
+        Ok(dense_to_f32(&tensor.read()?, self.dtype(name, tensor.dtype)?))
     }
 
     fn dtype(&self, name: &str, dtype: Dtype) -> Result<DType, Error> {
@@ -290,7 +290,7 @@ impl Reader<'_> {
                 return Err(Error::Shape { path: self.path.into(), name: key, found, expected });
             }
             let dtype = self.dtype(&key, tensor.dtype)?;
-            let tensor = Tensor::from_raw_buffer(&tensor.bytes, dtype, shape, &Device::Cpu);
+            let tensor = Tensor::from_raw_buffer(&tensor.read()?, dtype, shape, &Device::Cpu);
             replacements.insert(name, tensor.map_err(Error::tensor("reading", &key))?);
         }
         Ok(replacements)

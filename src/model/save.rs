@@ -226,7 +226,7 @@ fn read_back(path: &Path, plan: &[(String, TensorInfo)]) -> Result<(), Error> {
     for (name, info) in plan {
         let length = info.data_offsets.1 - info.data_offsets.0;
         let same =
-            found.get(name).is_some_and(|t| t.shape == info.shape && t.dtype == info.dtype && t.bytes.len() == length);
+            found.get(name).is_some_and(|t| t.shape == info.shape && t.dtype == info.dtype && t.region.len() == length);
         if !same {
             return Err(differs(format!("tensor `{name}`")));
         }

@@ -139,8 +139,8 @@ fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
         return Ok(Tokenizer::from_folder(place)?);
     }
     let Some(file) = gguf_file_of(place)? else { return Ok(Tokenizer::from_folder(place)?) };
-    let bytes = crate::fs::map(&file)?;
-    let content = Content::read(&mut std::io::Cursor::new(&*bytes))
+    let opened = std::fs::File::open(&file).map_err(crate::fs::io_error("open", &file))?;
+    let content = Content::read(&mut std::io::BufReader::new(opened))
         .with_context(|| format!("cannot read the tokenizer in `{}`", file.display()))?;
     Ok(Tokenizer::from_gguf(&content)?)
 }

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::folder::RawTensor;
 use super::stored::{Packing, Stored};
-use crate::fs::Bytes;
+use crate::fs::Region;
 use crate::model::Error;
 use crate::quant::{self, BitsandbytesParts};
 
@@ -58,25 +58,28 @@ pub(super) struct QuantState {
 impl QuantState {
     /// Bytes in the file.
     pub(super) fn num_bytes(&self) -> usize {
-        self.parts.values().map(|part| part.bytes.len()).sum()
+        self.parts.values().map(|part| part.region.len()).sum()
     }
 
-    /// The parts of the matrix whose packed codes are `weight`.
-    pub(super) fn parts(&self, weight: &Bytes) -> Result<BitsandbytesParts, quant::Error> {
-        let optional = |suffix: &str| self.parts.get(suffix).map(|part| part.bytes.clone());
-        let required = |part: &'static str| {
+    /// Reads the parts of the matrix whose packed codes are `weight`.
+    pub(super) fn read(&self, weight: &Region) -> Result<Result<BitsandbytesParts, quant::Error>, Error> {
+        let optional = |suffix: &str| self.parts.get(suffix).map(RawTensor::read).transpose();
+        let missing = |part: &'static str| {
             let problem = "is missing; copy or download the checkpoint again".into();
-            optional(part).ok_or(quant::Error::Checkpoint { part, problem })
+            Ok(Err(quant::Error::Checkpoint { part, problem }))
         };
         let state = self.parts.iter().find(|(suffix, _)| suffix.starts_with(STATE));
-        Ok(BitsandbytesParts {
-            weight: weight.clone(),
-            absmax: required("absmax")?,
-            quant_map: required("quant_map")?,
-            nested_absmax: optional("nested_absmax"),
-            nested_quant_map: optional("nested_quant_map"),
-            quant_state: state.map_or_else(|| required(STATE), |(_, part)| Ok(part.bytes.clone()))?,
-        })
+        let Some((_, state)) = state else { return missing(STATE) };
+        let Some(absmax) = optional("absmax")? else { return missing("absmax") };
+        let Some(quant_map) = optional("quant_map")? else { return missing("quant_map") };
+        Ok(Ok(BitsandbytesParts {
+            weight: weight.read()?,
+            absmax,
+            quant_map,
+            nested_absmax: optional("nested_absmax")?,
+            nested_quant_map: optional("nested_quant_map")?,
+            quant_state: state.read()?,
+        }))
     }
 }
 
@@ -111,8 +114,8 @@ pub(super) fn gather(
                 });
             }
         };
-        let (file, shape, bytes) = (tensor.file, tensor.shape, tensor.bytes);
-        stored.insert(name.clone(), Stored { file, name, shape, bytes, packing: Packing::Dense(dtype) });
+        let (file, shape, region) = (tensor.file, tensor.shape, tensor.region);
+        stored.insert(name.clone(), Stored { file, name, shape, region, packing: Packing::Dense(dtype) });
     }
     Ok(stored)
 }
@@ -127,7 +130,7 @@ fn gather_one(tensors: &mut BTreeMap<String, RawTensor>, weight: &str) -> Result
     let (suffix, state) =
         parts.iter().find(|(suffix, _)| suffix.starts_with(STATE)).expect("`gather` found the weight by this tensor");
     let file = state.file.clone();
-    let shape = serde_json::from_slice::<Value>(&state.bytes).ok().and_then(|state| shape_of(&state));
+    let shape = serde_json::from_slice::<Value>(&state.read()?).ok().and_then(|state| shape_of(&state));
     let shape = shape.ok_or_else(|| Error::Damaged {
         path: file.to_path_buf(),
         reason: format!("`{prefix}{suffix}` is not JSON with the shape of a matrix"),
@@ -138,7 +141,7 @@ fn gather_one(tensors: &mut BTreeMap<String, RawTensor>, weight: &str) -> Result
         nearest: Some(format!("{prefix}{suffix}")),
     })?;
     let packing = Packing::Bnb(Box::new(QuantState { parts }));
-    Ok(Stored { file: packed.file, name: weight.into(), shape, bytes: packed.bytes, packing })
+    Ok(Stored { file: packed.file, name: weight.into(), shape, region: packed.region, packing })
 }
 
 fn shape_of(state: &Value) -> Option<Vec<usize>> {

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde_json::Value;
 
 use super::bnb;
 use super::stored::Stored;
-use crate::fs::{self, Bytes};
+use crate::fs::{self, Bytes, Region};
 use crate::model::Error;
 use crate::model::config::ModelConfig;
 
@@ -19,6 +20,8 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// The bytes before a safetensors header: its length.
 const LENGTH_BYTES: usize = 8;
+/// The longest header, as the format has it.
+const MOST_HEADER_BYTES: usize = 100_000_000;
 
 /// One tensor of a safetensors file.
 #[derive(Clone, Debug)]
@@ -29,8 +32,15 @@ pub(crate) struct RawTensor {
     pub(crate) dtype: Dtype,
     /// Slowest dimension first.
     pub(crate) shape: Vec<usize>,
-    /// Its elements, little-endian.
-    pub(crate) bytes: Bytes,
+    /// Where its elements lie, little-endian.
+    pub(crate) region: Region,
+}
+
+impl RawTensor {
+    /// Its elements.
+    pub(crate) fn read(&self) -> Result<Bytes, Error> {
+        Ok(self.region.read()?)
+    }
 }
 
 /// Reads a JSON file.
@@ -56,7 +66,7 @@ pub(super) fn has_weights(folder: &Path) -> bool {
     [SINGLE, INDEX].iter().any(|name| folder.join(name).is_file())
 }
 
-/// Maps the weights of a folder.
+/// Opens the weights of a folder.
 pub(super) fn open(
     folder: &Path,
     quantized: Option<bnb::StoredQuantization>,
@@ -77,59 +87,86 @@ pub(super) fn open(
     bnb::gather(tensors, quantized)
 }
 
-/// Maps one safetensors file and reads its header.
+/// Opens one safetensors file and reads its header.
 pub(crate) fn read_safetensors(path: &Path) -> Result<BTreeMap<String, RawTensor>, Error> {
-    let bytes = fs::map(path)?;
+    let all = Region::open(path)?;
     let damaged = |reason: String| Error::Damaged { path: path.into(), reason };
-    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(describe(&e, &bytes)))?;
-    let start = LENGTH_BYTES + header;
+    let length =
+        all.slice(0..LENGTH_BYTES).ok_or_else(|| damaged(format!("it has only {} bytes", all.len())))?.read()?;
+    let length = length.as_chunks::<LENGTH_BYTES>().0.first().map_or(0, |&bytes| u64::from_le_bytes(bytes));
+    let header = usize::try_from(length).ok().filter(|&length| length <= MOST_HEADER_BYTES);
+    let header = header.and_then(|length| all.slice(LENGTH_BYTES..LENGTH_BYTES + length)).ok_or_else(|| {
+        damaged(format!("its first eight bytes are not the length of a header that fits into its {} bytes", all.len()))
+    })?;
+    let data_start = LENGTH_BYTES + header.len();
+    let data = all.slice(data_start..all.len()).unwrap_or_else(|| header.clone());
+    let metadata: Metadata =
+        serde_json::from_slice(&header.read()?).map_err(|error| damaged(format!("its header is wrong: {error}")))?;
+    let infos = metadata.tensors();
+    if infos.values().map(|info| info.data_offsets.1).max().unwrap_or(0) != data.len() {
+        return Err(damaged(format!("its {} bytes are not as many as its header lists", all.len())));
+    }
     let file: Arc<Path> = path.into();
     let mut tensors = BTreeMap::new();
-    for (name, info) in metadata.tensors() {
+    for (name, info) in infos {
         let (from, to) = info.data_offsets;
-        let range = from.checked_add(start).zip(to.checked_add(start)).map(|(from, to)| from..to);
-        let slice = range.and_then(|range| bytes.slice(range));
-        let slice = slice.ok_or_else(|| damaged(format!("tensor `{name}` reaches beyond the end of the file")))?;
-        let tensor = RawTensor { file: file.clone(), dtype: info.dtype, shape: info.shape.clone(), bytes: slice };
+        let region = data.slice(from..to);
+        let region = region.ok_or_else(|| damaged(format!("tensor `{name}` reaches beyond the end of the file")))?;
+        let tensor = RawTensor { file: file.clone(), dtype: info.dtype, shape: info.shape.clone(), region };
         tensors.insert(name, tensor);
     }
     Ok(tensors)
 }
 
-fn describe(error: &safetensors::SafeTensorError, bytes: &[u8]) -> String {
-    use safetensors::SafeTensorError as E;
-    match error {
-        E::HeaderTooSmall => format!("it has only {} bytes", bytes.len()),
-        E::InvalidHeaderLength | E::HeaderTooLarge => {
-            format!("its first eight bytes are not the length of a header that fits into its {} bytes", bytes.len())
+/// The files that hold the weights of a folder.
+pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    if folder.join(SINGLE).is_file() {
+        return Ok(vec![folder.join(SINGLE)]);
+    }
+    let shards = Index::read(folder)?.shards;
+    Ok(shards.iter().map(|shard| folder.join(shard)).collect())
+}
+
+/// `model.safetensors.index.json`.
+struct Index {
+    path: PathBuf,
+    /// The file of each tensor.
+    map: serde_json::Map<String, Value>,
+    /// The files, each once.
+    shards: BTreeSet<String>,
+}
+
+impl Index {
+    fn read(folder: &Path) -> Result<Self, Error> {
+        let path = folder.join(INDEX);
+        let wrong = |found: &str| Error::Key {
+            path: path.clone(),
+            key: "weight_map".into(),
+            found: found.into(),
+            expected: "an object of tensor names and file names in the same folder".into(),
+        };
+        let map = match read_json(&path)?.get_mut("weight_map").map(Value::take) {
+            Some(Value::Object(map)) => map,
+            _ => return Err(wrong("absent or no object")),
+        };
+        let mut shards = BTreeSet::new();
+        for file in map.values() {
+            let name = file.as_str().ok_or_else(|| wrong(&file.to_string()))?;
+            // A file name only: an index must not reach outside its folder.
+            if Path::new(name).file_name().is_none_or(|n| n != name) || name.contains('\\') {
+                return Err(wrong(&format!("{name:?}")));
+            }
+            shards.insert(name.to_string());
         }
-        E::MetadataIncompleteBuffer => format!("its {} bytes are not as many as its header lists", bytes.len()),
-        other => other.to_string(),
+        Ok(Self { path, map, shards })
     }
 }
 
-/// Maps the shards of an index, and checks that each holds what the index says.
+/// Opens the shards of an index, and checks that each holds what the index says.
 fn read_shards(folder: &Path) -> Result<BTreeMap<String, RawTensor>, Error> {
-    let path = folder.join(INDEX);
-    let index = read_json(&path)?;
-    let wrong = |found: &str| Error::Key {
-        path: path.clone(),
-        key: "weight_map".into(),
-        found: found.into(),
-        expected: "an object of tensor names and file names in the same folder".into(),
-    };
-    let map = index.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("absent or no object"))?;
-    let mut shards = BTreeSet::new();
-    for file in map.values() {
-        let name = file.as_str().ok_or_else(|| wrong(&file.to_string()))?;
-        // A file name only: an index must not reach outside its folder.
-        if Path::new(name).file_name().is_none_or(|n| n != name) {
-            return Err(wrong(&format!("{name:?}")));
-        }
-        shards.insert(name);
-    }
+    let Index { path, map, shards } = Index::read(folder)?;
     let mut tensors = BTreeMap::new();
-    for shard in shards {
+    for shard in &shards {
         let shard_path: PathBuf = folder.join(shard);
         if !shard_path.is_file() {
             return Err(Error::Damaged {
@@ -138,7 +175,7 @@ fn read_shards(folder: &Path) -> Result<BTreeMap<String, RawTensor>, Error> {
             });
         }
         for (name, tensor) in read_safetensors(&shard_path)? {
-            if map.get(&name).and_then(Value::as_str) == Some(shard) {
+            if map.get(&name).and_then(Value::as_str) == Some(shard.as_str()) {
                 tensors.insert(name, tensor);
             }
         }

@@ -1,6 +1,6 @@
 //! The header of a GGUF file: metadata and where each tensor lies.
 //!
-//! Format: ggml's `docs/gguf.md`, versions 2 and 3, little-endian. Read by [`super::gguf`] from the mapped file. Nothing
+//! Format: ggml's `docs/gguf.md`, versions 2 and 3, little-endian. Read by [`super::gguf`] from the start of the file. Nothing
 //! the header claims is believed before it is held against the length of the file: a count, a length or an offset
 //! out of a damaged file gives an error that says where, never a huge allocation or a panic. Lists (the tokenizer's
 //! vocabulary) are stepped over, not copied.
@@ -11,6 +11,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 
+use crate::fs::Region;
 use crate::model::Error;
 
 /// The most dimensions ggml knows.
@@ -54,9 +55,9 @@ pub(crate) struct Entry {
 }
 
 impl Header {
-    /// Reads the header of a mapped file.
-    pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
-        let mut reader = Reader { path, bytes, position: 0 };
+    /// Reads the header of an open file.
+    pub(crate) fn read(path: &Path, file: &Region) -> Result<Self, Error> {
+        let mut reader = Reader { path, file, loaded: Vec::new(), position: 0 };
         if reader.take(4, "the magic number")? != b"GGUF" {
             return Err(reader.damaged("it does not begin with `GGUF`"));
         }
@@ -92,12 +93,12 @@ impl Header {
         let mut tensors = BTreeMap::new();
         for (name, kind, shape, offset) in found {
             let range = range_of(kind, &shape, data_start, offset)
-                .filter(|range| range.end <= bytes.len() && range.start.is_multiple_of(alignment))
+                .filter(|range| range.end <= file.len() && range.start.is_multiple_of(alignment))
                 .ok_or_else(|| {
                     reader.damaged(&format!(
                         "tensor `{name}` ({kind:?} {shape:?}, offset {offset}) reaches beyond the file's {} bytes, does \
                          not lie on a multiple of {alignment}, or its rows are not whole blocks of {}",
-                        bytes.len(),
+                        file.len(),
                         kind.block_size()
                     ))
                 })?;
@@ -144,22 +145,38 @@ fn kind_of(number: u32) -> Option<GgmlDType> {
 /// A cursor that knows what it is reading.
 struct Reader<'a> {
     path: &'a Path,
-    bytes: &'a [u8],
+    file: &'a Region,
+    /// The start of the file, as far as it was read.
+    loaded: Vec<u8>,
     position: usize,
 }
 
-impl<'a> Reader<'a> {
+impl Reader<'_> {
+    /// Bytes read ahead.
+    const AHEAD: usize = 1 << 20;
+
     fn damaged(&self, reason: &str) -> Error {
         Error::Damaged { path: self.path.into(), reason: format!("{reason} (at byte {})", self.position) }
     }
 
-    fn take(&mut self, length: usize, what: &str) -> Result<&'a [u8], Error> {
-        let taken = self.position.checked_add(length).and_then(|end| self.bytes.get(self.position..end));
-        let taken = taken.ok_or_else(|| {
-            let left = self.bytes.len() - self.position;
-            self.damaged(&format!("{what} needs {length} bytes and the file has {left} left"))
-        })?;
-        self.position += length;
+    fn left(&self) -> usize {
+        self.file.len() - self.position
+    }
+
+    fn take(&mut self, length: usize, what: &str) -> Result<&[u8], Error> {
+        if length > self.left() {
+            let left = self.left();
+            return Err(self.damaged(&format!("{what} needs {length} bytes and the file has {left} left")));
+        }
+        let end = self.position + length;
+        if end > self.loaded.len() {
+            let until = end.max(2 * self.loaded.len()).max(Self::AHEAD).min(self.file.len());
+            if let Some(more) = self.file.slice(self.loaded.len()..until) {
+                self.loaded.extend_from_slice(&more.read()?);
+            }
+        }
+        let taken = &self.loaded[self.position..end];
+        self.position = end;
         Ok(taken)
     }
 
@@ -180,7 +197,7 @@ impl<'a> Reader<'a> {
     /// A count of things that take at least `smallest` bytes each.
     fn count(&mut self, what: &str, smallest: usize) -> Result<usize, Error> {
         let count = self.u64(what)?;
-        let left = self.bytes.len() - self.position;
+        let left = self.left();
         match usize::try_from(count) {
             Ok(count) if count <= left / smallest => Ok(count),
             _ => Err(self.damaged(&format!("{what} is {count}, which cannot fit in the {left} bytes left"))),

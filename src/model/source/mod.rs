@@ -1,6 +1,6 @@
 //! Where weights come from: a Hugging Face folder, a GGUF file, or a seed.
 //!
-//! [`WeightSource::open`] finds out which it is, reads the configuration, maps the files and holds the name, shape and
+//! [`WeightSource::open`] finds out which it is, reads the configuration and the files' headers and holds the name, shape and
 //! type of every weight that the configuration asks for against what is there, so that a wrong or damaged model
 //! fails before anything is loaded. After that the blocks ask for one weight at a time, by Hugging Face's name, and
 //! the source quantises on the way: at any moment at most one matrix exists unquantised beside its packed form.
@@ -262,7 +262,7 @@ impl WeightSource {
         if let (Some(stored), Some(own)) = (self.stored(name), own)
             && own == wanted
         {
-            return Tensor::from_raw_buffer(&stored.bytes, own, shape, &Device::Cpu)
+            return Tensor::from_raw_buffer(&stored.region.read()?, own, shape, &Device::Cpu)
                 .map_err(Error::tensor("reading", name));
         }
         self.tensor_f32(name)?.to_dtype(wanted).map_err(Error::tensor("converting", name))
@@ -309,6 +309,24 @@ impl Place {
                 let names: Vec<_> = several.iter().filter_map(|p| p.file_name()?.to_str()).collect();
                 nothing(format!("a folder with several GGUF files ({}): give one of them", names.join(", ")))
             }
+        }
+    }
+}
+
+/// The files that a model is read from: its weights, and of a folder also the configuration. With `init_random` the
+/// configuration alone.
+///
+/// # Errors
+/// If the path holds no model or its index cannot be read.
+pub fn files_of(path: &Path, init_random: bool) -> Result<Vec<PathBuf>, Error> {
+    match Place::find(path, init_random)? {
+        Place::Gguf(file) => Ok(vec![file]),
+        Place::Folder(folder) => {
+            let mut files = vec![folder.join("config.json")];
+            if !init_random {
+                files.extend(folder::weight_files(&folder)?);
+            }
+            Ok(files)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! One weight as it lies in a mapped file, and its ways into memory.
+//! One weight as it lies in a file, and its ways into memory.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::bnb::QuantState;
 use crate::config::settings::Quantization;
-use crate::fs::Bytes;
+use crate::fs::Region;
 use crate::model::Error;
 #[cfg(feature = "cuda")]
 use crate::quant::Quantizer;
@@ -19,7 +19,7 @@ use crate::quant::{GgufMatrix, Nf4Matrix, Weight};
 /// Values converted by one task.
 const CHUNK: usize = 1 << 16;
 
-/// One weight in a mapped file.
+/// One weight in a file.
 #[derive(Clone, Debug)]
 pub(super) struct Stored {
     /// The file that holds it.
@@ -28,8 +28,8 @@ pub(super) struct Stored {
     pub(super) name: String,
     /// `[out, in]` or `[length]`, of the values and not of their packing.
     pub(super) shape: Vec<usize>,
-    /// The values, packed as `packing` says.
-    pub(super) bytes: Bytes,
+    /// Where the values lie, packed as `packing` says.
+    pub(super) region: Region,
     /// How they are packed.
     pub(super) packing: Packing,
 }
@@ -48,7 +48,7 @@ pub(super) enum Packing {
 impl Stored {
     /// Bytes in the file.
     pub(super) fn num_bytes(&self) -> usize {
-        self.bytes.len()
+        self.region.len()
             + match &self.packing {
                 Packing::Bnb(state) => state.num_bytes(),
                 _ => 0,
@@ -68,21 +68,21 @@ impl Stored {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
         match &self.packing {
             Packing::Dense(_) => None,
-            Packing::Gguf(kind) => {
-                let matrix = GgufMatrix::new(*kind, rows, cols, self.bytes.clone());
-                Some(matrix.map(Weight::Gguf).map_err(|source| self.packing_error(source)))
-            }
-            Packing::Bnb(state) => {
-                let matrix = state.parts(&self.bytes).and_then(|parts| parts.read());
-                Some(matrix.map(Weight::Nf4).map_err(|source| self.packing_error(source)))
-            }
+            Packing::Gguf(kind) => Some(self.region.read().map_err(Error::from).and_then(|bytes| {
+                let matrix = GgufMatrix::new(*kind, rows, cols, bytes);
+                matrix.map(Weight::Gguf).map_err(|source| self.packing_error(source))
+            })),
+            Packing::Bnb(state) => Some(state.read(&self.region).and_then(|parts| {
+                let matrix = parts.and_then(|parts| parts.read());
+                matrix.map(Weight::Nf4).map_err(|source| self.packing_error(source))
+            })),
         }
     }
 
     /// All values in f32.
     pub(super) fn values(&self) -> Result<Vec<f32>, Error> {
         if let Packing::Dense(dtype) = self.packing {
-            return Ok(dense_to_f32(&self.bytes, dtype));
+            return Ok(dense_to_f32(&self.region.read()?, dtype));
         }
         let mut values = vec![0f32; self.shape.iter().product()];
         if let Some(weight) = self.packed() {
@@ -100,7 +100,12 @@ impl Stored {
         quantization: Quantization,
     ) -> Option<Result<Weight, Error>> {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
-        Some(match quantizer.quantize(&self.bytes, self.dense_dtype()?, (rows, cols), quantization) {
+        let dtype = self.dense_dtype()?;
+        let bytes = match self.region.read() {
+            Ok(bytes) => bytes,
+            Err(error) => return Some(Err(error.into())),
+        };
+        Some(match quantizer.quantize(&bytes, dtype, (rows, cols), quantization) {
             Ok(Some(weight)) => Ok(weight),
             Ok(None) => Err(self.not_finite()),
             Err(source) => Err(self.packing_error(source)),
@@ -113,27 +118,32 @@ impl Stored {
     }
 
     /// Refuses values that are not finite: in 4 bits they would vanish without a trace.
-    fn check_finite(&self) -> Result<(), Error> {
-        let halves = self.bytes.as_chunks::<2>().0;
+    fn check_finite(&self, bytes: &[u8]) -> Result<(), Error> {
+        let halves = bytes.as_chunks::<2>().0;
         let is_finite = match self.dense_dtype() {
             Some(DType::BF16) => halves.par_iter().all(|bytes| bf16::from_le_bytes(*bytes).is_finite()),
             Some(DType::F16) => halves.par_iter().all(|bytes| f16::from_le_bytes(*bytes).is_finite()),
-            Some(_) => self.bytes.as_chunks::<4>().0.par_iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
+            Some(_) => bytes.as_chunks::<4>().0.par_iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
             None => true,
         };
         if is_finite { Ok(()) } else { Err(self.not_finite()) }
     }
 
-    /// The matrix in 4 bits, straight from the mapped values; `None` where it is packed already or no matrix. Values that are
+    /// The matrix in 4 bits, straight from the stored values; `None` where it is packed already or no matrix. Values that are
     /// not finite are refused.
     pub(super) fn quantize(&self, quantization: Quantization) -> Option<Result<Nf4Matrix, Error>> {
         let (&rows, &cols) = (self.shape.first()?, self.shape.get(1)?);
         let Quantization { quant_type, double_quant } = quantization;
         let dtype = self.dense_dtype()?;
-        if let Err(error) = self.check_finite() {
-            return Some(Err(error));
-        }
-        let halves = self.bytes.as_chunks::<2>().0;
+        let checked = self.region.read().map_err(Error::from).and_then(|bytes| {
+            self.check_finite(&bytes)?;
+            Ok(bytes)
+        });
+        let bytes = match checked {
+            Ok(bytes) => bytes,
+            Err(error) => return Some(Err(error)),
+        };
+        let halves = bytes.as_chunks::<2>().0;
         Some(Ok(match dtype {
             DType::BF16 => Nf4Matrix::quantize_from(halves, rows, cols, quant_type, double_quant, |bytes| {
                 bf16::from_le_bytes(bytes).to_f32()
@@ -142,7 +152,7 @@ impl Stored {
                 f16::from_le_bytes(bytes).to_f32()
             }),
             _ => {
-                let values = self.bytes.as_chunks::<4>().0;
+                let values = bytes.as_chunks::<4>().0;
                 Nf4Matrix::quantize_from(values, rows, cols, quant_type, double_quant, f32::from_le_bytes)
             }
         }))
