@@ -6,6 +6,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 use trainer::checkpoint::{self, Error, Writer};
 
+#[path = "support/kill.rs"]
+mod kill;
+
 fn save(output_dir: &Path, step: u64, limit: Option<usize>) -> checkpoint::Committed {
     let mut writer = Writer::begin(output_dir, step).unwrap().world_size(2);
     writer.add_json("state.json", &json!({"step": step, "seed": u64::MAX})).unwrap();
@@ -206,6 +209,241 @@ fn leftovers_of_killed_runs_are_removed_and_a_set_aside_checkpoint_returns() {
     assert_eq!(names(dir), set(&["checkpoint-4", "checkpoint-5", ".checkpoint-notes"]));
     assert_eq!(checkpoint::find_latest(dir).unwrap().checkpoint.unwrap().step(), 5);
     assert_eq!(checkpoint::clean_up(dir).unwrap(), checkpoint::CleanedUp::default());
+}
+
+#[test]
+fn leftovers_at_the_top_are_removed_and_links_as_links() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, outside) = (folder.path().join("out"), folder.path().join("outside"));
+    for place in [".partial-dir/inside", ".replaced-run/checkpoint-1", ".partialnot"] {
+        std::fs::create_dir_all(dir.join(place)).unwrap();
+    }
+    std::fs::create_dir(&outside).unwrap();
+    for file in [dir.join(".partial-abc"), dir.join(".checkpoint-2.replaced"), outside.join("precious")] {
+        std::fs::write(file, "x").unwrap();
+    }
+    #[cfg(unix)]
+    for (link, target) in
+        [(".partial-link", "precious"), (".checkpoint-3.removed", "."), (".checkpoint-4.removed", "no")]
+    {
+        std::os::unix::fs::symlink(outside.join(target), dir.join(link)).unwrap();
+    }
+    checkpoint::clean_up(&dir).unwrap();
+    assert_eq!(names(&dir), set(&[".partialnot"]));
+    assert_eq!(names(&outside), set(&["precious"]));
+}
+
+#[test]
+fn the_best_checkpoint_and_folders_of_others_are_never_deleted() {
+    let folder = tempfile::tempdir().unwrap();
+    for foreign in ["checkpoint-1", "checkpoint-07", "checkpoint-+8", "checkpoint-best"] {
+        std::fs::create_dir(folder.path().join(foreign)).unwrap();
+        std::fs::write(folder.path().join(foreign).join("model.bin"), "mine").unwrap();
+    }
+    let save = |step: u64, best: u64, limit: usize| {
+        let mut writer = Writer::begin(folder.path(), step).unwrap().keeping(Some(best));
+        writer.add_json("state.json", &step).unwrap();
+        writer.commit(Some(limit)).unwrap();
+        let foreign = ["checkpoint-1", "checkpoint-07", "checkpoint-+8", "checkpoint-best"];
+        names(folder.path()).into_iter().filter(|name| !foreign.contains(&name.as_str())).collect::<BTreeSet<_>>()
+    };
+    save(10, 10, 2);
+    save(20, 10, 2);
+    assert_eq!(save(30, 10, 2), set(&["checkpoint-10", "checkpoint-30"]));
+    // As transformers: the newest and the best are two, whatever the limit.
+    assert_eq!(save(40, 10, 1), set(&["checkpoint-10", "checkpoint-40"]));
+    assert_eq!(save(50, 50, 1), set(&["checkpoint-50"]));
+    assert_eq!(names(folder.path()).len(), 5);
+}
+
+/// What a folder holds, files with their content.
+fn contents(folder: &Path) -> BTreeSet<(String, String)> {
+    let mut found = BTreeSet::new();
+    for name in names(folder) {
+        let path = folder.join(&name);
+        if path.is_dir() {
+            found.extend(contents(&path).into_iter().map(|(inside, text)| (format!("{name}/{inside}"), text)));
+        } else {
+            found.insert((name, String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()));
+        }
+    }
+    found
+}
+
+/// Three checkpoints, a log, an event file, and something of the user's.
+fn an_older_run(dir: &Path) {
+    for step in [1, 2, 3] {
+        save(dir, step, None);
+    }
+    std::fs::create_dir_all(dir.join("runs")).unwrap();
+    for (name, text) in [("metrics.jsonl", "{}"), ("runs/events", "e"), ("notes.txt", "mine")] {
+        std::fs::write(dir.join(name), text).unwrap();
+    }
+}
+
+fn strings(names: &[&str]) -> Vec<String> {
+    names.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn what_is_moved_aside_is_kept_deleted_or_put_back() {
+    use checkpoint::{Aside, Fate};
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    an_older_run(dir);
+    let before = contents(dir);
+    let moved = || strings(&["checkpoint-2", "checkpoint-3", "runs/events", "absent"]);
+    let begin = |fate| Aside::begin(dir, fate, moved(), strings(&["metrics.jsonl"])).unwrap();
+    let aside = begin(Fate::Kept);
+    assert_eq!(aside.place(), dir.join("abandoned-course-1"));
+    assert!(dir.join("checkpoint-1").is_dir() && !dir.join("checkpoint-2").exists() && !dir.join("runs").exists());
+    drop(aside);
+    assert_eq!(contents(dir), before, "not everything was put back");
+
+    begin(Fate::Kept).settle().unwrap();
+    let kept = dir.join("abandoned-course-1");
+    assert_eq!(names(&kept), set(&["checkpoint-2", "checkpoint-3", "metrics.jsonl", "runs"]));
+    assert_eq!(names(dir), set(&["abandoned-course-1", "checkpoint-1", "metrics.jsonl", "notes.txt"]));
+    assert_eq!(checkpoint::find_latest(dir).unwrap().checkpoint.unwrap().step(), 1);
+    assert!(checkpoint::is_left_course("abandoned-course-12") && !checkpoint::is_left_course("abandoned-course-"));
+
+    save(dir, 5, None);
+    let names_now = strings(&["checkpoint-1", "checkpoint-5", "abandoned-course-1"]);
+    Aside::begin(dir, Fate::Deleted, names_now, vec![]).unwrap().settle().unwrap();
+    assert_eq!(names(dir), set(&["metrics.jsonl", "notes.txt"]));
+    assert_eq!(checkpoint::settle_earlier(dir).unwrap(), None);
+}
+
+/// In a child process (this test again) that is killed just before each of its changes: once something was moved, what was
+/// to go is out of reach after the next start, whole where it is kept, and nothing else was touched.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_kill_at_any_change_neither_mixes_nor_loses_anything() {
+    use checkpoint::{Aside, Fate};
+    const CHILD: &str = "TRAINER_TEST_ASIDE";
+    let moved = || strings(&["checkpoint-2", "checkpoint-3", "runs/events"]);
+    if let Some(child) = std::env::var_os(CHILD) {
+        let child = child.into_string().unwrap();
+        let (fate, dir) = child.split_once(' ').unwrap();
+        let fate = if fate == "kept" { Fate::Kept } else { Fate::Deleted };
+        Aside::begin(Path::new(dir), fate, moved(), strings(&["metrics.jsonl"])).unwrap().settle().unwrap();
+        return;
+    }
+    for fate in ["kept", "deleted"] {
+        let (mut num_before, mut num_after) = (0, 0);
+        for at in 1.. {
+            let folder = tempfile::tempdir().unwrap();
+            let dir = folder.path();
+            an_older_run(dir);
+            let before = contents(dir);
+            let test = "a_kill_at_any_change_neither_mixes_nor_loses_anything";
+            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", test]).env(CHILD, format!("{fate} {}", dir.display()));
+            let status = kill::kill_at(&mut command, dir, at).output().unwrap().status;
+            let is_begun = dir.join(".moving-aside.json").exists() || !dir.join("checkpoint-3").exists();
+            checkpoint::settle_earlier(dir).unwrap();
+            checkpoint::clean_up(dir).unwrap();
+            let newest = checkpoint::find_latest(dir).unwrap().checkpoint.unwrap().step();
+            assert_eq!(newest, if is_begun { 1 } else { 3 }, "{fate}, killed at change {at}");
+            let mut now = contents(dir);
+            if is_begun && fate == "kept" {
+                // All of it, in two places, and the log in both.
+                let prefix = "abandoned-course-1/";
+                let kept =
+                    |(name, text): &(String, String)| Some((name.strip_prefix(prefix)?.to_string(), text.clone()));
+                now = now.iter().map(|entry| kept(entry).unwrap_or_else(|| entry.clone())).collect();
+            }
+            if is_begun && fate == "deleted" {
+                let goes = |name: &str| moved().iter().any(|moved| name.starts_with(moved.as_str()));
+                let stays: BTreeSet<_> = before.into_iter().filter(|(name, _)| !goes(name)).collect();
+                assert_eq!(now, stays, "{fate}, killed at change {at}");
+            } else {
+                assert_eq!(now, before, "{fate}, killed at change {at}");
+            }
+            *(if is_begun { &mut num_after } else { &mut num_before }) += 1;
+            if status.success() {
+                break;
+            }
+        }
+        assert!(num_before > 1 && num_after > 8, "{num_before} kills before and {num_after} after");
+    }
+}
+
+#[test]
+fn a_journal_that_names_something_else_moves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("out");
+    an_older_run(&dir);
+    std::fs::write(folder.path().join("precious"), "x").unwrap();
+    let before = contents(folder.path());
+    for (place, moved) in [
+        ("abandoned-course-1", "../precious"),
+        ("abandoned-course-1", "/etc/hosts"),
+        ("abandoned-course-1", ""),
+        ("../elsewhere", "checkpoint-1"),
+        ("checkpoint-2", "checkpoint-1"),
+        (".replaced-run", "checkpoint-1"),
+    ] {
+        let journal = json!({"fate": "kept", "place": place, "moved": [moved], "copied": []});
+        let path = dir.join(".moving-aside.json");
+        std::fs::write(&path, journal.to_string()).unwrap();
+        let message = checkpoint::settle_earlier(&dir).unwrap_err().to_string();
+        assert!(message.contains(".moving-aside.json"), "{message}");
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(contents(folder.path()), before);
+    }
+    let moved = strings(&["../precious"]);
+    assert!(checkpoint::Aside::begin(&dir, checkpoint::Fate::Deleted, moved, vec![]).is_err());
+    assert_eq!(contents(folder.path()), before);
+}
+
+#[test]
+fn a_manifest_does_not_lead_outside() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = save(folder.path(), 1, None).path;
+    std::fs::write(folder.path().join("outside"), "x").unwrap();
+    let manifest = place.join("manifest.json");
+    let text = std::fs::read(&manifest).unwrap();
+    let absolute = folder.path().join("outside").display().to_string();
+    for name in ["../outside", &absolute, "adapter/../../outside", "", ".", "..", "a\\b", "a\0b"] {
+        let mut value: Value = serde_json::from_slice(&text).unwrap();
+        value["files"][name] = json!({"bytes": 1, "blake3": blake3::hash(b"x").to_hex().to_string()});
+        std::fs::write(&manifest, value.to_string()).unwrap();
+        let error = checkpoint::open(&place).unwrap_err();
+        assert!(matches!(error, Error::Outside { .. }), "{name:?}: {error}");
+    }
+    // A folder in the place of a file, and a manifest of absurd size.
+    let mut value: Value = serde_json::from_slice(&text).unwrap();
+    value["files"]["adapter"] = json!({"bytes": 4096, "blake3": ""});
+    std::fs::write(&manifest, value.to_string()).unwrap();
+    assert!(checkpoint::open(&place).unwrap_err().to_string().contains("no ordinary file"));
+    std::fs::File::create(&manifest).unwrap().set_len(1 << 40).unwrap();
+    let message = checkpoint::open(&place).unwrap_err().to_string();
+    assert!(message.contains("a file of 1099511627776 bytes"), "{message}");
+}
+
+#[test]
+fn tensors_that_are_not_all_there_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = save(folder.path(), 1, None).path;
+    let path = place.join("optimizer.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap());
+    let with_length = |length: u64| [&length.to_le_bytes()[..], &whole[8..]].concat();
+    let opened = checkpoint::open(&place).unwrap();
+    for bytes in [
+        vec![],
+        whole[..7].to_vec(),
+        whole[..whole.len() - 1].to_vec(),
+        with_length(u64::MAX),
+        with_length(length + 1_000_000),
+        with_length(0),
+        with_length(length - 1),
+    ] {
+        std::fs::write(&path, &bytes).unwrap();
+        let error = opened.tensors("optimizer.safetensors").unwrap_err();
+        assert!(error.to_string().contains("optimizer.safetensors"), "{error}");
+    }
 }
 
 #[test]

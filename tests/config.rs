@@ -105,6 +105,9 @@ fn sft_defaults_are_those_of_trl() {
             eval_strategy: Interval::No,
             save_strategy: Interval::Steps(500),
             save_total_limit: None,
+            save_only_model: false,
+            best: None,
+            resume_with_changed_inputs: false,
             report_to: vec![],
             disable_tqdm: false,
         },
@@ -517,6 +520,52 @@ fn values_that_ask_for_nothing_are_accepted() {
             Rule::Renamed(_) => assert_eq!(load("1").expect_err(key.name).count(), 1),
             Rule::Alias(_) => assert!(load("[{}]").expect_err(key.name).messages().all(|m| !m.contains("no key"))),
         }
+    }
+}
+
+#[test]
+fn the_best_checkpoint_goes_by_the_rules_of_transformers() {
+    let evaluated = "eval_strategy: steps\neval_steps: 10\nsave_steps: 20\n";
+    for (lines, metric, greater_is_better) in [
+        ("load_best_model_at_end: true\n", "eval_loss", false),
+        ("load_best_model_at_end: true\nmetric_for_best_model: eval_entropy\n", "eval_entropy", true),
+        ("metric_for_best_model: mean_token_accuracy\ngreater_is_better: false\n", "eval_mean_token_accuracy", false),
+        ("metric_for_best_model: some_loss\nsave_strategy: best\n", "eval_some_loss", false),
+    ] {
+        let best = sft(&format!("{evaluated}{lines}")).training.best.expect(lines);
+        assert_eq!((best.metric.as_str(), best.greater_is_better), (metric, greater_is_better), "{lines}");
+        assert_eq!(best.load_at_end, lines.contains("load_best"), "{lines}");
+        assert_eq!(best.early_stopping, None);
+    }
+    assert_eq!(sft(evaluated).training.best, None);
+    let lines = "load_best_model_at_end: true\nearly_stopping_patience: 3\nearly_stopping_threshold: 0.1\n";
+    let best = sft(&format!("{evaluated}{lines}")).training.best.expect("a best checkpoint");
+    assert_eq!(best.early_stopping.map(|stopping| (stopping.patience, stopping.threshold)), Some((3, 0.1)));
+
+    for (lines, part) in [
+        ("load_best_model_at_end: true\n", "there are none (`eval_strategy: no`)"),
+        ("save_strategy: best\nmetric_for_best_model: loss\n", "there are none (`eval_strategy: no`)"),
+        ("save_strategy: best\neval_strategy: epoch\n", "needs `metric_for_best_model`"),
+        ("early_stopping_patience: 2\neval_strategy: epoch\n", "needs `metric_for_best_model`"),
+        ("early_stopping_patience: 2\nmetric_for_best_model: loss\n", "there are none (`eval_strategy: no`)"),
+        ("load_best_model_at_end: true\neval_strategy: epoch\n", "to be the same"),
+        ("load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: epoch\n", "to be the same"),
+        (
+            "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 20\nsave_steps: 50\n",
+            "needs `save_steps` 50 to be a multiple of `eval_steps` 20",
+        ),
+        ("early_stopping_patience: 0\n", "at least 1"),
+        ("save_strategy: better\n", "does not know `better`"),
+    ] {
+        assert_one(&sft_errors(lines), part);
+    }
+    for (lines, part) in [
+        ("greater_is_better: true\n", "`greater_is_better` has no effect"),
+        ("metric_for_best_model: loss\n", "`metric_for_best_model` has no effect"),
+        ("early_stopping_threshold: 0.5\n", "`early_stopping_threshold` has no effect"),
+        ("eval_strategy: epoch\nmetric_for_best_model: loss\nearly_stopping_patience: 2\n", "leaves its last model"),
+    ] {
+        assert_one(&sft_with(lines, &[]).expect(lines).warnings, part);
     }
 }
 

@@ -2,11 +2,19 @@
 //!
 //! Nothing here needs a network, a GPU or more than a minute on 2 cores.
 
+#[path = "support/kill.rs"]
+mod kill;
 #[path = "support/test_run.rs"]
 mod test_run;
 
 #[path = "e2e/bad_input.rs"]
 mod bad_input;
+#[path = "e2e/best.rs"]
+mod best;
+#[path = "e2e/changed.rs"]
+mod changed;
+#[path = "e2e/courses.rs"]
+mod courses;
 #[path = "e2e/disk.rs"]
 mod disk;
 #[path = "e2e/generate.rs"]

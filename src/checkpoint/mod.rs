@@ -5,20 +5,25 @@
 //! disk or a power cut at any moment leaves the earlier checkpoints as they were and at most a hidden folder, which
 //! [`clean_up`] removes at the next start.
 //!
+//! [`Aside`] moves checkpoints and other files of a run that is replaced, or of a course that is left, out of the way as
+//! one act.
+//!
 //! The training loops decide what is in a checkpoint; this room decides that it is all there. It knows files, JSON and
 //! named f32 tensors, and no model.
 
+mod aside;
 mod manifest;
 mod open;
 mod rotate;
 mod write;
 
+pub use aside::{Aside, Fate, is_left_course, settle_earlier};
 pub use manifest::{FORMAT_VERSION, FileEntry, Manifest};
 pub use open::{Checkpoint, Found, Skipped, StoredTensor, find_latest, open};
-pub use rotate::{CleanedUp, clean_up, newest_step, remove_all};
+pub use rotate::{CleanedUp, clean_up, keep_only, newest_step};
 pub use write::{Committed, Writer};
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// What went wrong with a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +75,25 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
+    /// The journal of what is to be moved aside names something else.
+    #[error(
+        "`{}` names `{name}`, which is nothing that a run would move; delete the file, and then the folders of runs that you \
+         do not want to go on from", path.display()
+    )]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// The manifest names a file outside of the checkpoint.
+    #[error("`{}` lists `{name}`, which is not inside the checkpoint; resume from another checkpoint", path.display())]
+    Outside {
+        /// The manifest.
+        path: PathBuf,
+        /// The name.
+        name: String,
+    },
     /// The folder is not a checkpoint.
     #[error(
         "`{}` is not a checkpoint: it has no manifest.json; give a folder `checkpoint-N` that a run wrote",
@@ -115,17 +139,41 @@ fn folder(output_dir: &Path, step: u64) -> PathBuf {
     output_dir.join(format!("{PREFIX}{step}"))
 }
 
-/// The checkpoints of `output_dir` by step, ascending, whole or not.
+/// The step in the name of a checkpoint's folder.
+fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix(PREFIX)?.parse().ok()?;
+    // Not `checkpoint-+5` or `checkpoint-05`, which no run writes.
+    (name.len() == PREFIX.len() + u64::to_string(&step).len()).then_some(step)
+}
+
+/// Whether a name that a file gives stays inside the folder it is joined to.
+fn stays_inside(name: &str) -> bool {
+    let is_plain = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    is_plain && !name.is_empty() && !name.contains(['\\', '\0'])
+}
+
+/// The folders of `output_dir` that are named as checkpoints, by step, ascending, whole or not.
 fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
-    let mut found: Vec<(u64, PathBuf)> = entries(output_dir)?
-        .into_iter()
-        .filter_map(|(name, path)| Some((name.strip_prefix(PREFIX)?.parse().ok()?, path)))
-        .collect();
+    let entries = entries(output_dir)?.into_iter().filter(|(_, path)| path.is_dir());
+    let mut found: Vec<(u64, PathBuf)> = entries.filter_map(|(name, path)| Some((step_of(&name)?, path))).collect();
     found.sort();
     Ok(found)
 }
 
-/// The folders in `output_dir` with their names; none if it does not exist.
+/// Whether a run wrote the folder as a checkpoint, whole or damaged.
+pub fn is_written(path: &Path) -> bool {
+    path.join(MANIFEST).is_file()
+}
+
+/// The checkpoints in `output_dir` that a run wrote, whole or damaged, by step, ascending: folders with a manifest.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn written(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
+    Ok(list(output_dir)?.into_iter().filter(|(_, path)| is_written(path)).collect())
+}
+
+/// What is in `output_dir`, with names; nothing if it does not exist.
 fn entries(output_dir: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
     let reading = match std::fs::read_dir(output_dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -134,9 +182,7 @@ fn entries(output_dir: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
     let mut found = Vec::new();
     for entry in reading {
         let entry = entry.map_err(crate::fs::io_error("list", output_dir))?;
-        if entry.path().is_dir() {
-            found.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
-        }
+        found.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
     }
     Ok(found)
 }

@@ -5,12 +5,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Error, MANIFEST, PREFIX, entries, folder, list};
+use super::aside::REPLACED_RUN;
+use super::{Error, PREFIX, entries, folder, list, written};
 use crate::fs::{self, io_error};
 
 const REPLACED: &str = ".replaced";
 const REMOVED: &str = ".removed";
-const PARTIAL: &str = ".partial-";
+pub(super) const PARTIAL: &str = ".partial-";
 
 /// What [`clean_up`] found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,20 +22,26 @@ pub struct CleanedUp {
     pub restored: Vec<PathBuf>,
 }
 
-/// Removes what killed runs left in `output_dir`. Call once when a run starts, on rank 0, before any other use.
+/// Removes what killed runs left in `output_dir`. Call once when a run starts, on rank 0, after
+/// [`super::settle_earlier`] and before any other use.
 ///
 /// # Errors
 /// If the folder cannot be listed or a leftover cannot be removed.
 pub fn clean_up(output_dir: &Path) -> Result<CleanedUp, Error> {
     let mut cleaned = CleanedUp::default();
     for (name, path) in entries(output_dir)? {
-        let Some((step, rest)) = hidden(&name) else { continue };
-        let place = folder(output_dir, step);
-        if rest == REPLACED && !place.exists() {
-            std::fs::rename(&path, &place).map_err(io_error("rename to its place", &place))?;
-            cleaned.restored.push(place);
-        } else if rest == REPLACED || rest == REMOVED || rest.starts_with(PARTIAL) {
-            std::fs::remove_dir_all(&path).map_err(io_error("remove the leftover", &path))?;
+        let is_leftover = match hidden(&name) {
+            Some((step, REPLACED)) if path.is_dir() && !folder(output_dir, step).exists() => {
+                let place = folder(output_dir, step);
+                std::fs::rename(&path, &place).map_err(io_error("rename to its place", &place))?;
+                cleaned.restored.push(place);
+                false
+            }
+            Some((_, rest)) => rest == REPLACED || rest == REMOVED || rest.starts_with(PARTIAL),
+            None => name.starts_with(PARTIAL) || name == REPLACED_RUN,
+        };
+        if is_leftover {
+            remove(&path).map_err(io_error("remove the leftover", &path))?;
             cleaned.removed.push(path);
         }
     }
@@ -46,23 +53,7 @@ pub fn clean_up(output_dir: &Path) -> Result<CleanedUp, Error> {
 
 /// The step of the newest checkpoint by name, whole or not; `None` where there is none or the folder cannot be read.
 pub fn newest_step(output_dir: &Path) -> Option<u64> {
-    let entries = entries(output_dir).ok()?;
-    entries.iter().filter_map(|(name, _)| name.strip_prefix(PREFIX)?.parse().ok()).max()
-}
-
-/// Deletes every checkpoint of `output_dir`, for a run that starts anew there. Folders without a manifest are not ours and
-/// stay.
-///
-/// # Errors
-/// If one cannot be deleted.
-pub fn remove_all(output_dir: &Path) -> Result<(), Error> {
-    for (name, path) in entries(output_dir)? {
-        let is_checkpoint = name.strip_prefix(PREFIX).is_some_and(|step| step.parse::<u64>().is_ok());
-        if is_checkpoint && path.join(MANIFEST).is_file() {
-            std::fs::remove_dir_all(&path).map_err(io_error("remove the checkpoint", &path))?;
-        }
-    }
-    Ok(())
+    list(output_dir).ok()?.last().map(|(step, _)| *step)
 }
 
 /// Splits `.checkpoint-12.partial-x` into 12 and `.partial-x`.
@@ -74,29 +65,31 @@ fn hidden(name: &str) -> Option<(u64, &str)> {
 
 /// Moves a checkpoint that is in the way to a hidden name, and returns that.
 pub(super) fn set_aside(path: &Path) -> Result<Option<PathBuf>, Error> {
-    if !path.exists() {
+    // A link counts, even one that leads nowhere.
+    if path.symlink_metadata().is_err() {
         return Ok(None);
     }
     let aside = hidden_beside(path, REPLACED);
-    if aside.exists() {
-        std::fs::remove_dir_all(&aside).map_err(io_error("remove", &aside))?;
+    if aside.symlink_metadata().is_ok() {
+        remove(&aside).map_err(io_error("remove", &aside))?;
     }
     std::fs::rename(path, &aside).map_err(io_error("set aside", path))?;
     Ok(Some(aside))
 }
 
-/// Deletes the oldest checkpoints beyond `limit`, by step; never `newest`. Returns what was deleted.
-pub(super) fn keep_newest(output_dir: &Path, limit: Option<usize>, newest: &Path) -> Vec<PathBuf> {
+/// Deletes the oldest checkpoints beyond `limit`, by step; never one of `kept`. Returns what was deleted.
+pub(super) fn keep_newest(output_dir: &Path, limit: Option<usize>, kept: &[PathBuf]) -> Vec<PathBuf> {
     let Some(limit) = limit else { return Vec::new() };
-    let all = match list(output_dir) {
+    let all = match written(output_dir) {
         Ok(all) => all,
         Err(error) => {
             tracing::warn!("old checkpoints stay: {error}");
             return Vec::new();
         }
     };
-    let surplus = all.len().saturating_sub(limit.max(1));
-    let oldest = all.into_iter().map(|(_, path)| path).filter(|path| path != newest).take(surplus);
+    let num_kept = all.iter().filter(|(_, path)| kept.contains(path)).count();
+    let surplus = all.len().saturating_sub(limit.max(num_kept));
+    let oldest = all.into_iter().map(|(_, path)| path).filter(|path| !kept.contains(path)).take(surplus);
     let mut removed = Vec::new();
     for path in oldest {
         let going = hidden_beside(&path, REMOVED);
@@ -110,9 +103,19 @@ pub(super) fn keep_newest(output_dir: &Path, limit: Option<usize>, newest: &Path
     removed
 }
 
-/// Deletes a hidden folder; if that fails, the next start does it.
+/// Deletes every checkpoint but that of one step.
+pub fn keep_only(output_dir: &Path, step: u64) {
+    keep_newest(output_dir, Some(1), &[folder(output_dir, step)]);
+}
+
+/// Removes a folder, a file, or a link as a link: nothing behind it is touched.
+fn remove(path: &Path) -> std::io::Result<()> {
+    if path.symlink_metadata()?.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
+}
+
+/// Deletes what was renamed to a hidden name; if that fails, the next start does it.
 pub(super) fn discard(hidden: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(hidden) {
+    if let Err(error) = remove(hidden) {
         tracing::warn!("cannot delete `{}`: {error}", hidden.display());
     }
 }

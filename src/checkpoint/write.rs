@@ -4,14 +4,14 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensorError, View};
 use serde::Serialize;
 use tempfile::TempDir;
 
 use super::manifest::{FORMAT_VERSION, FileEntry, Manifest};
-use super::{Error, MANIFEST, PREFIX, folder, rotate};
+use super::{Error, MANIFEST, PREFIX, folder, rotate, stays_inside};
 use crate::fs::{self, io_error};
 
 /// A checkpoint in the making. Dropping it without [`Writer::commit`] removes everything written.
@@ -21,6 +21,7 @@ pub struct Writer {
     partial: TempDir,
     step: u64,
     world_size: usize,
+    best: Option<u64>,
 }
 
 /// A checkpoint that is now whole and durable.
@@ -46,13 +47,20 @@ impl Writer {
             .prefix(&format!(".{PREFIX}{step}.partial-"))
             .tempdir_in(output_dir)
             .map_err(io_error("create a checkpoint in", output_dir))?;
-        Ok(Self { output_dir: output_dir.into(), partial, step, world_size: 1 })
+        Ok(Self { output_dir: output_dir.into(), partial, step, world_size: 1, best: None })
     }
 
     /// Sets the number of processes that the state in the checkpoint comes from.
     #[must_use]
     pub fn world_size(mut self, world_size: usize) -> Self {
         self.world_size = world_size;
+        self
+    }
+
+    /// Names the step of a checkpoint that [`Writer::commit`] does not delete, however old it is.
+    #[must_use]
+    pub fn keeping(mut self, best: Option<u64>) -> Self {
+        self.best = best;
         self
     }
 
@@ -107,7 +115,7 @@ impl Writer {
 
     /// Makes the checkpoint whole: syncs every file, writes the manifest, moves the folder into its place and makes that
     /// durable. A checkpoint of the same step is replaced. Then deletes the oldest ones beyond `save_total_limit`
-    /// (`None`: keeps all), never the new one.
+    /// (`None`: keeps all), never the new one and never that of [`Writer::keeping`].
     ///
     /// # Errors
     /// If anything up to the move fails; the earlier checkpoints are then as they were. A failure to delete an old one
@@ -136,7 +144,9 @@ impl Writer {
         if let Some(replaced) = replaced {
             rotate::discard(&replaced);
         }
-        let removed = rotate::keep_newest(&self.output_dir, save_total_limit, &path);
+        let mut kept = vec![path.clone()];
+        kept.extend(self.best.map(|best| folder(&self.output_dir, best)).filter(|best| *best != path));
+        let removed = rotate::keep_newest(&self.output_dir, save_total_limit, &kept);
         Ok(Committed { path, bytes, removed })
     }
 
@@ -165,8 +175,7 @@ impl Writer {
 
     /// The path to write a file of the checkpoint to.
     fn file(&self, name: &str) -> Result<PathBuf, Error> {
-        let is_plain = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
-        if name.is_empty() || !is_plain {
+        if !stays_inside(name) {
             return Err(Error::Name { name: name.into(), reason: "it leaves the folder" });
         }
         if name == MANIFEST {

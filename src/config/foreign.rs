@@ -65,7 +65,6 @@ const NO_LOG: &str = "the console and `output_dir/metrics.jsonl` have one form";
 const RAGGED: &str = "batches are ragged: nothing is ever padded";
 const NO_OPTIM: &str = "AdamW is the only optimizer";
 const LAUNCHER: &str = "it belongs to the launcher (accelerate, DeepSpeed), whose file is not read here; remove it";
-const NO_BEST: &str = "no checkpoint is chosen by a metric; keep several with `save_total_limit` and compare them";
 const NO_TRACKER: &str = "this tracker is not supported; see `report_to`";
 const NO_SHARED_METRICS: &str = "evaluation has a fixed set of metrics";
 
@@ -202,11 +201,7 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("eval_accumulation_steps", NO_SHARED_METRICS),
     no_effect("batch_eval_metrics", NO_SHARED_METRICS),
     lacking("include_for_metrics", &["[]"], NO_SHARED_METRICS),
-    lacking("load_best_model_at_end", &["false"], NO_BEST),
-    no_effect("metric_for_best_model", NO_BEST),
-    no_effect("greater_is_better", NO_BEST),
     no_effect("save_safetensors", "weights are always written as safetensors"),
-    no_effect("save_only_model", "a checkpoint always holds what is needed to resume"),
     no_effect("save_on_each_node", "a checkpoint is one folder, written once"),
     no_effect("enable_jit_checkpoint", "a signal always saves before the run ends"),
     ForeignKey {

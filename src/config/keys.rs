@@ -15,7 +15,7 @@ use super::settings::{
     DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType, Resume,
     RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
 };
-use super::special::{AdamW, MaxSteps, Recurrence, Sinks, TargetModules};
+use super::special::{AdamW, MaxSteps, Recurrence, Saving, Sinks, TargetModules};
 use super::value::Parse;
 use super::yaml::Entry;
 
@@ -250,11 +250,30 @@ keys! {
         /// Optimizer steps between two evaluations, for `eval_strategy: steps`.
         eval_steps: Option<usize> = Derived("`logging_steps`"), FROM_1, "optimizer steps";
         /// When to save a checkpoint; the end of the run is always saved.
-        save_strategy: Recurrence = Text("steps"), ANY, "";
+        /// `best` saves whenever an evaluation found a new best value of `metric_for_best_model`.
+        save_strategy: Saving = Text("steps"), ANY, "";
         /// Optimizer steps between two checkpoints, for `save_strategy: steps`.
         save_steps: usize = Text("500"), FROM_1, "optimizer steps";
-        /// Keep at most this many checkpoints, the newest ones.
+        /// Keep at most this many checkpoints, the newest ones, and beside the newest always the best one by
+        /// `metric_for_best_model`. With 1 only the best one is left at the end.
         save_total_limit: Option<usize> = Text("null"), FROM_1, "checkpoints";
+        /// Save the model without the optimizer's state: smaller checkpoints, from which no run can go on.
+        save_only_model: bool = Text("false"), ANY, "";
+        /// Leave the best checkpoint's model in `output_dir` at the end, not the last one. `eval_strategy` and `save_strategy`
+        /// must then be the same and `save_steps` a multiple of `eval_steps`, or `save_strategy` be `best`.
+        load_best_model_at_end: bool = Text("false"), ANY, "";
+        /// The metric of evaluations that decides which checkpoint is the best, with or without `eval_` in front.
+        metric_for_best_model: Option<String> = Derived("`loss` with `load_best_model_at_end`, otherwise none"), ANY, "";
+        /// Whether a larger value of that metric is better.
+        greater_is_better: Option<bool> = Derived("true unless the metric's name ends in `loss`"), ANY, "";
+        /// Stop the run when this many evaluations in a row did not improve on the best value of `metric_for_best_model`; as
+        /// transformers' `EarlyStoppingCallback`, which has no key there.
+        early_stopping_patience: Option<usize> = Text("null"), FROM_1, "evaluations";
+        /// What counts as an improvement for `early_stopping_patience`: more than this. Not a key in transformers.
+        early_stopping_threshold: f64 = Text("0.0"), FROM_0, "";
+        /// Go on from a checkpoint although the rows, the weights, the tokenizer, the chat template or a reward program are not
+        /// what they were when it was saved. Without it such a run is refused. Not in TRL.
+        resume_with_changed_inputs: bool = Text("false"), ANY, "";
     }
     "Supervised fine-tuning" for Sft {
         /// Column with plain text.

@@ -17,6 +17,7 @@
 //! | `write`, `reference` | settings back to YAML; the reference page |
 //! | `diagnose` | problems and their report |
 
+mod best;
 mod choices;
 mod diagnose;
 mod field;

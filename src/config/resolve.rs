@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use super::best;
 use super::diagnose::Problems;
 use super::field::Named;
 use super::keys::RawConfig;
@@ -13,7 +14,7 @@ use super::settings::{
     DataSettings, DeviceChoice, Interval, LoraSettings, ModelSettings, OptimizerSettings, Precision, Quantization,
     RewardSpec, SftSettings, TrainingSettings,
 };
-use super::special::Recurrence;
+use super::special::{Recurrence, Saving};
 
 /// Says what is wrong with the name or the parameters of a built-in reward.
 pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
@@ -153,7 +154,8 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
         reason,
         "add `eval_strategy: steps`",
     );
-    let saves_by_steps = *raw.save_strategy.value() == Recurrence::Steps;
+    best::check(raw, problems);
+    let saves_by_steps = *raw.save_strategy.value() == Saving::At(Recurrence::Steps);
     let reason = "`save_strategy` is not `steps`";
     warn_idle(
         problems,
@@ -245,8 +247,14 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
         max_grad_norm: *raw.max_grad_norm.value(),
         logging_steps,
         eval_strategy: interval(*raw.eval_strategy.value(), raw.eval_steps.value().unwrap_or(logging_steps)),
-        save_strategy: interval(*raw.save_strategy.value(), *raw.save_steps.value()),
+        save_strategy: match *raw.save_strategy.value() {
+            Saving::At(recurrence) => interval(recurrence, *raw.save_steps.value()),
+            Saving::Best => Interval::Best,
+        },
         save_total_limit: *raw.save_total_limit.value(),
+        save_only_model: *raw.save_only_model.value(),
+        best: best::build(raw),
+        resume_with_changed_inputs: *raw.resume_with_changed_inputs.value(),
         report_to: raw.report_to.value().0.clone(),
         disable_tqdm: *raw.disable_tqdm.value(),
     }

@@ -326,8 +326,14 @@ pub struct TrainingSettings {
     pub eval_strategy: Interval,
     /// When to save.
     pub save_strategy: Interval,
-    /// Keep at most this many checkpoints, the newest ones.
+    /// Keep at most this many checkpoints, the newest ones and the best one.
     pub save_total_limit: Option<usize>,
+    /// Leave the optimizer's state out of checkpoints.
+    pub save_only_model: bool,
+    /// What decides which checkpoint is the best, and what follows from it.
+    pub best: Option<BestSettings>,
+    /// Go on from a checkpoint although what the run reads has changed since.
+    pub resume_with_changed_inputs: bool,
     /// Metric sinks besides metrics.jsonl.
     pub report_to: Vec<ReportTo>,
     /// Hide progress bars.
@@ -420,6 +426,30 @@ pub enum Interval {
     Steps(usize),
     /// At the end of each epoch.
     Epoch,
+    /// When an evaluation found a new best value (saving).
+    Best,
+}
+
+/// How the best checkpoint is found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BestSettings {
+    /// The metric that decides, as evaluations name it: `eval_loss`.
+    pub metric: String,
+    /// Whether a larger value is better.
+    pub greater_is_better: bool,
+    /// Leave its model in `output_dir` at the end.
+    pub load_at_end: bool,
+    /// When to stop early.
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+/// transformers' `EarlyStoppingCallback`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EarlyStopping {
+    /// Evaluations in a row without an improvement after which the run stops.
+    pub patience: usize,
+    /// An improvement is more than this.
+    pub threshold: f64,
 }
 
 /// Where to compute.

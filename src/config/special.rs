@@ -144,6 +144,25 @@ impl Parse for Recurrence {
     }
 }
 
+/// `save_strategy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Saving {
+    At(Recurrence),
+    Best,
+}
+
+impl Parse for Saving {
+    const KIND: &'static str = "one of";
+    const VALUES: &'static [&'static str] = &["no", "steps", "epoch", "best"];
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        match parse_word(node, Self::VALUES)? {
+            "best" => Ok(Self::Best),
+            _ => Recurrence::parse(node).map(Self::At),
+        }
+    }
+}
+
 /// `max_steps`: -1 (or null) leaves the length of the run to `num_train_epochs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MaxSteps(pub(super) Option<usize>);
@@ -267,6 +286,9 @@ mod tests {
         assert_eq!(read("no"), Ok(Recurrence::No));
         assert_eq!(read("false"), Ok(Recurrence::No));
         assert!(read::<Recurrence>("best").is_err());
+        assert_eq!(read("best"), Ok(Saving::Best));
+        assert_eq!(read("false"), Ok(Saving::At(Recurrence::No)));
+        assert!(read::<Saving>("better").is_err());
         assert_eq!(read("-1"), Ok(MaxSteps(None)));
         assert_eq!(read("20"), Ok(MaxSteps(Some(20))));
         assert!(read::<MaxSteps>("0").is_err());

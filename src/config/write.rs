@@ -14,8 +14,8 @@ use serde_json::Value;
 use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
-    DataSettings, DeviceChoice, GrpoSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings, Precision,
-    Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
+    BestSettings, DataSettings, DeviceChoice, GrpoSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings,
+    Precision, Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
     SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 use super::value::{as_bool, as_float};
@@ -279,9 +279,13 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         eval_strategy,
         save_strategy,
         save_total_limit,
+        save_only_model,
+        best,
+        resume_with_changed_inputs,
         report_to,
         disable_tqdm,
     } = training;
+    write_best(best.as_ref(), texts);
     // A run that went on from its own checkpoint is the run from its start; one that went on from another run's
     // checkpoint is not.
     let resume = match resume_from_checkpoint {
@@ -336,8 +340,21 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("save_strategy", save_word.into()),
         ("save_steps", save_steps),
         ("save_total_limit", optional(*save_total_limit)),
+        ("save_only_model", save_only_model.to_string()),
+        ("resume_with_changed_inputs", resume_with_changed_inputs.to_string()),
         ("report_to", if sinks.is_empty() { "none".into() } else { format!("[{}]", sinks.join(", ")) }),
         ("disable_tqdm", disable_tqdm.to_string()),
+    ]);
+}
+
+fn write_best(best: Option<&BestSettings>, texts: &mut Texts) {
+    let early_stopping = best.and_then(|best| best.early_stopping);
+    texts.extend([
+        ("load_best_model_at_end", best.is_some_and(|best| best.load_at_end).to_string()),
+        ("metric_for_best_model", optional_string(best.map(|best| best.metric.as_str()))),
+        ("greater_is_better", optional(best.map(|best| best.greater_is_better))),
+        ("early_stopping_patience", optional(early_stopping.map(|stopping| stopping.patience))),
+        ("early_stopping_threshold", float(early_stopping.map_or(0.0, |stopping| stopping.threshold))),
     ]);
 }
 
@@ -405,6 +422,7 @@ fn interval(interval: Interval, idle_steps: &str) -> (&'static str, String) {
         Interval::No => ("\"no\"", idle_steps.into()),
         Interval::Steps(steps) => ("steps", steps.to_string()),
         Interval::Epoch => ("epoch", idle_steps.into()),
+        Interval::Best => ("best", idle_steps.into()),
     }
 }
 

@@ -47,6 +47,12 @@ impl Sampler {
         Ok(Self { len, seed, shuffle, world_size, rank, state, order: permutation(len, seed, shuffle, 0) })
     }
 
+    /// Number of items in one pass.
+    #[expect(clippy::len_without_is_empty, reason = "a sampler of nothing cannot be made")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// Where the stream stands.
     pub fn state(&self) -> SamplerState {
         self.state

@@ -40,8 +40,7 @@ impl JsonLines {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).map_err(io_error("create the folder", folder))?;
         }
-        let file = File::create(path).map_err(io_error("create", path))?;
-        Ok(Self { path: path.into(), file })
+        Ok(Self { path: path.into(), file: fs::create_anew(path)? })
     }
 
     /// Opens the file to go on after `step`: rows with a larger `step` are removed. A missing file is started anew.
@@ -49,9 +48,11 @@ impl JsonLines {
     /// # Errors
     /// If it cannot be read or replaced; it is then unchanged.
     pub fn resume(path: &Path, step: u64) -> Result<(Self, CutBack), Error> {
-        if !path.exists() {
+        if path.symlink_metadata().is_err() {
             return Ok((Self::create(path)?, CutBack::default()));
         }
+        // Before anything is read: a link is refused, not replaced by what it leads to.
+        drop(fs::open_own(path, OpenOptions::new().append(true))?);
         let mut cut = CutBack::default();
         let mut kept = Vec::new();
         for_each_line(path, |line| match step_of(line) {
@@ -66,7 +67,7 @@ impl JsonLines {
         if cut.removed + cut.unreadable > 0 || std::fs::metadata(path).is_ok_and(|m| m.len() != kept.len() as u64) {
             fs::write_atomic(path, &kept)?;
         }
-        let file = OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?;
+        let file = fs::open_own(path, OpenOptions::new().append(true))?;
         Ok((Self { path: path.into(), file }, cut))
     }
 

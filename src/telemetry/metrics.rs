@@ -34,15 +34,14 @@ impl Metrics {
             Ok(file)
         };
         let completions_path = output_dir.join("completions.jsonl");
-        let completions = match (completions_path.exists(), resumed_from) {
-            (true, Some(_)) => Some(open("completions.jsonl")?),
-            // What is no ordinary file stays and is written to.
-            (true, None) if !completions_path.is_file() => Some(open("completions.jsonl")?),
-            (true, None) => {
+        let has_completions = completions_path.symlink_metadata().is_ok();
+        let completions = match resumed_from {
+            Some(_) if has_completions => Some(open("completions.jsonl")?),
+            None if has_completions => {
                 std::fs::remove_file(&completions_path).map_err(io_error("remove the old", &completions_path))?;
                 None
             }
-            (false, _) => None,
+            _ => None,
         };
         Ok(Self {
             rows: open("metrics.jsonl")?,

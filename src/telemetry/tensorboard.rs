@@ -78,6 +78,9 @@ impl EventWriter {
     /// # Errors
     /// If the file cannot be created or written.
     pub fn open(folder: &Path, resumed_from: Option<u64>) -> Result<Self, Error> {
+        if folder.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink()) {
+            return Err(crate::fs::Error::Link { path: folder.into(), what: "a symbolic link" }.into());
+        }
         std::fs::create_dir_all(folder).map_err(io_error("create the folder", folder))?;
         let name = format!(
             "events.out.tfevents.{}.{}.{}.{}",

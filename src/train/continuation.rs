@@ -76,6 +76,11 @@ const COURSE: &[&str] = &[
     "eval_steps",
     "save_strategy",
     "save_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "dataset_test_split",
     "max_eval_samples",
     "eval_packing",
@@ -140,12 +145,17 @@ impl Continuation {
         Self { task, values: kept.map(|(name, text)| (name.to_string(), text)).collect() }
     }
 
+    /// The value of one setting as YAML.
+    pub(super) fn value(&self, name: &str) -> Option<&str> {
+        self.values.get(name).map(String::as_str)
+    }
+
     /// Compares with the values that a checkpoint holds; settings that only one of the two knows are left out. Warns of
-    /// those that change the run's course.
+    /// those that change the run's course, and says whether there are some.
     ///
     /// # Errors
     /// If one of those that give the state its meaning differs; all of them are named.
-    pub(super) fn check(&self, checkpoint: &Checkpoint, saved: &Values) -> anyhow::Result<()> {
+    pub(super) fn check(&self, checkpoint: &Checkpoint, saved: &Values) -> anyhow::Result<bool> {
         let place = checkpoint.path().display();
         let (refused, changed) = self.differences(saved);
         if !refused.is_empty() {
@@ -160,7 +170,7 @@ impl Continuation {
         if !changed.is_empty() {
             tracing::warn!("`{place}` goes on with changed settings: {}", changed.join("; "));
         }
-        Ok(())
+        Ok(!changed.is_empty())
     }
 
     /// The differences that are refused, and those that are allowed.
@@ -221,6 +231,8 @@ mod tests {
         "overwrite_output_dir",
         "resume_from_checkpoint",
         "save_total_limit",
+        "save_only_model",
+        "resume_with_changed_inputs",
         "report_to",
         "disable_tqdm",
         "log_completions",

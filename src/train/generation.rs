@@ -245,6 +245,31 @@ fn completion_text(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, crate::
 }
 
 impl GenerationBatch {
+    /// Refuses a batch of a checkpoint that does not fit this run, in which indices would lead nowhere.
+    pub(super) fn check(&self, settings: &GrpoSettings, num_prompts: usize, vocab_size: usize) -> anyhow::Result<()> {
+        let life = settings.steps_per_generation * settings.num_iterations;
+        let fits = |sample: &Sampled| {
+            let len = sample.completion_ids.len();
+            let others = [Some(&sample.sampling_logprobs), sample.old_logprobs.as_ref(), sample.ref_logprobs.as_ref()];
+            sample.prompt < num_prompts
+                && sample.completion_ids.iter().all(|&id| (id as usize) < vocab_size)
+                && others.into_iter().flatten().all(|logprobs| logprobs.len() == len)
+        };
+        let problem = if self.samples.len() != settings.generation_batch_size {
+            format!("has {} completions, this run makes {}", self.samples.len(), settings.generation_batch_size)
+        } else if self.micro_steps >= life {
+            format!("is at micro-step {} of {life}", self.micro_steps)
+        } else if let Some(wrong) = self.samples.iter().position(|sample| !fits(sample)) {
+            format!("has a completion, number {wrong}, that does not fit this run's {num_prompts} prompts or its model")
+        } else {
+            return Ok(());
+        };
+        anyhow::bail!(
+            "the generation batch in the checkpoint {problem}; resume with the data and the settings of that run, or from \
+             another checkpoint"
+        )
+    }
+
     /// Takes scored completions; `mask_truncated` leaves truncated ones out of the loss.
     pub(super) fn new(completions: Vec<Completion>, outcome: &AdvantageOutput, mask_truncated: bool) -> Self {
         let samples: Vec<Sampled> = completions

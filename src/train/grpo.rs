@@ -5,9 +5,12 @@ use serde_json::Value;
 
 use super::continuation::Continuation;
 use super::generation::{GenerationBatch, Generator, MicroBatch, Sampled};
+use super::inputs::Inputs;
+use super::output_dir;
 use super::plan;
-use super::run::{LoopState, Run, State, claim_output_dir, find_checkpoint, restore};
+use super::run::Run;
 use super::session::{self, Session};
+use super::state::{LoopState, State, find_checkpoint, restore};
 use super::{Backend, Context, Outcome};
 use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
@@ -34,9 +37,9 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
     backend.tune(!training.full_determinism)?;
-    let _lock = claim_output_dir(training, &settings.model)?;
+    let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));
-    let checkpoint = find_checkpoint(training, &continuation)?;
+    let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
     let mut progress = plan::downloads(&context.terminal);
     let mut session = session::open(
         &settings.model,
@@ -48,6 +51,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     )?;
     let splits = data::load(&settings.data, training.seed, &mut progress)?;
     drop(progress);
+    let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
     let prompts = prepare(settings, &session, &splits.train)?;
     let eval_prompts = splits.eval.as_ref().map(|rows| prepare(settings, &session, rows)).transpose()?;
     keep_reference(settings, &mut session)?;
@@ -59,18 +63,21 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset, 1, 0)?;
     let mut resumed: Option<State<GenerationBatch>> =
-        checkpoint.map(|c| restore(&c, &session, &mut optimizer)).transpose()?;
+        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
     let mut generation = resumed.as_mut().and_then(|state| state.buffer.take());
+    if let Some(batch) = &generation {
+        batch.check(settings, prompts.len(), session.engine.config().vocab_size)?;
+    }
     if let Some(state) = &resumed {
-        sampler.resume(state.sampler)?;
+        sampler.resume(state.place_in(sampler.len()))?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
-    let mut run = Run::begin(continuation, training, context, total, memory, resumed.as_ref())?;
+    let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
     run.open(show_plan(settings, &session, &prompts, &generator, total));
 
     let num_prompts = settings.generation_batch_size / settings.num_generations;
-    while run.step < run.total {
+    while run.step < run.total && !run.is_stopped_early() {
         let (step, epoch_before) = (run.step, sampler.epochs());
         session.engine.store().zero_gradients()?;
         let (mut loss, mut metrics) = (0.0, Metrics::default());
@@ -109,10 +116,10 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
 
         if let Some(eval) = eval_prompts.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
             let values = evaluate(settings, &mut generator, &session, eval, &run)?;
-            run.log_now(values)?;
+            run.log_evaluation(values)?;
         }
         let is_interrupted = run.is_interrupted();
-        if is_interrupted || run.is_due(training.save_strategy, epoch_before, epoch) {
+        if is_interrupted || run.is_save_due(epoch_before, epoch) {
             run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref(), scaler.as_ref()))?;
         }
         if is_interrupted && run.step < run.total {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 
-use crate::fs::io_error;
+use crate::fs::{io_error, open_own};
 
 /// The file in `output_dir` that a run holds locked; it says which process that is.
 const LOCK_FILE: &str = "run.lock";
@@ -31,7 +31,7 @@ impl Lock {
         loop {
             let mut options = File::options();
             options.read(true).write(true).create(true).truncate(false);
-            let mut file = options.open(&path).map_err(io_error("create", &path))?;
+            let mut file = open_own(&path, &mut options)?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {

@@ -1,21 +1,26 @@
 //! The two training loops and what they share.
 //!
 //! `sft.rs` and `grpo.rs` read top to bottom as the algorithms they run; everything that is not the algorithm is beside
-//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's files, console and checkpoints,
-//! `lock.rs` its folder, `continuation.rs` what a resumed run has in common with the first, `save.rs` writes models,
-//! `generation.rs` samples, rewards and scores a generation batch.
+//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's metrics, console and cadence,
+//! `output_dir.rs`, `lock.rs` and `results.rs` its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs` what a resumed run has in
+//! common with the first, `save.rs` writes models, `generation.rs` samples, rewards and scores a generation batch.
 
 mod backend;
 pub mod bench;
+mod best;
 mod continuation;
 mod generation;
 pub mod grpo;
+mod inputs;
 mod lock;
+mod output_dir;
 mod plan;
+mod results;
 mod run;
 mod save;
 pub mod session;
 pub mod sft;
+mod state;
 
 pub use backend::{Backend, has_bf16, has_gpu};
 pub use plan::downloads;

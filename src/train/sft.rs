@@ -4,14 +4,17 @@ use anyhow::bail;
 use serde_json::Value;
 
 use super::continuation::Continuation;
+use super::inputs::Inputs;
+use super::output_dir;
 use super::plan;
-use super::run::{LoopState, Run, State, claim_output_dir, find_checkpoint, restore};
+use super::run::Run;
 use super::session::{self, Session};
+use super::state::{LoopState, State, find_checkpoint, restore};
 use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config;
 use crate::config::settings::{SftLossType, SftSettings, TrainingSettings};
-use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, TokenStatistics};
+use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, Splits, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -38,9 +41,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
     backend.tune(!training.full_determinism)?;
-    let _lock = claim_output_dir(training, &settings.model)?;
+    let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
-    let checkpoint = find_checkpoint(training, &continuation)?;
+    let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
     let mut progress = plan::downloads(&context.terminal);
     let session = session::open(
         &settings.model,
@@ -50,8 +53,10 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         &backend,
         &mut progress,
     )?;
-    let (train, eval) = prepare(settings, &session, &mut progress)?;
+    let splits = data::load(&settings.data, training.seed, &mut progress)?;
     drop(progress);
+    let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
+    let (train, eval) = prepare(settings, &session, &splits)?;
 
     let sequences_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps;
     let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
@@ -59,16 +64,17 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
-    let resumed: Option<State<()>> = checkpoint.map(|c| restore(&c, &session, &mut optimizer)).transpose()?;
+    let resumed: Option<State<()>> =
+        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
     if let Some(state) = &resumed {
-        sampler.resume(state.sampler)?;
+        sampler.resume(state.place_in(sampler.len()))?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, 0);
-    let mut run = Run::begin(continuation, training, context, total, memory, resumed.as_ref())?;
+    let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
     run.open(show_plan(settings, &session, &train, eval.as_ref(), total));
 
-    while run.step < run.total {
+    while run.step < run.total && !run.is_stopped_early() {
         let (step, epoch_before) = (run.step, sampler.epochs());
         let batches: Vec<Batch> = (0..training.gradient_accumulation_steps)
             .map(|_| train.batch(&sampler.next_share(training.per_device_train_batch_size)))
@@ -120,10 +126,10 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
 
         if let Some(eval) = eval.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
             let values = evaluate(eval, &session, settings, &run)?;
-            run.log_now(values)?;
+            run.log_evaluation(values)?;
         }
         let is_interrupted = run.is_interrupted();
-        if is_interrupted || run.is_due(training.save_strategy, epoch_before, epoch) {
+        if is_interrupted || run.is_save_due(epoch_before, epoch) {
             run.save(
                 &session,
                 &optimizer,
@@ -156,12 +162,7 @@ fn total_steps(training: &TrainingSettings, steps_per_epoch: f64) -> u64 {
     training.max_steps.map_or(from_epochs, |steps| steps as u64)
 }
 
-fn prepare(
-    settings: &SftSettings,
-    session: &Session,
-    progress: &mut data::hub::Progress<'_>,
-) -> anyhow::Result<(Split, Option<Split>)> {
-    let splits = data::load(&settings.data, settings.training.seed, progress)?;
+fn prepare(settings: &SftSettings, session: &Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
     let limit = session.engine.config().max_position_embeddings;
     let split = |dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
         let options = SftOptions::from_settings(settings, packing);

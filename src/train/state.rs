@@ -1,0 +1,304 @@
+//! What a checkpoint keeps of a run: found, taken back, written.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use super::best::Best;
+use super::continuation::{Continuation, Values};
+use super::inputs::Inputs;
+use super::output_dir::OutputDir;
+use super::save;
+use super::session::Session;
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::settings::{Resume, TrainingSettings};
+use crate::data::{SamplerState, Splits};
+use crate::ops::buffer;
+use crate::optim::LossScaler;
+use crate::telemetry::Accumulator;
+use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
+
+/// File of a checkpoint with the state below.
+pub(super) const STATE_FILE: &str = "trainer_state.json";
+/// File of a checkpoint with trained values and optimizer moments, f32.
+pub(super) const TENSORS_FILE: &str = "trainer_state.safetensors";
+/// Version of the two.
+const STATE_VERSION: u32 = 1;
+/// What follows a parameter's name in the tensors file for the reference policy's values.
+const REFERENCE_SUFFIX: &str = ".reference";
+/// What may follow a parameter's name in the tensors file.
+const SUFFIXES: [&str; 3] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq"];
+
+/// Everything a resumed run needs besides tensors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct State<B> {
+    version: u32,
+    /// `sft` or `grpo`.
+    task: String,
+    seed: u64,
+    /// The settings that the state depends on; none in checkpoints of programs that did not note them.
+    #[serde(default)]
+    settings: Values,
+    /// Optimizer steps taken by the loop.
+    pub(super) step: u64,
+    /// Steps the optimizer really took (skipped ones left out).
+    optimizer_steps: u64,
+    /// Place in the data.
+    pub(super) sampler: SamplerState,
+    /// Tokens trained on.
+    pub(super) num_tokens: u64,
+    /// What is left of a generation batch (GRPO).
+    pub(super) buffer: Option<B>,
+    /// The loss scaler of an fp16 run.
+    #[serde(default)]
+    pub(super) loss_scaler: Option<LossScaler>,
+    /// Metrics recorded since the last logged row.
+    pub(super) accumulator: Accumulator,
+    /// What the evaluations so far came to.
+    #[serde(default)]
+    pub(super) best: Best,
+    /// What was read; none in checkpoints of programs that did not note it.
+    #[serde(default)]
+    inputs: Option<Inputs>,
+    /// Whether the model is all there is beside this.
+    #[serde(default)]
+    is_model_only: bool,
+    /// Where the checkpoint lies.
+    #[serde(skip)]
+    pub(super) place: PathBuf,
+    /// Whether the rows are others than they were.
+    #[serde(skip)]
+    pub(super) has_other_rows: bool,
+}
+
+/// What a loop's own state adds to a checkpoint.
+pub(super) struct LoopState<B> {
+    /// Place in the data.
+    pub(super) sampler: SamplerState,
+    /// What is left of a generation batch (GRPO).
+    pub(super) buffer: Option<B>,
+    /// The loss scaler of an fp16 run.
+    pub(super) loss_scaler: Option<LossScaler>,
+}
+
+/// The checkpoint to resume from, if the settings ask for one; its state is that of a run which this one can continue, and
+/// what `folder` holds beyond it is moved aside.
+pub(super) fn find_checkpoint(
+    settings: &TrainingSettings,
+    continuation: &Continuation,
+    folder: &mut OutputDir,
+) -> anyhow::Result<Option<Checkpoint>> {
+    let checkpoint = match &settings.resume_from_checkpoint {
+        Resume::No => return Ok(None),
+        Resume::Path(path) => checkpoint::open(path)?,
+        Resume::Latest => {
+            let found = checkpoint::find_latest(&settings.output_dir)?;
+            for skipped in &found.skipped {
+                tracing::warn!("passed over `{}`: {}", skipped.path.display(), skipped.reason);
+            }
+            found.checkpoint.with_context(|| {
+                format!(
+                    "`resume_from_checkpoint: true`, but `{}` holds no whole checkpoint; leave the key out to start anew",
+                    settings.output_dir.display()
+                )
+            })?
+        }
+    };
+    if !checkpoint.contains(STATE_FILE) {
+        bail!(
+            "`{}` holds no `{STATE_FILE}`: it was not saved by a training run; resume from another checkpoint",
+            checkpoint.path().display()
+        );
+    }
+    let state: State<IgnoredAny> = checkpoint.json(STATE_FILE)?;
+    let task = continuation.task;
+    if state.version != STATE_VERSION || state.task != task {
+        bail!(
+            "`{}` holds state of `trainer {}` (format {}), not of `trainer {task}`",
+            checkpoint.path().display(),
+            state.task,
+            state.version
+        );
+    }
+    state.check(&checkpoint)?;
+    let mut saved = state.settings;
+    saved.entry("seed".into()).or_insert_with(|| state.seed.to_string());
+    let is_changed = continuation.check(&checkpoint, &saved)?;
+    folder.leave_other_courses(&checkpoint, is_changed)?;
+    Ok(Some(checkpoint))
+}
+
+impl<B> State<B> {
+    /// The place in data of `len` items. Where the rows are others than they were, a place beyond them is the start of
+    /// the next pass.
+    pub(super) fn place_in(&self, len: usize) -> SamplerState {
+        if self.has_other_rows && self.sampler.position >= len {
+            return SamplerState { epoch: self.sampler.epoch + 1, position: 0 };
+        }
+        self.sampler
+    }
+
+    /// Refuses counts that no run can have come to.
+    fn check(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        /// Beyond this a count would be that of centuries.
+        const MOST: u64 = 1 << 53;
+        let place = checkpoint.path().display();
+        if self.is_model_only {
+            let key =
+                if checkpoint.contains("adapter_config.json") { "adapter_name_or_path" } else { "model_name_or_path" };
+            bail!(
+                "`{place}` was saved with `save_only_model: true` and holds no state of the optimizer, so no run can go on from \
+                 it; start a new run from its model, with `{key}: {place}` and another `output_dir`, or resume from an \
+                 earlier checkpoint that was saved whole"
+            );
+        }
+        let wrong = [
+            ("step", self.step, self.step != checkpoint.step() || self.step > MOST),
+            ("optimizer_steps", self.optimizer_steps, self.optimizer_steps > self.step),
+            ("sampler.epoch", self.sampler.epoch, self.sampler.epoch > MOST),
+            ("num_tokens", self.num_tokens, self.num_tokens > MOST),
+        ];
+        if let Some((name, value, _)) = wrong.into_iter().find(|(.., is_wrong)| *is_wrong) {
+            bail!(
+                "`{STATE_FILE}` of `{place}` (step {}) has `{name}` {value}, which no run comes to; resume from another \
+                 checkpoint",
+                checkpoint.step()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Takes a checkpoint's tensors into the session and the optimizer and returns its state, after what the run reads was
+/// compared with what it read then.
+pub(super) fn restore<B: for<'de> Deserialize<'de>>(
+    checkpoint: &Checkpoint,
+    settings: &TrainingSettings,
+    session: &Session,
+    optimizer: &mut ShardedAdamW,
+    (inputs, splits): (&Inputs, &Splits),
+) -> anyhow::Result<State<B>> {
+    let place = checkpoint.path().display().to_string();
+    let mut state: State<B> = checkpoint.json(STATE_FILE)?;
+    state.place = checkpoint.path().to_path_buf();
+    let has_other_rows =
+        inputs.check(checkpoint, state.inputs.as_ref(), splits, settings.resume_with_changed_inputs)?;
+    if has_other_rows && state.buffer.take().is_some() {
+        // Its completions answer prompts that may not be there any more.
+        tracing::warn!("the generation batch in `{place}` is thrown away, since the rows have changed");
+    }
+    state.has_other_rows = has_other_rows;
+    let tensors: std::collections::BTreeMap<String, Vec<f32>> =
+        checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
+    let store = session.engine.store();
+    for flat in store.flats().filter(|flat| !flat.is_empty()) {
+        let mut values = buffer::to_vec(flat.values())?;
+        for entry in flat.entries() {
+            let saved = tensors.get(&entry.name).filter(|v| v.len() == entry.range.len()).with_context(|| {
+                format!(
+                    "`{place}` has no fitting `{}`; resume with the model and adapter settings of that run",
+                    entry.name
+                )
+            })?;
+            values[entry.range.clone()].copy_from_slice(saved);
+        }
+        buffer::write(flat.values(), &values)?;
+    }
+    for (flat, reference) in store.flats().zip(store.reference().into_iter().flatten()) {
+        let mut values = buffer::to_vec(reference)?;
+        for entry in flat.entries() {
+            let name = format!("{}{REFERENCE_SUFFIX}", entry.name);
+            let saved = tensors.get(&name).filter(|v| v.len() == entry.range.len());
+            values[entry.range.clone()].copy_from_slice(
+                saved.with_context(|| format!("`{place}` has no `{name}`; was it saved without a reference?"))?,
+            );
+        }
+        buffer::write(reference, &values)?;
+    }
+    let own: BTreeSet<&str> = store.flats().flat_map(FlatBlock::entries).map(|e| e.name.as_str()).collect();
+    let is_known = |name: &str| {
+        SUFFIXES.iter().find_map(|s| name.strip_suffix(s)).map_or_else(|| own.contains(name), |n| own.contains(n))
+    };
+    if let Some(name) = tensors.keys().find(|name| !is_known(name)) {
+        bail!(
+            "`{place}` holds `{name}`, which this run does not train; resume with the model and adapter settings of that run"
+        );
+    }
+    optimizer.load_state(store, state.optimizer_steps, |name| tensors.get(name).cloned())?;
+    Ok(state)
+}
+
+/// What a run's own counts add to a checkpoint.
+pub(super) struct RunState<'a> {
+    pub(super) continuation: &'a Continuation,
+    pub(super) inputs: &'a Inputs,
+    /// What the evaluations so far came to.
+    pub(super) best: Best,
+    /// The step of a checkpoint that is not deleted.
+    pub(super) kept_step: Option<u64>,
+    pub(super) step: u64,
+    pub(super) num_tokens: u64,
+    pub(super) accumulator: &'a Accumulator,
+}
+
+/// Writes the checkpoint of a step.
+pub(super) fn write_checkpoint<B: Serialize + Clone>(
+    settings: &TrainingSettings,
+    session: &Session,
+    optimizer: &ShardedAdamW,
+    run: RunState<'_>,
+    own: LoopState<B>,
+) -> anyhow::Result<checkpoint::Committed> {
+    let mut writer = checkpoint::Writer::begin(&settings.output_dir, run.step)?.keeping(run.kept_step);
+    save::write_model(writer.path(), session)?;
+    let state = State {
+        version: STATE_VERSION,
+        task: run.continuation.task.to_string(),
+        seed: settings.seed,
+        settings: run.continuation.values.clone(),
+        step: run.step,
+        optimizer_steps: optimizer.steps(),
+        sampler: own.sampler,
+        num_tokens: run.num_tokens,
+        buffer: own.buffer.filter(|_| !settings.save_only_model),
+        loss_scaler: own.loss_scaler,
+        accumulator: run.accumulator.clone(),
+        best: run.best,
+        inputs: Some(run.inputs.clone()),
+        is_model_only: settings.save_only_model,
+        place: PathBuf::new(),
+        has_other_rows: false,
+    };
+    writer.add_json(STATE_FILE, &state)?;
+    if !settings.save_only_model {
+        add_tensors(&mut writer, session, optimizer)?;
+    }
+    Ok(writer.commit(settings.save_total_limit)?)
+}
+
+fn add_tensors(writer: &mut checkpoint::Writer, session: &Session, optimizer: &ShardedAdamW) -> anyhow::Result<()> {
+    let store = session.engine.store();
+    let copies = |tensors: &mut dyn Iterator<Item = &candle_core::Tensor>| -> Result<Vec<Vec<f32>>, crate::ops::Error> {
+        tensors.map(buffer::to_vec).collect()
+    };
+    let values = copies(&mut store.flats().map(FlatBlock::values))?;
+    let moments = optimizer.to_host()?;
+    let references = copies(&mut store.reference().into_iter().flatten())?;
+    let tensors = named(store, &values, "")
+        .into_iter()
+        .chain(named(store, &references, REFERENCE_SUFFIX))
+        .chain(ShardedAdamW::state(store, &moments));
+    Ok(writer.add_tensors(TENSORS_FILE, tensors)?)
+}
+
+/// The parameters of every block with their values in `flats`, a copy of the flat buffers; `suffix` follows each name.
+fn named<'a>(store: &ParamStore, flats: &'a [Vec<f32>], suffix: &str) -> Vec<(String, &'a [f32], Vec<usize>)> {
+    let of_block = |(flat, values): (&FlatBlock, &'a Vec<f32>)| {
+        let entries = flat.entries().iter();
+        entries.map(|e| (format!("{}{suffix}", e.name), &values[e.range.clone()], e.shape.clone())).collect::<Vec<_>>()
+    };
+    store.flats().zip(flats).flat_map(of_block).collect()
+}
