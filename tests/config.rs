@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use trainer::config::settings::{
-    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, Interval, LrSchedulerType, ModelSettings,
-    OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection,
-    RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings, TrainingSettings, VespoSettings,
-    Warmup, WeightDtype,
+    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType, ModelSettings,
+    OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, ReportTo, Resume, RewardSpec,
+    RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings,
+    TrainingSettings, VespoSettings, Warmup, WeightDtype,
 };
 use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
 
@@ -101,7 +101,8 @@ fn sft_defaults_are_those_of_trl() {
             warmup: Warmup::Steps(0),
             optimizer: OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 },
             max_grad_norm: 1.0,
-            logging_steps: 10,
+            logging_strategy: Interval::Steps(10),
+            logging_first_step: false,
             eval_strategy: Interval::No,
             save_strategy: Interval::Steps(500),
             save_total_limit: None,
@@ -110,6 +111,7 @@ fn sft_defaults_are_those_of_trl() {
             resume_with_changed_inputs: false,
             report_to: vec![],
             disable_tqdm: false,
+            hub: HubSettings::default(),
         },
         max_length: Some(1024),
         packing: false,
@@ -128,7 +130,7 @@ fn grpo_defaults_are_those_of_trl() {
     assert_eq!(settings.training.learning_rate.to_bits(), 1e-6f64.to_bits());
     assert_eq!(settings.num_generations, 8);
     assert_eq!(settings.num_generations_eval, 8);
-    assert_eq!(settings.max_completion_length, 512);
+    assert_eq!(settings.max_completion_length, Some(512));
     assert_eq!(settings.loss_type, GrpoLossType::Dapo);
     assert_eq!((settings.beta, settings.epsilon, settings.epsilon_high, settings.delta), (0.0, 0.2, 0.2, None));
     assert!(settings.use_bias_correction_kl);
@@ -194,9 +196,15 @@ fn ranks_and_the_device_take_part() {
 
 #[test]
 fn vllm_decides_the_default_of_the_correction() {
-    let sequence_mask = RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: 3.0, clip_min: None };
+    let sequence_mask =
+        RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: Some(3.0), clip_min: None };
     assert_eq!(grpo("use_vllm: true\n").rollout_importance_sampling, Some(sequence_mask));
     assert_eq!(grpo("use_vllm: false\n").rollout_importance_sampling, None);
+    // As TRL writes it down when it was never asked for.
+    let dumped = grpo_with("use_vllm: false\nvllm_importance_sampling_correction: true\n", &[]);
+    let dumped = dumped.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(dumped.settings.rollout_importance_sampling, None);
+    assert!(dumped.warnings.iter().any(|warning| warning.contains("TRL makes no correction")), "{:?}", dumped.warnings);
     assert_eq!(grpo("vllm_importance_sampling_correction: true\n").rollout_importance_sampling, Some(sequence_mask));
     let off = grpo("use_vllm: true\nvllm_importance_sampling_correction: false\n");
     assert_eq!(off.rollout_importance_sampling, None);
@@ -399,18 +407,22 @@ fn each_check_across_keys() {
         ("lr_scheduler_type: warmup_stable_decay\n", "num_decay_steps"),
         ("packing: true\nmax_length: ~\n", "needs `max_length`"),
         ("eval_packing: true\nmax_length: ~\n", "needs `max_length`"),
-        ("dtype: float32\ntorch_dtype: float32\n", "same key"),
+        ("dtype: float32\ntorch_dtype: float16\n", "same key"),
+        ("max_length: 512\nmax_seq_length: 256\n", "same key"),
+        ("max_seq_length: 512\nmax_seq_len: 256\n", "same key"),
         ("seed: 1\nseed: 1\n", "twice"),
         ("num_generations: 4\n", "`trainer grpo`"),
         ("use_vllm: true\n", "`trainer grpo`"),
         ("load_in_8bit: true\n", "not supported"),
-        ("push_to_hub: true\n", "nothing is uploaded"),
-        ("deepspeed: ds.json\n", "launcher"),
-        ("max_seq_length: 5\n", "called `max_length`"),
+        ("deepspeed: no-such-file.json\n", "cannot be read"),
+        ("batch_size: 5\n", "called `per_device_train_batch_size`"),
+        ("max_seq_length: x\n", "expects an integer"),
         ("max_new_tokens: 5\n", "called `max_completion_length`, a key of `trainer grpo`"),
         ("optim: sgd\n", "does not know `sgd`"),
         ("max_steps: 0\n", "at least 1"),
         ("logging_steps: 0\n", "at least 1"),
+        ("logging_steps: 1.5\n", "a share below 1"),
+        ("save_steps: 0\n", "at least 1"),
         ("max_grad_norm: -1\n", "at least 0"),
         ("num_train_epochs: 0\n", "greater than 0"),
         ("lora_dropout: 1\nuse_peft: true\n", "less than 1"),
@@ -431,9 +443,19 @@ fn each_check_across_keys() {
         ("vllm_importance_sampling_correction: true\nloss_type: vespo\n", "does not go with"),
         ("temperature: 0\n", "greater than 0"),
         ("top_p: 0\n", "greater than 0 and at most 1"),
+        ("max_completion_length: null\nloss_type: dr_grpo\n", "there is none"),
+        (
+            "vllm_importance_sampling_correction: true\nvllm_importance_sampling_mode: token_truncate\n\
+             vllm_importance_sampling_clip_max: null\n",
+            "needs a bound",
+        ),
+        ("generation_kwargs: {num_beam: 2}\n", "holds `num_beam`"),
+        ("generation_kwargs: {num_beams: 2}\n", "`generation_kwargs.num_beams`"),
+        ("generation_kwargs: greedy\n", "expects a map"),
+        ("generation_kwargs: {top_p: 7}\n", "`top_p` must be"),
         ("epsilon: 1.5\n", "at most 1"),
         ("beta: -0.1\n", "at least 0"),
-        ("top_k: -1\n", "negative"),
+        ("top_k: -2\n", "must be a count"),
         ("packing: true\n", "`trainer sft`"),
         ("max_length: 5\n", "`trainer sft`"),
         ("use_adaptive_entropy: true\n", "not supported"),
@@ -517,8 +539,26 @@ fn values_that_ask_for_nothing_are_accepted() {
                 let error = load("[something, else]").expect_err(key.name);
                 assert_eq!(error.count(), 1, "{error}");
             }
-            Rule::Renamed(_) => assert_eq!(load("1").expect_err(key.name).count(), 1),
-            Rule::Alias(_) => assert!(load("[{}]").expect_err(key.name).messages().all(|m| !m.contains("no key"))),
+            Rule::Ambiguous(_) => assert_eq!(load("1").expect_err(key.name).count(), 1),
+            Rule::Renamed(_) | Rule::Alias(_) => {
+                assert!(load("[{}]").expect_err(key.name).messages().all(|m| !m.contains("no key")));
+                assert_eq!(
+                    load("null").unwrap_or_else(|error| panic!("{error}")),
+                    Vec::<String>::new(),
+                    "{}",
+                    key.name
+                );
+            }
+            Rule::Entries(_) => {
+                assert_eq!(
+                    load("null").unwrap_or_else(|error| panic!("{error}")),
+                    Vec::<String>::new(),
+                    "{}",
+                    key.name
+                );
+                let error = load("{no_such_entry: 1}").expect_err(key.name);
+                assert_eq!(error.count(), 1, "{error}");
+            }
         }
     }
 }
@@ -569,7 +609,7 @@ fn the_best_checkpoint_goes_by_the_rules_of_transformers() {
     }
 }
 
-/// The keys of transformers 5.23 (`TrainingArguments`) and TRL 1.16 (`ModelConfig`, `ScriptArguments`).
+/// The keys of transformers 5.24 (`TrainingArguments`) and TRL 1.16 (`ModelConfig`, `ScriptArguments`).
 const SHARED_KEYS: &str = "
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
@@ -639,6 +679,342 @@ fn every_key_of_trl_is_known() {
             .collect();
         assert_eq!(unknown, Vec::<&str>::new(), "unknown to `{command}`");
     }
+}
+
+/// A config of `command` from `tests/trl`, with the keys that have no default in TRL put in.
+fn dumped(command: Command) -> String {
+    let name = if command == Command::Sft { "sft" } else { "grpo" };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/trl/{name}.yaml"));
+    let text = std::fs::read_to_string(path).expect("a file of the tests");
+    text.replace("\nmodel_name_or_path: null", "\nmodel_name_or_path: m")
+        .replace("\ndataset_name: null", "\ndataset_name: d")
+        .replace("\nreward_funcs: null", "\nreward_funcs: [accuracy]")
+}
+
+#[test]
+fn trls_own_defaults_are_ours() {
+    for (command, more) in [(Command::Sft, SFT_KEYS), (Command::Grpo, GRPO_KEYS)] {
+        let text = dumped(command);
+        for name in SHARED_KEYS.split_whitespace().chain(more.split_whitespace()) {
+            assert!(text.contains(&format!("\n{name}: ")), "{name} is not in the dump of {command}");
+        }
+    }
+    // Where ours differ, the key's text says why.
+    let float32 = ["dtype=float32".to_owned()];
+    let (source, plain) = (
+        Source::new("a.yaml", dumped(Command::Sft)),
+        Source::new("b.yaml", "model_name_or_path: m\ndataset_name: d\n"),
+    );
+    let dump = config::load_sft(&source, &[], &Context::default()).unwrap_or_else(|error| panic!("{error}"));
+    let ours = config::load_sft(&plain, &float32, &Context::default()).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(dump.settings, ours.settings);
+    let plain = Source::new("b.yaml", "model_name_or_path: m\ndataset_name: d\nreward_funcs: [accuracy]\n");
+    let source = Source::new("a.yaml", dumped(Command::Grpo));
+    let dump = config::load_grpo(&source, &[], &Context::default()).unwrap_or_else(|error| panic!("{error}"));
+    let ours = config::load_grpo(&plain, &float32, &Context::default()).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(dump.settings, ours.settings);
+}
+
+#[test]
+fn a_null_is_the_default_wherever_it_can_be() {
+    let required = ["model_name_or_path", "dataset_name", "reward_funcs"];
+    for key in config::keys() {
+        let set = [format!("{}=null", key.name)];
+        let outcome = if key.commands.include(Command::Sft) {
+            let loaded = config::load_sft(&Source::new("sft.yaml", SFT), &set, &Context::default());
+            loaded.map(|loaded| loaded.warnings).map_err(|error| error.to_string())
+        } else {
+            let loaded = config::load_grpo(&Source::new("grpo.yaml", GRPO), &set, &Context::default());
+            loaded.map(|loaded| loaded.warnings).map_err(|error| error.to_string())
+        };
+        assert_eq!(outcome.is_err(), required.contains(&key.name), "{}: {outcome:?}", key.name);
+    }
+    let loaded = sft_with("learning_rate: null\n", &[]).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(loaded.settings.training.learning_rate.to_bits(), 2e-5f64.to_bits());
+    assert!(loaded.warnings[0].contains("its default 2.0e-5 is taken"), "{:?}", loaded.warnings);
+}
+
+/// Keys of TRL 0.12 to 1.16, of transformers 4.46 to 5.24, of open-r1 and of alignment-handbook that are in no dump of the
+/// newest two.
+const OLDER_KEYS: &str = "
+    use_mps_device jit_mode_eval use_ipex fp16_opt_level half_precision_backend tpu_num_cores tpu_metrics_debug
+    past_index fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap adafactor use_legacy_prediction_loop
+    include_inputs_for_metrics fp16_backend push_to_hub_model_id push_to_hub_organization push_to_hub_token _n_gpu
+    mp_parameters torchdynamo ray_scope dispatch_batches split_batches no_cuda evaluation_strategy overwrite_output_dir
+    warmup_ratio group_by_length logging_dir save_safetensors include_tokens_per_second per_gpu_train_batch_size
+    per_gpu_eval_batch_size gradient_checkpointing_use_reentrant torch_dtype bnb_4bit_use_double_quant
+    benchmarks callbacks hub_model_revision overwrite_hub_revision push_to_hub_revision system_prompt wandb_entity
+    wandb_project wandb_run_group
+";
+const OLDER_SFT_KEYS: &str = "max_seq_length dataset_batch_size num_of_sequences chars_per_token use_liger";
+const OLDER_GRPO_KEYS: &str = "
+    vllm_device vllm_dtype vllm_max_model_len vllm_enable_prefix_caching vllm_guided_decoding_regex use_liger_loss
+    wandb_log_unique_prompts max_prompt_length e2b_router_url morph_router_url
+";
+
+#[test]
+fn every_key_that_trl_had_is_answered() {
+    for (command, more) in [(Command::Sft, OLDER_SFT_KEYS), (Command::Grpo, OLDER_GRPO_KEYS)] {
+        for name in OLDER_KEYS.split_whitespace().chain(more.split_whitespace()) {
+            let key = config::keys().iter().any(|key| key.name == name && key.commands.include(command));
+            let foreign = FOREIGN_KEYS.iter().any(|key| key.name == name && key.commands.include(command));
+            assert!(key || foreign, "`{name}` is unknown to `{command}`");
+        }
+    }
+}
+
+#[test]
+fn other_names_are_read_as_the_key() {
+    for (lines, warnings) in [
+        ("max_seq_length: 77\n", 1),
+        ("max_length: 77\n", 0),
+        ("max_length: 77\nmax_seq_length: 77.0\n", 1),
+        ("max_seq_length: 77\nmax_seq_len: '77'\n", 2),
+        ("max_length: 77\nmax_seq_length: null\n", 0),
+    ] {
+        let loaded = sft_with(lines, &[]).unwrap_or_else(|error| panic!("{lines}{error}"));
+        assert_eq!((loaded.settings.max_length, loaded.warnings.len()), (Some(77), warnings), "{lines}");
+    }
+    let loaded = sft_with("max_length: 5\n", &["max_seq_length=77"]).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(loaded.settings.max_length, Some(77));
+    assert!(loaded.warnings[0].contains("`max_seq_length` is called `max_length`"), "{:?}", loaded.warnings);
+    let settings = sft("evaluation_strategy: epoch\nno_cuda: true\nlr: 0.5\n");
+    assert_eq!(settings.training.eval_strategy, Interval::Epoch);
+    assert_eq!(settings.training.device, DeviceChoice::Cpu);
+    assert_eq!(settings.training.learning_rate.to_bits(), 0.5f64.to_bits());
+    let settings = grpo("use_vllm: true\nvllm_importance_sampling_cap: 2.0\n");
+    assert_eq!(settings.rollout_importance_sampling.and_then(|correction| correction.clip_max), Some(2.0));
+}
+
+#[test]
+fn shares_and_strategies_say_when() {
+    let settings =
+        sft("save_steps: 0.05\neval_strategy: steps\neval_steps: 0.25\nlogging_steps: 0.5\nlogging_first_step: true\n");
+    let training = settings.training;
+    assert_eq!(training.save_strategy, Interval::Share(0.05));
+    assert_eq!(training.eval_strategy, Interval::Share(0.25));
+    assert_eq!((training.logging_strategy, training.logging_first_step), (Interval::Share(0.5), true));
+    for (total, steps) in [(1, 1), (20, 1), (21, 2), (100, 5), (101, 6)] {
+        assert_eq!(Interval::Share(0.05).in_steps(total), Interval::Steps(steps), "{total}");
+    }
+    assert_eq!(sft("logging_strategy: epoch\n").training.logging_strategy, Interval::Epoch);
+    assert_eq!(sft("logging_strategy: no\n").training.logging_strategy, Interval::No);
+    // `eval_steps` falls back on `logging_steps`, also where that is no cadence of logging.
+    let settings = sft("logging_strategy: no\nlogging_steps: 7\neval_strategy: steps\neval_steps: 0\n");
+    assert_eq!(settings.training.eval_strategy, Interval::Steps(7));
+}
+
+#[test]
+fn maps_of_arguments_set_the_keys_they_stand_for() {
+    let loaded = grpo_with(
+        "top_p: 0.5\ngeneration_kwargs: {top_p: 0.9, top_k: -1, max_new_tokens: 99, stop: [\"x\"], seed: 3, do_sample: true}\n\
+         model_init_kwargs: '{\"torch_dtype\": \"float16\", \"attn_implementation\": \"sdpa\", \"revision\": \"v1\"}'\n\
+         optim_args: beta1=0.8, eps=1e-6, fused=True\naccelerator_config: {split_batches: false, non_blocking: true}\n\
+         mixed_precision: fp16\n",
+        &[],
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    let (settings, warnings) = (loaded.settings, loaded.warnings.join("\n"));
+    assert_eq!(settings.sampling.top_p.to_bits(), 0.9f64.to_bits());
+    assert_eq!((settings.sampling.top_k, settings.max_completion_length), (0, Some(99)));
+    assert_eq!(settings.sampling.stop_strings, ["x"]);
+    assert_eq!((settings.model.dtype, settings.model.model_revision.as_str()), (WeightDtype::Float16, "v1"));
+    assert_eq!(settings.training.optimizer.adam_beta1.to_bits(), 0.8f64.to_bits());
+    assert_eq!(settings.training.optimizer.adam_epsilon.to_bits(), 1e-6f64.to_bits());
+    assert_eq!(settings.training.precision, Precision::Fp16);
+    for part in [
+        "`generation_kwargs.top_p` is `0.9`, which counts more than the `0.5` of `top_p`",
+        "`generation_kwargs.seed` has no effect",
+        "`model_init_kwargs.attn_implementation` has no effect",
+        "`optim_args.fused` has no effect",
+        "`accelerator_config.non_blocking` has no effect",
+    ] {
+        assert!(warnings.contains(part), "{part} is missing in\n{warnings}");
+    }
+    let set = grpo_with("generation_kwargs: {top_p: 0.9}\n", &["top_p=0.7"]).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(set.settings.sampling.top_p.to_bits(), 0.7f64.to_bits());
+    assert_one(&grpo_errors("dtype: float32\nmodel_init_kwargs: {dtype: float16}\n"), "two values");
+    assert_one(&sft_errors("adam_beta1: 0.5\noptim_args: beta1=0.9\n"), "two values");
+    assert_one(&sft_errors("mixed_precision: fp8\n"), "8-bit arithmetic");
+    assert_one(&sft_errors("accelerator_config: {split_batches: true}\n"), "not supported");
+    assert_one(&sft_errors("dataset_kwargs: {skip_prepare_dataset: true}\n"), "not supported");
+    assert_one(&sft_errors("parallelism_config: {tp_size: 2}\n"), "one process");
+    assert!(sft_with("dataset_kwargs: {add_special_tokens: false}\nparallelism_config: {tp_size: 1}\n", &[]).is_ok());
+}
+
+#[test]
+fn dropout_is_off_where_it_is_to_be() {
+    let dropout = |lines: &str| grpo(&format!("use_peft: true\n{lines}")).model.lora.map(|lora| lora.dropout);
+    assert_eq!(dropout(""), Some(0.05));
+    assert_eq!(dropout("disable_dropout: true\n"), Some(0.0));
+    assert_eq!(dropout("disable_dropout: false\nlora_dropout: 0.1\n"), Some(0.1));
+}
+
+#[test]
+fn what_a_name_asks_for_beside_what_it_gives_is_said() {
+    for (lines, parts) in [
+        ("optim: paged_adamw_8bit\n", vec!["8 bytes for each parameter, 6 more than asked for"]),
+        ("optim: adamw_bnb_8bit\nuse_peft: true\n", vec!["the adapter's moments are kept in float32"]),
+        ("optim: paged_adamw_32bit\n", vec!["on the device"]),
+        ("report_to: wandb\n", vec!["nothing is sent to a tracker", "wandb sync"]),
+        ("report_to: [mlflow, tensorboard]\n", vec!["`mlflow`", "TensorBoard's files"]),
+        ("report_to: all\n", vec!["`all`"]),
+        ("push_to_hub: true\n", vec!["nothing is uploaded", "`hf upload`"]),
+        ("hub_model_id: me/x\n", vec!["`push_to_hub` is false"]),
+        ("packing: true\npacking_strategy: ffd\n", vec!["is called `bfd`"]),
+    ] {
+        let loaded = sft_with(lines, &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(loaded.warnings.len(), 1, "{lines}{:?}", loaded.warnings);
+        assert!(parts.iter().all(|part| loaded.warnings[0].contains(part)), "{lines}{:?}", loaded.warnings);
+    }
+    assert_eq!(sft("report_to: [wandb]\n").training.report_to, [ReportTo::Tensorboard]);
+    for lines in ["optim: adamw_torch_fused\n", "report_to: tensorboard\n", "report_to: []\n", "push_to_hub: false\n"] {
+        assert_eq!(sft_with(lines, &[]).expect(lines).warnings, Vec::<String>::new(), "{lines}");
+    }
+}
+
+#[test]
+fn the_upload_is_a_line_to_type() {
+    let command = |lines: &str| sft(lines).training.upload_command();
+    assert_eq!(command(""), None);
+    assert_eq!(command("hub_model_id: me/x\n"), None);
+    let expected = "hf upload me/x runs/a --exclude 'checkpoint-*'";
+    assert_eq!(command("push_to_hub: true\nhub_model_id: me/x\noutput_dir: runs/a\n").as_deref(), Some(expected));
+    let expected = "hf upload a 'runs/b c/a' --exclude 'checkpoint-*' --revision v1 --private";
+    let lines = "push_to_hub: true\noutput_dir: runs/b c/a\nhub_model_revision: v1\nhub_private_repo: true\n";
+    assert_eq!(command(lines).as_deref(), Some(expected));
+}
+
+#[test]
+fn absurd_sizes_are_errors_at_once() {
+    for key in config::keys() {
+        let is_number = key.kind.starts_with("an integer") || key.kind == "a number" || key.kind == "a list of numbers";
+        // Seeds are bit patterns.
+        if !is_number || key.name.ends_with("seed") {
+            continue;
+        }
+        let set = [format!("{}=1e15", key.name)];
+        let error = if key.commands.include(Command::Sft) {
+            config::load_sft(&Source::new("sft.yaml", SFT), &set, &Context::default()).err()
+        } else {
+            config::load_grpo(&Source::new("grpo.yaml", GRPO), &set, &Context::default()).err()
+        };
+        let error = error.unwrap_or_else(|| panic!("`{}` takes 1e15", key.name));
+        assert!(error.messages().any(|message| message.contains(key.name)), "{error}");
+    }
+    for lines in [
+        "num_generations: 1e9\n",
+        "lora_r: 1000000\n",
+        "per_device_train_batch_size: 1000000000\n",
+        "max_completion_length: 1000000000\n",
+        "num_train_epochs: 1e9\n",
+        "save_total_limit: 1e12\n",
+        "per_device_train_batch_size: 1048576\ngradient_accumulation_steps: 1048576\n",
+        "per_device_train_batch_size: 8\nsteps_per_generation: 1048576\nmax_completion_length: 4194304\n",
+        "learning_rate: 1e5\n",
+    ] {
+        assert_eq!(grpo_errors(lines).len(), 1, "{lines}");
+    }
+}
+
+#[test]
+fn files_that_unfold_without_end_are_refused() {
+    let deep = |open: &str, close: &str| format!("seed: {}1{}", open.repeat(100_000), close.repeat(100_000));
+    let joined = |count: usize, line: &dyn Fn(usize) -> String| (0..count).map(line).collect::<Vec<_>>().join("\n");
+    let bomb = joined(12, &|level| {
+        let inner = if level == 0 { "x".to_owned() } else { format!("*a{}", level - 1) };
+        format!("a{level}: &a{level} [{}]", vec![inner; 10].join(", "))
+    });
+    let indented = joined(5000, &|depth| format!("{}a:", " ".repeat(depth)));
+    for (name, text) in [
+        ("lists", deep("[", "]")),
+        ("maps", deep("{a: ", "}")),
+        ("aliases", bomb),
+        ("indents", indented),
+        ("itself", "a: &a [*a]\n".into()),
+        ("keys", joined(300_000, &|n| format!("k{n}: 1"))),
+    ] {
+        let started = std::time::Instant::now();
+        let error = config::load_sft(&Source::new("a.yaml", text), &[], &Context::default()).expect_err(name);
+        assert!(error.count() < 100, "{name}: {} problems", error.count());
+        assert!(started.elapsed().as_secs() < 10, "{name} took {:?}", started.elapsed());
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("large.yaml");
+    std::fs::write(&path, "# ".repeat(3 << 20)).expect("a file in it");
+    assert!(Source::read(&path).expect_err("6 MiB").to_string().contains("larger than"));
+    assert!(Source::read(Path::new("/dev/zero")).expect_err("endless").to_string().contains("larger than"));
+}
+
+#[test]
+fn launch_files_are_recognised() {
+    let accelerate = "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: bf16\n\
+                      num_machines: 1\nnum_processes: 8\nuse_cpu: false\nfsdp_config: {fsdp_version: 2}\n";
+    let deepspeed = r#"{"train_batch_size": "auto", "zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}"#;
+    for (text, part) in [(accelerate, "accelerate's launch file"), (deepspeed, "a DeepSpeed configuration")] {
+        for set in [vec![], vec!["learning_rate=1e-5".to_owned()]] {
+            let source = Source::new("zero.yaml", text);
+            let error = config::load_sft(&source, &set, &Context::default()).expect_err(part);
+            assert_one(&error.messages().map(str::to_owned).collect::<Vec<_>>(), part);
+            assert!(error.to_string().contains("trainer sft TRAINING.yaml"), "{error}");
+        }
+    }
+    // A training file that holds such keys is still one.
+    assert!(sft_with("num_machines: 1\nmixed_precision: bf16\nmachine_rank: 0\n", &[]).is_ok());
+}
+
+#[test]
+fn launch_files_are_held_against_the_configuration() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("a file in it");
+        path.display().to_string()
+    };
+    let auto = r#"{"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}, "overlap_comm": true},
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": false}"#;
+    let accepted = |lines: &str, parts: &[&str]| {
+        let warnings = sft_with(lines, &[]).unwrap_or_else(|error| panic!("{error}")).warnings.join("\n");
+        assert!(parts.iter().all(|part| warnings.contains(part)), "{parts:?} are not in {warnings}");
+    };
+    let json = file("ds.json", auto);
+    accepted(&format!("deepspeed: {json}\n"), &["was read", "ZeRO stage 2 has nothing to shard"]);
+    accepted(&format!("deepspeed: {auto}\n"), &["the map was read"]);
+    accepted("deepspeed: {zero_optimization: {stage: 3, offload_param: {device: cpu}}}\n", &["`offload_param` to cpu"]);
+    accepted("deepspeed: {train_micro_batch_size_per_gpu: 8, gradient_clipping: 1.0}\n", &["was read"]);
+    for (map, part) in [
+        ("{train_micro_batch_size_per_gpu: 4}", "`per_device_train_batch_size` is 8"),
+        ("{train_batch_size: 64}", "is 8"),
+        ("{gradient_accumulation_steps: 2}", "`gradient_accumulation_steps` is 1"),
+        ("{gradient_clipping: 0.5}", "`max_grad_norm` is 1"),
+        ("{optimizer: {type: Lion}}", "optimizer"),
+        ("{optimizer: {type: AdamW, params: {lr: 0.1}}}", "`learning_rate` is"),
+        ("{optimizer: {type: AdamW, params: {betas: [0.9, 0.95]}}}", "`adam_beta2` is"),
+        ("{scheduler: {type: WarmupLR}}", "`lr_scheduler_type` is linear"),
+        ("{scheduler: {type: OneCycle}}", "OneCycle"),
+        ("{fp16: {enabled: true}}", "`fp16` is false"),
+        ("{curriculum_learning: {enabled: true}}", "curriculum_learning"),
+        ("{train_micro_batch_size_per_gpus: 8}", "not known"),
+        ("[1]", "a path or a map"),
+    ] {
+        assert_one(&sft_errors(&format!("deepspeed: {map}\n")), part);
+    }
+    assert_one(&sft_errors("bf16: true\ndeepspeed: {bf16: {enabled: false}}\n"), "`bf16` is true");
+    assert_one(&sft_errors("fp16: true\ndeepspeed: {bf16: {enabled: true}}\n"), "`fp16` is true");
+    let zero3 = "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nmixed_precision: bf16\nnum_machines: 1\n\
+                 deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, zero3_init_flag: true}\n";
+    let one = file("one.yaml", &format!("{zero3}num_processes: 1\n"));
+    accepted(&format!("accelerate_config: {one}\n"), &["ZeRO stage 3", "`offload_optimizer_device` to cpu"]);
+    let eight = file("eight.yaml", &format!("{zero3}num_processes: 8\n"));
+    assert_one(&sft_errors(&format!("accelerate_config: {eight}\n")), "8 processes");
+    accepted(&format!("accelerate_config: {eight}\nnum_processes: 1\n"), &["was read"]);
+    accepted("accelerate_config: single_gpu\n", &["was read"]);
+    assert_one(&sft_errors("accelerate_config: zero2\n"), "8 processes");
+    assert_one(&sft_errors("accelerate_config: no-such.yaml\n"), "cannot be read");
+    assert_one(&sft_errors("num_processes: 2\n"), "`num_processes` is 2");
 }
 
 // ---- the resolved config ----
@@ -783,7 +1159,7 @@ proptest! {
 #[test]
 fn every_single_key_survives_the_round_trip() {
     let extremes = [
-        "learning_rate=1.7976931348623157e308",
+        "learning_rate=9.999999999999998",
         "learning_rate=5e-324",
         "seed=18446744073709551615",
         "max_steps=7",
@@ -797,6 +1173,12 @@ fn every_single_key_survives_the_round_trip() {
         "output_dir=~/x",
         "report_to=[tensorboard]",
         "warmup_ratio=0.03",
+        "save_steps=0.05",
+        "logging_strategy=epoch",
+        "logging_steps=0.1",
+        "hub_model_id=me/a b",
+        "optim=paged_adamw_8bit",
+        "save_total_limit=-1",
     ];
     for set in extremes {
         round_trip_sft("use_peft: true\n", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
@@ -809,6 +1191,9 @@ fn every_single_key_survives_the_round_trip() {
         "vllm_importance_sampling_correction=true",
         "generation_batch_size=32",
         "scale_rewards=false",
+        "max_completion_length=null",
+        "vllm_importance_sampling_clip_max=null",
+        "top_k=-1",
     ] {
         round_trip_grpo("", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
     }

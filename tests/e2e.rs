@@ -13,12 +13,16 @@ mod bad_input;
 mod best;
 #[path = "e2e/changed.rs"]
 mod changed;
+#[path = "e2e/command_line.rs"]
+mod command_line;
 #[path = "e2e/courses.rs"]
 mod courses;
 #[path = "e2e/disk.rs"]
 mod disk;
 #[path = "e2e/generate.rs"]
 mod generate;
+#[path = "e2e/recipes.rs"]
+mod recipes;
 #[path = "e2e/resume.rs"]
 mod resume;
 #[path = "e2e/rewards.rs"]

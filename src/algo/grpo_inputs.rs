@@ -55,7 +55,7 @@ impl From<&GrpoSettings> for GrpoLossSettings {
             sapo_temperature_neg: settings.sapo_temperature_neg,
             sapo_temperature_pos: settings.sapo_temperature_pos,
             vespo: settings.vespo,
-            max_completion_length: settings.max_completion_length,
+            max_completion_length: settings.longest_completion(),
         }
     }
 }

@@ -63,7 +63,7 @@ pub fn rollout_correction(
     let rows = Rows::new(OPERATION, row_starts, old_logprobs.len())?;
     rows.tokens("sampling_logprobs", sampling_logprobs)?;
     let mask = rows.mask(mask, tool_mask)?;
-    let (low, high) = (settings.clip_min.unwrap_or(f64::NEG_INFINITY), settings.clip_max);
+    let (low, high) = (settings.clip_min.unwrap_or(f64::NEG_INFINITY), settings.clip_max.unwrap_or(f64::INFINITY));
     if high.is_nan() || low.is_nan() || low > high {
         return Err(Error::Value {
             operation: OPERATION,
@@ -125,7 +125,7 @@ mod tests {
     const MASK: [u8; 5] = [1, 1, 0, 1, 1];
 
     fn correct(mode: RolloutCorrectionMode, clip_min: Option<f64>) -> RolloutCorrectionOutput {
-        let settings = RolloutCorrection { mode, clip_max: 3.0, clip_min };
+        let settings = RolloutCorrection { mode, clip_max: Some(3.0), clip_min };
         rollout_correction(&ROWS, &OLD, &SAMPLING, &MASK, None, &settings).unwrap()
     }
 
@@ -167,14 +167,16 @@ mod tests {
         ] {
             assert!((values[name] - expected).abs() < 1e-6, "{name}: {}", values[name]);
         }
-        let settings = RolloutCorrection { mode: RolloutCorrectionMode::TokenMask, clip_max: 3.0, clip_min: None };
+        let settings =
+            RolloutCorrection { mode: RolloutCorrectionMode::TokenMask, clip_max: Some(3.0), clip_min: None };
         let empty = rollout_correction(&ROWS, &OLD, &SAMPLING, &[0; 5], None, &settings).unwrap();
         assert!(empty.metrics.values().values().all(|v| v.abs() < 1e-12));
     }
 
     #[test]
     fn contradicting_bounds_are_refused() {
-        let settings = RolloutCorrection { mode: RolloutCorrectionMode::TokenMask, clip_max: 1.0, clip_min: Some(2.0) };
+        let settings =
+            RolloutCorrection { mode: RolloutCorrectionMode::TokenMask, clip_max: Some(1.0), clip_min: Some(2.0) };
         assert!(rollout_correction(&ROWS, &OLD, &SAMPLING, &MASK, None, &settings).is_err());
     }
 }

@@ -54,7 +54,7 @@ impl std::fmt::Display for ActivationsArg {
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// A `config.json`, or a folder that holds one; no weights are read
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = super::path)]
     pub model: PathBuf,
 
     /// What a step works on: `SEQUENCESxTOKENS`, or `PROMPTSxSAMPLESxPROMPT+COMPLETION`; may be given several times
@@ -90,7 +90,7 @@ pub struct Args {
     pub no_tune: bool,
 
     /// Append the results to this file, one JSON object a line
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = super::path)]
     pub json: Option<PathBuf>,
 }
 

@@ -30,11 +30,11 @@ Examples:
 #[command(after_long_help = EXAMPLES, group(ArgGroup::new("prompts").required(true).args(["prompt", "prompts_file"])))]
 pub struct Args {
     /// A model folder, a `.gguf` file or a Hugging Face id
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", value_parser = super::location)]
     pub model: String,
 
     /// A folder with a PEFT LoRA adapter for the model
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = super::path)]
     pub adapter: Option<PathBuf>,
 
     /// The prompt
@@ -42,7 +42,7 @@ pub struct Args {
     pub prompt: Option<String>,
 
     /// A text file with one prompt per line; empty lines are left out
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = super::path)]
     pub prompts_file: Option<PathBuf>,
 
     /// Put prompts into the model's chat template [default: where the model has one]

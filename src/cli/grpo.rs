@@ -8,6 +8,7 @@ const EXAMPLES: &str = "\
 Examples:
   trainer grpo configs/quickstart/grpo.yaml
   trainer grpo config.yaml --set num_generations=8 --set 'reward_funcs=[accuracy, format]'
+  trainer grpo --config config.yaml --num_generations 8 --reward_funcs accuracy format
   trainer grpo config.yaml --resume out/checkpoint-200";
 
 /// Train a model with rewards on its own completions (GRPO and its relatives)
@@ -26,5 +27,5 @@ pub struct Args {
 /// # Errors
 /// If the configuration is wrong or the run fails.
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    training::run(&args.training, context, load_grpo, train::grpo::run)
+    training::run(&args.training, context, load_grpo, |settings| &settings.training, train::grpo::run)
 }

@@ -9,6 +9,7 @@ mod exit;
 pub mod generate;
 pub mod grpo;
 mod interrupt;
+mod keys;
 pub mod sft;
 mod training;
 
@@ -17,6 +18,7 @@ pub use interrupt::Interrupt;
 pub use training::TrainingArgs;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -30,8 +32,9 @@ Examples:
   trainer grpo configs/quickstart/grpo.yaml
   trainer sft configs/quickstart/sft.yaml
 
-  # The same with other settings, then going on from the newest checkpoint
+  # The same with other settings, in this way or TRL's, then going on from the newest checkpoint
   trainer grpo config.yaml --set learning_rate=2e-6 --set output_dir=out/b
+  trainer grpo --config config.yaml --learning_rate 2e-6 --output_dir out/b --overwrite_output_dir
   trainer grpo config.yaml --set output_dir=out/b --resume
 
   # Ask a model, with or without an adapter
@@ -85,7 +88,7 @@ impl Context {
 
 /// Parses the arguments of this process, runs the subcommand and reports what went wrong.
 pub fn main() -> Exit {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(keys::as_overrides(std::env::args_os())) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version go to standard output, mistakes to standard error; a closed pipe is nobody's mistake.
@@ -115,6 +118,17 @@ pub fn main() -> Exit {
 /// death that SIGXFSZ is by default. Where the handler is refused that default stays.
 fn ignore_file_size_signal() {
     let _ = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false)));
+}
+
+/// A path, or a hub id, with its `~` undone, which a shell does not do in `--model=~/x`.
+#[expect(clippy::unnecessary_wraps, reason = "the form of clap's parsers")]
+fn location(text: &str) -> Result<String, std::convert::Infallible> {
+    Ok(crate::config::expand_home(text))
+}
+
+/// A path with its `~` undone.
+fn path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    location(text).map(PathBuf::from)
 }
 
 fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {

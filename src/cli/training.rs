@@ -1,8 +1,9 @@
 //! The arguments that `sft` and `grpo` share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::{Context, Diagnostics, Exit, Interrupt};
+use super::{Context, Diagnostics, Exit, Interrupt, UsageError};
+use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::reward;
 use crate::train::{self, Outcome};
@@ -12,12 +13,17 @@ use crate::train::{self, Outcome};
 pub struct TrainingArgs {
     /// The configuration: a YAML file with the keys that TRL uses
     #[arg(value_name = "CONFIG")]
-    pub config: PathBuf,
+    config: Option<PathBuf>,
+
+    /// The same, as TRL's commands take it
+    #[arg(long = "config", value_name = "CONFIG", conflicts_with = "config")]
+    named_config: Option<PathBuf>,
 
     /// Replace a key of the file, e.g. `--set learning_rate=2e-6`; may be given several times, the last one wins
     ///
-    /// The value is read as YAML: `--set 'lora_target_modules=[q_proj, v_proj]'`. `trainer config --reference` lists
-    /// the keys.
+    /// The value is read as YAML: `--set 'lora_target_modules=[q_proj, v_proj]'`. Every key is an option as well, as with
+    /// TRL: `--learning_rate 2e-6 --lora_target_modules q_proj v_proj --bf16 --no_gradient_checkpointing`.
+    /// `trainer config --reference` lists the keys.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
     pub overrides: Vec<(String, String)>,
 
@@ -30,13 +36,29 @@ pub struct TrainingArgs {
 }
 
 impl TrainingArgs {
+    /// The configuration file; without one, keys of the command line make up the configuration.
+    fn source(&self) -> anyhow::Result<Result<Source, ConfigError>> {
+        match self.config.as_ref().or(self.named_config.as_ref()) {
+            Some(path) => Ok(Source::read(Path::new(&config::expand_home(&path.to_string_lossy())))),
+            None if !self.overrides.is_empty() => Ok(Ok(Source::new("command line", ""))),
+            None => Err(UsageError(
+                "nothing says what to train: give a file (<CONFIG>), or keys: `--model_name_or_path MODEL --dataset_name DATA`"
+                    .into(),
+            )
+            .into()),
+        }
+    }
+
     /// `--set` and `--resume` as overrides of the file, in this order: the last one wins.
     fn overrides(&self) -> Vec<String> {
         let mut overrides: Vec<String> = self.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
         match &self.resume {
             None => {}
             Some(None) => overrides.push("resume_from_checkpoint=true".into()),
-            Some(Some(path)) => overrides.push(format!("resume_from_checkpoint='{}'", path.display())),
+            Some(Some(path)) => {
+                let path = path.display().to_string().replace('\'', "''");
+                overrides.push(format!("resume_from_checkpoint='{path}'"));
+            }
         }
         overrides
     }
@@ -47,11 +69,12 @@ pub(super) fn run<S>(
     args: &TrainingArgs,
     context: &Context,
     load: impl Fn(&Source, &[String], &config::Context<'_>) -> Result<Loaded<S>, ConfigError>,
+    shared: impl Fn(&S) -> &TrainingSettings,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
-    let source = Source::read(&args.config).map_err(in_colour)?;
+    let source = args.source()?.map_err(in_colour)?;
     let surroundings = config::Context {
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
@@ -70,7 +93,12 @@ pub(super) fn run<S>(
         },
     )?;
     Ok(match outcome {
-        Outcome::Finished => Exit::Done,
+        Outcome::Finished => {
+            if let Some(command) = shared(&loaded.settings).upload_command() {
+                context.print(&format!("\nNothing was uploaded; this does it:\n  {command}\n"))?;
+            }
+            Exit::Done
+        }
         Outcome::Interrupted => Exit::Interrupted,
     })
 }

@@ -7,7 +7,7 @@ use super::field::Named;
 use super::keys::RawConfig;
 use super::resolve::warn_idle;
 use super::settings::{BestSettings, EarlyStopping};
-use super::special::{Recurrence, Saving};
+use super::special::{Cadence, Recurrence, Saving};
 
 /// What every metric of an evaluation begins with.
 const PREFIX: &str = "eval_";
@@ -77,18 +77,41 @@ fn check_cadence(raw: &RawConfig, problems: &mut Problems) {
         );
         return;
     }
-    let save_steps = *raw.save_steps.value();
-    let eval_steps = raw.eval_steps.value().unwrap_or(*raw.logging_steps.value());
-    if evaluates == Recurrence::Steps && eval_steps > 0 && !save_steps.is_multiple_of(eval_steps) {
-        let below = save_steps / eval_steps * eval_steps;
-        let works = if below == 0 { eval_steps } else { below };
-        problems.clash(
-            &[(&raw.save_steps, "saved".into()), (&raw.eval_steps, "evaluated".into())],
+    let saved = *raw.save_steps.value();
+    let evaluated = raw.eval_steps.value().0.unwrap_or(*raw.logging_steps.value());
+    if evaluates != Recurrence::Steps {
+        return;
+    }
+    let fields: [(&dyn Named, String); 2] = [(&raw.save_steps, "saved".into()), (&raw.eval_steps, "evaluated".into())];
+    // As transformers, shares are compared to six digits.
+    let digits = |share: f64| (share * 1e6).round() as u64;
+    match (saved, evaluated) {
+        (Cadence::Steps(saved), Cadence::Steps(evaluated)) if saved.is_multiple_of(evaluated.max(1)) => {}
+        (Cadence::Share(saved), Cadence::Share(evaluated))
+            if digits(saved).is_multiple_of(digits(evaluated).max(1)) => {}
+        (Cadence::Steps(saved), Cadence::Steps(evaluated)) => {
+            let below = saved / evaluated * evaluated;
+            let works = if below == 0 { evaluated } else { below };
+            problems.clash(
+                &fields,
+                format!(
+                    "`load_best_model_at_end: true` needs `save_steps` {saved} to be a multiple of `eval_steps` {evaluated}"
+                ),
+                format!("`save_steps` {works} works, and `save_strategy: best`"),
+            );
+        }
+        (Cadence::Share(saved), Cadence::Share(evaluated)) => problems.clash(
+            &fields,
             format!(
-                "`load_best_model_at_end: true` needs `save_steps` {save_steps} to be a multiple of `eval_steps` {eval_steps}"
+                "`load_best_model_at_end: true` needs `save_steps` {saved} to be a multiple of `eval_steps` {evaluated}"
             ),
-            format!("`save_steps` {works} works, and `save_strategy: best`"),
-        );
+            format!("`save_steps: {evaluated}` works, and `save_strategy: best`"),
+        ),
+        _ => problems.clash(
+            &fields,
+            "`load_best_model_at_end: true` needs `save_steps` and `eval_steps` both as steps, or both as shares",
+            "write them alike, or `save_strategy: best`",
+        ),
     }
 }
 

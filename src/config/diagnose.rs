@@ -5,6 +5,7 @@
 //! one mistake gives one message.
 
 use std::fmt;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
@@ -17,6 +18,16 @@ pub struct Source {
     text: String,
 }
 
+/// Largest file that is read as a configuration.
+const MOST_BYTES: u64 = 4 << 20;
+
+/// The bytes of a file, or of its beginning if it has more than `most`.
+fn read_at_most(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 impl Source {
     /// Reads a config file.
     ///
@@ -24,7 +35,12 @@ impl Source {
     /// If the file cannot be read or is not UTF-8.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
-        match std::fs::read(path) {
+        match read_at_most(path, MOST_BYTES) {
+            Ok(bytes) if bytes.len() as u64 > MOST_BYTES => Err(ConfigError::of_file(
+                &name,
+                &format!("is larger than {} MiB, which no configuration is", MOST_BYTES >> 20),
+                "name the configuration; data and models are named inside it",
+            )),
             Ok(bytes) => match String::from_utf8(bytes) {
                 Ok(text) => Ok(Self { name, text }),
                 Err(error) => Err(ConfigError::of_file(

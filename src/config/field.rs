@@ -15,6 +15,16 @@ pub enum Command {
     Grpo,
 }
 
+impl Command {
+    /// The other of the two.
+    pub(super) const fn other(self) -> Self {
+        match self {
+            Self::Sft => Self::Grpo,
+            Self::Grpo => Self::Sft,
+        }
+    }
+}
+
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -86,15 +96,6 @@ pub struct Bounds {
 impl Bounds {
     /// Every number.
     pub const ANY: Self = Self { low: f64::NEG_INFINITY, is_low_open: false, high: f64::INFINITY, is_high_open: false };
-    /// More than 0.
-    pub const POSITIVE: Self = Self { low: 0.0, is_low_open: true, ..Self::ANY };
-
-    /// `low` and more.
-    #[must_use]
-    pub const fn at_least(low: f64) -> Self {
-        Self { low, ..Self::ANY }
-    }
-
     /// From `low` to `high`, both included.
     #[must_use]
     pub const fn between(low: f64, high: f64) -> Self {
@@ -127,15 +128,25 @@ impl fmt::Display for Bounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (has_low, has_high) = (self.low.is_finite(), self.high.is_finite());
         if has_low {
-            write!(f, "{} {}", if self.is_low_open { "greater than" } else { "at least" }, self.low)?;
+            write!(f, "{} {}", if self.is_low_open { "greater than" } else { "at least" }, Plain(self.low))?;
         }
         if has_low && has_high {
             f.write_str(" and ")?;
         }
         if has_high {
-            write!(f, "{} {}", if self.is_high_open { "less than" } else { "at most" }, self.high)?;
+            write!(f, "{} {}", if self.is_high_open { "less than" } else { "at most" }, Plain(self.high))?;
         }
         Ok(())
+    }
+}
+
+/// A number as people write it: `65536`, and `1e9` instead of its zeros.
+struct Plain(f64);
+
+impl fmt::Display for Plain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let short = format!("{:e}", self.0);
+        if self.0.abs() >= 1e5 && short.len() <= 4 { f.write_str(&short) } else { write!(f, "{}", self.0) }
     }
 }
 
@@ -168,6 +179,7 @@ pub(super) struct Field<T> {
     key: &'static Key,
     value: Option<T>,
     default: Option<T>,
+    default_text: Option<&'static str>,
     given: Option<Place>,
     is_broken: bool,
 }
@@ -175,11 +187,12 @@ pub(super) struct Field<T> {
 impl<T: Parse + PartialEq> Field<T> {
     /// A field with its default in place.
     pub(super) fn new(key: &'static Key, command: Command) -> Self {
-        let default = key.default.text(command).map(|text| {
+        let default_text = key.default.text(command);
+        let default = default_text.map(|text| {
             let node = yaml::parse(text).expect("defaults are YAML: a test reads every one");
             T::parse(&node).unwrap_or_else(|wrong| panic!("the default of `{}` {}", key.name, wrong[0].what))
         });
-        Self { key, value: None, default, given: None, is_broken: false }
+        Self { key, value: None, default, default_text, given: None, is_broken: false }
     }
 
     /// Takes what an entry of a file says.
@@ -189,14 +202,28 @@ impl<T: Parse + PartialEq> Field<T> {
         // An empty value has no extent to point at.
         let place =
             |span: &std::ops::Range<usize>| if span.is_empty() { key_place.clone() } else { Place::new(source, span) };
+        let parsed = T::parse(node);
+        if node.value == Value::Null
+            && parsed.is_err()
+            && let Some(default) = &self.default_text
+        {
+            // What TRL would stop at; a program that writes files may mean it as "not given".
+            let message = format!("`{}` is null, which it cannot be: its default {default} is taken", self.key.name);
+            problems.warn(Problem::new(message).at(key_place, ""));
+            return;
+        }
         self.given = Some(place(&node.span));
-        match T::parse(node) {
+        match parsed {
             Ok(value) => {
                 if let Some(number) = value.numbers().into_iter().find(|number| !self.key.range.contain(*number)) {
                     self.is_broken = true;
                     let unit = if self.key.unit.is_empty() { String::new() } else { format!(" ({})", self.key.unit) };
-                    let problem =
-                        Problem::new(format!("`{}` must be {}{unit}, got {number}", self.key.name, self.key.range));
+                    let problem = Problem::new(format!(
+                        "`{}` must be {}{unit}, got {}",
+                        self.key.name,
+                        self.key.range,
+                        Plain(number)
+                    ));
                     problems.error(problem.at(place(&node.span), "out of range"));
                 }
                 self.value = Some(value);
@@ -325,8 +352,8 @@ mod tests {
     #[test]
     fn bounds_in_words_and_numbers() {
         for (bounds, words, inside, outside) in [
-            (Bounds::at_least(1.0), "at least 1", vec![1.0, 5.0], vec![0.0, -1.0]),
-            (Bounds::POSITIVE, "greater than 0", vec![0.1], vec![0.0]),
+            (Bounds::between(1.0, 1e9), "at least 1 and at most 1e9", vec![1.0, 1e9], vec![0.0, 1e10]),
+            (Bounds::between(2.0, 65536.0), "at least 2 and at most 65536", vec![2.0], vec![1.0, 65537.0]),
             (Bounds::between(0.0, 1.0).below_high(), "at least 0 and less than 1", vec![0.0, 0.9], vec![1.0]),
             (Bounds::between(0.0, 1.0).above_low(), "greater than 0 and at most 1", vec![1.0], vec![0.0, 1.1]),
         ] {

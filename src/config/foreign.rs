@@ -1,16 +1,19 @@
-//! Keys that TRL and transformers know and this program does not act on, and names that mean another key.
+//! Keys that TRL, transformers, open-r1 and accelerate know and this program does not act on, and names that mean
+//! another key.
 //!
-//! Three rules: what changes nothing here is accepted with a warning that says why; what would change the result is an
-//! error unless it is switched off; a renamed key is an error that names the new one. Everything else is unknown.
+//! What changes nothing here is accepted with a warning that says why; what would change the result is an error unless
+//! it is switched off; an older or other name of a key is read as that key, with a word about it. Everything else is
+//! unknown.
 
 use super::field::{Command, Commands};
-use super::value::as_bool;
+use super::nested::{self, Entries};
+use super::value::{as_bool, as_float};
 use super::yaml::{Node, Value};
 
 /// What happens to a key that is not ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// Accepted with a warning: it has no effect, for this reason.
+    /// Accepted with a warning, unless it holds nothing: it has no effect, for this reason.
     NoEffect(&'static str),
     /// An error, unless it has one of these values (or null), which ask for nothing.
     Lacking {
@@ -19,10 +22,24 @@ pub enum Rule {
         /// What is missing, and what to do instead.
         why: &'static str,
     },
-    /// An error that names the key to use.
+    /// An older name of a key, or another program's: read as that key, with a warning that names it.
     Renamed(&'static str),
+    /// An error that names the key to use: elsewhere the name stands for another kind of value.
+    Ambiguous(&'static str),
     /// Another spelling of a key, accepted.
     Alias(&'static str),
+    /// A map whose entries are keys of their own.
+    Entries(&'static Entries),
+}
+
+impl Rule {
+    /// The key that a name of this rule is read as.
+    pub(super) const fn stands_for(self) -> Option<&'static str> {
+        match self {
+            Self::Alias(of) | Self::Renamed(of) => Some(of),
+            _ => None,
+        }
+    }
 }
 
 /// A key that is not ours.
@@ -36,19 +53,27 @@ pub struct ForeignKey {
     pub rule: Rule,
 }
 
-const fn no_effect(name: &'static str, why: &'static str) -> ForeignKey {
+pub(super) const fn no_effect(name: &'static str, why: &'static str) -> ForeignKey {
     ForeignKey { name, commands: Commands::Both, rule: Rule::NoEffect(why) }
 }
 
-const fn lacking(name: &'static str, off: &'static [&'static str], why: &'static str) -> ForeignKey {
+pub(super) const fn lacking(name: &'static str, off: &'static [&'static str], why: &'static str) -> ForeignKey {
     ForeignKey { name, commands: Commands::Both, rule: Rule::Lacking { off, why } }
+}
+
+const fn ambiguous(name: &'static str, to: &'static str) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::Ambiguous(to) }
+}
+
+const fn entries(name: &'static str, entries: &'static Entries) -> ForeignKey {
+    ForeignKey { name, commands: Commands::Both, rule: Rule::Entries(entries) }
 }
 
 const fn renamed(name: &'static str, to: &'static str) -> ForeignKey {
     ForeignKey { name, commands: Commands::Both, rule: Rule::Renamed(to) }
 }
 
-const fn alias(name: &'static str, of: &'static str) -> ForeignKey {
+pub(super) const fn alias(name: &'static str, of: &'static str) -> ForeignKey {
     ForeignKey { name, commands: Commands::Both, rule: Rule::Alias(of) }
 }
 
@@ -56,16 +81,26 @@ const fn only(commands: Commands, key: ForeignKey) -> ForeignKey {
     ForeignKey { commands, ..key }
 }
 
-const NO_UPLOAD: &str = "nothing is uploaded; `output_dir` holds everything in Hugging Face's form";
+const NO_UPLOAD: &str = "nothing is uploaded; see `push_to_hub`";
 const NO_LOADER: &str = "rows are tokenised once and read from memory; there are no loader processes";
+const ONE_SHARD: &str = "this run is one process, which holds everything: there is nothing to shard";
+const ONE_RECOMPUTATION: &str = "recomputation is done block by block, there is one way";
+const FUSED: &str = "fused kernels are built in";
+const ONE_FP16: &str = "there is one float16, that of `fp16`";
 const NO_DDP: &str = "gradients are reduced by this program's own collectives";
 const NO_VLLM: &str = "the rollout engine is built in and uses the weights being trained";
+const KV_CACHE: &str = "the KV cache holds what prompts and completions need";
+const ROLLOUT_CACHE: &str = "the rollout has its own KV cache";
+const COMPLETIONS: &str = "`output_dir/completions.jsonl` holds every completion";
 const NO_COMPILE: &str = "there is no graph compiler; kernels are compiled into the program";
 const NO_LOG: &str = "the console and `output_dir/metrics.jsonl` have one form";
 const RAGGED: &str = "batches are ragged: nothing is ever padded";
 const NO_OPTIM: &str = "AdamW is the only optimizer";
-const LAUNCHER: &str = "it belongs to the launcher (accelerate, DeepSpeed), whose file is not read here; remove it";
-const NO_TRACKER: &str = "this tracker is not supported; see `report_to`";
+const LAUNCHER: &str = "it belongs to the launcher, and one process is started without one";
+const NO_TRACKER: &str = "nothing is sent to a tracker; see `report_to`";
+const NO_TPU: &str = "there is no TPU back end";
+const SANDBOX: &str = "code is run by this program itself, on this machine";
+const NO_CALLBACKS: &str = "there are no callbacks";
 const NO_SHARED_METRICS: &str = "evaluation has a fixed set of metrics";
 
 /// Every key of that kind.
@@ -89,12 +124,11 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         &["false"],
         "8-bit weights are not supported; use `load_in_4bit: true` or a GGUF file with Q8_0",
     ),
-    lacking("model_init_kwargs", &["{}"], "write its entries as keys of this file, e.g. `dtype`"),
+    entries("model_init_kwargs", &nested::MODEL_INIT),
     lacking("use_dora", &["false"], "DoRA is not supported; use LoRA or `use_rslora: true`"),
     lacking("lora_bias", &["none"], "biases are not trained beside an adapter"),
     lacking("lora_modules_to_save", &["[]"], "with an adapter, only the adapter is trained"),
     lacking("lora_target_parameters", &["[]"], "adapters go on whole projections; see `lora_target_modules`"),
-    lacking("disable_dropout", &["false"], "the only dropout is the adapter's: set `lora_dropout: 0`"),
     lacking("neftune_noise_alpha", &["0", "0.0"], "noise on embeddings is not supported"),
     lacking("eos_token", &[], "the end-of-sequence token is the tokenizer's; change it in the model folder"),
     no_effect("pad_token", RAGGED),
@@ -114,7 +148,10 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("dataloader_multiprocessing_context", NO_LOADER),
     no_effect("dataloader_in_order", NO_LOADER),
     lacking("dataloader_drop_last", &["false"], "the last, smaller batch of an epoch is always used"),
-    lacking("dataset_kwargs", &["{}"], "data sets are always prepared by this program"),
+    only(Commands::Sft, entries("dataset_kwargs", &nested::DATASET)),
+    no_effect("dataset_batch_size", "rows are tokenised on all cores"),
+    no_effect("num_of_sequences", "rows are tokenised before they are packed"),
+    no_effect("chars_per_token", "rows are tokenised before they are packed"),
     lacking(
         "datasets",
         &["[]"],
@@ -122,53 +159,93 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     ),
     lacking("test_split_size", &[], "use `eval_fraction`"),
     lacking("dataset_prompt_column", &["prompt"], "prompts are read from the column `prompt`"),
-    lacking("env", &["{}"], "set environment variables where the program is started"),
-    lacking("group_by_length", &["false"], "batches are ragged, so grouping by length saves nothing"),
-    lacking("train_sampling_strategy", &["random"], "the order of the data is a fresh shuffle per epoch"),
+    no_effect("group_by_length", "batches are ragged, so grouping by length saves nothing"),
+    lacking(
+        "train_sampling_strategy",
+        &["random", "group_by_length"],
+        "the order of the data is a fresh shuffle per epoch, from `data_seed`",
+    ),
     only(Commands::Sft, lacking("truncation_mode", &["keep_start"], "examples are cut at the end")),
     only(
         Commands::Sft,
         no_effect("shuffle_dataset", "the order of the data is a fresh shuffle per epoch, from `data_seed`"),
     ),
     // Training.
-    no_effect("gradient_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
-    no_effect("activation_checkpointing_kwargs", "recomputation is done block by block, there is one way"),
-    no_effect("use_liger_kernel", "fused kernels are built in"),
-    no_effect("liger_kernel_config", "fused kernels are built in"),
+    no_effect("gradient_checkpointing_kwargs", ONE_RECOMPUTATION),
+    no_effect("activation_checkpointing_kwargs", ONE_RECOMPUTATION),
+    no_effect("gradient_checkpointing_use_reentrant", ONE_RECOMPUTATION),
+    no_effect("use_liger_kernel", FUSED),
+    no_effect("liger_kernel_config", FUSED),
+    no_effect("use_liger", FUSED),
+    no_effect("use_liger_loss", FUSED),
     no_effect("torch_compile", NO_COMPILE),
+    no_effect("torchdynamo", NO_COMPILE),
+    no_effect("jit_mode_eval", NO_COMPILE),
+    no_effect("use_ipex", NO_COMPILE),
     no_effect("torch_compile_backend", NO_COMPILE),
     no_effect("torch_compile_mode", NO_COMPILE),
     no_effect("torch_empty_cache_steps", "the memory pool keeps what it frees"),
+    no_effect("half_precision_backend", ONE_FP16),
+    no_effect("fp16_backend", ONE_FP16),
+    no_effect("fp16_opt_level", ONE_FP16),
+    no_effect("use_mps_device", "`device` says where to compute"),
+    no_effect("_n_gpu", "`device` says where to compute"),
+    no_effect("xpu_backend", NO_DDP),
+    no_effect("tpu_num_cores", NO_TPU),
+    no_effect("tpu_metrics_debug", NO_TPU),
+    no_effect("mp_parameters", LAUNCHER),
+    no_effect("ray_scope", "there is no search for hyperparameters"),
+    lacking("past_index", &["-1"], "hidden states are not carried from step to step"),
     no_effect("tf32", "multiplies accumulate in float32; `bf16` chooses the faster units"),
     no_effect("bf16_full_eval", "evaluation runs in the precision of training"),
     no_effect("fp16_full_eval", "evaluation runs in the precision of training"),
     no_effect("average_tokens_across_devices", "losses are always averaged over the tokens of all ranks"),
-    no_effect("restore_callback_states_from_checkpoint", "there are no callbacks"),
+    no_effect("restore_callback_states_from_checkpoint", NO_CALLBACKS),
+    no_effect("callbacks", NO_CALLBACKS),
+    no_effect("benchmarks", "no benchmark is run after training; `output_dir` holds the model for one"),
     no_effect("skip_memory_metrics", NO_LOG),
     no_effect("debug", "there is no debug mode"),
     no_effect("do_train", "the command trains"),
     no_effect("do_eval", "`eval_strategy` says when to evaluate"),
     no_effect("do_predict", "use `trainer generate`"),
     no_effect("local_rank", "ranks come from the launcher's environment"),
-    lacking("optim_args", &[], NO_OPTIM),
+    entries("optim_args", &nested::OPTIM_ARGS),
+    lacking("adafactor", &["false"], NO_OPTIM),
     lacking("optim_target_modules", &[], NO_OPTIM),
     lacking("label_smoothing_factor", &["0", "0.0"], "label smoothing is not supported"),
-    lacking(
+    no_effect(
         "auto_find_batch_size",
-        &["false"],
-        "lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`",
+        "a batch that does not fit is an error; then lower `per_device_train_batch_size` and raise \
+         `gradient_accumulation_steps`",
     ),
     lacking("ignore_data_skip", &["false"], "a resumed run goes on where the data stood"),
-    lacking("fsdp", &["", "false", "[]"], LAUNCHER),
-    lacking("fsdp_config", &["{}"], LAUNCHER),
-    lacking("deepspeed", &[], LAUNCHER),
-    lacking("accelerator_config", &["{}"], LAUNCHER),
-    lacking("parallelism_config", &["{}"], LAUNCHER),
-    lacking("deepspeed_config", &[], LAUNCHER),
-    lacking("distributed_type", &["NO", "no"], LAUNCHER),
-    lacking("mixed_precision", &[], "use `bf16: true` or `fp16: true`"),
-    lacking("num_processes", &["1"], LAUNCHER),
-    lacking("num_machines", &["1"], LAUNCHER),
+    no_effect("fsdp", ONE_SHARD),
+    no_effect("fsdp_config", ONE_SHARD),
+    no_effect("fsdp_min_num_params", LAUNCHER),
+    no_effect("fsdp_transformer_layer_cls_to_wrap", LAUNCHER),
+    entries("accelerator_config", &nested::ACCELERATOR),
+    lacking("split_batches", &["false"], nested::NO_SPLIT),
+    no_effect("dispatch_batches", NO_LOADER),
+    entries("parallelism_config", &nested::PARALLELISM),
+    lacking("deepspeed_config", &[], "name accelerate's file in `accelerate_config`, or a JSON in `deepspeed`"),
+    lacking("distributed_type", &["NO", "no"], nested::ONE_PROCESS),
+    entries("mixed_precision", &nested::PRECISION),
+    lacking("num_machines", &["1"], nested::ONE_PROCESS),
+    no_effect("compute_environment", LAUNCHER),
+    no_effect("machine_rank", LAUNCHER),
+    no_effect("main_process_ip", LAUNCHER),
+    no_effect("main_process_port", LAUNCHER),
+    no_effect("main_training_function", LAUNCHER),
+    no_effect("rdzv_backend", LAUNCHER),
+    no_effect("same_network", LAUNCHER),
+    no_effect("gpu_ids", LAUNCHER),
+    no_effect("downcast_bf16", NO_TPU),
+    no_effect("tpu_env", NO_TPU),
+    no_effect("tpu_use_cluster", NO_TPU),
+    no_effect("tpu_use_sudo", NO_TPU),
+    no_effect("enable_cpu_affinity", LAUNCHER),
+    no_effect("dynamo_backend", NO_COMPILE),
+    no_effect("dynamo_config", NO_COMPILE),
     no_effect("ddp_find_unused_parameters", NO_DDP),
     no_effect("ddp_bucket_cap_mb", NO_DDP),
     no_effect("ddp_broadcast_buffers", NO_DDP),
@@ -176,8 +253,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("ddp_backend", NO_DDP),
     no_effect("ddp_timeout", NO_DDP),
     // Logging, evaluation, saving.
-    lacking("logging_strategy", &["steps"], "metrics are logged every `logging_steps`"),
-    no_effect("logging_first_step", NO_LOG),
     no_effect("logging_dir", "TensorBoard files go to `output_dir`"),
     no_effect("logging_nan_inf_filter", "a loss that is not finite is an error"),
     no_effect("log_on_each_node", NO_LOG),
@@ -196,28 +271,23 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     lacking("eval_on_start", &["false"], "evaluate the start with `trainer evaluate`"),
     lacking("eval_delay", &["0", "0.0"], "evaluation starts with the first `eval_steps`"),
     no_effect("prediction_loss_only", NO_SHARED_METRICS),
+    no_effect("use_legacy_prediction_loop", NO_SHARED_METRICS),
+    no_effect("include_inputs_for_metrics", NO_SHARED_METRICS),
     no_effect("eval_do_concat_batches", NO_SHARED_METRICS),
     no_effect("eval_use_gather_object", NO_SHARED_METRICS),
     no_effect("eval_accumulation_steps", NO_SHARED_METRICS),
     no_effect("batch_eval_metrics", NO_SHARED_METRICS),
-    lacking("include_for_metrics", &["[]"], NO_SHARED_METRICS),
+    no_effect("include_for_metrics", NO_SHARED_METRICS),
     no_effect("save_safetensors", "weights are always written as safetensors"),
     no_effect("save_on_each_node", "a checkpoint is one folder, written once"),
     no_effect("enable_jit_checkpoint", "a signal always saves before the run ends"),
-    ForeignKey {
-        name: "push_to_hub",
-        commands: Commands::Both,
-        rule: Rule::Lacking {
-            off: &["false"],
-            why: "nothing is uploaded; use `huggingface-cli upload` on `output_dir`",
-        },
-    },
     no_effect("hub_token", NO_UPLOAD),
-    no_effect("hub_private_repo", NO_UPLOAD),
-    no_effect("hub_model_id", NO_UPLOAD),
     no_effect("hub_strategy", NO_UPLOAD),
     no_effect("hub_always_push", NO_UPLOAD),
-    no_effect("hub_revision", NO_UPLOAD),
+    no_effect("push_to_hub_token", NO_UPLOAD),
+    no_effect("push_to_hub_organization", NO_UPLOAD),
+    no_effect("push_to_hub_revision", NO_UPLOAD),
+    no_effect("overwrite_hub_revision", NO_UPLOAD),
     // GRPO only.
     only(Commands::Grpo, no_effect("use_vllm", NO_VLLM)),
     only(Commands::Grpo, no_effect("vllm_mode", NO_VLLM)),
@@ -229,7 +299,12 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     only(Commands::Grpo, no_effect("vllm_server_timeout", NO_VLLM)),
     only(Commands::Grpo, no_effect("vllm_group_port", NO_VLLM)),
     only(Commands::Grpo, no_effect("vllm_gpu_memory_utilization", "the KV cache is bounded by `max_num_seqs`")),
-    only(Commands::Grpo, no_effect("vllm_max_model_length", "the KV cache holds what prompts and completions need")),
+    only(Commands::Grpo, no_effect("vllm_max_model_length", KV_CACHE)),
+    only(Commands::Grpo, no_effect("vllm_max_model_len", KV_CACHE)),
+    only(Commands::Grpo, no_effect("vllm_enable_prefix_caching", "prompts of one group share their cache")),
+    only(Commands::Grpo, no_effect("vllm_device", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_dtype", NO_VLLM)),
+    only(Commands::Grpo, no_effect("vllm_quantization", NO_VLLM)),
     only(Commands::Grpo, no_effect("vllm_tensor_parallel_size", NO_VLLM)),
     only(Commands::Grpo, lacking("vllm_structured_outputs_regex", &[], "guided decoding is not supported")),
     only(Commands::Grpo, lacking("vllm_guided_decoding_regex", &[], "guided decoding is not supported")),
@@ -238,16 +313,19 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         Commands::Grpo,
         no_effect("transformers_continuous_batching_config", "the rollout always batches continuously"),
     ),
-    only(Commands::Grpo, no_effect("use_transformers_paged", "the rollout has its own KV cache")),
-    only(Commands::Grpo, no_effect("cache_implementation", "the rollout has its own KV cache")),
+    only(Commands::Grpo, no_effect("use_transformers_paged", ROLLOUT_CACHE)),
+    only(Commands::Grpo, no_effect("cache_implementation", ROLLOUT_CACHE)),
     only(
         Commands::Grpo,
         no_effect("ds3_gather_for_generation", "weights are gathered once per rollout where they are sharded"),
     ),
     only(Commands::Grpo, no_effect("log_multimodal", "models here read text only")),
-    only(Commands::Grpo, no_effect("log_unique_prompts", "`output_dir/completions.jsonl` holds every completion")),
+    only(Commands::Grpo, no_effect("log_unique_prompts", COMPLETIONS)),
+    only(Commands::Grpo, no_effect("wandb_log_unique_prompts", COMPLETIONS)),
     only(Commands::Grpo, no_effect("log_completions_hub_repo", NO_UPLOAD)),
-    only(Commands::Grpo, lacking("generation_kwargs", &["{}"], "write its entries as keys of this file, e.g. `top_p`")),
+    only(Commands::Grpo, entries("generation_kwargs", &nested::GENERATION)),
+    only(Commands::Grpo, no_effect("e2b_router_url", SANDBOX)),
+    only(Commands::Grpo, no_effect("morph_router_url", SANDBOX)),
     only(Commands::Grpo, lacking("use_adaptive_entropy", &["false"], "the entropy bonus has a fixed `entropy_coef`")),
     only(Commands::Grpo, no_effect("entropy_coef_min", "the entropy bonus has a fixed `entropy_coef`")),
     only(Commands::Grpo, no_effect("entropy_coef_max", "the entropy bonus has a fixed `entropy_coef`")),
@@ -270,11 +348,11 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     renamed("tokenizer", "tokenizer_name_or_path"),
     renamed("tokenizer_name", "tokenizer_name_or_path"),
     renamed("processing_class", "tokenizer_name_or_path"),
-    renamed("chat_template", "chat_template_path"),
+    ambiguous("chat_template", "chat_template_path"),
     renamed("per_gpu_train_batch_size", "per_device_train_batch_size"),
     renamed("per_gpu_eval_batch_size", "per_device_eval_batch_size"),
     renamed("micro_batch_size", "per_device_train_batch_size"),
-    renamed("batch_size", "per_device_train_batch_size"),
+    ambiguous("batch_size", "per_device_train_batch_size"),
     renamed("model", "model_name_or_path"),
     renamed("model_name", "model_name_or_path"),
     renamed("model_path", "model_name_or_path"),
@@ -302,6 +380,8 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     renamed("stop_sequences", "stop_strings"),
     renamed("reward_functions", "reward_funcs"),
     renamed("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max"),
+    renamed("push_to_hub_model_id", "hub_model_id"),
+    renamed("hub_model_revision", "hub_revision"),
 ];
 
 /// The foreign key of that name for a command.
@@ -309,13 +389,25 @@ pub(super) fn find(name: &str, command: Command) -> Option<&'static ForeignKey> 
     FOREIGN_KEYS.iter().find(|key| key.name == name && key.commands.include(command))
 }
 
-/// Whether a value asks for nothing: null, or one of the listed texts.
+/// Whether a value holds nothing at all, or switches something off that is not there.
+pub(super) fn is_empty(node: &Node) -> bool {
+    match &node.value {
+        Value::Null => true,
+        Value::Scalar { text, .. } => text.is_empty() || as_bool(text) == Some(false),
+        Value::List(items) => items.is_empty(),
+        Value::Map(entries) => entries.is_empty(),
+    }
+}
+
+/// Whether a value asks for nothing: null, or one of the listed texts in any spelling.
 pub(super) fn is_off(node: &Node, off: &[&str]) -> bool {
     match &node.value {
         Value::Null => true,
-        Value::Scalar { text, .. } => {
-            off.contains(&text.as_str()) || (as_bool(text) == Some(false) && off.contains(&"false"))
-        }
+        Value::Scalar { text, .. } => off.iter().any(|off| {
+            off == text
+                || as_bool(text).is_some_and(|value| as_bool(off) == Some(value))
+                || as_float(text).is_some_and(|value| as_float(off) == Some(value))
+        }),
         Value::List(items) => items.is_empty() && off.contains(&"[]"),
         Value::Map(entries) => entries.is_empty() && off.contains(&"{}"),
     }
@@ -341,7 +433,7 @@ mod tests {
     #[test]
     fn renamed_keys_lead_to_a_key() {
         for key in FOREIGN_KEYS {
-            if let Rule::Renamed(to) | Rule::Alias(to) = key.rule {
+            if let Rule::Renamed(to) | Rule::Ambiguous(to) | Rule::Alias(to) = key.rule {
                 let exists = [Command::Sft, Command::Grpo].into_iter().any(|command| keys::find(to, command).is_some());
                 assert!(exists, "`{}` leads to `{to}`, which is no key", key.name);
             }

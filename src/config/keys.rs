@@ -2,7 +2,7 @@
 //!
 //! The table makes three things: [`KEYS`] for the reference page and for "did you mean", the `RawConfig` that mirrors a
 //! file, and its reader. Defaults are those of TRL 1.16 (`SFTConfig`, `GRPOConfig`, `ModelConfig`, `ScriptArguments`)
-//! and of transformers 5.23 (`TrainingArguments`); the text of a key says where ours differs, and why.
+//! and of transformers 5.24 (`TrainingArguments`); the text of a key says where ours differs, and why.
 
 use std::path::PathBuf;
 
@@ -10,23 +10,36 @@ use serde_json::{Map, Value};
 
 use super::diagnose::Problems;
 use super::field::{Bounds, Command, Commands, DefaultValue, Field, Key};
+use super::launcher::LaunchFile;
 use super::rewards::RewardList;
 use super::settings::{
-    DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType, Resume,
-    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+    DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume, RewardAggregation,
+    RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
 };
-use super::special::{AdamW, MaxSteps, Recurrence, Saving, Sinks, TargetModules};
+use super::special::{
+    AdamW, Cadence, EvalCadence, Limit, MaxSteps, Packing, Recurrence, Saving, Sinks, TargetModules, TopK,
+};
 use super::value::Parse;
 use super::yaml::Entry;
 
 use DefaultValue::{Derived, PerCommand, Required, Text};
 
 const ANY: Bounds = Bounds::ANY;
-const POSITIVE: Bounds = Bounds::POSITIVE;
-const FROM_0: Bounds = Bounds::at_least(0.0);
-const FROM_1: Bounds = Bounds::at_least(1.0);
-const FROM_2: Bounds = Bounds::at_least(2.0);
 const SHARE: Bounds = Bounds::between(0.0, 1.0);
+/// A coefficient or threshold: beyond a million it is a slip of the exponent.
+const POSITIVE: Bounds = Bounds::between(0.0, 1e6).above_low();
+const FROM_0: Bounds = Bounds::between(0.0, 1e6);
+/// A count of steps, tokens or whatever: nothing that a run counts comes to a billion.
+const FROM_1: Bounds = Bounds::between(1.0, 1e9);
+/// Sequences or micro-steps of one step.
+const BATCH: Bounds = Bounds::between(1.0, 1_048_576.0);
+/// Tokens of one text: four times the longest context that models have.
+const TOKENS: Bounds = Bounds::between(1.0, 4_194_304.0);
+/// Completions of one prompt.
+const GROUP: Bounds = Bounds::between(1.0, 65_536.0);
+const GROUP_OF_2: Bounds = Bounds::between(2.0, 65_536.0);
+/// Rows of a data set.
+const ROWS: Bounds = Bounds::between(1.0, 1e12);
 
 macro_rules! name {
     ($field:ident) => {
@@ -131,7 +144,7 @@ keys! {
         /// Train a LoRA adapter and keep the base frozen; without it every weight is trained.
         use_peft: bool = Text("false"), ANY, "";
         /// Rank of the adapter.
-        lora_r: usize = Text("16"), FROM_1, "";
+        lora_r: usize = Text("16"), Bounds::between(1.0, 16_384.0), "";
         /// Numerator of the adapter's scale: its update is multiplied by `lora_alpha / lora_r`.
         lora_alpha: f64 = Text("32"), POSITIVE, "";
         /// Probability of dropping an input element of the adapter.
@@ -158,9 +171,9 @@ keys! {
         /// Hold out this share of the training rows for evaluation when there is no test split. Not in TRL.
         eval_fraction: Option<f64> = Text("null"), SHARE.above_low().below_high(), "share of rows";
         /// Use at most this many training rows. Not in TRL.
-        max_train_samples: Option<usize> = Text("null"), FROM_1, "rows";
+        max_train_samples: Option<usize> = Text("null"), ROWS, "rows";
         /// Use at most this many evaluation rows. Not in TRL.
-        max_eval_samples: Option<usize> = Text("null"), FROM_1, "rows";
+        max_eval_samples: Option<usize> = Text("null"), ROWS, "rows";
         /// Extra variables for the chat template, e.g. `{enable_thinking: false}`.
         chat_template_kwargs: Map<String, Value> = Text("{}"), ANY, "";
         /// A system message put in front of conversational prompts that have none. Not in TRL.
@@ -168,15 +181,25 @@ keys! {
     }
     "Length of the run and batches" for Both {
         /// Passes over the training data; without effect when `max_steps` is set.
-        num_train_epochs: f64 = Text("3.0"), POSITIVE, "epochs";
+        num_train_epochs: f64 = Text("3.0"), Bounds::between(0.0, 1e5).above_low(), "epochs";
         /// Optimizer steps of the run; -1 leaves its length to `num_train_epochs`.
-        max_steps: MaxSteps = Text("-1"), ANY, "optimizer steps";
+        max_steps: MaxSteps = Text("-1"), FROM_1, "optimizer steps";
         /// Sequences per rank and micro-step.
-        per_device_train_batch_size: usize = Text("8"), FROM_1, "sequences";
+        per_device_train_batch_size: usize = Text("8"), BATCH, "sequences";
         /// Sequences per rank and evaluation step.
-        per_device_eval_batch_size: usize = Text("8"), FROM_1, "sequences";
+        per_device_eval_batch_size: usize = Text("8"), BATCH, "sequences";
         /// Micro-steps per optimizer step.
-        gradient_accumulation_steps: usize = Text("1"), FROM_1, "micro-steps";
+        gradient_accumulation_steps: usize = Text("1"), BATCH, "micro-steps";
+        /// Processes of the run, which is one: another number is an error. It counts more than a launch file's.
+        num_processes: Option<usize> = Text("null"), Bounds::between(1.0, 1e6), "processes";
+        /// A DeepSpeed configuration, as a JSON file or a map. What one process does anyway is accepted, `auto` is what
+        /// this file says, what only saves memory is a warning, and what would change the result an error.
+        deepspeed: Option<LaunchFile> = Text("null"), ANY, "";
+        /// accelerate's launch file, or TRL's name of one (`zero2`), held against this file in the same way.
+        accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
+        /// Environment variables, which TRL sets. Here they are set where the program is started: a warning names those
+        /// that differ, and an error those that this program reads.
+        env: Map<String, Value> = Text("{}"), ANY, "";
         /// Seed of every random stream.
         seed: u64 = Text("42"), ANY, "";
         /// Seed of the order of the data.
@@ -184,28 +207,29 @@ keys! {
     }
     "Optimizer and schedule" for Both {
         /// Peak learning rate.
-        learning_rate: f64 = PerCommand { sft: "2.0e-5", grpo: "1.0e-6" }, FROM_0, "";
+        learning_rate: f64 = PerCommand { sft: "2.0e-5", grpo: "1.0e-6" }, Bounds::between(0.0, 10.0), "";
         /// Course of the learning rate after the warm-up.
         lr_scheduler_type: LrSchedulerType = Text("linear"), ANY, "";
         /// Arguments of the schedule, by transformers' names, e.g. `{min_lr_rate: 0.1}` for `cosine_with_min_lr`.
         lr_scheduler_kwargs: Map<String, Value> = Text("{}"), ANY, "";
         /// Linear warm-up in optimizer steps; below 1, the share of all optimizer steps.
-        warmup_steps: f64 = Text("0"), FROM_0, "optimizer steps";
+        warmup_steps: f64 = Text("0"), Bounds::between(0.0, 1e9), "optimizer steps";
         /// Linear warm-up as a share of all optimizer steps, rounded up. transformers 5 says it with a fraction in
         /// `warmup_steps`.
         warmup_ratio: Option<f64> = Text("null"), SHARE, "share of steps";
-        /// The optimizer: all three names mean the AdamW of this program.
+        /// The optimizer: every name of an AdamW means that of this program, which keeps its moments in float32 on the
+        /// device.
         optim: AdamW = Text("adamw_torch"), ANY, "";
         /// Decoupled weight decay of AdamW; biases and norm weights have none.
-        weight_decay: f64 = Text("0.0"), FROM_0, "";
+        weight_decay: f64 = Text("0.0"), Bounds::between(0.0, 1000.0), "";
         /// Decay of AdamW's first moment.
         adam_beta1: f64 = Text("0.9"), SHARE.below_high(), "";
         /// Decay of AdamW's second moment.
         adam_beta2: f64 = Text("0.999"), SHARE.below_high(), "";
         /// Added to the root of AdamW's second moment.
-        adam_epsilon: f64 = Text("1.0e-8"), POSITIVE, "";
+        adam_epsilon: f64 = Text("1.0e-8"), Bounds::between(0.0, 1.0).above_low(), "";
         /// Largest L2 norm of all gradients together; 0 switches clipping off.
-        max_grad_norm: f64 = Text("1.0"), FROM_0, "";
+        max_grad_norm: f64 = Text("1.0"), Bounds::between(0.0, 1e12), "";
     }
     "Precision and device" for Both {
         /// Compute in bfloat16 with float32 accumulation. TRL's default is true unless `fp16` is set; here it also
@@ -218,7 +242,7 @@ keys! {
         gradient_checkpointing: bool = Text("true"), ANY, "";
         /// Recompute only the first so many decoder layers and keep the activations of the others: each layer that is kept
         /// saves its second forward pass and costs its activations. Not in TRL.
-        gradient_checkpointing_layers: Option<usize> = Derived("all of them"), ANY, "layers";
+        gradient_checkpointing_layers: Option<usize> = Derived("all of them"), Bounds::between(0.0, 10_000.0), "layers";
         /// Keep what recomputation starts from, attention's results and, in batches of up to 16,384 tokens, its inputs, in
         /// page-locked host memory while they are not needed: the least device memory, and less to recompute. Only on a GPU,
         /// with `gradient_checkpointing`.
@@ -234,29 +258,35 @@ keys! {
     }
     "Output, logging, evaluation, saving" for Both {
         /// Folder for everything the run leaves.
-        output_dir: PathBuf = Text("trainer_output"), ANY, "";
+        output_dir: Option<PathBuf> = Text("trainer_output"), ANY, "";
         /// Allow an `output_dir` that already holds a run.
         overwrite_output_dir: bool = Text("false"), ANY, "";
         /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one.
         resume_from_checkpoint: Resume = Text("false"), ANY, "";
-        /// Optimizer steps between two log lines.
-        logging_steps: usize = Text("10"), FROM_1, "optimizer steps";
-        /// Metric sinks besides `output_dir/metrics.jsonl`.
+        /// When to log: every `logging_steps`, at the end of each epoch, or not at all; the last step is always logged.
+        logging_strategy: Recurrence = Text("steps"), ANY, "";
+        /// Optimizer steps between two log lines, for `logging_strategy: steps`; below 1, the share of all steps, rounded
+        /// up.
+        logging_steps: Cadence = Text("10"), FROM_1, "optimizer steps";
+        /// Log the first step as well.
+        logging_first_step: bool = Text("false"), ANY, "";
+        /// Metric sinks besides `output_dir/metrics.jsonl`. Nothing is sent to a tracker: a tracker's name (`wandb`,
+        /// `trackio`, `mlflow`, `swanlab`, `all`, ...) writes TensorBoard's files, with a warning.
         report_to: Sinks = Text("none"), ANY, "";
         /// Hide progress bars.
-        disable_tqdm: bool = Text("false"), ANY, "";
+        disable_tqdm: Option<bool> = Text("false"), ANY, "";
         /// When to evaluate.
         eval_strategy: Recurrence = Text("no"), ANY, "";
-        /// Optimizer steps between two evaluations, for `eval_strategy: steps`.
-        eval_steps: Option<usize> = Derived("`logging_steps`"), FROM_1, "optimizer steps";
+        /// Optimizer steps between two evaluations, for `eval_strategy: steps`; below 1, the share of all steps, rounded up.
+        eval_steps: EvalCadence = Derived("`logging_steps`"), FROM_1, "optimizer steps";
         /// When to save a checkpoint; the end of the run is always saved.
         /// `best` saves whenever an evaluation found a new best value of `metric_for_best_model`.
         save_strategy: Saving = Text("steps"), ANY, "";
-        /// Optimizer steps between two checkpoints, for `save_strategy: steps`.
-        save_steps: usize = Text("500"), FROM_1, "optimizer steps";
+        /// Optimizer steps between two checkpoints, for `save_strategy: steps`; below 1, the share of all steps, rounded up.
+        save_steps: Cadence = Text("500"), FROM_1, "optimizer steps";
         /// Keep at most this many checkpoints, the newest ones, and beside the newest always the best one by
-        /// `metric_for_best_model`. With 1 only the best one is left at the end.
-        save_total_limit: Option<usize> = Text("null"), FROM_1, "checkpoints";
+        /// `metric_for_best_model`. With 1 only the best one is left at the end. null, 0 and -1 keep all.
+        save_total_limit: Limit = Text("null"), Bounds::between(1.0, 1e6), "checkpoints";
         /// Save the model without the optimizer's state: smaller checkpoints, from which no run can go on.
         save_only_model: bool = Text("false"), ANY, "";
         /// Leave the best checkpoint's model in `output_dir` at the end, not the last one. `eval_strategy` and `save_strategy`
@@ -274,17 +304,25 @@ keys! {
         /// Go on from a checkpoint although the rows, the weights, the tokenizer, the chat template or a reward program are not
         /// what they were when it was saved. Without it such a run is refused. Not in TRL.
         resume_with_changed_inputs: bool = Text("false"), ANY, "";
+        /// Print, at the end of the run, the command that uploads `output_dir` to the hub. Nothing is uploaded by itself.
+        push_to_hub: bool = Text("false"), ANY, "";
+        /// The repository of that command. `push_to_hub_model_id` is the same key.
+        hub_model_id: Option<String> = Derived("the name of `output_dir`"), ANY, "";
+        /// The branch of that command. `hub_model_revision` is the same key.
+        hub_revision: Option<String> = Text("null"), ANY, "";
+        /// Whether that command makes a private repository.
+        hub_private_repo: Option<bool> = Text("null"), ANY, "";
     }
     "Supervised fine-tuning" for Sft {
         /// Column with plain text.
         dataset_text_field: String = Text("text"), ANY, "";
         /// Longest example; what is longer is cut at the end. null keeps every length.
-        max_length: Option<usize> = Text("1024"), FROM_2, "tokens";
+        max_length: Option<usize> = Text("1024"), Bounds::between(2.0, 4_194_304.0), "tokens";
         /// Put several examples into one sequence of `max_length` tokens.
         packing: bool = Text("false"), ANY, "";
         /// How examples are packed: `bfd` fits whole examples and cuts what is too long, `bfd_split` splits what is too
         /// long, `wrapped` cuts the stream of all tokens every `max_length` tokens.
-        packing_strategy: PackingStrategy = Text("bfd"), ANY, "";
+        packing_strategy: Packing = Text("bfd"), ANY, "";
         /// As `packing`, for the evaluation split.
         eval_packing: Option<bool> = Derived("`packing`"), ANY, "";
         /// Train on the completion only; null does so for rows with `prompt` and `completion`.
@@ -297,45 +335,45 @@ keys! {
     }
     "Groups and rollout" for Grpo {
         /// Completions sampled per prompt: the group size.
-        num_generations: usize = Text("8"), FROM_2, "completions";
+        num_generations: usize = Text("8"), GROUP_OF_2, "completions";
         /// The same for evaluation.
-        num_generations_eval: Option<usize> = Derived("`num_generations`"), FROM_1, "completions";
+        num_generations_eval: Option<usize> = Derived("`num_generations`"), GROUP, "completions";
         /// Longest prompt; a longer one is an error that names its row, unless `truncate_prompts` is set. null takes
         /// every length the model can hold. Removed from TRL, kept here.
-        max_prompt_length: Option<usize> = Text("null"), FROM_1, "tokens";
+        max_prompt_length: Option<usize> = Text("null"), TOKENS, "tokens";
         /// Cut longer prompts on the left instead of refusing them. Not in TRL.
         truncate_prompts: bool = Text("false"), ANY, "";
-        /// Longest completion.
-        max_completion_length: usize = Text("512"), FROM_1, "tokens";
+        /// Longest completion; null takes every length that the model can hold after the longest prompt.
+        max_completion_length: Option<usize> = Text("512"), TOKENS, "tokens";
         /// Micro-batches per rank that one generation batch is cut into.
-        steps_per_generation: Option<usize> = Derived("`gradient_accumulation_steps`"), FROM_1, "micro-batches";
+        steps_per_generation: Option<usize> = Derived("`gradient_accumulation_steps`"), BATCH, "micro-batches";
         /// Completions generated at once over all ranks; the other way to give `steps_per_generation`.
         generation_batch_size: Option<usize> = Derived(
             "`per_device_train_batch_size` x ranks x `steps_per_generation`"
-        ), FROM_2, "completions";
+        ), Bounds::between(2.0, 16_777_216.0), "completions";
         /// Optimizer passes over each generation batch (the paper's mu).
-        num_iterations: usize = Text("1"), FROM_1, "passes";
+        num_iterations: usize = Text("1"), Bounds::between(1.0, 10_000.0), "passes";
         /// Shuffle the prompts before every epoch.
         shuffle_dataset: bool = Text("true"), ANY, "";
         /// Most sequences decoded at the same time; bounds the memory of the KV cache. Not in TRL.
-        max_num_seqs: usize = Text("64"), FROM_1, "sequences";
+        max_num_seqs: usize = Text("64"), GROUP, "sequences";
         /// Show sample completions in the console at every log line; they are always in
         /// `output_dir/completions.jsonl`.
         log_completions: bool = Text("false"), ANY, "";
-        /// How many of them; null shows all.
-        num_completions_to_print: Option<usize> = Text("null"), FROM_1, "completions";
+        /// How many of them; null shows all, 0 none.
+        num_completions_to_print: Option<usize> = Text("null"), Bounds::between(0.0, 16_777_216.0), "completions";
     }
     "Sampling" for Grpo {
         /// Divides the logits, in sampling and in training.
-        temperature: f64 = Text("1.0"), POSITIVE, "";
+        temperature: f64 = Text("1.0"), Bounds::between(0.0, 1000.0).above_low(), "";
         /// Keep the smallest set of tokens with at least this probability; 1 is off.
         top_p: f64 = Text("1.0"), SHARE.above_low(), "probability";
-        /// Keep the k largest logits; 0 is off.
-        top_k: usize = Text("0"), ANY, "tokens";
+        /// Keep the k largest logits; 0, -1 and null are off.
+        top_k: TopK = Text("0"), Bounds::between(0.0, 1e9), "tokens";
         /// Keep tokens with at least this share of the largest probability; null is off.
         min_p: Option<f64> = Text("null"), SHARE, "share";
         /// Divides the positive logits of tokens seen before and multiplies the negative ones; 1 is off.
-        repetition_penalty: f64 = Text("1.0"), POSITIVE, "";
+        repetition_penalty: f64 = Text("1.0"), Bounds::between(0.0, 1000.0).above_low(), "";
         /// Strings that end a completion, besides the end-of-sequence token. Not in TRL.
         stop_strings: Vec<String> = Text("[]"), ANY, "";
     }
@@ -343,7 +381,7 @@ keys! {
         /// Reward functions: built-ins by name, programs by command line; see "Reward functions" below.
         reward_funcs: RewardList = Required, ANY, "";
         /// One weight per reward function.
-        reward_weights: Option<Vec<f64>> = Derived("1 for each"), ANY, "";
+        reward_weights: Option<Vec<f64>> = Derived("1 for each"), Bounds::between(-1e6, 1e6), "";
         /// How rewards are scaled into advantages: by the standard deviation of the `group`, of the whole generation
         /// `batch`, or not at all (`none`, Dr. GRPO). true means `group`, false `none`.
         scale_rewards: ScaleRewards = Text("group"), ANY, "";
@@ -356,6 +394,8 @@ keys! {
         grpo_loss_type named "loss_type": GrpoLossType = Text("dapo"), ANY, "";
         /// Weight of the KL term against the reference policy; 0 does without a reference.
         beta: f64 = Text("0.0"), FROM_0, "";
+        /// Train without dropout, the adapter's included.
+        disable_dropout: bool = Text("false"), ANY, "";
         /// Multiply the KL estimate by the importance ratio (DeepSeek-V3.2's unbiased form).
         use_bias_correction_kl: bool = Text("true"), ANY, "";
         /// Lower clip range: ratios below `1 - epsilon` are clipped.
@@ -368,8 +408,8 @@ keys! {
         importance_sampling_level: ImportanceSamplingLevel = Text("token"), ANY, "";
         /// Leave completions that ran into the length limit out of the loss.
         mask_truncated_completions: bool = Text("false"), ANY, "";
-        /// Share of tokens, those of highest entropy, that the policy loss looks at; 1 is all.
-        top_entropy_quantile: f64 = Text("1.0"), SHARE.above_low(), "share of tokens";
+        /// Share of tokens, those of highest entropy, that the policy loss looks at; 1 is all, 0 the highest alone.
+        top_entropy_quantile: f64 = Text("1.0"), SHARE, "share of tokens";
         /// Weight of the entropy bonus; 0 is off.
         entropy_coef: f64 = Text("0.0"), FROM_0, "";
         /// Drop sequences of negative advantage whose mean log-ratio exceeds this (DeepSeek-V3.2); null is off.
@@ -391,8 +431,8 @@ keys! {
         vllm_importance_sampling_correction: Option<bool> = Derived("true if `use_vllm` is true, else false"), ANY, "";
         /// Which correction.
         vllm_importance_sampling_mode: RolloutCorrectionMode = Text("sequence_mask"), ANY, "";
-        /// Upper bound of the correction's ratio.
-        vllm_importance_sampling_clip_max: f64 = Text("3.0"), POSITIVE, "";
+        /// Upper bound of the correction's ratio; null is none.
+        vllm_importance_sampling_clip_max: Option<f64> = Text("3.0"), POSITIVE, "";
         /// Lower bound of the correction's ratio.
         vllm_importance_sampling_clip_min: Option<f64> = Text("null"), FROM_0, "";
     }

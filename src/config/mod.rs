@@ -9,21 +9,30 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `yaml` | text to a tree with places; the only user of the YAML library |
-//! | `value`, `special`, `rewards` | one YAML value to one typed value |
+//! | `value`, `special`, `rewards`, `home` | one YAML value to one typed value |
 //! | `field`, `keys` | what a key is; the table of all keys |
-//! | `foreign` | keys of TRL and transformers without effect, without support, or renamed |
-//! | `load` | entries of file and `--set`, sorted into these |
+//! | `arguments` | keys as options of a command line |
+//! | `foreign`, `nested` | keys of other programs: without effect, without support, other names, maps of arguments |
+//! | `entries` | file and `--set` to entries of keys, each once |
+//! | `launcher` | files of accelerate and DeepSpeed |
+//! | `load` | the way from these to settings |
 //! | `resolve`, `resolve_grpo`, `schedule` | checks across keys, and the settings |
-//! | `write`, `reference` | settings back to YAML; the reference page |
+//! | `write`, `reference`, `hub` | settings back to YAML; the reference page; the command that uploads a result |
 //! | `diagnose` | problems and their report |
 
+mod arguments;
 mod best;
 mod choices;
 mod diagnose;
+mod entries;
 mod field;
 mod foreign;
+mod home;
+mod hub;
 mod keys;
+mod launcher;
 mod load;
+mod nested;
 mod reference;
 mod resolve;
 mod resolve_grpo;
@@ -35,9 +44,11 @@ mod value;
 mod write;
 mod yaml;
 
+pub use arguments::{Words, as_override, truth, words_of};
 pub use diagnose::{ConfigError, Source};
 pub use field::{Bounds, Command, Commands, DefaultValue, Key};
 pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
+pub use home::expand as expand_home;
 pub use load::{Loaded, load_grpo, load_sft};
 pub use reference::{explain, keys, reference};
 pub use resolve::{Context, RewardCheck};

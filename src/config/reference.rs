@@ -18,6 +18,9 @@ pub fn keys() -> &'static [Key] {
 /// If there is no such key; the message names the nearest one.
 pub fn explain(name: &str) -> Result<String, String> {
     let Some(key) = KEYS.iter().find(|key| key.name == name) else {
+        if let Some(key) = FOREIGN_KEYS.iter().find(|key| key.name == name) {
+            return Ok(format!("{name}\n  {}\n", answer(key.rule).replace('`', "")));
+        }
         let likeness = |key: &&Key| (strsim::jaro_winkler(name, key.name) * 1e6) as u64;
         let nearest = KEYS.iter().max_by_key(likeness).map_or("", |key| key.name);
         return Err(format!(
@@ -37,6 +40,22 @@ pub fn explain(name: &str) -> Result<String, String> {
         plain(takes(key)),
         plain(default(key.default))
     ))
+}
+
+/// What happens to a key that is not ours, in a sentence.
+fn answer(rule: Rule) -> String {
+    match rule {
+        Rule::NoEffect(why) => format!("Accepted without effect: {why}."),
+        Rule::Lacking { off, why } => {
+            let off = off.first().map_or("null", |off| if off.is_empty() { "\"\"" } else { off });
+            format!("Not supported (only {off} is accepted): {why}.")
+        }
+        Rule::Renamed(to) | Rule::Alias(to) => format!("Read as {to}."),
+        Rule::Ambiguous(to) => format!("An error: write {to}."),
+        Rule::Entries(table) => {
+            format!("A map; its entries: {}.", table.keys.iter().map(inner).collect::<Vec<_>>().join(", "))
+        }
+    }
 }
 
 /// The reference page as Markdown: the text of `docs/config.md`.
@@ -67,14 +86,27 @@ pub fn reference() -> String {
         Rule::Alias(of) => Some(format!("`{of}`")),
         _ => None,
     });
-    section(&mut page, "Renamed keys", "An error that names the new key.", "write", |key| match key.rule {
+    let about = "Older names, and those of other programs: read as the key on the right, with a warning that names it. Two \
+                 names for one key are an error where their values differ.";
+    section(&mut page, "Other names", about, "read as", |key| match key.rule {
         Rule::Renamed(to) => Some(format!("`{to}`")),
+        _ => None,
+    });
+    let about = "An error that names the key to use: elsewhere these stand for another kind of value.";
+    section(&mut page, "Ambiguous names", about, "write", |key| match key.rule {
+        Rule::Ambiguous(to) => Some(format!("`{to}`")),
+        _ => None,
+    });
+    let about = "Their entries set the keys in brackets; what has no effect is named in a warning, and anything else is an \
+                 error that names the entry.";
+    section(&mut page, "Keys that hold settings", about, "entries", |key| match key.rule {
+        Rule::Entries(table) => Some(table.keys.iter().map(inner).collect::<Vec<_>>().join(", ")),
         _ => None,
     });
     section(
         &mut page,
         "Accepted without effect",
-        "A warning says so at the start of the run.",
+        "A warning says so at the start of the run; null, false and empty values are passed over.",
         "why it has no effect",
         |key| match key.rule {
             Rule::NoEffect(why) => Some(cell(why)),
@@ -98,6 +130,18 @@ fn section(page: &mut String, title: &str, about: &str, column: &str, cell: impl
         if let Some(text) = cell(key) {
             let _ = writeln!(page, "| `{}` | {text} |", key.name);
         }
+    }
+}
+
+/// An entry of a key that holds settings: its name, and the key it sets or the value it may have.
+fn inner(key: &ForeignKey) -> String {
+    match key.rule {
+        Rule::Alias(to) if to == key.name => format!("`{}`", key.name),
+        Rule::Alias(to) => format!("`{}` (`{to}`)", key.name),
+        Rule::Lacking { off, .. } => {
+            format!("`{}` (only `{}`)", key.name, off.first().copied().filter(|off| !off.is_empty()).unwrap_or("null"))
+        }
+        _ => format!("`{}` (no effect)", key.name),
     }
 }
 
@@ -136,7 +180,7 @@ const INTRODUCTION: &str = "\
 <!-- Written by `config::reference()`; `UPDATE_DOCS=1 cargo test --release --test config` writes it anew. -->
 
 `trainer sft FILE` and `trainer grpo FILE` read one flat YAML file. Keys have the names, meanings and defaults of
-TRL 1.16 (`SFTConfig`, `GRPOConfig`, `ModelConfig`, `ScriptArguments`) and of transformers 5.23 (`TrainingArguments`);
+TRL 1.16 (`SFTConfig`, `GRPOConfig`, `ModelConfig`, `ScriptArguments`) and of transformers 5.24 (`TrainingArguments`);
 where a default differs, the key says so and why. Everything that is wrong with a file is reported at once, with its
 line; the exit code is then 2.
 
@@ -145,7 +189,8 @@ line; the exit code is then 2.
 - Numbers are read the same way whatever the YAML version: `1e-5` is a number. A number in quotes is a number where
   one is wanted. A leading zero (`010`) is an error, since YAML 1.1 and 1.2 disagree about it.
 - `null` or an empty value means \"not given\" for keys whose default is `null` or worked out from others.
-- Paths are relative to the working directory.
+- Any other key may be null as well: a warning says that its default is taken.
+- Paths are relative to the working directory; a leading `~` or `~name` is a home folder.
 - `output_dir/config.resolved.yaml` holds every key with its value; the same command with that file gives the same run.
 ";
 
@@ -187,6 +232,19 @@ mod tests {
         for key in FOREIGN_KEYS {
             assert!(page.contains(&format!("\n| `{}` | ", key.name)), "{}", key.name);
         }
+    }
+
+    #[test]
+    fn keys_of_others_are_explained_too() {
+        for (name, part) in [
+            ("vllm_device", "without effect: the rollout"),
+            ("use_dora", "only false is accepted"),
+            ("max_seq_length", "Read as max_length."),
+            ("generation_kwargs", "stop (stop_strings)"),
+        ] {
+            assert!(explain(name).is_ok_and(|text| text.contains(part)), "{name}: {:?}", explain(name));
+        }
+        assert!(explain("learning_rte").is_err_and(|error| error.contains("`learning_rate`")));
     }
 
     #[test]

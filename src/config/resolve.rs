@@ -5,16 +5,21 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::best;
 use super::diagnose::Problems;
 use super::field::Named;
+use super::home;
 use super::keys::RawConfig;
+use super::launcher;
 use super::schedule;
 use super::settings::{
-    DataSettings, DeviceChoice, Interval, LoraSettings, ModelSettings, OptimizerSettings, Precision, Quantization,
-    RewardSpec, SftSettings, TrainingSettings,
+    DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings, PackingStrategy,
+    Precision, Quantization, RewardSpec, SftSettings, TrainingSettings,
 };
-use super::special::{Recurrence, Saving};
+use super::special::{Cadence, Recurrence, Saving};
+use super::value::listed;
 
 /// Says what is wrong with the name or the parameters of a built-in reward.
 pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
@@ -47,9 +52,16 @@ pub(super) fn warn_idle(problems: &mut Problems, field: &dyn Named, is_idle: boo
     }
 }
 
-pub(super) fn check_shared(raw: &RawConfig, problems: &mut Problems) {
+/// Most sequences of one optimizer step.
+const MOST_SEQUENCES: usize = 1 << 24;
+
+pub(super) fn check_shared(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
     check_model(raw, problems);
     check_training(raw, problems);
+    check_services(raw, problems);
+    check_environment(raw, problems);
+    check_sizes(raw, context, problems);
+    launcher::check(raw, context, problems);
     schedule::check(raw, problems);
 }
 
@@ -80,6 +92,8 @@ fn check_model(raw: &RawConfig, problems: &mut Problems) {
     for (field, is_changed) in fields {
         warn_idle(problems, field, !has_adapter && is_changed, "`use_peft` is false", add_peft);
     }
+    let is_idle = *raw.disable_dropout.value() && raw.lora_dropout.is_changed();
+    warn_idle(problems, &raw.lora_dropout, is_idle, "`disable_dropout` is true", "remove one of the two");
     let add_4bit = "add `load_in_4bit: true`";
     let quant_type: &dyn Named = &raw.bnb_4bit_quant_type;
     warn_idle(
@@ -155,6 +169,16 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
         "add `eval_strategy: steps`",
     );
     best::check(raw, problems);
+    let logs_by_steps = *raw.logging_strategy.value() == Recurrence::Steps;
+    let is_used = logs_by_steps || (evaluates_by_steps && raw.eval_steps.value().0.is_none());
+    let reason = "`logging_strategy` is not `steps`";
+    warn_idle(
+        problems,
+        &raw.logging_steps,
+        !is_used && raw.logging_steps.is_changed(),
+        reason,
+        "add `logging_strategy: steps`",
+    );
     let saves_by_steps = *raw.save_strategy.value() == Saving::At(Recurrence::Steps);
     let reason = "`save_strategy` is not `steps`";
     warn_idle(
@@ -166,11 +190,121 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
     );
 }
 
+/// Says what a name asks for beside what it gives: an optimizer with smaller moments, a tracker, an upload.
+fn check_services(raw: &RawConfig, problems: &mut Problems) {
+    let optim = *raw.optim.value();
+    let held = if *raw.use_peft.value() {
+        "the adapter's moments are kept in float32 on the device, 8 bytes for each of its parameters".to_owned()
+    } else {
+        let more =
+            optim.promised_bytes().map_or_else(String::new, |bytes| format!(", {} more than asked for", 8 - bytes));
+        format!("moments are kept in float32 on the device, 8 bytes for each parameter{more}")
+    };
+    if optim.promised_bytes().is_some() || optim.is_paged() {
+        let help = if *raw.use_peft.value() {
+            "beside the base they are small"
+        } else {
+            "with `use_peft: true` they are small"
+        };
+        problems.caution(&[(&raw.optim, String::new())], format!("`optim: {}` is AdamW here; {held}", optim.0), help);
+    }
+    let trackers = &raw.report_to.value().trackers;
+    if !trackers.is_empty() {
+        let help = if trackers.contains(&"wandb") {
+            "`wandb sync --sync-tensorboard` on its folder `runs` sends them to Weights & Biases"
+        } else {
+            "give these files to the tracker after the run"
+        };
+        problems.caution(
+            &[(&raw.report_to, String::new())],
+            format!(
+                "`report_to` names {}, and nothing is sent to a tracker: metrics are in `output_dir/metrics.jsonl` and in \
+                 TensorBoard's files in `output_dir/runs`",
+                listed(trackers)
+            ),
+            help,
+        );
+    }
+    let is_pushed = *raw.push_to_hub.value();
+    let hub: [(&dyn Named, bool); 3] = [
+        (&raw.hub_model_id, raw.hub_model_id.is_changed()),
+        (&raw.hub_revision, raw.hub_revision.is_changed()),
+        (&raw.hub_private_repo, raw.hub_private_repo.is_changed()),
+    ];
+    for (field, is_changed) in hub {
+        warn_idle(problems, field, is_changed && !is_pushed, "`push_to_hub` is false", "add `push_to_hub: true`");
+    }
+    if is_pushed {
+        problems.caution(
+            &[(&raw.push_to_hub, String::new())],
+            "`push_to_hub: true`: nothing is uploaded by itself",
+            "the `hf upload` line to run is printed at the end",
+        );
+    }
+}
+
+/// Variables of the environment that change what this program does.
+const VARIABLES: &[&str] = &[
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "HOME",
+    "NO_COLOR",
+    "PATH",
+    "RAYON_NUM_THREADS",
+    "TRAINER_LOG",
+];
+
+/// Says which variables of `env` the program was not started with.
+fn check_environment(raw: &RawConfig, problems: &mut Problems) {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let differs = |(name, value): &(&String, &Value)| std::env::var(name.as_str()).ok() != Some(text(value));
+    let (read, other): (Vec<_>, Vec<_>) = raw
+        .env
+        .value()
+        .iter()
+        .filter(differs)
+        .map(|(name, value)| (name.as_str(), format!("{name}={}", text(value))))
+        .partition(|(name, _)| VARIABLES.contains(name));
+    let line = |found: &[(&str, String)]| found.iter().map(|(_, set)| set.as_str()).collect::<Vec<_>>().join(" ");
+    if !read.is_empty() {
+        problems.clash(
+            &[(&raw.env, String::new())],
+            format!("`env` asks for {}, and the program was not started with it", line(&read)),
+            format!("start it as `{} trainer ...`, or remove the entry", line(&read)),
+        );
+    }
+    if !other.is_empty() {
+        problems.caution(
+            &[(&raw.env, String::new())],
+            format!("`env` asks for {}, which is not set: nothing of this program reads it", line(&other)),
+            "if a reward program does, set it where the program is started",
+        );
+    }
+}
+
+/// Batches whose size, or whose tokens, no machine holds: each number is in its range and their product is not.
+fn check_sizes(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+    let per_device = *raw.per_device_train_batch_size.value();
+    let accumulation = *raw.gradient_accumulation_steps.value();
+    let sequences = per_device.saturating_mul(accumulation).saturating_mul(context.world_size);
+    if sequences > MOST_SEQUENCES {
+        problems.clash(
+            &[(&raw.per_device_train_batch_size, String::new()), (&raw.gradient_accumulation_steps, String::new())],
+            format!("an optimizer step of {per_device} x {accumulation} sequences is more than {MOST_SEQUENCES}"),
+            "lower one of the two",
+        );
+    }
+}
+
 pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
     ModelSettings {
-        model_name_or_path: raw.model_name_or_path.value().clone(),
+        model_name_or_path: home::expand(raw.model_name_or_path.value()),
         model_revision: raw.model_revision.value().clone(),
-        tokenizer_name_or_path: raw.tokenizer_name_or_path.value().clone(),
+        tokenizer_name_or_path: raw.tokenizer_name_or_path.value().as_deref().map(home::expand),
         chat_template_path: raw.chat_template_path.value().clone(),
         init_random: *raw.init_random.value(),
         dtype: *raw.dtype.value(),
@@ -181,7 +315,7 @@ pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
         lora: raw.use_peft.value().then(|| LoraSettings {
             r: *raw.lora_r.value(),
             alpha: *raw.lora_alpha.value(),
-            dropout: *raw.lora_dropout.value(),
+            dropout: if *raw.disable_dropout.value() { 0.0 } else { *raw.lora_dropout.value() },
             target_modules: raw.lora_target_modules.value().0.clone(),
             use_rslora: *raw.use_rslora.value(),
         }),
@@ -192,7 +326,7 @@ pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
 /// `text_field` is the one data key that GRPO lacks: it reads prompts.
 pub(super) fn build_data(raw: &RawConfig) -> DataSettings {
     DataSettings {
-        dataset_name: raw.dataset_name.value().clone(),
+        dataset_name: home::expand(raw.dataset_name.value()),
         dataset_config: raw.dataset_config.value().clone(),
         dataset_revision: raw.dataset_revision.value().clone(),
         dataset_train_split: raw.dataset_train_split.value().clone(),
@@ -216,9 +350,11 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
         _ => Precision::No,
     };
     let logging_steps = *raw.logging_steps.value();
+    let eval_steps = raw.eval_steps.value().0.unwrap_or(logging_steps);
+    let output_dir = raw.output_dir.value().clone().unwrap_or_else(|| "trainer_output".into());
     let seed = *raw.seed.value();
     TrainingSettings {
-        output_dir: raw.output_dir.value().clone(),
+        output_dir,
         resume_from_checkpoint: raw.resume_from_checkpoint.value().clone(),
         overwrite_output_dir: *raw.overwrite_output_dir.value(),
         seed,
@@ -245,32 +381,40 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
             adam_epsilon: *raw.adam_epsilon.value(),
         },
         max_grad_norm: *raw.max_grad_norm.value(),
-        logging_steps,
-        eval_strategy: interval(*raw.eval_strategy.value(), raw.eval_steps.value().unwrap_or(logging_steps)),
+        logging_strategy: interval(*raw.logging_strategy.value(), logging_steps),
+        logging_first_step: *raw.logging_first_step.value(),
+        eval_strategy: interval(*raw.eval_strategy.value(), eval_steps),
         save_strategy: match *raw.save_strategy.value() {
             Saving::At(recurrence) => interval(recurrence, *raw.save_steps.value()),
             Saving::Best => Interval::Best,
         },
-        save_total_limit: *raw.save_total_limit.value(),
+        save_total_limit: raw.save_total_limit.value().0,
         save_only_model: *raw.save_only_model.value(),
         best: best::build(raw),
         resume_with_changed_inputs: *raw.resume_with_changed_inputs.value(),
-        report_to: raw.report_to.value().0.clone(),
-        disable_tqdm: *raw.disable_tqdm.value(),
+        report_to: raw.report_to.value().sinks.clone(),
+        disable_tqdm: raw.disable_tqdm.value().unwrap_or(false),
+        hub: HubSettings {
+            push_to_hub: *raw.push_to_hub.value(),
+            model_id: raw.hub_model_id.value().clone(),
+            revision: raw.hub_revision.value().clone(),
+            is_private: *raw.hub_private_repo.value(),
+        },
     }
 }
 
-fn interval(recurrence: Recurrence, steps: usize) -> Interval {
-    match recurrence {
-        Recurrence::No => Interval::No,
-        Recurrence::Steps => Interval::Steps(steps),
-        Recurrence::Epoch => Interval::Epoch,
+fn interval(recurrence: Recurrence, cadence: Cadence) -> Interval {
+    match (recurrence, cadence) {
+        (Recurrence::No, _) => Interval::No,
+        (Recurrence::Steps, Cadence::Steps(steps)) => Interval::Steps(steps),
+        (Recurrence::Steps, Cadence::Share(share)) => Interval::Share(share),
+        (Recurrence::Epoch, _) => Interval::Epoch,
     }
 }
 
 /// Checks and builds the settings of `trainer sft`; `None` if anything was reported.
 pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> Option<SftSettings> {
-    check_shared(raw, problems);
+    check_shared(raw, context, problems);
     let (packing, max_length) = (*raw.packing.value(), *raw.max_length.value());
     let eval_packing = raw.eval_packing.value().unwrap_or(packing);
     for (field, is_packed) in [(&raw.packing as &dyn Named, packing), (&raw.eval_packing, eval_packing)] {
@@ -282,15 +426,22 @@ pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problem
             );
         }
     }
-    let is_idle = !packing && !eval_packing && raw.packing_strategy.is_changed();
+    let is_idle = !packing && !eval_packing && raw.packing_strategy.value().strategy != PackingStrategy::Bfd;
     warn_idle(problems, &raw.packing_strategy, is_idle, "`packing` is false", "add `packing: true`");
+    if raw.packing_strategy.value().is_old_name {
+        problems.caution(
+            &[(&raw.packing_strategy, String::new())],
+            "`packing_strategy: ffd` is called `bfd` and is read as that",
+            "TRL renamed it in 0.19",
+        );
+    }
     problems.is_clean().then(|| SftSettings {
         model: build_model(raw),
         data: build_data(raw),
         training: build_training(raw, context),
         max_length,
         packing,
-        packing_strategy: *raw.packing_strategy.value(),
+        packing_strategy: raw.packing_strategy.value().strategy,
         eval_packing,
         completion_only_loss: *raw.completion_only_loss.value(),
         assistant_only_loss: *raw.assistant_only_loss.value(),

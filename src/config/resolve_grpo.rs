@@ -2,6 +2,7 @@
 
 use super::diagnose::{Place, Problem, Problems};
 use super::field::Named;
+use super::home;
 use super::keys::RawConfig;
 use super::resolve::{Context, build_data, build_model, build_training, check_shared, warn_idle};
 use super::settings::{
@@ -12,15 +13,17 @@ use super::special::Recurrence;
 
 /// Checks and builds the settings of `trainer grpo`; `None` if anything was reported.
 ///
-/// `uses_vllm` is what the file says for `use_vllm`, which decides a default.
+/// `uses_vllm` is what the file says for `use_vllm`, if it does: it decides whether a correction that TRL makes only with
+/// vLLM is made.
 pub(super) fn grpo(
     raw: &RawConfig,
     context: &Context<'_>,
-    uses_vllm: bool,
+    uses_vllm: Option<bool>,
     problems: &mut Problems,
 ) -> Option<GrpoSettings> {
-    check_shared(raw, problems);
+    check_shared(raw, context, problems);
     let batch = Batch::new(raw, context);
+    check_generation_size(raw, &batch, problems);
     check_generation_batch(raw, &batch, problems);
     check_evaluation_batch(raw, context, problems);
     check_rewards(raw, context, problems);
@@ -30,7 +33,8 @@ pub(super) fn grpo(
     check_prompts(raw, problems);
     problems.is_clean().then(|| {
         let num_generations = *raw.num_generations.value();
-        let reward_funcs: Vec<_> = raw.reward_funcs.value().0.iter().map(|reward| reward.spec.clone()).collect();
+        let reward_funcs: Vec<_> =
+            raw.reward_funcs.value().0.iter().map(|reward| at_home(reward.spec.clone())).collect();
         let epsilon = *raw.epsilon.value();
         GrpoSettings {
             model: build_model(raw),
@@ -44,7 +48,7 @@ pub(super) fn grpo(
             sampling: SamplingSettings {
                 repetition_penalty: *raw.repetition_penalty.value(),
                 temperature: *raw.temperature.value(),
-                top_k: *raw.top_k.value(),
+                top_k: raw.top_k.value().0,
                 top_p: *raw.top_p.value(),
                 min_p: raw.min_p.value().unwrap_or(0.0),
                 stop_strings: raw.stop_strings.value().clone(),
@@ -87,6 +91,17 @@ pub(super) fn grpo(
     })
 }
 
+/// A reward with a leading `~` of its program's words undone, which no shell does.
+fn at_home(spec: RewardSpec) -> RewardSpec {
+    match spec {
+        RewardSpec::Command { name, command, timeout_secs } => {
+            let command = command.iter().map(|word| home::expand(word)).collect();
+            RewardSpec::Command { name, command, timeout_secs }
+        }
+        other @ RewardSpec::Builtin { .. } => other,
+    }
+}
+
 /// Sizes of a generation batch.
 struct Batch {
     /// Completions of one micro-step over all ranks.
@@ -109,6 +124,40 @@ impl Batch {
             }
         };
         Self { micro, steps, completions }
+    }
+}
+
+/// Most completions, and tokens of them, generated at once.
+const MOST_COMPLETIONS: usize = 1 << 24;
+const MOST_TOKENS: usize = 1 << 36;
+
+/// Numbers that are in their range, and whose product is not.
+fn check_generation_size(raw: &RawConfig, batch: &Batch, problems: &mut Problems) {
+    let (completions, steps) = (batch.completions, &raw.steps_per_generation);
+    if completions > MOST_COMPLETIONS {
+        problems.clash(
+            &[(&raw.per_device_train_batch_size, "sequences".into()), (steps, "micro-steps".into())],
+            format!("a generation batch of {completions} completions is more than {MOST_COMPLETIONS}"),
+            "lower `per_device_train_batch_size` or `steps_per_generation`",
+        );
+        return;
+    }
+    let longest = raw.max_completion_length.value().unwrap_or(0);
+    if longest == 0 && *raw.grpo_loss_type.value() == GrpoLossType::DrGrpo {
+        problems.clash(
+            &[(&raw.max_completion_length, "no length".into()), (&raw.grpo_loss_type, "divides by it".into())],
+            "`loss_type: dr_grpo` divides by `max_completion_length`, and there is none",
+            "set `max_completion_length`",
+        );
+    }
+    if completions.saturating_mul(longest) > MOST_TOKENS {
+        problems.clash(
+            &[(&raw.max_completion_length, "tokens each".into()), (&raw.generation_batch_size, "completions".into())],
+            format!(
+                "a generation batch of {completions} completions of up to {longest} tokens is more than any run holds"
+            ),
+            "lower `max_completion_length` or the generation batch",
+        );
     }
 }
 
@@ -326,8 +375,16 @@ fn check_loss(raw: &RawConfig, problems: &mut Problems) {
     );
 }
 
-fn rollout_correction(raw: &RawConfig, uses_vllm: bool, problems: &mut Problems) -> Option<RolloutCorrection> {
-    let is_on = raw.vllm_importance_sampling_correction.value().unwrap_or(uses_vllm);
+fn rollout_correction(raw: &RawConfig, uses_vllm: Option<bool>, problems: &mut Problems) -> Option<RolloutCorrection> {
+    let is_wanted = raw.vllm_importance_sampling_correction.value().unwrap_or(uses_vllm == Some(true));
+    warn_idle(
+        problems,
+        &raw.vllm_importance_sampling_correction,
+        is_wanted && uses_vllm == Some(false),
+        "`use_vllm` is false, with which TRL makes no correction",
+        "remove `use_vllm` to correct for the built-in rollout",
+    );
+    let is_on = is_wanted && uses_vllm != Some(false);
     let mode = *raw.vllm_importance_sampling_mode.value();
     let (clip_max, clip_min) =
         (*raw.vllm_importance_sampling_clip_max.value(), *raw.vllm_importance_sampling_clip_min.value());
@@ -343,18 +400,29 @@ fn rollout_correction(raw: &RawConfig, uses_vllm: bool, problems: &mut Problems)
         }
         return None;
     }
-    if clip_min.is_some_and(|clip_min| clip_min >= clip_max) {
+    if let (Some(low), Some(high)) = (clip_min, clip_max)
+        && low >= high
+    {
         problems.clash(
             &[
                 (&raw.vllm_importance_sampling_clip_min, "the lower bound".into()),
                 (&raw.vllm_importance_sampling_clip_max, "the upper bound".into()),
             ],
             format!(
-                "`vllm_importance_sampling_clip_min` {} must be less than `vllm_importance_sampling_clip_max` \
-                 {clip_max}",
-                clip_min.unwrap_or_default(),
+                "`vllm_importance_sampling_clip_min` {low} must be less than `vllm_importance_sampling_clip_max` {high}"
             ),
             "lower one or raise the other",
+        );
+    }
+    let is_truncating = matches!(mode, RolloutCorrectionMode::TokenTruncate | RolloutCorrectionMode::SequenceTruncate);
+    if is_truncating && clip_min.is_none() && clip_max.is_none() {
+        problems.clash(
+            &[
+                (&raw.vllm_importance_sampling_mode, "truncates".into()),
+                (&raw.vllm_importance_sampling_clip_max, "no upper bound".into()),
+            ],
+            format!("`vllm_importance_sampling_mode: {mode}` needs a bound to truncate at"),
+            "set `vllm_importance_sampling_clip_max`, e.g. 3.0, or `vllm_importance_sampling_clip_min`",
         );
     }
     let is_per_token = matches!(mode, RolloutCorrectionMode::TokenTruncate | RolloutCorrectionMode::TokenMask);

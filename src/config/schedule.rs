@@ -1,6 +1,6 @@
 //! Arguments of the learning-rate schedules: which each takes, and what they must be.
 //!
-//! Names and rules are those of transformers 5.23, `optimization.py` (`get_*_schedule*`).
+//! Names and rules are those of transformers 5.24, `optimization.py` (`get_*_schedule*`).
 
 use serde_json::Value;
 

@@ -56,8 +56,8 @@ pub struct GrpoSettings {
     pub max_prompt_length: Option<usize>,
     /// Cut prompts longer than `max_prompt_length` on the left instead of refusing them.
     pub truncate_prompts: bool,
-    /// Longest completion in tokens.
-    pub max_completion_length: usize,
+    /// Longest completion in tokens; `None` takes every length that the model can hold after the longest prompt.
+    pub max_completion_length: Option<usize>,
     /// How completions are sampled.
     pub sampling: SamplingSettings,
     /// Reward functions, in the order of their weights.
@@ -120,6 +120,14 @@ pub struct GrpoSettings {
     pub max_num_seqs: usize,
 }
 
+impl GrpoSettings {
+    /// Longest completion in tokens; without one, as many as there can be.
+    #[must_use]
+    pub fn longest_completion(&self) -> usize {
+        self.max_completion_length.unwrap_or(usize::MAX)
+    }
+}
+
 /// VESPO's shape parameters for positive and negative advantages.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct VespoSettings {
@@ -139,7 +147,7 @@ pub struct RolloutCorrection {
     /// Which correction.
     pub mode: RolloutCorrectionMode,
     /// Upper bound of the ratio.
-    pub clip_max: f64,
+    pub clip_max: Option<f64>,
     /// Lower bound of the ratio (mask modes).
     pub clip_min: Option<f64>,
 }
@@ -320,8 +328,10 @@ pub struct TrainingSettings {
     pub optimizer: OptimizerSettings,
     /// Largest L2 norm of all gradients; 0 switches clipping off.
     pub max_grad_norm: f64,
-    /// Optimizer steps between two log lines.
-    pub logging_steps: usize,
+    /// When to log; the last step is always logged.
+    pub logging_strategy: Interval,
+    /// Log the first step as well.
+    pub logging_first_step: bool,
     /// When to evaluate.
     pub eval_strategy: Interval,
     /// When to save.
@@ -338,6 +348,21 @@ pub struct TrainingSettings {
     pub report_to: Vec<ReportTo>,
     /// Hide progress bars.
     pub disable_tqdm: bool,
+    /// The repository that the model is meant for: the command that uploads it is printed at the end.
+    pub hub: HubSettings,
+}
+
+/// Where on the hub a run's result is meant to go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HubSettings {
+    /// Whether the file asks for an upload.
+    pub push_to_hub: bool,
+    /// The repository; `None`: the name of `output_dir`.
+    pub model_id: Option<String>,
+    /// The branch.
+    pub revision: Option<String>,
+    /// Whether a new repository is private.
+    pub is_private: Option<bool>,
 }
 
 /// AdamW (Loshchilov and Hutter, 1711.05101).
@@ -418,12 +443,14 @@ pub enum Warmup {
 }
 
 /// When something recurring happens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Interval {
-    /// Never (saving: only at the end).
+    /// Never (saving, logging: only at the end).
     No,
     /// Every so many optimizer steps.
     Steps(usize),
+    /// Every time this share of all optimizer steps, in (0, 1), is done.
+    Share(f64),
     /// At the end of each epoch.
     Epoch,
     /// When an evaluation found a new best value (saving).
@@ -450,6 +477,18 @@ pub struct EarlyStopping {
     pub patience: usize,
     /// An improvement is more than this.
     pub threshold: f64,
+}
+
+impl Interval {
+    /// The same for a run of `total` optimizer steps: a share becomes steps, rounded up (transformers'
+    /// `TrainerState.compute_steps`).
+    #[must_use]
+    pub fn in_steps(self, total: u64) -> Self {
+        match self {
+            Self::Share(share) => Self::Steps((share * total as f64).ceil().max(1.0) as usize),
+            other => other,
+        }
+    }
 }
 
 /// Where to compute.

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
-use super::settings::{DeviceChoice, Projection, ReportTo, Resume, ScaleRewards};
-use super::value::{Mismatch, Parse, all, as_bool, describe, listed, parse_integer, parse_word, valid_values};
+use super::home;
+use super::settings::{DeviceChoice, PackingStrategy, Projection, ReportTo, Resume, ScaleRewards};
+use super::value::{
+    Mismatch, Parse, all, as_bool, as_float, describe, listed, parse_integer, parse_word, valid_values,
+};
 use super::yaml::{Node, Value};
 
 /// Module names of the seven projections and the word for all of them.
@@ -64,34 +67,84 @@ fn projection(node: &Node, count: usize) -> Result<Projection, Vec<Mismatch>> {
     Err(vec![Mismatch::new(node, what).help(help)])
 }
 
-/// `optim`: the names transformers has for the one optimizer there is.
+/// `optim`: the names transformers has for AdamW, whatever holds its moments. The names of its other optimizers, with which
+/// other updates are computed, are errors.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct AdamW;
+pub(super) struct AdamW(pub(super) &'static str);
+
+impl AdamW {
+    /// Bytes that its moments take for each trained parameter, where it is named for something smaller than two f32.
+    pub(super) fn promised_bytes(self) -> Option<usize> {
+        match self.0 {
+            name if name.contains("4bit") => Some(1),
+            name if name.contains("8bit") => Some(2),
+            "adamw_anyprecision" => Some(4),
+            _ => None,
+        }
+    }
+
+    /// Whether its moments are to move to host memory under pressure.
+    pub(super) fn is_paged(self) -> bool {
+        self.0.starts_with("paged")
+    }
+}
 
 impl Parse for AdamW {
     const KIND: &'static str = "one of";
-    const VALUES: &'static [&'static str] = &["adamw_torch", "adamw_torch_fused", "adamw_hf"];
+    const VALUES: &'static [&'static str] = &[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_hf",
+        "adamw_torch_xla",
+        "adamw_torch_npu_fused",
+        "adamw_apex_fused",
+        "adamw_anyprecision",
+        "adamw_torch_8bit",
+        "adamw_torch_4bit",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+    ];
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         let Value::Scalar { text, .. } = &node.value else { return Err(vec![Mismatch::expected(node, "one word")]) };
-        if Self::VALUES.contains(&text.as_str()) {
-            return Ok(Self);
+        if let Some(name) = Self::VALUES.iter().find(|name| *name == text) {
+            return Ok(Self(name));
         }
-        let help = if text.contains("8bit") || text.contains("paged") {
-            format!(
-                "moments are f32 and only those of trained weights exist, so with an adapter they are small; use `{}`",
-                Self::VALUES[0]
-            )
-        } else {
-            format!("AdamW is the only optimizer; {}", valid_values("", Self::VALUES))
-        };
+        let help = format!("AdamW is the only optimizer; {}", valid_values("", Self::VALUES));
         Err(vec![Mismatch::new(node, format!("does not know {}", describe(node))).help(help)])
     }
 }
 
-/// `report_to`: one name or a list; empty is `none`.
+/// Names that transformers has for trackers, all of which stand for files here.
+const TRACKERS: &[&str] = &[
+    "all",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "swanlab",
+    "comet_ml",
+    "comet",
+    "clearml",
+    "neptune",
+    "azure_ml",
+    "codecarbon",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+];
+
+/// `report_to`: one name or a list; empty is `none`. A tracker's name stands for TensorBoard's files.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Sinks(pub(super) Vec<ReportTo>);
+pub(super) struct Sinks {
+    /// Where metrics go.
+    pub(super) sinks: Vec<ReportTo>,
+    /// Trackers that are named.
+    pub(super) trackers: Vec<&'static str>,
+}
 
 impl Parse for Sinks {
     const KIND: &'static str = "one or a list of";
@@ -104,22 +157,129 @@ impl Parse for Sinks {
             Value::Scalar { .. } => std::slice::from_ref(node),
             Value::Map(_) => return Err(vec![Mismatch::expected(node, "a name or a list of names")]),
         };
-        let sinks = all(items.iter().map(|item| {
-            let name = parse_word(item, ReportTo::NAMES).map_err(|wrong| {
-                let note = "metrics are always in output_dir/metrics.jsonl as well";
-                wrong
-                    .into_iter()
-                    .map(|w| Mismatch { help: w.help.map(|help| format!("{help}; {note}")), ..w })
-                    .collect::<Vec<_>>()
-            })?;
-            Ok(name.parse::<ReportTo>().expect("every name of a choice is read by its from_str"))
-        }))?;
-        if sinks.len() > 1 && sinks.contains(&ReportTo::None) {
+        let names: Vec<_> = ReportTo::NAMES.iter().chain(TRACKERS).copied().collect();
+        let mut found = all(items.iter().map(|item| parse_word(item, &names)))?;
+        if found.len() > 1 && found.contains(&ReportTo::None.as_str()) {
             return Err(vec![Mismatch::new(node, "holds `none` beside other sinks").help("drop one or the other")]);
         }
-        let mut sinks: Vec<_> = sinks.into_iter().filter(|sink| *sink != ReportTo::None).collect();
-        sinks.dedup();
-        Ok(Self(sinks))
+        found.retain(|name| *name != ReportTo::None.as_str());
+        found.sort_unstable();
+        found.dedup();
+        let trackers: Vec<_> = found.iter().filter(|name| TRACKERS.contains(name)).copied().collect();
+        let sinks = if found.is_empty() { Vec::new() } else { vec![ReportTo::Tensorboard] };
+        Ok(Self { sinks, trackers })
+    }
+}
+
+/// A number of optimizer steps, or below 1 a share of all of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Cadence {
+    Steps(usize),
+    Share(f64),
+}
+
+impl Parse for Cadence {
+    const KIND: &'static str = "an integer, or a share below 1";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        if let Value::Scalar { text, .. } = &node.value
+            && let Some(share) = as_float(text).filter(|share| *share > 0.0 && *share < 1.0)
+        {
+            return Ok(Self::Share(share));
+        }
+        usize::parse(node).map(Self::Steps).map_err(|wrong| {
+            let kind = |what: String| what.replacen(usize::KIND, Self::KIND, 1);
+            wrong.into_iter().map(|mismatch| Mismatch { what: kind(mismatch.what), help: None, ..mismatch }).collect()
+        })
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        match self {
+            Self::Steps(steps) => vec![*steps as f64],
+            Self::Share(_) => Vec::new(),
+        }
+    }
+}
+
+/// `eval_steps`, where 0 is "not given" as well.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct EvalCadence(pub(super) Option<Cadence>);
+
+impl Parse for EvalCadence {
+    const KIND: &'static str = Cadence::KIND;
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let cadence = Option::<Cadence>::parse(node)?;
+        Ok(Self(cadence.filter(|cadence| *cadence != Cadence::Steps(0))))
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        self.0.numbers()
+    }
+}
+
+/// `save_total_limit`: null, 0 and -1 keep every checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limit(pub(super) Option<usize>);
+
+impl Parse for Limit {
+    const KIND: &'static str = "an integer";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        off_or_count(node, Self::KIND).map(Self)
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        self.0.numbers()
+    }
+}
+
+/// `top_k`: null, 0 and -1 (vLLM's word for it) are off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TopK(pub(super) usize);
+
+impl Parse for TopK {
+    const KIND: &'static str = "an integer";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        off_or_count(node, Self::KIND).map(|count| Self(count.unwrap_or(0)))
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        vec![self.0 as f64]
+    }
+}
+
+/// A count, or nothing for null, 0 and -1.
+fn off_or_count(node: &Node, kind: &str) -> Result<Option<usize>, Vec<Mismatch>> {
+    if node.value == Value::Null {
+        return Ok(None);
+    }
+    match parse_integer(node, kind)? {
+        -1 | 0 => Ok(None),
+        value => usize::try_from(value)
+            .map(Some)
+            .map_err(|_| vec![Mismatch::new(node, format!("must be a count, or 0 or -1 for none, got {value}"))]),
+    }
+}
+
+/// `packing_strategy`, with the name that TRL gave best-fit decreasing before 0.19.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Packing {
+    /// What it means.
+    pub(super) strategy: PackingStrategy,
+    /// Whether the older name was used.
+    pub(super) is_old_name: bool,
+}
+
+impl Parse for Packing {
+    const KIND: &'static str = "one of";
+    const VALUES: &'static [&'static str] = PackingStrategy::NAMES;
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let is_old_name = matches!(&node.value, Value::Scalar { text, .. } if text == "ffd");
+        let strategy = if is_old_name { PackingStrategy::Bfd } else { PackingStrategy::parse(node)? };
+        Ok(Self { strategy, is_old_name })
     }
 }
 
@@ -168,7 +328,7 @@ impl Parse for Saving {
 pub(super) struct MaxSteps(pub(super) Option<usize>);
 
 impl Parse for MaxSteps {
-    const KIND: &'static str = "an integer, at least 1, or -1";
+    const KIND: &'static str = "an integer, or -1";
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         if node.value == Value::Null {
@@ -185,6 +345,10 @@ impl Parse for MaxSteps {
             },
         }
     }
+
+    fn numbers(&self) -> Vec<f64> {
+        self.0.numbers()
+    }
 }
 
 impl Parse for Resume {
@@ -196,7 +360,7 @@ impl Parse for Resume {
             Value::Scalar { text, .. } if !text.is_empty() => Ok(match as_bool(text) {
                 Some(true) => Self::Latest,
                 Some(false) => Self::No,
-                None => Self::Path(PathBuf::from(text)),
+                None => Self::Path(PathBuf::from(home::expand(text))),
             }),
             _ => Err(vec![Mismatch::expected(node, Self::KIND)]),
         }
@@ -277,12 +441,42 @@ mod tests {
 
     #[test]
     fn names_and_numbers_with_special_meanings() {
-        assert_eq!(read("adamw_hf"), Ok(AdamW));
-        assert!(read::<AdamW>("paged_adamw_8bit").is_err());
-        assert_eq!(read("none"), Ok(Sinks(vec![])));
-        assert_eq!(read("[tensorboard]"), Ok(Sinks(vec![ReportTo::Tensorboard])));
-        assert!(read::<Sinks>("wandb").is_err());
-        assert!(read::<Sinks>("[none, tensorboard]").is_err());
+        assert_eq!(read("adamw_hf"), Ok(AdamW("adamw_hf")));
+        for (text, bytes, is_paged) in [
+            ("adamw_torch_fused", None, false),
+            ("paged_adamw_32bit", None, true),
+            ("paged_adamw_8bit", Some(2), true),
+            ("adamw_bnb_8bit", Some(2), false),
+            ("adamw_torch_4bit", Some(1), false),
+        ] {
+            let optim = read::<AdamW>(text).expect(text);
+            assert_eq!((optim.promised_bytes(), optim.is_paged()), (bytes, is_paged), "{text}");
+        }
+        for text in ["adafactor", "galore_adamw", "stable_adamw", "lion_8bit", "schedule_free_adamw", "sgd"] {
+            assert!(read::<AdamW>(text).is_err(), "{text}");
+        }
+        for text in ["none", "[]", "null", "[none]"] {
+            assert_eq!(read(text), Ok(Sinks { sinks: vec![], trackers: vec![] }), "{text}");
+        }
+        let tensorboard = vec![ReportTo::Tensorboard];
+        assert_eq!(read("[tensorboard]"), Ok(Sinks { sinks: tensorboard.clone(), trackers: vec![] }));
+        for text in ["wandb", "[wandb]", "[wandb, tensorboard]"] {
+            assert_eq!(read(text), Ok(Sinks { sinks: tensorboard.clone(), trackers: vec!["wandb"] }), "{text}");
+        }
+        assert_eq!(read("all"), Ok(Sinks { sinks: tensorboard, trackers: vec!["all"] }));
+        for text in ["[none, tensorboard]", "wandbb", "{a: 1}", "[wandb, x]"] {
+            assert!(read::<Sinks>(text).is_err(), "{text}");
+        }
+        for (text, cadence) in [("0.05", Cadence::Share(0.05)), ("1", Cadence::Steps(1)), ("1.0", Cadence::Steps(1))] {
+            assert_eq!(read(text), Ok(cadence), "{text}");
+        }
+        assert!(read::<Cadence>("1.5").is_err() && read::<Cadence>("-0.5").is_err());
+        assert_eq!(read("0"), Ok(EvalCadence(None)));
+        for (text, count) in [("-1", 0), ("null", 0), ("0", 0), ("50", 50)] {
+            assert_eq!(read(text), Ok(TopK(count)), "{text}");
+            assert_eq!(read(text), Ok(Limit(Some(count).filter(|count| *count > 0))), "{text}");
+        }
+        assert!(read::<TopK>("-2").is_err() && read::<TopK>("0.5").is_err());
         assert_eq!(read("no"), Ok(Recurrence::No));
         assert_eq!(read("false"), Ok(Recurrence::No));
         assert!(read::<Recurrence>("best").is_err());

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Number};
 
+use super::home;
 use super::settings::{
     GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType, RewardAggregation,
     RolloutCorrectionMode, SftLossType, WeightDtype,
@@ -255,7 +256,7 @@ impl Parse for PathBuf {
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         match &node.value {
-            Value::Scalar { text, .. } if !text.is_empty() => Ok(Self::from(text)),
+            Value::Scalar { text, .. } if !text.is_empty() => Ok(Self::from(home::expand(text))),
             _ => Err(vec![Mismatch::expected(node, Self::KIND)]),
         }
     }

@@ -14,9 +14,9 @@ use serde_json::Value;
 use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
-    BestSettings, DataSettings, DeviceChoice, GrpoSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings,
-    Precision, Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
-    SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
+    BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings, ModelSettings,
+    OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection,
+    RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 use super::value::{as_bool, as_float};
 
@@ -121,7 +121,7 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
         ("num_generations_eval", num_generations_eval.to_string()),
         ("max_prompt_length", optional(*max_prompt_length)),
         ("truncate_prompts", truncate_prompts.to_string()),
-        ("max_completion_length", max_completion_length.to_string()),
+        ("max_completion_length", optional(*max_completion_length)),
         ("reward_funcs", rewards(reward_funcs)),
         (
             "reward_weights",
@@ -146,6 +146,8 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
         ("off_policy_mask_threshold", optional_float(*off_policy_mask_threshold)),
         ("sapo_temperature_neg", float(*sapo_temperature_neg)),
         ("sapo_temperature_pos", float(*sapo_temperature_pos)),
+        // What it does stands in `lora_dropout`.
+        ("disable_dropout", "false".into()),
         ("sync_ref_model", sync_ref_model.to_string()),
         ("ref_model_mixup_alpha", float(*ref_model_mixup_alpha)),
         ("ref_model_sync_steps", ref_model_sync_steps.to_string()),
@@ -275,7 +277,8 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         warmup,
         optimizer: OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon },
         max_grad_norm,
-        logging_steps,
+        logging_strategy,
+        logging_first_step,
         eval_strategy,
         save_strategy,
         save_total_limit,
@@ -284,7 +287,9 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         resume_with_changed_inputs,
         report_to,
         disable_tqdm,
+        hub,
     } = training;
+    write_hub(hub, texts);
     write_best(best.as_ref(), texts);
     // A run that went on from its own checkpoint is the run from its start; one that went on from another run's
     // checkpoint is not.
@@ -301,6 +306,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         Warmup::Steps(steps) => (steps.to_string(), "null".into()),
         Warmup::Ratio(ratio) => ("0".into(), float(*ratio)),
     };
+    let (log_word, log_steps) = interval(*logging_strategy, "10");
     let (eval_word, eval_steps) = interval(*eval_strategy, "null");
     let (save_word, save_steps) = interval(*save_strategy, "500");
     let sinks: Vec<_> = report_to.iter().map(|sink| sink.as_str()).collect();
@@ -334,7 +340,9 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("adam_beta2", float(*adam_beta2)),
         ("adam_epsilon", float(*adam_epsilon)),
         ("max_grad_norm", float(*max_grad_norm)),
-        ("logging_steps", logging_steps.to_string()),
+        ("logging_strategy", log_word.into()),
+        ("logging_steps", log_steps),
+        ("logging_first_step", logging_first_step.to_string()),
         ("eval_strategy", eval_word.into()),
         ("eval_steps", eval_steps),
         ("save_strategy", save_word.into()),
@@ -344,6 +352,21 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("resume_with_changed_inputs", resume_with_changed_inputs.to_string()),
         ("report_to", if sinks.is_empty() { "none".into() } else { format!("[{}]", sinks.join(", ")) }),
         ("disable_tqdm", disable_tqdm.to_string()),
+        // The environment and files of launchers were held against the settings, which say all there is.
+        ("env", "{}".into()),
+        ("num_processes", "null".into()),
+        ("deepspeed", "null".into()),
+        ("accelerate_config", "null".into()),
+    ]);
+}
+
+fn write_hub(hub: &HubSettings, texts: &mut Texts) {
+    let HubSettings { push_to_hub, model_id, revision, is_private } = hub;
+    texts.extend([
+        ("push_to_hub", push_to_hub.to_string()),
+        ("hub_model_id", optional_string(model_id.as_deref())),
+        ("hub_revision", optional_string(revision.as_deref())),
+        ("hub_private_repo", optional(*is_private)),
     ]);
 }
 
@@ -382,12 +405,12 @@ fn write_vespo(vespo: &VespoSettings, texts: &mut Texts) {
 }
 
 fn write_correction(correction: Option<&RolloutCorrection>, texts: &mut Texts) {
-    let off = RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: 3.0, clip_min: None };
+    let off = RolloutCorrection { mode: RolloutCorrectionMode::SequenceMask, clip_max: Some(3.0), clip_min: None };
     let RolloutCorrection { mode, clip_max, clip_min } = correction.unwrap_or(&off);
     texts.extend([
         ("vllm_importance_sampling_correction", correction.is_some().to_string()),
         ("vllm_importance_sampling_mode", mode.to_string()),
-        ("vllm_importance_sampling_clip_max", float(*clip_max)),
+        ("vllm_importance_sampling_clip_max", optional_float(*clip_max)),
         ("vllm_importance_sampling_clip_min", optional_float(*clip_min)),
     ]);
 }
@@ -421,6 +444,7 @@ fn interval(interval: Interval, idle_steps: &str) -> (&'static str, String) {
     match interval {
         Interval::No => ("\"no\"", idle_steps.into()),
         Interval::Steps(steps) => ("steps", steps.to_string()),
+        Interval::Share(share) => ("steps", float(share)),
         Interval::Epoch => ("epoch", idle_steps.into()),
         Interval::Best => ("best", idle_steps.into()),
     }
@@ -473,7 +497,7 @@ fn string(text: &str) -> String {
 }
 
 /// In double quotes, with everything escaped that YAML might not take as it is.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
     for c in text.chars() {

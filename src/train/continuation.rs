@@ -71,7 +71,9 @@ const COURSE: &[&str] = &[
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "logging_strategy",
     "logging_steps",
+    "logging_first_step",
     "eval_strategy",
     "eval_steps",
     "save_strategy",
@@ -235,6 +237,14 @@ mod tests {
         "resume_with_changed_inputs",
         "report_to",
         "disable_tqdm",
+        "env",
+        "num_processes",
+        "deepspeed",
+        "accelerate_config",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_revision",
+        "hub_private_repo",
         "log_completions",
         "num_completions_to_print",
         "device",
@@ -248,6 +258,7 @@ mod tests {
         // Two that other keys decide.
         "generation_batch_size",
         "optim",
+        "disable_dropout",
     ];
 
     #[test]

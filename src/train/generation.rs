@@ -103,7 +103,7 @@ impl<'a> Generator<'a> {
     /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once.
     pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &[PromptExample]) -> u64 {
         let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
-        let pages = (longest + self.settings.max_completion_length - 1).div_ceil(PAGE_TOKENS) + 2;
+        let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
         let lanes = self.settings.max_num_seqs.min(self.settings.generation_batch_size) + 1;
         (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }
@@ -165,7 +165,7 @@ impl<'a> Generator<'a> {
                     prompt_text: &example.prompt_text,
                     completion: text,
                     completion_tokens: completion.token_ids.len(),
-                    max_completion_length: self.settings.max_completion_length,
+                    max_completion_length: self.settings.longest_completion(),
                     is_truncated: completion.is_truncated(),
                     row: &example.row,
                 }
@@ -234,7 +234,7 @@ pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32]) -> RolloutS
         max_num_seqs: settings.max_num_seqs,
         max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS.max(settings.max_num_seqs),
         kv_cache_bytes: usize::MAX,
-        max_new_tokens: settings.max_completion_length,
+        max_new_tokens: settings.longest_completion(),
         eos_token_ids: eos.to_vec(),
     }
 }

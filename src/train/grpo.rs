@@ -54,6 +54,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
     let prompts = prepare(settings, &session, &splits.train)?;
     let eval_prompts = splits.eval.as_ref().map(|rows| prepare(settings, &session, rows)).transpose()?;
+    let settings = &close_length(settings, &session, prompts.iter().chain(eval_prompts.iter().flatten()));
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session)?;
 
@@ -112,7 +113,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         run.accumulator.latest("learning_rate", lr);
         metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
         let epoch = sampler.epochs();
-        run.finish_step(epoch, &format!("loss {loss:.4}"))?;
+        run.finish_step(epoch_before, epoch, &format!("loss {loss:.4}"))?;
 
         if let Some(eval) = eval_prompts.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
             let values = evaluate(settings, &mut generator, &session, eval, &run)?;
@@ -150,14 +151,26 @@ fn prepare(settings: &GrpoSettings, session: &Session, rows: &Dataset) -> anyhow
     let prompts = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
     let limit = session.engine.config().max_position_embeddings;
     let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
-    if longest + settings.max_completion_length > limit {
+    let room = settings.max_completion_length.unwrap_or(1);
+    if longest + room > limit {
         bail!(
-            "the longest prompt has {longest} tokens and `max_completion_length` is {}, together more than the {limit} \
-             that the model holds; lower `max_completion_length`, or set `max_prompt_length`",
-            settings.max_completion_length
+            "the longest prompt has {longest} tokens and `max_completion_length` is {room}, together more than the {limit} \
+             that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
         );
     }
     Ok(prompts)
+}
+
+/// The settings with a longest completion: where they name none, what the model holds after the longest prompt.
+fn close_length<'a>(
+    settings: &GrpoSettings,
+    session: &Session,
+    prompts: impl Iterator<Item = &'a PromptExample>,
+) -> GrpoSettings {
+    let longest = prompts.map(|prompt| prompt.prompt_ids.len()).max().unwrap_or(0);
+    let room = session.engine.config().max_position_embeddings.saturating_sub(longest);
+    let length = settings.max_completion_length.unwrap_or(room);
+    GrpoSettings { max_completion_length: Some(length), ..settings.clone() }
 }
 
 /// Keeps a copy of the parameters where switching the adapter off does not give the reference policy.
@@ -200,11 +213,10 @@ fn generate(
         run.accumulator.mean(name, *value);
     }
     run.log_completions(&scored.records)?;
-    if settings.log_completions && (run.step + 1).is_multiple_of(settings.training.logging_steps as u64) {
+    if settings.log_completions {
         // Evenly over the batch, so that a few of them are of different prompts.
-        let count = settings.num_completions_to_print.unwrap_or(scored.shown.len()).clamp(1, scored.shown.len());
-        let spread: Vec<_> = (0..count).map(|i| scored.shown[i * scored.shown.len() / count].clone()).collect();
-        run.console.completions(run.step + 1, &spread);
+        let count = settings.num_completions_to_print.unwrap_or(scored.shown.len()).min(scored.shown.len());
+        run.samples = (0..count).map(|i| scored.shown[i * scored.shown.len() / count].clone()).collect();
     }
     let mut batch = GenerationBatch::new(completions, &scored.outcome, settings.mask_truncated_completions);
     add_logprobs(settings, session, prompts, &mut batch)?;
@@ -379,7 +391,8 @@ fn show_plan(
             "sampling",
             format!(
                 "temperature {}, at most {} new tokens",
-                settings.sampling.temperature, settings.max_completion_length
+                settings.sampling.temperature,
+                settings.longest_completion()
             ),
         );
     if settings.beta != 0.0 {

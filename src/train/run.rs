@@ -18,7 +18,7 @@ use super::state::{LoopState, RunState, State, write_checkpoint};
 use super::{Context, Outcome};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
-use crate::telemetry::{Accumulator, Console, Metrics, Row, Section, read_rows, units, write_curves};
+use crate::telemetry::{Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
 use crate::zero::ShardedAdamW;
 
 /// A run in progress.
@@ -38,6 +38,8 @@ pub(super) struct Run<'a> {
     pub(super) memory: Memory,
     metrics: Metrics,
     pub(super) accumulator: Accumulator,
+    /// Completions of the newest generation batch, for the console at the next log line.
+    pub(super) samples: Vec<Sample>,
     /// Optimizer steps taken.
     pub(super) step: u64,
     /// Optimizer steps to take.
@@ -90,6 +92,7 @@ impl<'a> Run<'a> {
             memory,
             metrics,
             accumulator,
+            samples: Vec::new(),
             step,
             total,
             num_tokens,
@@ -121,8 +124,9 @@ impl<'a> Run<'a> {
         (self.context.is_interrupted)()
     }
 
-    /// Ends an optimizer step: counts it and writes a row if one is due. `message` stands beside the progress bar.
-    pub(super) fn finish_step(&mut self, epoch: f64, message: &str) -> anyhow::Result<()> {
+    /// Ends an optimizer step, which began in `epoch_before` and ended in `epoch`: counts it and writes a row if one is due.
+    /// `message` stands beside the progress bar.
+    pub(super) fn finish_step(&mut self, epoch_before: f64, epoch: f64, message: &str) -> anyhow::Result<()> {
         self.step += 1;
         let now = Instant::now();
         self.accumulator.mean("step_time", (now - self.step_started).as_secs_f64());
@@ -130,11 +134,15 @@ impl<'a> Run<'a> {
         self.accumulator.latest("num_tokens", self.num_tokens);
         self.accumulator.latest("epoch", epoch);
         self.console.step(self.step, message);
-        let is_due = self.step.is_multiple_of(self.settings.logging_steps as u64) || self.step == self.total;
-        if is_due {
+        let is_extreme = self.step == self.total || (self.step == 1 && self.settings.logging_first_step);
+        if is_extreme || self.is_due(self.settings.logging_strategy, epoch_before, epoch) {
             let row = self.accumulator.drain(self.step);
             self.metrics.log(&row)?;
             self.console.log(&row);
+            let samples = std::mem::take(&mut self.samples);
+            if !samples.is_empty() {
+                self.console.completions(self.step, &samples);
+            }
         }
         Ok(())
     }
@@ -171,8 +179,8 @@ impl<'a> Run<'a> {
     /// Whether something with this cadence is due after the step just finished, which ended in `epoch` and began in
     /// `epoch_before`.
     pub(super) fn is_due(&self, interval: Interval, epoch_before: f64, epoch: f64) -> bool {
-        match interval {
-            Interval::No | Interval::Best => false,
+        match interval.in_steps(self.total) {
+            Interval::No | Interval::Best | Interval::Share(_) => false,
             Interval::Steps(steps) => self.step.is_multiple_of(steps as u64),
             Interval::Epoch => epoch.floor() > epoch_before.floor(),
         }

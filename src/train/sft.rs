@@ -122,7 +122,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         run.accumulator.latest("learning_rate", lr);
         metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
         let epoch = sampler.epochs();
-        run.finish_step(epoch, &format!("loss {loss:.4}"))?;
+        run.finish_step(epoch_before, epoch, &format!("loss {loss:.4}"))?;
 
         if let Some(eval) = eval.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
             let values = evaluate(eval, &session, settings, &run)?;
