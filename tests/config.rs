@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use trainer::config::settings::{
-    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType, ModelSettings,
-    OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, ReportTo, Resume, RewardSpec,
-    RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings,
-    TrainingSettings, VespoSettings, Warmup, WeightDtype,
+    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType, MixturePart,
+    ModelSettings, OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, ReportTo, Resume,
+    RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings,
+    Share, TrainingSettings, VespoSettings, Warmup, WeightDtype,
 };
 use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
 
@@ -67,11 +67,14 @@ fn sft_defaults_are_those_of_trl() {
         },
         data: DataSettings {
             dataset_name: "data/arithmetic/sft.jsonl".into(),
+            mixture: None,
             dataset_config: None,
             dataset_revision: "main".into(),
             dataset_train_split: "train".into(),
             dataset_test_split: "test".into(),
             dataset_text_field: "text".into(),
+            dataset_prompt_column: None,
+            dataset_columns: Vec::new(),
             eval_fraction: None,
             max_train_samples: None,
             max_eval_samples: None,
@@ -1179,6 +1182,7 @@ fn every_single_key_survives_the_round_trip() {
         "hub_model_id=me/a b",
         "optim=paged_adamw_8bit",
         "save_total_limit=-1",
+        "dataset_columns={question: prompt, \"a b\": completion}",
     ];
     for set in extremes {
         round_trip_sft("use_peft: true\n", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
@@ -1194,8 +1198,84 @@ fn every_single_key_survives_the_round_trip() {
         "max_completion_length=null",
         "vllm_importance_sampling_clip_max=null",
         "top_k=-1",
+        "dataset_prompt_column=problem",
     ] {
         round_trip_grpo("", &[set.to_owned()]).unwrap_or_else(|error| panic!("{set}: {error}"));
+    }
+}
+
+const OPEN_R1: &str = "model_name_or_path: m
+dataset_mixture:
+  datasets:
+    - id: a/one
+      config: all
+      split: train[:10%]
+      columns: [messages]
+      weight: 0.5
+    - id: two.jsonl
+  seed: 7
+  test_split_size: 0.1
+";
+
+const TRL: &str = "model_name_or_path: m
+datasets:
+  - path: json
+    data_files: {train: [a.jsonl, b/*.jsonl]}
+    fraction: 3
+  - path: a/two
+    name: main
+    data_dir: sub
+    data_files: x.csv
+    split: test
+    fraction: 1.0
+test_split_size: 100
+";
+
+#[test]
+fn mixtures_are_read_in_both_forms_and_survive_the_round_trip() {
+    let load = |text: &str| config::load_sft(&Source::new("a.yaml", text), &[], &Context::default());
+    let mixture = |text: &str| load(text).unwrap_or_else(|error| panic!("{error}")).settings.data.mixture.unwrap();
+    let open_r1 = mixture(OPEN_R1);
+    assert_eq!((open_r1.seed, open_r1.is_shuffled, open_r1.test_split_size), (7, true, Some(0.1)));
+    let part = |part: &MixturePart| (part.path.clone(), part.config.clone(), part.split.clone(), part.share);
+    assert_eq!(part(&open_r1.parts[0]), ("a/one".into(), Some("all".into()), "train[:10%]".into(), Share::Weight(0.5)));
+    assert_eq!(part(&open_r1.parts[1]), ("two.jsonl".into(), None, "train".into(), Share::All));
+    assert_eq!(open_r1.parts[0].columns, Some(vec!["messages".to_string()]));
+    let trl = mixture(TRL);
+    assert_eq!((trl.is_shuffled, trl.test_split_size), (false, Some(100.0)));
+    assert_eq!(trl.parts[0].data_files, [("train".to_string(), vec!["a.jsonl".to_string(), "b/*.jsonl".to_string()])]);
+    assert_eq!(part(&trl.parts[1]), ("a/two".into(), Some("main".into()), "test".into(), Share::Fraction(1.0)));
+    assert_eq!((trl.parts[1].data_dir.as_deref(), trl.parts[1].data_files.len()), (Some("sub"), 1));
+    for text in [OPEN_R1, TRL] {
+        let first = load(text).unwrap_or_else(|error| panic!("{error}"));
+        assert_same(&first, load(&first.resolved_yaml)).unwrap();
+    }
+}
+
+#[test]
+fn mixtures_that_make_no_sense_are_errors() {
+    let messages = |text: &str| -> String {
+        let text = format!("model_name_or_path: m\n{text}");
+        let error = config::load_sft(&Source::new("a.yaml", text), &[], &Context::default()).unwrap_err();
+        error.messages().collect::<Vec<_>>().join("\n")
+    };
+    for (text, words) in [
+        ("dataset_name: a\ndatasets: [{path: b}]\n", "`dataset_name` and `datasets` both say what to train on"),
+        ("dataset_mixture: {datasets: [{id: a}]}\ndatasets: [{path: b}]\n", "both name a mixture"),
+        ("dataset_config: x\ndatasets: [{path: b}]\n", "`dataset_config` belongs to `dataset_name`"),
+        ("datasets: []\n", "`dataset_name` is missing"),
+        ("dataset_name: null\n", "`dataset_name` is null"),
+        ("dataset_mixture: {seed: 1}\n", "names no data set"),
+        ("dataset_mixture: {datasets: [{split: train}]}\n", "a data set without a name"),
+        ("dataset_mixture: {datasets: [{id: a, weigth: 0.5}]}\n", "does not know `weigth`"),
+        ("dataset_mixture: {datasets: [{id: a, weight: 1.5}]}\n", "no more than all of its rows"),
+        ("datasets: [{path: a, fraction: 0.5}, {path: b}]\n", "gives `fraction` for some data sets only"),
+        ("datasets: [{path: a}]\ntest_split_size: 1.5\n", "neither a share of rows nor a number"),
+        ("datasets: [a]\n", "expects a map with `path` or `id`"),
+        ("dataset_name: a\ndataset_columns: {x: 1}\n", "gives `x` the name 1"),
+    ] {
+        let found = messages(text);
+        assert!(found.contains(words), "{text}: {found}");
     }
 }
 

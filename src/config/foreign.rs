@@ -152,13 +152,10 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("dataset_batch_size", "rows are tokenised on all cores"),
     no_effect("num_of_sequences", "rows are tokenised before they are packed"),
     no_effect("chars_per_token", "rows are tokenised before they are packed"),
-    lacking(
-        "datasets",
-        &["[]"],
-        "mixtures are not supported; put the files into one folder and name it in `dataset_name`",
+    only(
+        Commands::Sft,
+        no_effect("dataset_prompt_column", "prompts of SFT are in the column `prompt`; see `dataset_columns`"),
     ),
-    lacking("test_split_size", &[], "use `eval_fraction`"),
-    lacking("dataset_prompt_column", &["prompt"], "prompts are read from the column `prompt`"),
     no_effect("group_by_length", "batches are ragged, so grouping by length saves nothing"),
     lacking(
         "train_sampling_strategy",

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::diagnose::Problems;
 use super::field::{Bounds, Command, Commands, DefaultValue, Field, Key};
 use super::launcher::LaunchFile;
+use super::mixture::{Datasets, Mixture};
 use super::rewards::RewardList;
 use super::settings::{
     DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume, RewardAggregation,
@@ -157,17 +158,30 @@ keys! {
         adapter_name_or_path: Option<PathBuf> = Text("null"), ANY, "";
     }
     "Data" for Both {
-        /// A `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub id.
-        /// A path is relative to the working directory.
-        dataset_name: String = Required, ANY, "";
-        /// Configuration (sub-folder) of a hub data set.
+        /// A data file (`.jsonl`, `.json`, `.parquet`, `.arrow`, `.csv`, `.tsv`, `.txt`, also `.jsonl.gz` and the like), a
+        /// folder of them or one that `save_to_disk` wrote, or a hub id. A path is relative to the working directory.
+        dataset_name: Option<String> = Required, ANY, "";
+        /// Configuration: one that the data set's README names, or a sub-folder.
         dataset_config: Option<String> = Text("null"), ANY, "";
         /// Branch, tag or commit, if the data set is a hub id. Not in TRL.
         dataset_revision: String = Text("main"), ANY, "";
-        /// Split to train on: of a folder, the files whose names carry it.
+        /// Split to train on: of a folder, the files whose names carry it. As in `datasets` also slices and sums:
+        /// `train[:1000]`, `train[10%:20%]`, `train_sft+train_gen`.
         dataset_train_split: String = Text("train"), ANY, "";
-        /// Split to evaluate on.
+        /// Split to evaluate on, if `eval_strategy` asks for it.
         dataset_test_split: String = Text("test"), ANY, "";
+        /// Several data sets instead of `dataset_name`, in open-r1's form: `datasets` (a list of `id`, `config`, `split`,
+        /// `columns`, `weight`), `seed` and `test_split_size`. Of a data set with `weight` that share of its rows is drawn;
+        /// all rows are shuffled by `seed`. `test_split_size` holds rows out for evaluation.
+        dataset_mixture: Mixture = Text("null"), ANY, "";
+        /// Several data sets instead of `dataset_name`, in TRL's form: a list of `path`, `name`, `data_dir`, `data_files`,
+        /// `split`, `columns`, `fraction`. They follow one another; with `fraction` the first rows of each are taken, so
+        /// many that the shares are right and no row comes twice.
+        datasets: Datasets = Text("[]"), ANY, "";
+        /// With `datasets`: hold out this share of the rows (below 1), or this number of them, for evaluation.
+        test_split_size: Option<f64> = Text("null"), POSITIVE, "share of rows, or rows";
+        /// Rename columns: `{question: prompt, answer: completion}`. Not in TRL.
+        dataset_columns: Map<String, Value> = Text("{}"), ANY, "";
         /// Hold out this share of the training rows for evaluation when there is no test split. Not in TRL.
         eval_fraction: Option<f64> = Text("null"), SHARE.above_low().below_high(), "share of rows";
         /// Use at most this many training rows. Not in TRL.
@@ -334,6 +348,9 @@ keys! {
         sft_loss_type named "loss_type": SftLossType = Text("nll"), ANY, "";
     }
     "Groups and rollout" for Grpo {
+        /// Column with the prompts, as in open-r1: a text in it becomes one message of a user, so that the chat template
+        /// applies. null reads the column `prompt` as it stands. Not in TRL.
+        dataset_prompt_column: Option<String> = Text("null"), ANY, "";
         /// Completions sampled per prompt: the group size.
         num_generations: usize = Text("8"), GROUP_OF_2, "completions";
         /// The same for evaluation.

@@ -78,6 +78,9 @@ fn load<S>(
     }
     // Without entries nothing can be said about missing keys, or about keys that do not go together.
     let settings = if is_readable {
+        if !raw.datasets.value().parts.is_empty() || !raw.dataset_mixture.value().parts.is_empty() {
+            misspelt.push("dataset_name");
+        }
         raw.require(command, &misspelt, &mut problems);
         resolve(&raw, uses_vllm, &mut problems)
     } else {

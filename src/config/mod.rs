@@ -9,7 +9,7 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `yaml` | text to a tree with places; the only user of the YAML library |
-//! | `value`, `special`, `rewards`, `home` | one YAML value to one typed value |
+//! | `value`, `special`, `rewards`, `mixture`, `home` | one YAML value to one typed value |
 //! | `field`, `keys` | what a key is; the table of all keys |
 //! | `arguments` | keys as options of a command line |
 //! | `foreign`, `nested` | keys of other programs: without effect, without support, other names, maps of arguments |
@@ -32,6 +32,7 @@ mod hub;
 mod keys;
 mod launcher;
 mod load;
+mod mixture;
 mod nested;
 mod reference;
 mod resolve;

@@ -15,11 +15,12 @@ use super::keys::RawConfig;
 use super::launcher;
 use super::schedule;
 use super::settings::{
-    DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, ModelSettings, OptimizerSettings, PackingStrategy,
-    Precision, Quantization, RewardSpec, SftSettings, TrainingSettings,
+    DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, MixturePart, MixtureSettings, ModelSettings,
+    OptimizerSettings, PackingStrategy, Precision, Quantization, RewardSpec, SftSettings, TrainingSettings,
 };
 use super::special::{Cadence, Recurrence, Saving};
 use super::value::listed;
+use super::write;
 
 /// Says what is wrong with the name or the parameters of a built-in reward.
 pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
@@ -56,6 +57,7 @@ pub(super) fn warn_idle(problems: &mut Problems, field: &dyn Named, is_idle: boo
 const MOST_SEQUENCES: usize = 1 << 24;
 
 pub(super) fn check_shared(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+    check_data(raw, problems);
     check_model(raw, problems);
     check_training(raw, problems);
     check_services(raw, problems);
@@ -326,17 +328,113 @@ pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
 /// `text_field` is the one data key that GRPO lacks: it reads prompts.
 pub(super) fn build_data(raw: &RawConfig) -> DataSettings {
     DataSettings {
-        dataset_name: home::expand(raw.dataset_name.value()),
+        dataset_name: raw.dataset_name.known().and_then(Option::as_deref).map(home::expand).unwrap_or_default(),
+        mixture: build_mixture(raw),
         dataset_config: raw.dataset_config.value().clone(),
         dataset_revision: raw.dataset_revision.value().clone(),
         dataset_train_split: raw.dataset_train_split.value().clone(),
         dataset_test_split: raw.dataset_test_split.value().clone(),
         dataset_text_field: raw.dataset_text_field.value().clone(),
+        dataset_prompt_column: raw.dataset_prompt_column.value().clone(),
+        dataset_columns: columns(raw),
         eval_fraction: *raw.eval_fraction.value(),
         max_train_samples: *raw.max_train_samples.value(),
         max_eval_samples: *raw.max_eval_samples.value(),
         chat_template_kwargs: raw.chat_template_kwargs.value().clone(),
         system_prompt: raw.system_prompt.value().clone(),
+    }
+}
+
+/// Columns to rename, old to new; a value that is no name was reported.
+fn columns(raw: &RawConfig) -> Vec<(String, String)> {
+    let names = raw.dataset_columns.value().iter();
+    names.filter_map(|(old, new)| Some((old.clone(), new.as_str()?.to_string()))).collect()
+}
+
+/// Parts with `~` in their paths spelled out.
+fn at_home(parts: &[MixturePart]) -> Vec<MixturePart> {
+    parts.iter().map(|part| MixturePart { path: home::expand(&part.path), ..part.clone() }).collect()
+}
+
+fn build_mixture(raw: &RawConfig) -> Option<MixtureSettings> {
+    let (mixture, datasets) = (raw.dataset_mixture.value(), raw.datasets.value());
+    if !mixture.parts.is_empty() {
+        return Some(MixtureSettings {
+            parts: at_home(&mixture.parts),
+            seed: mixture.seed,
+            is_shuffled: true,
+            test_split_size: mixture.test_split_size,
+            text: ("dataset_mixture", write::json(&mixture.text.clone().into())),
+        });
+    }
+    (!datasets.parts.is_empty()).then(|| MixtureSettings {
+        parts: at_home(&datasets.parts),
+        seed: *raw.seed.value(),
+        is_shuffled: false,
+        test_split_size: *raw.test_split_size.value(),
+        text: ("datasets", write::json(&datasets.text.clone().into())),
+    })
+}
+
+/// Which of the keys that name data are given together and should not be.
+fn check_data(raw: &RawConfig, problems: &mut Problems) {
+    let (mixture, datasets) = (&raw.dataset_mixture, &raw.datasets);
+    let has_mixture = mixture.known().is_some_and(|m| !m.parts.is_empty());
+    let has_datasets = datasets.known().is_some_and(|d| !d.parts.is_empty());
+    let (key, field): (&str, &dyn Named) =
+        if has_mixture { ("dataset_mixture", mixture) } else { ("datasets", datasets) };
+    if has_mixture && has_datasets {
+        problems.clash(
+            &[(mixture, "one mixture".into()), (datasets, "another".into())],
+            "`dataset_mixture` and `datasets` both name a mixture",
+            "remove one of the two",
+        );
+    }
+    let has_name = raw.dataset_name.known().is_some_and(Option::is_some);
+    if !has_mixture && !has_datasets && !has_name && raw.dataset_name.is_given() {
+        problems.clash(
+            &[(&raw.dataset_name, "no data set".into())],
+            "`dataset_name` is null, and there is no mixture",
+            "name a file, a folder or a hub id, or several in `datasets`",
+        );
+    }
+    if (has_mixture || has_datasets) && has_name {
+        problems.clash(
+            &[(&raw.dataset_name, "one data set".into()), (field, "a mixture".into())],
+            format!("`dataset_name` and `{key}` both say what to train on"),
+            format!("remove `{key}`, or make `dataset_name` one of its data sets"),
+        );
+    }
+    if (has_mixture || has_datasets) && raw.dataset_config.is_given() && raw.dataset_config.is_changed() {
+        problems.clash(
+            &[(&raw.dataset_config, "for `dataset_name`".into()), (field, "a mixture".into())],
+            format!("`dataset_config` belongs to `dataset_name`, and `{key}` says what to train on"),
+            "give the data set of the mixture its own `config`",
+        );
+    }
+    warn_idle(
+        problems,
+        &raw.test_split_size,
+        raw.test_split_size.is_changed() && !has_datasets,
+        if has_mixture { "it belongs into `dataset_mixture`" } else { "there is no mixture (`datasets`)" },
+        "use `eval_fraction`",
+    );
+    let sizes = [raw.test_split_size.known().copied().flatten(), mixture.known().and_then(|m| m.test_split_size)];
+    for size in sizes.into_iter().flatten().filter(|size| *size >= 1.0 && size.fract() != 0.0 || *size <= 0.0) {
+        problems.clash(
+            &[(field, "of this".into())],
+            format!("`test_split_size: {size}` is neither a share of rows nor a number of them"),
+            "give a share between 0 and 1, or a whole number",
+        );
+    }
+    if let Some(columns) = raw.dataset_columns.known() {
+        for (old, new) in columns.iter().filter(|(_, new)| new.as_str().is_none_or(str::is_empty)) {
+            problems.clash(
+                &[(&raw.dataset_columns, String::new())],
+                format!("`dataset_columns` gives `{old}` the name {new}, which is none"),
+                "write `{old: new}`",
+            );
+        }
     }
 }
 

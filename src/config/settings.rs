@@ -256,8 +256,10 @@ pub struct Quantization {
 /// Where rows come from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataSettings {
-    /// A `.jsonl`, `.json`, `.parquet` file, a folder of them, or a hub id.
+    /// A data file, a folder of them, or a hub id; empty with a mixture.
     pub dataset_name: String,
+    /// Several data sets instead of one.
+    pub mixture: Option<MixtureSettings>,
     /// Sub-folder or configuration of a hub data set.
     pub dataset_config: Option<String>,
     /// Branch, tag or commit of a hub id.
@@ -268,6 +270,10 @@ pub struct DataSettings {
     pub dataset_test_split: String,
     /// Column with plain text.
     pub dataset_text_field: String,
+    /// Column that becomes `prompt`: a text in it is one turn of a user.
+    pub dataset_prompt_column: Option<String>,
+    /// Columns that get other names, old to new.
+    pub dataset_columns: Vec<(String, String)>,
     /// Hold out this share of the training rows (0, 1) for evaluation when there is no test split.
     pub eval_fraction: Option<f64>,
     /// Use at most this many rows.
@@ -278,6 +284,54 @@ pub struct DataSettings {
     pub chat_template_kwargs: serde_json::Map<String, serde_json::Value>,
     /// A system message put in front of conversational prompts that have none.
     pub system_prompt: Option<String>,
+}
+
+/// Several data sets that are read as one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MixtureSettings {
+    /// The data sets, in their order.
+    pub parts: Vec<MixturePart>,
+    /// Draws the rows of parts with a weight, the order of all rows and the evaluation rows.
+    pub seed: u64,
+    /// Whether the rows of all parts are shuffled (open-r1) or follow one another (TRL).
+    pub is_shuffled: bool,
+    /// Rows held out for evaluation: a share below 1, or a number.
+    pub test_split_size: Option<f64>,
+    /// The YAML it was read from: key and value.
+    pub text: (&'static str, String),
+}
+
+/// One data set of a mixture.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MixturePart {
+    /// A data file, a folder of them, a hub id, or a format (`json`) with `data_files`.
+    pub path: String,
+    /// Configuration.
+    pub config: Option<String>,
+    /// Branch, tag or commit of a hub id.
+    pub revision: String,
+    /// Folder inside of the data set.
+    pub data_dir: Option<String>,
+    /// Splits and the patterns of their files; empty to find them by name.
+    pub data_files: Vec<(String, Vec<String>)>,
+    /// Which rows: `train`, `train[:10%]`, `train_sft+train_gen`.
+    pub split: String,
+    /// Columns that are kept.
+    pub columns: Option<Vec<String>>,
+    /// How many of the rows.
+    pub share: Share,
+}
+
+/// How many rows of a data set a mixture takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Share {
+    /// All.
+    #[default]
+    All,
+    /// This share of its own rows, drawn at random (open-r1).
+    Weight(f64),
+    /// Its first rows, so many that they are this share of the mixture (TRL).
+    Fraction(f64),
 }
 
 /// What every training run shares.

@@ -14,9 +14,9 @@ use serde_json::Value;
 use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
-    BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings, ModelSettings,
-    OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSpec, RolloutCorrection,
-    RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
+    BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings, MixtureSettings,
+    ModelSettings, OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSpec,
+    RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 use super::value::{as_bool, as_float};
 
@@ -225,11 +225,14 @@ fn write_model(model: &ModelSettings, texts: &mut Texts) {
 fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
     let DataSettings {
         dataset_name,
+        mixture,
         dataset_config,
         dataset_revision,
         dataset_train_split,
         dataset_test_split,
         dataset_text_field,
+        dataset_prompt_column,
+        dataset_columns,
         eval_fraction,
         max_train_samples,
         max_eval_samples,
@@ -238,9 +241,25 @@ fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
     } = data;
     if command == Command::Sft {
         texts.insert("dataset_text_field", string(dataset_text_field));
+    } else {
+        texts.insert("dataset_prompt_column", optional_string(dataset_prompt_column.as_deref()));
     }
+    let name = mixture.is_none().then_some(dataset_name.as_str());
+    let [mut open_r1, mut trl, mut size] = ["null", "[]", "null"].map(str::to_string);
+    match mixture {
+        Some(MixtureSettings { text: ("datasets", text), test_split_size, .. }) => {
+            (trl, size) = (text.clone(), optional_float(*test_split_size));
+        }
+        Some(MixtureSettings { text: (_, text), .. }) => open_r1.clone_from(text),
+        None => {}
+    }
+    let columns = dataset_columns.iter().map(|(old, new)| (old.clone(), Value::from(new.as_str()))).collect();
     texts.extend([
-        ("dataset_name", string(dataset_name)),
+        ("dataset_name", optional_string(name)),
+        ("dataset_mixture", open_r1),
+        ("datasets", trl),
+        ("test_split_size", size),
+        ("dataset_columns", map(&columns)),
         ("dataset_config", optional_string(dataset_config.as_deref())),
         ("dataset_revision", string(dataset_revision)),
         ("dataset_train_split", string(dataset_train_split)),
@@ -528,7 +547,7 @@ fn entries(map: &serde_json::Map<String, Value>) -> String {
     map.iter().map(|(key, value)| format!("{}: {}", quoted(key), json(value))).collect::<Vec<_>>().join(", ")
 }
 
-fn json(value: &Value) -> String {
+pub(super) fn json(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),
         Value::Bool(value) => value.to_string(),

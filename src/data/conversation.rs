@@ -86,6 +86,16 @@ impl Layout {
         Err(missing(dataset, "`prompt`", &["prompt"]))
     }
 
+    /// The columns that are read.
+    pub(super) fn columns(&self) -> Vec<&str> {
+        let own: &[&str] = match self {
+            Self::Messages { column } | Self::Text { column } => &[column.as_str()],
+            Self::PromptCompletion(_) => &["prompt", "completion"],
+            Self::Prompt(_) => &["prompt"],
+        };
+        own.iter().copied().chain(["tools", "chat_template_kwargs"]).collect()
+    }
+
     /// Whether the chat template is used.
     pub fn is_conversational(&self) -> bool {
         match self {

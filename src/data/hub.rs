@@ -2,16 +2,17 @@
 //!
 //! [`fetch`] brings the wanted files of a repository into the shared cache (the layout of `huggingface_hub`) and returns
 //! the snapshot's folder; what the cache already has is not downloaded again, and a warm cache works without a network.
-//! Readers of data sets and the model's weight loader call it. Environment: `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`,
-//! `HF_ENDPOINT`, `HF_TOKEN`.
+//! Readers of data sets and the model's weight loader call it. Nothing a hub answers is believed: names of files, commits
+//! and etags become paths only if they stay inside of the cache, and files have the size that was announced.
+//! Environment: `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`.
 
-use std::path::{Path, PathBuf};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
-
 use super::Error;
+use super::http::{Answer, Client, encoded};
 
 /// What a repository holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,14 @@ pub type Progress<'a> = dyn FnMut(Download<'_>) + 'a;
 /// How long to wait for the list of files before the cache is tried.
 const LISTING_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Largest list of files that is read.
+const MOST_LISTING_BYTES: u64 = 64 << 20;
+
 /// Attempts to go on with a broken download.
 const RETRIES: usize = 4;
+
+/// Folders below a snapshot that are looked into.
+const MOST_FOLDERS: usize = 16;
 
 /// Where and how the hub is reached; [`Access::from_environment`] for all but tests.
 #[derive(Clone, Debug)]
@@ -95,19 +102,18 @@ impl Access {
                 if files.is_empty() {
                     return Err(failed("none of its files is of use here; check the id".into()));
                 }
-                let (api, cache) = self.open(repo, kind, &listing.commit).map_err(&failed)?;
-                let folder = cache.pointer_path(&listing.commit);
+                let folder = self.repo_folder(repo, kind).join("snapshots").join(&listing.commit);
                 for file in files {
                     if !folder.join(file).exists() {
-                        let adapter = ProgressAdapter { report: progress, file, done_bytes: 0, total_bytes: 0 };
-                        api.download_with_progress(file, adapter).map_err(|e| {
-                            failed(format!("cannot download `{file}`: {e}; run again to go on with it"))
-                        })?;
+                        self.download(repo, kind, &listing.commit, file, progress).map_err(&failed)?;
                     }
                 }
                 // So that the branch's or tag's name leads to this snapshot when there is no network.
-                let named = Cache::new(self.cache.clone()).repo(kind.repo(repo, revision));
-                named.create_ref(&listing.commit).map_err(|e| failed(format!("cannot write into the cache: {e}")))?;
+                if revision != listing.commit {
+                    let name = self.repo_folder(repo, kind).join("refs").join(revision);
+                    create_parent(&name).map_err(&failed)?;
+                    crate::fs::write_atomic(&name, listing.commit.as_bytes()).map_err(|e| failed(e.to_string()))?;
+                }
                 Ok(folder)
             }
             Err(reason) => {
@@ -162,44 +168,240 @@ impl Access {
         if self.is_offline {
             return Err("`HF_HUB_OFFLINE` is set".into());
         }
-        let (api, _) = self.open(repo, kind, revision)?;
-        let request = api.info_request().config().timeout_global(Some(LISTING_TIMEOUT)).build();
-        let mut response = request.call().map_err(|e| format!("{} answers: {e}", self.endpoint))?;
-        let text = response.body_mut().read_to_string().map_err(|e| format!("{} answers: {e}", self.endpoint))?;
+        if !is_repo_id(repo) || !is_inside(revision) {
+            return Err(format!("`{repo}` at `{revision}` is not an id and a revision"));
+        }
+        let path = format!("/api/{}/{repo}/revision/{}", kind.folder(), encoded(revision).replace('/', "%2F"));
+        let answer = self.client().get(&path, None, Some(LISTING_TIMEOUT))?;
+        let mut text = Vec::new();
+        let read = answer.body.take(MOST_LISTING_BYTES + 1).read_to_end(&mut text);
+        read.map_err(|e| format!("{} answers: {e}", self.endpoint))?;
+        if text.len() as u64 > MOST_LISTING_BYTES {
+            return Err(format!("{} answers with a list of more than {MOST_LISTING_BYTES} bytes", self.endpoint));
+        }
         let info: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| format!("{} answers no JSON: {e}", self.endpoint))?;
-        let files = info
+            serde_json::from_slice(&text).map_err(|e| format!("{} answers no JSON: {e}", self.endpoint))?;
+        let files: Option<Vec<String>> = info
             .get("siblings")
             .and_then(|list| list.as_array())
             .map(|list| list.iter().filter_map(|entry| entry.get("rfilename")?.as_str().map(str::to_string)).collect());
         let commit = info.get("sha").and_then(|sha| sha.as_str()).map(str::to_string);
-        match (files, commit) {
-            (Some(files), Some(commit)) => Ok(Listing { files, commit }),
-            _ => Err(format!("{} answers without `siblings` and `sha`", self.endpoint)),
+        let (Some(files), Some(commit)) = (files, commit) else {
+            return Err(format!("{} answers without `siblings` and `sha`", self.endpoint));
+        };
+        if !is_commit(&commit) {
+            return Err(format!("{} answers with the commit {commit:?}, which is none", self.endpoint));
         }
+        if let Some(file) = files.iter().find(|file| !is_inside(file)) {
+            return Err(format!("{} answers with the file name {file:?}, which leads out of the cache", self.endpoint));
+        }
+        Ok(Listing { files, commit })
     }
 
-    fn open(&self, repo: &str, kind: Kind, revision: &str) -> Result<(ApiRepo, hf_hub::CacheRepo), String> {
-        let cache = Cache::new(self.cache.clone());
-        let repo = kind.repo(repo, revision);
-        let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
-            .with_retries(RETRIES)
-            .with_progress(false)
-            .build()
-            .map_err(|e| e.to_string())?;
-        Ok((api.repo(repo.clone()), cache.repo(repo)))
+    fn client(&self) -> Client<'_> {
+        Client { endpoint: &self.endpoint, token: self.token.as_deref() }
+    }
+
+    fn repo_folder(&self, repo: &str, kind: Kind) -> PathBuf {
+        self.cache.join(format!("{}--{}", kind.folder(), repo.replace('/', "--")))
+    }
+
+    /// Brings one file into the cache: its content under `blobs`, a link to it under `snapshots`.
+    fn download(
+        &self,
+        repo: &str,
+        kind: Kind,
+        commit: &str,
+        file: &str,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), String> {
+        let prefix = if kind == Kind::Dataset { "/datasets" } else { "" };
+        let path = format!("{prefix}/{repo}/resolve/{commit}/{}", encoded(file));
+        let folder = self.repo_folder(repo, kind);
+        let mut problem = String::new();
+        for attempt in 0..=RETRIES {
+            if attempt > 0 {
+                std::thread::sleep(Duration::from_millis(100 << attempt));
+            }
+            match self.attempt(&path, commit, &folder, file, progress) {
+                Ok(blob) => return link(&folder, commit, file, &blob),
+                Err(Failure::Final(what)) => return Err(format!("cannot download `{file}`: {what}")),
+                Err(Failure::Passing(what)) => problem = what,
+            }
+        }
+        Err(format!("cannot download `{file}`: {problem}; run again to go on with it"))
+    }
+
+    /// Goes on with a download; returns the name of the blob once it is whole.
+    fn attempt(
+        &self,
+        path: &str,
+        commit: &str,
+        folder: &Path,
+        file: &str,
+        progress: &mut Progress<'_>,
+    ) -> Result<String, Failure> {
+        let mut answer = self.client().get(path, Some(0), None).map_err(Failure::Passing)?;
+        if let Some(other) = answer.own_header("x-repo-commit").filter(|&other| other != commit) {
+            return Err(Failure::Final(format!("the hub answers for the commit {other:?}, not {commit}")));
+        }
+        let etag = etag(&answer).map_err(Failure::Final)?;
+        let total = size(&answer).map_err(Failure::Final)?;
+        let blob = folder.join("blobs").join(&etag);
+        let write = |what: &str, e: std::io::Error| Failure::Final(format!("cannot {what} `{}`: {e}", blob.display()));
+        if blob.metadata().is_ok_and(|blob| blob.len() == total) {
+            return Ok(etag);
+        }
+        create_parent(&blob).map_err(Failure::Final)?;
+        let partial = folder.join("blobs").join(format!("{etag}.incomplete"));
+        let mut out = OpenOptions::new().append(true).create(true).open(&partial).map_err(|e| write("open", e))?;
+        // Another process may be at the same file.
+        out.lock().map_err(|e| write("lock", e))?;
+        let mut done = out.metadata().map_err(|e| write("read", e))?.len();
+        if done > total {
+            out.set_len(0).map_err(|e| write("shorten", e))?;
+            done = 0;
+        }
+        if done > 0 && done < total {
+            answer = self.client().get(path, Some(done), None).map_err(Failure::Passing)?;
+            if answer.status != 206 || range_start(&answer) != Some(done) {
+                out.set_len(0).map_err(|e| write("shorten", e))?;
+                return Err(Failure::Passing("the hub does not go on where the download broke off".into()));
+            }
+        }
+        if done < total {
+            copy(answer.body, &mut out, file, done, total, progress)?;
+        } else {
+            progress(Download { file, done_bytes: total, total_bytes: total });
+        }
+        out.sync_all().map_err(|e| write("write", e))?;
+        std::fs::rename(&partial, &blob).map_err(|e| write("write", e))?;
+        Ok(etag)
     }
 
     /// The folder of the snapshot that a branch, tag or commit leads to in the cache.
     fn cached(&self, repo: &str, kind: Kind, revision: &str) -> Option<PathBuf> {
-        let folder = self.cache.join(kind.repo(repo, revision).folder_name());
+        if !is_repo_id(repo) || !is_inside(revision) {
+            return None;
+        }
+        let folder = self.repo_folder(repo, kind);
         let commit = std::fs::read_to_string(folder.join("refs").join(revision));
         let commit = commit.map_or_else(|_| revision.to_string(), |text| text.trim().to_string());
-        let snapshot = folder.join("snapshots").join(commit);
-        snapshot.is_dir().then_some(snapshot)
+        let snapshot = folder.join("snapshots").join(&commit);
+        (is_inside(&commit) && snapshot.is_dir()).then_some(snapshot)
     }
+}
+
+/// Why a download did not end well.
+enum Failure {
+    /// Trying again may help.
+    Passing(String),
+    Final(String),
+}
+
+/// Copies what comes until a file has its size; neither more nor less.
+fn copy(
+    mut body: Box<dyn Read>,
+    out: &mut File,
+    file: &str,
+    mut done: u64,
+    total: u64,
+    progress: &mut Progress<'_>,
+) -> Result<(), Failure> {
+    let mut chunk = vec![0; 1 << 16];
+    progress(Download { file, done_bytes: done, total_bytes: total });
+    loop {
+        let count = body.read(&mut chunk).map_err(|e| Failure::Passing(e.to_string()))?;
+        if count == 0 {
+            break;
+        }
+        done += count as u64;
+        if done > total {
+            // What was written may be anybody's.
+            out.set_len(0).map_err(|e| Failure::Final(e.to_string()))?;
+            return Err(Failure::Final(format!("the hub sends more than the {total} bytes it announced")));
+        }
+        out.write_all(&chunk[..count]).map_err(|e| Failure::Final(e.to_string()))?;
+        progress(Download { file, done_bytes: done, total_bytes: total });
+    }
+    if done < total {
+        return Err(Failure::Passing(format!("the hub sent {done} of {total} bytes")));
+    }
+    Ok(())
+}
+
+/// The name of a file's content.
+fn etag(answer: &Answer) -> Result<String, String> {
+    let etag = answer.own_header("x-linked-etag").or_else(|| answer.own_header("etag"));
+    let etag = etag.ok_or("the hub answers without an etag")?;
+    let name = etag.trim_start_matches("W/").trim_matches('"');
+    let is_name = (1..=128).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if is_name { Ok(name.to_string()) } else { Err(format!("the hub answers with the etag {etag:?}, which is none")) }
+}
+
+/// The size of the whole file, on which all headers must agree.
+fn size(answer: &Answer) -> Result<u64, String> {
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let linked = answer.own_header("x-linked-size").and_then(number);
+    let range = answer.header("content-range").and_then(|range| number(range.rsplit_once('/')?.1));
+    let length = answer.header("content-length").and_then(number);
+    let sizes: Vec<u64> = [linked, range, length].into_iter().flatten().collect();
+    match sizes.as_slice() {
+        [] => Err("the hub does not say how large the file is".into()),
+        [first, others @ ..] if others.iter().all(|size| size == first) => Ok(*first),
+        _ => Err(format!(
+            "the hub says of one file that it has {} bytes",
+            sizes.iter().map(u64::to_string).collect::<Vec<_>>().join(" and ")
+        )),
+    }
+}
+
+fn range_start(answer: &Answer) -> Option<u64> {
+    answer.header("content-range")?.trim().strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
+}
+
+fn create_parent(path: &Path) -> Result<(), String> {
+    let parent = path.parent().ok_or("no folder")?;
+    std::fs::create_dir_all(parent).map_err(|e| format!("cannot create the folder `{}`: {e}", parent.display()))
+}
+
+/// Makes a snapshot's file lead to its blob.
+fn link(folder: &Path, commit: &str, file: &str, etag: &str) -> Result<(), String> {
+    let pointer = folder.join("snapshots").join(commit).join(file);
+    create_parent(&pointer)?;
+    let up = "../".repeat(file.split('/').count() + 1);
+    let made = link_or_copy(&format!("{up}blobs/{etag}"), &folder.join("blobs").join(etag), &pointer);
+    match made {
+        Err(_) if pointer.exists() => Ok(()),
+        other => other.map_err(|e| format!("cannot write `{}`: {e}", pointer.display())),
+    }
+}
+
+#[cfg(unix)]
+fn link_or_copy(relative: &str, _blob: &Path, pointer: &Path) -> std::io::Result<()> {
+    std::os::unix::fs::symlink(relative, pointer)
+}
+
+#[cfg(not(unix))]
+fn link_or_copy(_relative: &str, blob: &Path, pointer: &Path) -> std::io::Result<()> {
+    std::fs::copy(blob, pointer).map(|_| ())
+}
+
+/// Whether a name is 40 hexadecimal digits, as git's commits are.
+fn is_commit(name: &str) -> bool {
+    name.len() == 40 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Whether a relative path stays below where it starts, on any system.
+fn is_inside(path: &str) -> bool {
+    let is_plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    !path.is_empty()
+        && path.len() <= 1024
+        && !path.chars().any(|c| c == '\\' || c.is_control())
+        && !path.split('/').any(|part| part.is_empty() || part == "." || part == ".." || part.ends_with(':'))
+        && Path::new(path).components().all(is_plain)
 }
 
 /// As [`Access::fetch`], with the access that the environment describes.
@@ -234,12 +436,12 @@ struct Listing {
 }
 
 impl Kind {
-    fn repo(self, repo: &str, revision: &str) -> Repo {
-        let kind = match self {
-            Self::Model => RepoType::Model,
-            Self::Dataset => RepoType::Dataset,
-        };
-        Repo::with_revision(repo.into(), kind, revision.into())
+    /// The name of the cache's folders and of the hub's lists.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
     }
 
     fn error(self, repo: &str, revision: &str, problem: String) -> Error {
@@ -254,12 +456,14 @@ impl Kind {
 /// Names of all files below a snapshot's folder, sorted.
 fn list_snapshot(folder: &Path) -> Vec<String> {
     let mut files = Vec::new();
-    let mut pending = vec![folder.to_path_buf()];
-    while let Some(current) = pending.pop() {
+    let mut pending = vec![(folder.to_path_buf(), 0)];
+    while let Some((current, level)) = pending.pop() {
         for entry in std::fs::read_dir(&current).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.is_dir() {
-                pending.push(path);
+                if level < MOST_FOLDERS {
+                    pending.push((path, level + 1));
+                }
             } else if let Ok(relative) = path.strip_prefix(folder) {
                 files.push(relative.to_string_lossy().into_owned());
             }
@@ -267,27 +471,6 @@ fn list_snapshot(folder: &Path) -> Vec<String> {
     }
     files.sort();
     files
-}
-
-struct ProgressAdapter<'a, 'b> {
-    report: &'a mut Progress<'b>,
-    file: &'a str,
-    done_bytes: u64,
-    total_bytes: u64,
-}
-
-impl hf_hub::api::Progress for ProgressAdapter<'_, '_> {
-    fn init(&mut self, size: usize, _filename: &str) {
-        (self.done_bytes, self.total_bytes) = (0, size as u64);
-        self.update(0);
-    }
-
-    fn update(&mut self, size: usize) {
-        self.done_bytes += size as u64;
-        (self.report)(Download { file: self.file, done_bytes: self.done_bytes, total_bytes: self.total_bytes });
-    }
-
-    fn finish(&mut self) {}
 }
 
 #[cfg(test)]
@@ -417,6 +600,121 @@ mod tests {
         let mut offline = Access { is_offline: true, ..access };
         let text = offline.fetch("o/m", Kind::Model, "v1", |_| true, &mut |_| {}).unwrap_err().to_string();
         assert!(text.contains("hub model `o/m` at `v1`") && text.contains("`HF_HUB_OFFLINE` is set"), "{text}");
+    }
+
+    /// A server that answers as `answer` says; it gets the path and the headers.
+    fn server(answer: impl Fn(&str, &[String]) -> Vec<u8> + Send + 'static) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                let Some(Ok(first)) = lines.next() else { continue };
+                let headers: Vec<String> = lines.map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
+                let _ = stream.write_all(&answer(first.split(' ').nth(1).unwrap_or(""), &headers));
+            }
+        });
+        address
+    }
+
+    fn ok(headers: &str, body: &str) -> Vec<u8> {
+        format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n{headers}connection: close\r\n\r\n{body}", body.len()).into()
+    }
+
+    fn listing_of(file: &str) -> Vec<u8> {
+        ok("", &format!("{{\"sha\": \"{COMMIT}\", \"siblings\": [{{\"rfilename\": {file:?}}}]}}"))
+    }
+
+    /// Fetches everything of a hub; also returns the names beside the cache.
+    fn fetch_all(endpoint: &str, folder: &Path) -> (Result<PathBuf, String>, Vec<String>) {
+        let token = Some("secret".to_string());
+        let mut access = Access { cache: folder.join("cache"), endpoint: endpoint.into(), token, is_offline: false };
+        let found = access.fetch("owner/set", Kind::Dataset, "main", |_| true, &mut |_| {}).map_err(|e| e.to_string());
+        let names = std::fs::read_dir(folder).unwrap().flatten();
+        (found, names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+    }
+
+    #[test]
+    fn names_commits_and_etags_that_lead_out_of_the_cache_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |endpoint: &str, words: &str| {
+            let (found, names) = fetch_all(endpoint, folder.path());
+            let text = found.unwrap_err();
+            assert!(text.contains(words), "{text}");
+            assert!(names.iter().all(|name| name == "cache"), "{names:?}");
+        };
+        for file in ["../../../../evil", "/tmp/evil", "a/../../b", "a\\..\\b", "C:/evil", "./a", "a//b", ".."] {
+            refused(&server(move |_, _| listing_of(file)), "leads out of the cache");
+        }
+        for sha in ["../../evil", "main", "", "0123456789abcdef0123456789abcdef0123456/"] {
+            let body = format!("{{\"sha\": \"{sha}\", \"siblings\": [{{\"rfilename\": \"a\"}}]}}");
+            refused(&server(move |_, _| ok("", &body)), "which is none");
+        }
+        let with = |headers: &'static str| {
+            server(move |path, _| if path.starts_with("/api/") { listing_of("a.jsonl") } else { ok(headers, "evil") })
+        };
+        for etag in ["etag: \"../../evil\"\r\n", "x-linked-etag: \"/evil\"\r\n", "etag: \"\"\r\n", "etag: \".\"\r\n"] {
+            refused(&with(etag), "the etag");
+        }
+        refused(&with(""), "without an etag");
+        refused(&with("etag: \"a\"\r\nx-repo-commit: ../../evil\r\n"), "answers for the commit");
+        refused(&with("etag: \"a\"\r\nx-linked-size: 5\r\n"), "5 and 4 bytes");
+    }
+
+    #[test]
+    fn the_token_stays_at_the_hub_s_own_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let notes = Arc::clone(&seen);
+        let elsewhere = server(move |_, headers| {
+            notes.lock().unwrap().extend(headers.iter().cloned());
+            ok("", "far away")
+        });
+        let hub = server(move |path, headers| {
+            assert!(headers.iter().any(|header| header.to_lowercase() == "authorization: bearer secret"));
+            if path.starts_with("/api/") {
+                return listing_of("a.jsonl");
+            }
+            let head = "HTTP/1.1 302 Found\r\netag: \"hop\"\r\nx-linked-etag: \"abc\"\r\nx-linked-size: 8\r\ncontent-length: 0\r\n";
+            format!("{head}location: {elsewhere}/blob\r\nconnection: close\r\n\r\n").into()
+        });
+        let (found, _) = fetch_all(&hub, folder.path());
+        let found = found.unwrap();
+        assert_eq!(std::fs::read_to_string(found.join("a.jsonl")).unwrap(), "far away");
+        assert!(folder.path().join("cache/datasets--owner--set/blobs/abc").is_file());
+        let seen = seen.lock().unwrap();
+        assert!(!seen.is_empty() && !seen.iter().any(|header| header.to_lowercase().contains("secret")), "{seen:?}");
+    }
+
+    #[test]
+    fn a_file_has_the_size_that_was_announced_and_a_broken_download_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let hub = |range_of: fn(usize) -> (usize, usize)| {
+            server(move |path, headers| {
+                if path.starts_with("/api/") {
+                    return listing_of("a.jsonl");
+                }
+                let range =
+                    headers.iter().find_map(|h| h.to_lowercase().strip_prefix("range: bytes=").map(str::to_string));
+                let start: usize = range.unwrap().trim_end_matches('-').parse().unwrap();
+                let (from, to) = range_of(start);
+                let text = &"0123456789 and more"[from..to];
+                let head = format!("content-range: bytes {start}-9/10\r\netag: \"abc\"\r\n");
+                let head = format!(
+                    "HTTP/1.1 206 Partial Content\r\n{head}content-length: {}\r\nconnection: close\r\n\r\n",
+                    10 - start
+                );
+                [head.as_bytes(), text.as_bytes()].concat()
+            })
+        };
+        // Four bytes at a time, and never all that was announced.
+        let (found, _) = fetch_all(&hub(|start| (start, (start + 4).min(10))), folder.path());
+        assert_eq!(std::fs::read_to_string(found.unwrap().join("a.jsonl")).unwrap(), "0123456789");
+        let stuck = tempfile::tempdir().unwrap();
+        let text = fetch_all(&hub(|start| (start, start.max(3))), stuck.path()).0.unwrap_err();
+        assert!(text.contains("cannot download `a.jsonl`") && text.contains("run again to go on"), "{text}");
+        assert!(!stuck.path().join("cache/datasets--owner--set/blobs/abc").exists());
     }
 
     #[test]

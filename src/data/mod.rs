@@ -6,14 +6,26 @@
 //! the model room too. Invariants: nothing here depends on the number of ranks or threads; nothing prints; every
 //! complaint about a row names its file and line.
 
+mod arrow;
 mod batch;
+mod bytes;
+mod card;
+mod claims;
 mod conversation;
+mod csv;
 mod encoder;
 mod error;
 mod files;
 mod fingerprint;
+mod formats;
 mod gguf_tokenizer;
+mod guard;
+mod http;
 pub mod hub;
+mod json;
+mod lenient_json;
+mod message_text;
+mod mixture;
 mod packing;
 mod parquet;
 mod prompts;
@@ -21,7 +33,10 @@ mod python_json;
 mod rows;
 mod sampler;
 mod sft;
+mod source;
 mod split;
+mod split_names;
+mod split_spec;
 mod statistics;
 mod stream;
 mod template;
@@ -36,6 +51,7 @@ pub use error::Error;
 pub use files::{Splits, load};
 pub use fingerprint::RowsFingerprint;
 pub use gguf_tokenizer::GgufTokenizer;
+pub use mixture::Part;
 pub use packing::{Bin, Piece, pack, whole};
 pub use prompts::{PromptExample, PromptOptions, prepare_prompts};
 pub use rows::{Dataset, Row};

@@ -1,47 +1,105 @@
-//! Parquet files as rows.
-//!
-//! Columns of any nesting become JSON: lists become arrays, structs objects, nulls stay nulls. The conversion goes
-//! through Arrow's own JSON writer.
+//! Parquet files, and Arrow's streams and files, as rows.
 
 use std::fs::File;
+use std::io::Cursor;
 use std::path::Path;
 
-use arrow_array::RecordBatch;
-use arrow_json::WriterBuilder;
-use arrow_json::writer::LineDelimited;
+use arrow_ipc::reader::StreamReader;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use rayon::prelude::*;
+use parquet::basic::LogicalType;
+use parquet::schema::types::SchemaDescriptor;
 
 use super::Error;
-use super::rows::Row;
+use super::arrow;
+use super::claims;
+use super::guard::caught;
+use super::rows::ReadRow;
+
+/// Bytes of columns that any file may hold when it is read.
+const ALWAYS_ALLOWED: u64 = 256 << 20;
+
+/// How many times its own size a file may hold beyond that; dictionaries make one text of many.
+const MOST_RATIO: u64 = 1024;
+
+/// Bytes that the rows of one batch may take where they all hold the largest entry of a dictionary.
+const BATCH_BYTES: u64 = 512 << 20;
 
 /// Reads all rows of a Parquet file.
 ///
 /// # Errors
-/// If it is not a Parquet file, is cut short, or uses a compression this build does not have.
-pub(super) fn read_parquet(path: &Path) -> Result<Vec<Row>, Error> {
-    let broken = |problem: String| Error::Content {
-        path: path.into(),
-        problem: format!("cannot read as Parquet: {problem}; copy or download it again"),
-    };
+/// If it is not a Parquet file, is cut short, encrypted or damaged, or claims absurd sizes.
+pub(super) fn read_parquet(path: &Path) -> Result<Vec<ReadRow>, Error> {
     let file = File::open(path).map_err(crate::fs::io_error("open", path))?;
-    let reader = ParquetRecordBatchReaderBuilder::try_new(file)
-        .and_then(|builder| builder.with_batch_size(4096).build())
-        .map_err(|e| broken(e.to_string()))?;
-    let mut rows = Vec::new();
-    for batch in reader {
-        let batch = batch.map_err(|e| broken(e.to_string()))?;
-        rows.extend(to_rows(&batch).map_err(broken)?);
+    let broken = |problem: String| broken(path, "Parquet", &problem);
+    caught(|| parquet_rows(file)).and_then(|rows| rows).map_err(broken)
+}
+
+fn parquet_rows(file: File) -> Result<Vec<ReadRow>, String> {
+    claims::check_footer(&file)?;
+    let pages = file.try_clone().map_err(|e| e.to_string())?;
+    let length = file.metadata().map_err(|e| e.to_string())?.len();
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+    let dictionary = claims::check_pages(&pages, builder.metadata())?;
+    let batch = (BATCH_BYTES / dictionary.max(1)).clamp(16, 4096) as usize;
+    let features = arrow::features(builder.schema().metadata());
+    let json = json_columns(builder.parquet_schema());
+    let reader = builder.with_batch_size(batch).build().map_err(|e| e.to_string())?;
+    collect(reader, features.as_ref(), &|name| json.iter().any(|column| column == name), length)
+}
+
+/// Top-level columns that the file marks as JSON.
+fn json_columns(schema: &SchemaDescriptor) -> Vec<String> {
+    let is_json = |column: &&parquet::schema::types::ColumnDescPtr| {
+        column.path().parts().len() == 1 && matches!(column.logical_type_ref(), Some(LogicalType::Json))
+    };
+    schema.columns().iter().filter(is_json).map(|column| column.name().to_string()).collect()
+}
+
+/// Reads all rows of an Arrow stream or file.
+///
+/// # Errors
+/// If it is none, is cut short or damaged, or claims absurd sizes.
+pub(super) fn read_arrow(path: &Path) -> Result<Vec<ReadRow>, Error> {
+    let bytes = crate::fs::read(path)?;
+    let broken = |problem: String| broken(path, "Arrow", &problem);
+    caught(|| arrow_rows(&bytes)).and_then(|rows| rows).map_err(broken)
+}
+
+fn arrow_rows(bytes: &[u8]) -> Result<Vec<ReadRow>, String> {
+    // A file is a stream between two magic words, with a directory at its end.
+    let stream = bytes.strip_prefix(b"ARROW1\0\0").unwrap_or(bytes);
+    claims::check_stream(stream)?;
+    let reader = StreamReader::try_new(Cursor::new(stream), None).map_err(|e| e.to_string())?;
+    let features = arrow::features(reader.schema().metadata());
+    collect(reader, features.as_ref(), &|_| false, bytes.len() as u64)
+}
+
+fn collect(
+    batches: impl Iterator<Item = Result<arrow_array::RecordBatch, arrow_schema::ArrowError>>,
+    features: Option<&serde_json::Value>,
+    is_json: &(dyn Fn(&str) -> bool + Sync),
+    length: u64,
+) -> Result<Vec<ReadRow>, String> {
+    let limit = ALWAYS_ALLOWED.max(length.saturating_mul(MOST_RATIO));
+    let (mut rows, mut held) = (Vec::new(), 0);
+    for batch in batches {
+        let batch = batch.map_err(|e| e.to_string())?;
+        held += claims::held_bytes(&batch);
+        if held > limit {
+            return Err(format!("its rows take more than {limit} bytes, far more than the file has"));
+        }
+        rows.extend(arrow::rows(&batch, features, is_json, rows.len() as u32 + 1)?);
     }
     Ok(rows)
 }
 
-fn to_rows(batch: &RecordBatch) -> Result<Vec<Row>, String> {
-    let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
-    writer.write(batch).and_then(|()| writer.finish()).map_err(|e| e.to_string())?;
-    let text = writer.into_inner();
-    let lines: Vec<&[u8]> = text.split(|&b| b == b'\n').filter(|line| !line.is_empty()).collect();
-    lines.par_iter().map(|line| serde_json::from_slice(line).map_err(|e| e.to_string())).collect()
+fn broken(path: &Path, format: &str, problem: &str) -> Error {
+    let advice = if problem.contains("ncrypt") {
+        "encrypted files are not read; write it without encryption"
+    } else {
+        "copy or download it again"
+    };
+    Error::Content { path: path.into(), problem: format!("cannot read as {format}: {problem}; {advice}") }
 }
 
 #[cfg(test)]
@@ -52,7 +110,7 @@ mod tests {
     use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch};
     use arrow_schema::{DataType, Field, Fields};
     use parquet::arrow::ArrowWriter;
-    use parquet::basic::{Compression, ZstdLevel};
+    use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
     use parquet::file::properties::WriterProperties;
     use serde_json::{Value, json};
 
@@ -87,6 +145,10 @@ mod tests {
             ("plain", Compression::UNCOMPRESSED),
             ("snappy", Compression::SNAPPY),
             ("zstd", Compression::ZSTD(ZstdLevel::default())),
+            ("gzip", Compression::GZIP(GzipLevel::default())),
+            ("brotli", Compression::BROTLI(BrotliLevel::default())),
+            ("lz4", Compression::LZ4),
+            ("lz4_raw", Compression::LZ4_RAW),
         ] {
             let path = folder.path().join(format!("{name}.parquet"));
             let properties = WriterProperties::builder().set_compression(compression).build();
@@ -96,7 +158,7 @@ mod tests {
             writer.close().unwrap();
             let dataset = Dataset::read(&[path]).unwrap();
             let rows: Vec<Value> = dataset.rows().iter().cloned().map(Value::Object).collect();
-            let turns = json!([{"role": "user", "content": "é \"q\"\n"}, {"role": "assistant", "content": null}]);
+            let turns = json!([{"role": "user", "content": "é \"q\"\n"}, {"role": "assistant"}]);
             assert_eq!(
                 rows,
                 [

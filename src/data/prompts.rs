@@ -69,6 +69,7 @@ pub fn prepare_prompts(
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Vec<PromptExample>, Error> {
     let layout = Layout::of_prompts(dataset)?;
+    dataset.require_sound(&layout.columns())?;
     require_no_system_prompt(layout.is_conversational(), options.system_prompt.as_deref())?;
     let renderer = template.map(|template| Renderer {
         template,

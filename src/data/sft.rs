@@ -86,6 +86,7 @@ pub fn prepare_sft(
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<SftData, Error> {
     let layout = Layout::of_examples(dataset, &options.text_field)?;
+    dataset.require_sound(&layout.columns())?;
     let preparation = Preparation::new(&layout, tokenizer, template, options)?;
     let renderer = preparation.renderer();
     let done = AtomicUsize::new(0);

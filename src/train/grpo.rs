@@ -16,8 +16,8 @@ use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
 };
 use crate::config;
-use crate::config::settings::GrpoSettings;
-use crate::data::{self, Dataset, PromptExample, PromptOptions, Sampler, TokenStatistics};
+use crate::config::settings::{GrpoSettings, Interval};
+use crate::data::{self, Dataset, Part, PromptExample, PromptOptions, Sampler, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
@@ -49,7 +49,8 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &backend,
         &mut progress,
     )?;
-    let splits = data::load(&settings.data, training.seed, &mut progress)?;
+    let evaluates = training.eval_strategy != Interval::No;
+    let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
     let prompts = prepare(settings, &session, &splits.train)?;
@@ -75,7 +76,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
     let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, &prompts, &generator, total));
+    run.open(show_plan(settings, &session, &prompts, &splits.parts, &generator, total));
 
     let num_prompts = settings.generation_batch_size / settings.num_generations;
     while run.step < run.total && !run.is_stopped_early() {
@@ -364,6 +365,7 @@ fn show_plan(
     settings: &GrpoSettings,
     session: &Session,
     prompts: &[PromptExample],
+    parts: &[Part],
     generator: &Generator<'_>,
     total: u64,
 ) -> Vec<Section> {
@@ -406,7 +408,7 @@ fn show_plan(
     vec![
         plan::run_section("grpo", training, session, total, &batch),
         plan::model_section(&settings.model, session),
-        plan::data_section(&settings.data, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len()))),
+        plan::data_section(&settings.data, parts, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len()))),
         policy,
     ]
 }

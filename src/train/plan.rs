@@ -9,6 +9,7 @@ use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
 use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
+use crate::data::Part;
 use crate::data::TokenStatistics;
 use crate::data::hub::Download;
 use crate::model::batch::Batch;
@@ -167,8 +168,16 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
 }
 
 /// The data and its token counts.
-pub(super) fn data_section(settings: &DataSettings, statistics: &TokenStatistics) -> Section {
-    Section::new("Data").row("set", &settings.dataset_name).row("rows", units::count(statistics.count as u64)).row(
+pub(super) fn data_section(settings: &DataSettings, parts: &[Part], statistics: &TokenStatistics) -> Section {
+    let mut section = Section::new("Data");
+    if settings.mixture.is_none() {
+        section.push("set", &settings.dataset_name);
+    }
+    for Part { name, taken, available } in parts {
+        let (taken, available) = (units::count(*taken as u64), units::count(*available as u64));
+        section.push("set", format!("{name}: {taken} of {available} rows"));
+    }
+    section.row("rows", units::count(statistics.count as u64)).row(
         "tokens",
         format!(
             "{} in all; per row mean {:.1}, median {}, 95% below {}, longest {}",

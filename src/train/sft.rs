@@ -13,8 +13,8 @@ use super::state::{LoopState, State, find_checkpoint, restore};
 use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config;
-use crate::config::settings::{SftLossType, SftSettings, TrainingSettings};
-use crate::data::{self, Bin, Dataset, IGNORE, Sampler, SftData, SftOptions, Splits, TokenStatistics};
+use crate::config::settings::{Interval, SftLossType, SftSettings, TrainingSettings};
+use crate::data::{self, Bin, Dataset, IGNORE, Part, Sampler, SftData, SftOptions, Splits, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -27,6 +27,8 @@ use crate::zero::ShardedAdamW;
 struct Split {
     data: SftData,
     bins: Vec<Bin>,
+    /// What the rows were taken from, if from several data sets.
+    parts: Vec<Part>,
 }
 
 /// Trains on the examples that `settings` name.
@@ -53,7 +55,8 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         &backend,
         &mut progress,
     )?;
-    let splits = data::load(&settings.data, training.seed, &mut progress)?;
+    let evaluates = training.eval_strategy != Interval::No;
+    let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
     let (train, eval) = prepare(settings, &session, &splits)?;
@@ -182,9 +185,10 @@ fn prepare(settings: &SftSettings, session: &Session, splits: &Splits) -> anyhow
                 data.prefix_mismatches
             );
         }
-        Ok(Split { data, bins })
+        Ok(Split { data, bins, parts: Vec::new() })
     };
-    let train = split(&splits.train, settings.packing)?;
+    let mut train = split(&splits.train, settings.packing)?;
+    train.parts.clone_from(&splits.parts);
     let eval = splits.eval.as_ref().map(|dataset| split(dataset, settings.eval_packing)).transpose()?;
     Ok((train, eval))
 }
@@ -260,7 +264,7 @@ fn show_plan(
     total: u64,
 ) -> Vec<Section> {
     let training = &settings.training;
-    let mut data = plan::data_section(&settings.data, &train.statistics());
+    let mut data = plan::data_section(&settings.data, &train.parts, &train.statistics());
     if train.data.dropped > 0 {
         data.push("left out", format!("{} rows without a token to learn", train.data.dropped));
     }
