@@ -21,6 +21,10 @@ test *ARGS:
 golden *GROUPS:
     cargo test --release --test golden -- {{GROUPS}}
 
+# Damaged files of every kind, by default as many as take about an hour
+mutants COUNT="20000":
+    TRAINER_MUTANTS={{COUNT}} cargo test --release --test mutants
+
 # The quickstart runs: loss falls, reward rises
 e2e:
     cargo test --release --test quickstart -- --ignored --nocapture --test-threads=1

@@ -134,8 +134,8 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("pad_token", RAGGED),
     // Data.
     no_effect("dataset_num_proc", "rows are tokenised on all cores"),
-    no_effect("dataset_streaming", "files are mapped and read row by row"),
-    no_effect("streaming", "files are mapped and read row by row"),
+    no_effect("dataset_streaming", "files are read once, and their rows are kept in memory"),
+    no_effect("streaming", "files are read once, and their rows are kept in memory"),
     no_effect("remove_unused_columns", "columns are read by name, the others do no harm"),
     no_effect("label_names", "labels are made from the tokens"),
     no_effect("length_column_name", "lengths are known from the tokens"),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 /// An error of the `data` room.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file could not be opened, mapped, read or written.
+    /// A file could not be opened, read or written.
     #[error(transparent)]
     File(#[from] crate::fs::Error),
     /// A line of a data file is not a row.

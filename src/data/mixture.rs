@@ -171,6 +171,34 @@ mod tests {
     }
 
     #[test]
+    fn a_format_with_files_and_files_of_a_folder_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "a1.jsonl", 2);
+        write(folder.path(), "a2.jsonl", 3);
+        write(folder.path(), "b.jsonl", 4);
+        let files = |split: &str, pattern: String| vec![(split.to_string(), vec![pattern])];
+        let pattern = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+        let rows = |path: &str, data_files, split: &str| {
+            let mut settings = mixture(vec![(path.to_string(), split, Share::All)], false, 1);
+            settings.parts[0].data_files = data_files;
+            load(&settings, &mut |_| {}).map(|(rows, _)| rows.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(rows("json", files("train", pattern("a*.jsonl")), "train"), Ok(5));
+        assert_eq!(rows("json", files("test", pattern("b.jsonl")), "test[:50%]"), Ok(2));
+        let name = folder.path().to_string_lossy().into_owned();
+        assert_eq!(rows(&name, files("train", "a[12].jsonl".into()), "train"), Ok(5));
+        for (path, data_files, split, words) in [
+            ("json", Vec::new(), "train", "is a format, not a data set"),
+            ("json", files("train", pattern("c*.jsonl")), "train", "has no file"),
+            ("json", files("train", "https://example.org/a.jsonl".into()), "train", "addresses are not read"),
+            ("json", files("train", pattern("b.jsonl")), "test", "its splits are `train`"),
+        ] {
+            let text = rows(path, data_files, split).unwrap_err();
+            assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
     fn what_takes_nothing_or_keeps_columns_that_are_not_there_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let a = write(folder.path(), "a.jsonl", 3);
