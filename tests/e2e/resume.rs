@@ -3,8 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Value, json};
-
+use crate::changed::edit_state;
 use crate::test_run::TestRun;
 
 /// Settings under which a generation batch lives over several optimizer steps, so that checkpoints fall inside of it.
@@ -225,18 +224,13 @@ fn data_that_moved_are_the_same_data() {
     assert!(ended.err.contains(&difference) && ended.steps() == [3, 4], "{}", ended.err);
 }
 
-/// Makes a checkpoint one of a program that did not note its settings.
+/// Makes a checkpoint one of a program that noted neither its settings nor what it read.
 fn forget_settings(checkpoint: &Path) {
-    let edit = |name: &str, change: &dyn Fn(&mut Value)| {
-        let path = checkpoint.join(name);
-        let mut value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        change(&mut value);
-        fs::write(&path, value.to_string()).unwrap();
-    };
-    let name = "trainer_state.json";
-    edit(name, &|state| assert!(state.as_object_mut().unwrap().remove("settings").is_some()));
-    let (blake3, bytes) = trainer::fs::checksum(&checkpoint.join(name)).unwrap();
-    edit("manifest.json", &|manifest| manifest["files"][name] = json!({"bytes": bytes, "blake3": blake3}));
+    edit_state(checkpoint, &|state| {
+        for name in ["settings", "inputs"] {
+            assert!(state.as_object_mut().unwrap().remove(name).is_some());
+        }
+    });
 }
 
 #[test]
