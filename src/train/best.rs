@@ -12,21 +12,26 @@ use serde_json::Value;
 use crate::checkpoint;
 use crate::config::settings::BestSettings;
 
-/// What a checkpoint keeps of the evaluations so far.
+/// What a checkpoint keeps of the evaluations so far, under the names that transformers' trainer_state.json has for it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Best {
     /// The metric that decided.
+    #[serde(rename = "metric_for_best_model")]
     metric_name: String,
     /// The best value; `None` while there is none, not a number included.
+    #[serde(rename = "best_metric")]
     metric: Option<f64>,
     /// The step that had it.
+    #[serde(rename = "best_global_step")]
     step: Option<u64>,
     /// The newest checkpoint that was the best when it was saved: its name in `output_dir`, or a path elsewhere.
+    #[serde(rename = "best_model_checkpoint")]
     checkpoint: Option<PathBuf>,
     /// Whether there was an evaluation.
-    is_compared: bool,
+    is_evaluated: bool,
     /// Evaluations in a row without an improvement.
+    #[serde(rename = "early_stopping_patience_counter")]
     num_without_improvement: u64,
 }
 
@@ -75,9 +80,9 @@ impl<'a> BestTracker<'a> {
         if let Some(stopping) = settings.early_stopping {
             let is_improved = is_better && (value - best).abs() > stopping.threshold;
             let count = &mut self.best.num_without_improvement;
-            *count = if is_improved || !self.best.is_compared { 0 } else { *count + 1 };
+            *count = if is_improved || !self.best.is_evaluated { 0 } else { *count + 1 };
         }
-        self.best.is_compared = true;
+        self.best.is_evaluated = true;
         if is_better {
             (self.best.metric, self.best.step) = (Some(value), Some(step));
             self.new_at = Some(step);

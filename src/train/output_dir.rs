@@ -124,7 +124,10 @@ impl OutputDir {
     pub(super) fn leave_other_courses(&mut self, from: &Checkpoint, is_changed: bool) -> anyhow::Result<()> {
         let folder = self.path.clone();
         let (step, path) = (from.step(), from.path());
-        let is_own = path.parent().is_some_and(|parent| is_same_place(parent, &folder));
+        // By its name, which may be a link's, or by where it really lies: `.` and a bare name have no parent to compare.
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        let is_own =
+            [path, &real].iter().any(|path| path.parent().is_some_and(|parent| is_same_place(parent, &folder)));
         let is_beyond = |other: u64, place: &Path| (!is_own || other > step) && !is_same_place(place, path);
         let checkpoints = results::checkpoints(&folder, is_beyond)?;
         let records = results::records(&folder);
@@ -139,7 +142,7 @@ impl OutputDir {
             [one] => one.clone(),
             [first, .., last] => format!("{first} to {last}"),
         };
-        self.records_from = path.parent().filter(|parent| self.is_left_course(parent)).map(Path::to_path_buf);
+        self.records_from = real.parent().filter(|parent| self.is_left_course(parent)).map(Path::to_path_buf);
         let (mut moved, mut copied) = (checkpoints, vec![]);
         if !moved.is_empty() || !is_own {
             moved.extend(results::final_model(&folder, self.starts_from));

@@ -58,7 +58,7 @@ pub(super) struct State<B> {
     /// Metrics recorded since the last logged row.
     pub(super) accumulator: Accumulator,
     /// What the evaluations so far came to.
-    #[serde(default)]
+    #[serde(flatten)]
     pub(super) best: Best,
     /// What was read; none in checkpoints of programs that did not note it.
     #[serde(default)]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::test_run::TestRun;
 
@@ -184,7 +184,8 @@ fn a_damaged_best_checkpoint_is_an_error_at_the_end() {
     run.run(&["--set", "max_steps=4"]).expect(0);
     let state: Value =
         serde_json::from_slice(&fs::read(run.output().join("checkpoint-4/trainer_state.json")).unwrap()).unwrap();
-    assert_eq!((state["best"]["step"].as_u64(), state["best"]["checkpoint"].as_str()), (Some(4), Some("checkpoint-4")));
+    assert_eq!((&state["best_global_step"], &state["best_model_checkpoint"]), (&json!(4), &json!("checkpoint-4")));
+    assert_eq!(state["best_metric"].as_f64(), Some(values(&run, "eval_loss")[0].1));
     let ended = run.run(&["--resume", "--set", "lora_dropout=0.1"]).expect(0);
     assert!(ended.out.contains("checkpoint-4 (eval_loss "), "{}", ended.out);
     let model = run.output().join("checkpoint-4/adapter_model.safetensors");

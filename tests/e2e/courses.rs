@@ -72,6 +72,34 @@ fn a_course_that_is_left_is_kept_aside_and_never_taken_up_or_counted() {
     assert!(run.output().join("abandoned-course-2/checkpoint-9").is_dir() && back.is_dir());
 }
 
+/// A checkpoint that is given by a bare name, from inside of the folder, is one of the folder.
+#[test]
+fn a_checkpoint_is_known_as_the_runs_own_however_it_is_written() {
+    let run = plain().set("max_steps", 6).done();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let absolute = |key: &str, place: &str| format!("{key}={}", root.join(place).display());
+    let own = |inside: &str, name: &str| {
+        let mut command = run.command(&["--set", "output_dir=OUT", "--resume", name, "--set", "max_steps=6"]);
+        command.args(["--set", &absolute("model_name_or_path", "data/tiny-qwen")]);
+        command.args(["--set", &absolute("dataset_name", "data/arithmetic/sft.jsonl")]);
+        let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect();
+        let mut again = std::process::Command::new(command.get_program());
+        let config = root.join("configs/ci/sft.yaml").display().to_string();
+        let place = if inside.is_empty() { "." } else { ".." };
+        let fixed = arguments.iter().map(|argument| match argument.as_str() {
+            "configs/ci/sft.yaml" => config.clone(),
+            "output_dir=OUT" => format!("output_dir={place}"),
+            _ => argument.clone(),
+        });
+        again.args(fixed).current_dir(run.output().join(inside));
+        end(start(&mut again)).expect(0)
+    };
+    for (inside, name) in [("", "checkpoint-6"), ("", "./checkpoint-6/"), ("checkpoint-6", ".")] {
+        assert!(own(inside, name).steps().is_empty());
+        assert!(run.checkpoints() == [2, 4, 6] && !run.has("abandoned-course-1"), "{name} in `{inside}`");
+    }
+}
+
 #[test]
 fn rows_of_a_course_that_had_no_checkpoint_yet_are_kept_when_settings_change() {
     let run = plain().set("max_steps", 40).set("save_steps", 4);
