@@ -100,6 +100,17 @@ impl LossScaler {
         Ok(Self { is_dynamic: false, ..Self::dynamic(settings)? })
     }
 
+    /// Whether updates can have led here: false for a state that was damaged on its way through a file.
+    pub fn is_plausible(&self) -> bool {
+        const MOST: u64 = 1 << 53;
+        Self::dynamic(self.settings).is_ok()
+            && self.scale > 0.0
+            && self.scale.is_finite()
+            && (1..=self.settings.hysteresis).contains(&self.tolerance)
+            && self.clean_since <= self.iteration
+            && self.iteration <= MOST
+    }
+
     /// Factor on the loss for the next backward.
     pub fn scale(&self) -> f64 {
         self.scale

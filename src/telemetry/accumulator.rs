@@ -70,6 +70,12 @@ impl Accumulator {
         row
     }
 
+    /// Whether recording can have led here: false for a state that was damaged on its way through a file.
+    pub fn is_plausible(&self) -> bool {
+        const MOST: u64 = 1 << 53;
+        self.entries.iter().all(|(_, entry)| !matches!(entry, Entry::Mean { count, .. } if *count > MOST))
+    }
+
     /// Whether nothing was recorded since the last row.
     pub fn is_empty(&self) -> bool {
         self.entries.iter().all(|(_, entry)| match entry {

@@ -161,6 +161,12 @@ impl<B> State<B> {
             ("sampler.epoch", self.sampler.epoch, self.sampler.epoch > MOST),
             ("num_tokens", self.num_tokens, self.num_tokens > MOST),
         ];
+        if !self.accumulator.is_plausible() || !self.loss_scaler.as_ref().is_none_or(LossScaler::is_plausible) {
+            bail!(
+                "`{STATE_FILE}` of `{place}` has a loss scaler or an accumulator that no run comes to; resume from another \
+                 checkpoint"
+            );
+        }
         if let Some((name, value, _)) = wrong.into_iter().find(|(.., is_wrong)| *is_wrong) {
             bail!(
                 "`{STATE_FILE}` of `{place}` (step {}) has `{name}` {value}, which no run comes to; resume from another \

@@ -198,13 +198,31 @@ fn a_state_that_no_run_comes_to_is_refused() {
     const HUGE: u64 = u64::MAX;
     let grpo = TestRun::grpo().set("num_iterations", 4).set("max_steps", 2).set("save_steps", 2).done();
     type Change = fn(&mut Value);
-    let cases: [(Change, &str); 12] = [
+    let cases: [(Change, &str); 14] = [
         (|state| state["step"] = json!(HUGE), "`step`"),
         (|state| state["step"] = json!(1), "`step`"),
         (|state| state["optimizer_steps"] = json!(HUGE), "`optimizer_steps`"),
         (|state| state["sampler"]["epoch"] = json!(HUGE), "`sampler.epoch`"),
         (|state| state["sampler"]["position"] = json!(HUGE), "stands at item"),
         (|state| state["num_tokens"] = json!(HUGE), "`num_tokens`"),
+        (
+            |state| {
+                state["accumulator"]["entries"] = json!([["x", {"Mean": {"sum": 1, "count": HUGE, "has_nan": false}}]])
+            },
+            "accumulator",
+        ),
+        (
+            |state| {
+                state["loss_scaler"] = json!({
+                    "settings": {
+                        "initial_scale": 1.0, "loss_scale_window": 1, "min_loss_scale": 1.0, "hysteresis": 1,
+                        "consecutive_hysteresis": false, "raise_error_at_min_scale": true,
+                    },
+                    "is_dynamic": true, "scale": 1.0, "tolerance": 0, "iteration": 1, "clean_since": 2,
+                });
+            },
+            "loss scaler",
+        ),
         (|state| state["buffer"]["micro_steps"] = json!(HUGE), "micro-step"),
         (|state| drop(state["buffer"]["samples"].as_array_mut().unwrap().pop()), "completions, this run makes"),
         (|state| state["buffer"]["samples"][3]["prompt"] = json!(1000), "number 3"),
