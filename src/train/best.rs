@@ -12,7 +12,8 @@ use serde_json::Value;
 use crate::checkpoint;
 use crate::config::settings::BestSettings;
 
-/// What a checkpoint keeps of the evaluations so far, under the names that transformers' trainer_state.json has for it.
+/// What a checkpoint keeps of the evaluations so far, under the names that transformers' `trainer_state.json`
+/// has for it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Best {
@@ -155,13 +156,11 @@ fn find(name: &Path, output_dir: &Path, from: &Path) -> Option<PathBuf> {
     if checkpoint::is_written(&here) {
         return Some(name.to_path_buf());
     }
-    match beside.filter(|beside| checkpoint::is_written(beside)) {
-        Some(beside) => Some(beside.canonicalize().unwrap_or(beside)),
-        None => {
-            tracing::warn!("the best checkpoint so far, `{}`, is not there any more", here.display());
-            None
-        }
+    let found = beside.filter(|beside| checkpoint::is_written(beside));
+    if found.is_none() {
+        tracing::warn!("the best checkpoint so far, `{}`, is not there any more", here.display());
     }
+    found.map(|beside| beside.canonicalize().unwrap_or(beside))
 }
 
 #[cfg(test)]

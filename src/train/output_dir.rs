@@ -149,9 +149,9 @@ impl OutputDir {
             moved.extend(self.curves());
         }
         if is_own {
-            copied.extend(records)
+            copied.extend(records);
         } else {
-            moved.extend(records)
+            moved.extend(records);
         }
         self.set_aside(Fate::Kept, moved, copied)?;
         self.note = self.aside.as_ref().map(|aside| {

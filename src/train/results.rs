@@ -132,7 +132,7 @@ pub(super) fn publish(output_dir: &Path, session: &Session, best: Option<&Path>)
     }
     let mut names: Vec<String> = file_names(staged.path()).into_iter().collect();
     // What tells a reader which weights there are comes last.
-    names.sort_by_key(|name| name.ends_with(".json"));
+    names.sort_by_key(|name| Path::new(name).extension().is_some_and(|extension| extension == "json"));
     for name in &names {
         let (from, to) = (staged.path().join(name), output_dir.join(name));
         fs::give_ordinary_permissions(&from)?;

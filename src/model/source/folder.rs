@@ -145,9 +145,8 @@ impl Index {
             found: found.into(),
             expected: "an object of tensor names and file names in the same folder".into(),
         };
-        let map = match read_json(&path)?.get_mut("weight_map").map(Value::take) {
-            Some(Value::Object(map)) => map,
-            _ => return Err(wrong("absent or no object")),
+        let Some(Value::Object(map)) = read_json(&path)?.get_mut("weight_map").map(Value::take) else {
+            return Err(wrong("absent or no object"));
         };
         let mut shards = BTreeSet::new();
         for file in map.values() {
