@@ -89,7 +89,9 @@ fn inputs(model: &ModelSettings, data: &DataSettings) -> Vec<(&'static str, Path
         ("chat_template_path", model.chat_template_path.clone()),
         ("dataset_name", Some(PathBuf::from(&data.dataset_name))),
     ];
-    named.into_iter().filter_map(|(key, path)| Some((key, path?))).collect()
+    let parts = data.mixture.iter().flat_map(|mixture| &mixture.parts);
+    let parts = parts.map(|part| ("datasets", Some(PathBuf::from(&part.path))));
+    named.into_iter().chain(parts).filter_map(|(key, path)| Some((key, path?))).collect()
 }
 
 impl OutputDir {
