@@ -58,7 +58,9 @@ fn sft_defaults_are_those_of_trl() {
             model_name_or_path: "data/tiny-qwen".into(),
             model_revision: "main".into(),
             tokenizer_name_or_path: None,
+            chat_template: None,
             chat_template_path: None,
+            eos_token: None,
             init_random: false,
             dtype: WeightDtype::Auto, // TRL: float32
             quantization: None,

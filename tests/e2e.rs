@@ -29,3 +29,5 @@ mod resume;
 mod rewards;
 #[path = "e2e/training.rs"]
 mod training;
+#[path = "e2e/turns.rs"]
+mod turns;

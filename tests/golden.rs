@@ -17,6 +17,8 @@ mod chat;
 mod grpo;
 #[path = "golden_cases/grpo_run.rs"]
 mod grpo_run;
+#[path = "golden_cases/jinja.rs"]
+mod jinja;
 #[path = "golden_cases/lora.rs"]
 mod lora;
 #[path = "golden_cases/nf4.rs"]
@@ -45,6 +47,7 @@ type Group = fn(&Path, &mut Report) -> anyhow::Result<()>;
 const GROUPS: &[(&str, Group)] = &[
     ("chat", chat::run),
     ("grpo", grpo::run),
+    ("jinja", jinja::run),
     ("lora", lora::run),
     ("nf4", nf4::run),
     ("optim", optim::run),

@@ -130,7 +130,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     lacking("lora_modules_to_save", &["[]"], "with an adapter, only the adapter is trained"),
     lacking("lora_target_parameters", &["[]"], "adapters go on whole projections; see `lora_target_modules`"),
     lacking("neftune_noise_alpha", &["0", "0.0"], "noise on embeddings is not supported"),
-    lacking("eos_token", &[], "the end-of-sequence token is the tokenizer's; change it in the model folder"),
     no_effect("pad_token", RAGGED),
     // Data.
     no_effect("dataset_num_proc", "rows are tokenised on all cores"),
@@ -345,7 +344,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     renamed("tokenizer", "tokenizer_name_or_path"),
     renamed("tokenizer_name", "tokenizer_name_or_path"),
     renamed("processing_class", "tokenizer_name_or_path"),
-    ambiguous("chat_template", "chat_template_path"),
     renamed("per_gpu_train_batch_size", "per_device_train_batch_size"),
     renamed("per_gpu_eval_batch_size", "per_device_eval_batch_size"),
     renamed("micro_batch_size", "per_device_train_batch_size"),

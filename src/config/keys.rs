@@ -124,8 +124,14 @@ keys! {
         model_revision: String = Text("main"), ANY, "";
         /// A tokenizer elsewhere than in the model folder: a folder, a tokenizer.json or a hub id. Not in TRL.
         tokenizer_name_or_path: Option<String> = Text("null"), ANY, "";
-        /// A Jinja file that replaces the model's chat template. For GRPO not in TRL.
+        /// A chat template in place of the model's: its text, or what `chat_template_path` takes. Not in TRL.
+        chat_template: Option<String> = Text("null"), ANY, "";
+        /// Where to take a chat template from in place of the model's: a Jinja file, a folder with a tokenizer, or a hub id.
+        /// Of a folder or a hub id the end-of-sequence token is taken too, as in TRL. For GRPO not in TRL.
         chat_template_path: Option<PathBuf> = Text("null"), ANY, "";
+        /// The token that ends a sequence, in place of the tokenizer's: appended to plain text, ends generation, and saved
+        /// with the model. For GRPO not in TRL.
+        eos_token: Option<String> = Text("null"), ANY, "";
         /// Start from random weights of the shape in the model folder's config.json instead of stored ones. Not in TRL.
         init_random: bool = Text("false"), ANY, "";
         /// Storage type of base weights that are not quantised; `auto` keeps the type of the file. TRL's default is

@@ -3,7 +3,7 @@
 //! `check_*` looks at every pair of keys that can clash and reports all of them; `build_*` runs only when nothing was
 //! reported, so it cannot fail. This file holds what SFT and GRPO share.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -74,6 +74,13 @@ fn check_model(raw: &RawConfig, problems: &mut Problems) {
             &[(&raw.load_in_4bit, "frozen 4-bit weights".into()), (&raw.use_peft, "nothing else to train".into())],
             "`load_in_4bit: true` needs `use_peft: true`: 4-bit weights cannot be trained, only an adapter on them",
             "add `use_peft: true`, or remove `load_in_4bit` to train every weight",
+        );
+    }
+    if raw.chat_template.value().is_some() && raw.chat_template_path.value().is_some() {
+        problems.clash(
+            &[(&raw.chat_template, "one template".into()), (&raw.chat_template_path, "another".into())],
+            "`chat_template` and `chat_template_path` both give the chat template",
+            "remove one of them",
         );
     }
     if !has_adapter && raw.adapter_name_or_path.value().is_some() {
@@ -303,11 +310,19 @@ fn check_sizes(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) 
 }
 
 pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
+    // What is no template's text is where to find one.
+    let (chat_template, named) = match raw.chat_template.value() {
+        Some(text) if text.contains(['{', '\n']) => (Some(text.clone()), None),
+        named => (None, named.as_ref().map(PathBuf::from)),
+    };
+    let chat_template_path = raw.chat_template_path.value().clone().or(named);
     ModelSettings {
         model_name_or_path: home::expand(raw.model_name_or_path.value()),
         model_revision: raw.model_revision.value().clone(),
         tokenizer_name_or_path: raw.tokenizer_name_or_path.value().as_deref().map(home::expand),
-        chat_template_path: raw.chat_template_path.value().clone(),
+        chat_template,
+        chat_template_path,
+        eos_token: raw.eos_token.value().clone(),
         init_random: *raw.init_random.value(),
         dtype: *raw.dtype.value(),
         quantization: raw.load_in_4bit.value().then(|| Quantization {

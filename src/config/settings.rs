@@ -161,8 +161,12 @@ pub struct ModelSettings {
     pub model_revision: String,
     /// A tokenizer elsewhere than in the model folder.
     pub tokenizer_name_or_path: Option<String>,
-    /// A Jinja file that replaces the model's chat template.
+    /// The text of a chat template that replaces the model's.
+    pub chat_template: Option<String>,
+    /// A Jinja file, a folder or a hub id whose chat template replaces the model's.
     pub chat_template_path: Option<PathBuf>,
+    /// The token that ends a sequence, in place of the tokenizer's.
+    pub eos_token: Option<String>,
     /// Take random weights of the shape in `config.json` instead of stored ones.
     pub init_random: bool,
     /// Storage of base weights that are not quantised.

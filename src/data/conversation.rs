@@ -4,11 +4,10 @@
 //! only, or plain text. Prompts and completions are strings or lists of messages. Nothing is guessed: other columns give
 //! an error that says what to rename.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::Error;
 use super::rows::{Dataset, Row, kind};
-use super::template::{ChatTemplate, RenderOptions, Rendered};
 
 /// Which of TRL's formats a data set has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,43 +105,6 @@ impl Layout {
     }
 }
 
-/// The chat template with the settings that go with it, and how they apply to a row.
-pub(super) struct Renderer<'a> {
-    pub(super) template: &'a ChatTemplate,
-    pub(super) system_prompt: Option<&'a str>,
-    pub(super) variables: &'a Map<String, Value>,
-}
-
-impl Renderer<'_> {
-    /// Renders messages of a row with the row's own `tools` and `chat_template_kwargs`.
-    pub(super) fn render(
-        &self,
-        turns: Vec<Value>,
-        row: &Row,
-        add_generation_prompt: bool,
-        place: &dyn Fn() -> String,
-    ) -> Result<Rendered, Error> {
-        let turns = match self.system_prompt {
-            Some(system) if turns.first().is_none_or(|turn| turn["role"] != "system") => {
-                let first = serde_json::json!({"role": "system", "content": system});
-                std::iter::once(first).chain(turns).collect()
-            }
-            _ => turns,
-        };
-        let tools = tools(row, place)?;
-        let mut variables = self.variables.clone();
-        match row.get("chat_template_kwargs") {
-            None | Some(Value::Null) => {}
-            Some(Value::Object(own)) => variables.extend(own.clone()),
-            Some(other) => return Err(wrong(place, "chat_template_kwargs", other, "an object")),
-        }
-        let options = RenderOptions { add_generation_prompt, tools: tools.as_ref(), variables: Some(&variables) };
-        self.template
-            .render_marked(&Value::Array(turns), options)
-            .map_err(|e| Error::Row { place: place(), problem: e.to_string() })
-    }
-}
-
 /// A string column.
 pub(super) fn text<'a>(row: &'a Row, column: &str, place: &dyn Fn() -> String) -> Result<&'a str, Error> {
     match row.get(column) {
@@ -152,77 +114,30 @@ pub(super) fn text<'a>(row: &'a Row, column: &str, place: &dyn Fn() -> String) -
     }
 }
 
-/// A column of messages, in the form chat templates know: `role` and `content`.
-///
-/// Also read: `from` and `value` (`ShareGPT`'s names, with its roles `human` and `gpt`), and content given as a list of
-/// text parts. Null fields are left out, as they come from files whose columns all have the same fields.
-pub(super) fn turns(row: &Row, column: &str, place: &dyn Fn() -> String) -> Result<Vec<Value>, Error> {
-    let messages = match row.get(column) {
-        Some(Value::Array(messages)) => messages,
-        Some(other) => return Err(wrong(place, column, other, "a list of messages, as in the first row")),
-        None => return Err(absent(row, column, place)),
-    };
-    let turn = |(index, message): (usize, &Value)| {
-        turn(message).map_err(|problem| Error::Row {
-            place: place(),
-            problem: format!("message {} of `{column}` {problem}", index + 1),
-        })
-    };
-    messages.iter().enumerate().map(turn).collect()
-}
-
-fn turn(message: &Value) -> Result<Value, String> {
-    let Value::Object(fields) = message else {
-        return Err(format!("is {}, expected an object with `role` and `content`", kind(message)));
-    };
-    let mut turn = Map::new();
-    for (name, value) in fields {
-        match (name.as_str(), value) {
-            ("content" | "value", Value::Array(parts)) => {
-                turn.insert("content".into(), Value::String(join_parts(parts)?));
-            }
-            ("content" | "value", Value::String(_) | Value::Null) => {
-                turn.insert("content".into(), value.clone());
-            }
-            ("content" | "value", other) => return Err(format!("has {} as content, expected a string", kind(other))),
-            (_, Value::Null) => {}
-            ("role" | "from", Value::String(role)) => {
-                let role = match (name.as_str(), role.as_str()) {
-                    ("from", "human") => "user",
-                    ("from", "gpt") => "assistant",
-                    (_, role) => role,
-                };
-                turn.insert("role".into(), Value::String(role.into()));
-            }
-            _ => {
-                turn.insert(name.clone(), value.clone());
-            }
-        }
+/// A column of messages: a list, or the same as JSON text.
+pub(super) fn messages<'a>(
+    row: &'a Row,
+    column: &str,
+    place: &dyn Fn() -> String,
+) -> Result<std::borrow::Cow<'a, [Value]>, Error> {
+    match row.get(column) {
+        Some(Value::Array(messages)) => Ok(messages.as_slice().into()),
+        Some(Value::String(text)) => match serde_json::from_str::<Vec<Value>>(text) {
+            Ok(messages) => Ok(messages.into()),
+            Err(_) => Err(wrong(place, column, &row[column], "a list of messages, as in the first row")),
+        },
+        Some(other) => Err(wrong(place, column, other, "a list of messages, as in the first row")),
+        None => Err(absent(row, column, place)),
     }
-    if !turn.contains_key("role") {
-        let names: Vec<String> = fields.keys().map(|name| format!("`{name}`")).collect();
-        return Err(format!("has no `role`; its fields are {}", names.join(", ")));
-    }
-    Ok(Value::Object(turn))
-}
-
-fn join_parts(parts: &[Value]) -> Result<String, String> {
-    let text = |part: &Value| {
-        let text = part.get("text").and_then(Value::as_str).or_else(|| part.as_str());
-        text.map(str::to_string).ok_or_else(|| {
-            let name = part.get("type").and_then(Value::as_str).unwrap_or("unknown");
-            format!("has a part of type `{name}`; only text can be trained on")
-        })
-    };
-    parts.iter().map(text).collect()
 }
 
 /// The `tools` column: a list of schemas, or the same as JSON text.
-fn tools(row: &Row, place: &dyn Fn() -> String) -> Result<Option<Value>, Error> {
+pub(super) fn tools(row: &Row, place: &dyn Fn() -> String) -> Result<Option<Value>, Error> {
     match row.get("tools") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Array(tools)) if tools.is_empty() => Ok(None),
         Some(tools @ Value::Array(_)) => Ok(Some(tools.clone())),
+        Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
         Some(Value::String(text)) => serde_json::from_str(text)
             .map(|tools: Vec<Value>| (!tools.is_empty()).then_some(Value::Array(tools)))
             .map_err(|e| Error::Row { place: place(), problem: format!("`tools` is not a JSON list: {e}") }),
@@ -263,7 +178,7 @@ fn absent(row: &Row, column: &str, place: &dyn Fn() -> String) -> Error {
     Error::MissingColumn { place: place(), wanted: format!("column `{column}`"), columns, hint: String::new() }
 }
 
-fn wrong(place: &dyn Fn() -> String, column: &str, value: &Value, expected: &str) -> Error {
+pub(super) fn wrong(place: &dyn Fn() -> String, column: &str, value: &Value, expected: &str) -> Error {
     Error::Row { place: place(), problem: format!("`{column}` is {}, expected {expected}", kind(value)) }
 }
 
@@ -302,34 +217,5 @@ mod tests {
         assert!(text.contains("`prompt` with `completion`") && text.ends_with("the columns are `prompt`"), "{text}");
         let text = Layout::of_prompts(&dataset(&json!({"prompt": 3}))).unwrap_err().to_string();
         assert!(text.contains("`prompt` is a number, expected a string or a list of messages"), "{text}");
-    }
-
-    #[test]
-    fn messages_are_brought_into_one_form() {
-        let row = json!({"m": [
-            {"from": "human", "value": "hi", "weight": null},
-            {"from": "gpt", "value": null, "tool_calls": [{"x": null}]},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-        ]});
-        let found = turns(row.as_object().unwrap(), "m", &String::new).unwrap();
-        let expected = json!([
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": null, "tool_calls": [{"x": null}]},
-            {"role": "user", "content": "ab"}
-        ]);
-        assert_eq!(Value::Array(found), expected);
-    }
-
-    #[test]
-    fn broken_messages_are_named() {
-        let place = || "row 0".to_string();
-        let problem =
-            |value: Value| turns(json!({ "m": value }).as_object().unwrap(), "m", &place).unwrap_err().to_string();
-        assert_eq!(problem(json!("x")), "row 0: `m` is a string, expected a list of messages, as in the first row");
-        let text = problem(json!([{"role": "user", "content": "x"}, {"text": "y"}]));
-        assert_eq!(text, "row 0: message 2 of `m` has no `role`; its fields are `text`");
-        assert!(problem(json!([1])).contains("message 1 of `m` is a number"));
-        assert!(problem(json!([{"role": "user", "content": 5}])).contains("has a number as content"));
-        assert!(problem(json!([{"role": "user", "content": [{"type": "image"}]}])).contains("part of type `image`"));
     }
 }

@@ -15,6 +15,7 @@ use tokenizers::{Model, NormalizedString, Normalizer};
 use super::Error;
 use super::split::{QWEN2_SPLIT, pieces};
 use super::tokenizer::{OffsetEncoding, Tokenizer, byte_level_letters, failed};
+use super::tokenizer_guard::guarded;
 
 /// Most pieces an encoder remembers, and the longest of them in bytes.
 const CACHE_PIECES: usize = 1 << 17;
@@ -164,7 +165,7 @@ impl<'a> Encoder<'a> {
             return Ok(());
         }
         let letters: String = piece.bytes().map(|byte| plan.letters[byte as usize]).collect();
-        let tokens = self.tokenizer.model().tokenize(&letters).map_err(failed("encode"))?;
+        let tokens = guarded("of this model", || self.tokenizer.model().tokenize(&letters).map_err(failed("encode")))?;
         let start = ids.len();
         ids.extend(tokens.iter().map(|token| token.id));
         if self.cache.len() < CACHE_PIECES && piece.len() <= CACHE_PIECE_BYTES {

@@ -3,14 +3,17 @@
 //! As TRL's `GRPOTrainer`: conversations go through the chat template with the header of the next assistant turn; plain
 //! prompts are tokenised as they are. All other columns travel along for the reward functions.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::Error;
-use super::conversation::{Layout, Renderer, Shape, text, turns};
+use super::conversation::{Layout, Shape, text};
 use super::encoder::Encoder;
+use super::findings::{Finding, Findings};
+use super::rendering::Renderer;
 use super::rows::{Dataset, Row};
 use super::sft::{no_template, require_no_system_prompt};
 use super::template::ChatTemplate;
@@ -57,6 +60,17 @@ impl PromptOptions {
     }
 }
 
+/// All prompts of a split, and what was lost or adapted on the way.
+#[derive(Clone, Debug, Default)]
+pub struct PromptData {
+    /// Prompts in the order of the rows.
+    pub prompts: Vec<PromptExample>,
+    /// Whether the rows went through the chat template.
+    pub is_conversational: bool,
+    /// What was lost, guessed or adapted.
+    pub findings: Findings,
+}
+
 /// Turns rows into prompts, on all cores. `progress` gets the number of rows done so far.
 ///
 /// # Errors
@@ -67,24 +81,27 @@ pub fn prepare_prompts(
     template: Option<&ChatTemplate>,
     options: &PromptOptions,
     progress: &(dyn Fn(usize) + Sync),
-) -> Result<Vec<PromptExample>, Error> {
+) -> Result<PromptData, Error> {
     let layout = Layout::of_prompts(dataset)?;
     dataset.require_sound(&layout.columns())?;
     require_no_system_prompt(layout.is_conversational(), options.system_prompt.as_deref())?;
-    let renderer = template.map(|template| Renderer {
-        template,
-        system_prompt: options.system_prompt.as_deref(),
-        variables: &options.chat_template_kwargs,
+    let renderer = template.filter(|_| layout.is_conversational()).map(|template| {
+        Renderer::new(template.clone(), options.system_prompt.as_deref(), &options.chat_template_kwargs)
     });
+    let renderer = renderer.transpose()?;
     let done = AtomicUsize::new(0);
     let prepare = |encoder: &mut Encoder<'_>, (index, row): (usize, &Row)| {
         let place = || dataset.place(index);
+        let mut findings = BTreeSet::new();
         let (prompt_text, prompt_ids) = if layout == Layout::Prompt(Shape::Plain) {
             let prompt = text(row, "prompt", &place)?;
             (prompt.to_string(), encoder.encode_document(prompt)?)
         } else {
             let renderer = renderer.as_ref().ok_or_else(no_template)?;
-            let prompt_text = renderer.render(turns(row, "prompt", &place)?, row, true, &place)?.text;
+            let (conversation, _) = renderer.read(row, &["prompt"], &mut findings, &place)?;
+            let drawn = renderer.draw_prompt(&conversation, &place)?;
+            findings.extend(drawn.findings);
+            let prompt_text = drawn.rendered.text;
             let prompt_ids = encoder.encode(&prompt_text)?;
             (prompt_text, prompt_ids)
         };
@@ -96,15 +113,21 @@ pub fn prepare_prompts(
         }
         progress(done.fetch_add(1, Ordering::Relaxed) + 1);
         let prompt = row.get("prompt").cloned().unwrap_or_default();
-        Ok(PromptExample { index, prompt, prompt_text, prompt_ids, row: row.clone() })
+        Ok((PromptExample { index, prompt, prompt_text, prompt_ids, row: row.clone() }, findings))
     };
     let rows = dataset.rows().par_iter().enumerate();
-    let prepared: Vec<Result<PromptExample, Error>> = rows.map_init(|| tokenizer.encoder(), prepare).collect();
-    let mut prompts = prepared.into_iter().collect::<Result<Vec<_>, _>>()?;
-    if let Some(limit) = options.max_prompt_length {
-        limit_lengths(&mut prompts, limit, dataset, tokenizer, options.truncate_prompts)?;
+    let prepared: Vec<Result<(PromptExample, BTreeSet<Finding>), Error>> =
+        rows.map_init(|| tokenizer.encoder(), prepare).collect();
+    let mut data = PromptData { is_conversational: layout.is_conversational(), ..PromptData::default() };
+    for (index, prepared) in prepared.into_iter().enumerate() {
+        let (prompt, findings) = prepared?;
+        data.findings.add(findings, || dataset.place(index));
+        data.prompts.push(prompt);
     }
-    Ok(prompts)
+    if let Some(limit) = options.max_prompt_length {
+        limit_lengths(&mut data.prompts, limit, dataset, tokenizer, options.truncate_prompts)?;
+    }
+    Ok(data)
 }
 
 fn limit_lengths(
@@ -139,7 +162,8 @@ mod tests {
     fn prepare(values: &[Value], options: &PromptOptions) -> Result<Vec<PromptExample>, Error> {
         let rows = values.iter().map(|v| v.as_object().unwrap().clone()).collect();
         let template = ChatTemplate::new(CHAT, &SpecialTokens::default()).unwrap();
-        prepare_prompts(&Dataset::from_rows("memory", rows), &tokenizer(), Some(&template), options, &|_| {})
+        let rows = Dataset::from_rows("memory", rows);
+        prepare_prompts(&rows, &tokenizer(), Some(&template), options, &|_| {}).map(|data| data.prompts)
     }
 
     #[test]

@@ -5,14 +5,17 @@
 //! completion is what follows the prompt's tokens; masks are combined; examples are cut at the end; what has nothing
 //! left to learn is dropped.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::Error;
-use super::conversation::{Layout, Renderer, Shape, text, turns};
+use super::conversation::{Layout, Shape, text};
 use super::encoder::Encoder;
+use super::findings::{Finding, Findings};
+use super::rendering::{Drawn, Renderer};
 use super::rows::{Dataset, Row};
 use super::template::{ChatTemplate, Rendered, assistant_mask};
 use super::tokenizer::Tokenizer;
@@ -36,11 +39,10 @@ pub struct SftData {
     pub dropped: usize,
     /// Examples cut to the length limit.
     pub truncated: usize,
-    /// Rows whose prompt's tokens are not the first tokens of prompt + completion, so that the mask is off by the
-    /// difference; the place of the first one.
-    pub prefix_mismatches: usize,
-    /// See `prefix_mismatches`.
-    pub first_mismatch: Option<String>,
+    /// Whether the rows went through the chat template.
+    pub is_conversational: bool,
+    /// What was lost, guessed or adapted.
+    pub findings: Findings,
 }
 
 /// How rows become examples.
@@ -88,7 +90,7 @@ pub fn prepare_sft(
     let layout = Layout::of_examples(dataset, &options.text_field)?;
     dataset.require_sound(&layout.columns())?;
     let preparation = Preparation::new(&layout, tokenizer, template, options)?;
-    let renderer = preparation.renderer();
+    let renderer = preparation.renderer()?;
     let done = AtomicUsize::new(0);
     let prepared: Vec<Result<Prepared, Error>> = dataset
         .rows()
@@ -103,13 +105,10 @@ pub fn prepare_sft(
             },
         )
         .collect();
-    let mut data = SftData::default();
+    let mut data = SftData { is_conversational: layout.is_conversational(), ..SftData::default() };
     for (index, prepared) in prepared.into_iter().enumerate() {
-        let Prepared { mut example, is_prefix } = prepared?;
-        if !is_prefix {
-            data.prefix_mismatches += 1;
-            data.first_mismatch.get_or_insert_with(|| dataset.place(index));
-        }
+        let Prepared { mut example, findings } = prepared?;
+        data.findings.add(findings, || dataset.place(index));
         let limit = options.max_length.unwrap_or(usize::MAX);
         let is_cut = example.input_ids.len() > limit;
         example.input_ids.truncate(limit);
@@ -135,8 +134,7 @@ pub fn prepare_sft(
 
 struct Prepared {
     example: SftExample,
-    /// Whether the prompt's tokens begin the example, as they should.
-    is_prefix: bool,
+    findings: BTreeSet<Finding>,
 }
 
 /// What is the same for all rows.
@@ -183,12 +181,12 @@ impl<'a> Preparation<'a> {
         Ok(Self { layout, template, options, completion_only, eos })
     }
 
-    fn renderer(&self) -> Option<Renderer<'_>> {
-        self.template.as_ref().map(|template| Renderer {
-            template,
-            system_prompt: self.options.system_prompt.as_deref(),
-            variables: &self.options.chat_template_kwargs,
-        })
+    fn renderer(&self) -> Result<Option<Renderer<'_>>, Error> {
+        let renderer = |template: &ChatTemplate| {
+            let system_prompt = self.options.system_prompt.as_deref();
+            Renderer::new(template.clone(), system_prompt, &self.options.chat_template_kwargs)
+        };
+        self.template.as_ref().map(renderer).transpose()
     }
 
     fn prepare(
@@ -199,16 +197,19 @@ impl<'a> Preparation<'a> {
         place: &dyn Fn() -> String,
     ) -> Result<Prepared, Error> {
         let renderer = || renderer.ok_or_else(no_template);
-        match self.layout {
+        let mut findings = BTreeSet::new();
+        let example = match self.layout {
             Layout::Messages { column } => {
-                let rendered = renderer()?.render(turns(row, column, place)?, row, false, place)?;
-                let example = self.encode_conversation(&rendered, encoder)?;
-                Ok(Prepared { example, is_prefix: true })
+                let (conversation, _) = renderer()?.read(row, &[column], &mut findings, place)?;
+                let drawn = renderer()?.draw(&conversation, 0, place)?;
+                let example = self.encode_conversation(&drawn.rendered, encoder)?;
+                findings.extend(drawn.findings);
+                example
             }
             Layout::Text { column } => {
                 let input_ids = encoder.encode_document(&self.with_eos(text(row, column, place)?))?;
                 let labels_mask = vec![true; input_ids.len()];
-                Ok(Prepared { example: SftExample { input_ids, labels_mask }, is_prefix: true })
+                SftExample { input_ids, labels_mask }
             }
             Layout::PromptCompletion(Shape::Plain) => {
                 let prompt = text(row, "prompt", place)?;
@@ -216,20 +217,51 @@ impl<'a> Preparation<'a> {
                 let input_ids = encoder.encode_document(&whole)?;
                 let labels_mask = vec![true; input_ids.len()];
                 let prompt_ids = encoder.encode_document(prompt)?;
-                Ok(self.after_prompt(&prompt_ids, SftExample { input_ids, labels_mask }))
+                let example = SftExample { input_ids, labels_mask };
+                let border = common_beginning(&prompt_ids, &example.input_ids);
+                if border < prompt_ids.len() {
+                    findings.insert(Finding::Boundary);
+                }
+                self.after_prompt(border, example)
             }
             Layout::PromptCompletion(Shape::Conversational) => {
-                let prompt = turns(row, "prompt", place)?;
-                let whole = [prompt.clone(), turns(row, "completion", place)?].concat();
-                let rendered = renderer()?.render(prompt, row, true, place)?;
-                let prompt_ids = encoder.encode(&rendered.text)?;
-                let example = self.encode_conversation(&renderer()?.render(whole, row, false, place)?, encoder)?;
-                Ok(self.after_prompt(&prompt_ids, example))
+                self.prepare_completion(row, renderer()?, encoder, &mut findings, place)?
             }
             Layout::Prompt(_) => {
-                Err(Error::Row { place: place(), problem: "a prompt alone is nothing to learn".into() })
+                return Err(Error::Row { place: place(), problem: "a prompt alone is nothing to learn".into() });
             }
+        };
+        Ok(Prepared { example, findings })
+    }
+
+    /// A row whose prompt and completion are messages. The prompt ends where the text of both together stops being that
+    /// of the prompt with the header of the assistant's turn.
+    fn prepare_completion(
+        &self,
+        row: &Row,
+        renderer: &Renderer<'_>,
+        encoder: &mut Encoder<'_>,
+        findings: &mut BTreeSet<Finding>,
+        place: &dyn Fn() -> String,
+    ) -> Result<SftExample, Error> {
+        let (whole, counts) = renderer.read(row, &["prompt", "completion"], findings, place)?;
+        let prompt_turns = counts.first().copied().unwrap_or(0);
+        let prompt = renderer.draw_prompt(&whole.first_turns(prompt_turns), place)?;
+        let first_learnt = if self.completion_only { prompt_turns } else { 0 };
+        let drawn = renderer.draw(&whole, first_learnt, place)?;
+        let example = self.encode_conversation(&drawn.rendered, encoder)?;
+        let prompt_ids = encoder.encode(&prompt.rendered.text)?;
+        let mut border = common_beginning(&prompt_ids, &example.input_ids);
+        if border < prompt_ids.len() {
+            let end = end_of_prompt(&prompt, &drawn, prompt_turns);
+            let encoding = encoder.encode_with_offsets(&drawn.rendered.text)?;
+            let within = encoding.chars.iter().take_while(|(_, last)| *last <= end).count();
+            border = border.max(within);
+            let is_opened = prompt.rendered.text.trim_end().ends_with("<think>");
+            findings.insert(if is_opened { Finding::UnopenedThought } else { Finding::Boundary });
         }
+        findings.extend(drawn.findings);
+        Ok(self.after_prompt(border, example))
     }
 
     fn with_eos(&self, text: &str) -> String {
@@ -247,15 +279,28 @@ impl<'a> Preparation<'a> {
         Ok(SftExample { input_ids, labels_mask })
     }
 
-    /// Takes the prompt out of the mask.
-    fn after_prompt(&self, prompt_ids: &[u32], mut example: SftExample) -> Prepared {
+    /// Takes the prompt's tokens out of the mask.
+    fn after_prompt(&self, border: usize, mut example: SftExample) -> SftExample {
         if self.completion_only {
-            let count = prompt_ids.len().min(example.labels_mask.len());
-            example.labels_mask[..count].fill(false);
+            example.labels_mask[..border].fill(false);
         }
-        let is_prefix = example.input_ids.starts_with(prompt_ids);
-        Prepared { example, is_prefix }
+        example
     }
+}
+
+/// How many tokens two lists have in common at their beginning.
+fn common_beginning(left: &[u32], right: &[u32]) -> usize {
+    left.iter().zip(right).take_while(|(l, r)| l == r).count()
+}
+
+/// Where the prompt ends in the text of the whole conversation, in characters: behind its last message, and behind what
+/// then stands there in both texts (the end of the turn, the header of the next). 0 if that is not known.
+fn end_of_prompt(prompt: &Drawn, whole: &Drawn, prompt_turns: usize) -> usize {
+    let end = |drawn: &Drawn| drawn.ends.get(prompt_turns.checked_sub(1)?).copied().flatten();
+    let (Some(in_prompt), Some(in_whole)) = (end(prompt), end(whole)) else { return 0 };
+    let left = prompt.rendered.text.chars().skip(in_prompt);
+    let right = whole.rendered.text.chars().skip(in_whole);
+    in_whole + left.zip(right).take_while(|(l, r)| l == r).count()
 }
 
 pub(super) fn no_template() -> Error {
@@ -374,7 +419,7 @@ mod tests {
             data.examples.iter().map(texts).collect::<Vec<_>>(),
             [pair("abc", "c"), pair("ab<|im_end|>", "b<|im_end|>")]
         );
-        assert_eq!((data.dropped, data.truncated, data.prefix_mismatches), (1, 1, 0));
+        assert_eq!((data.dropped, data.truncated, data.findings.notes().len()), (1, 1, 0));
         let text = prepare(&values, &SftOptions { max_length: Some(1), ..options() }).unwrap_err().to_string();
         assert!(text.contains("none of the 3 rows has a token to learn within `max_length: 1` tokens"), "{text}");
     }
@@ -386,8 +431,10 @@ mod tests {
             &options(),
         );
         let data = data.unwrap();
-        assert_eq!(data.prefix_mismatches, 1);
-        assert!(data.first_mismatch.unwrap().starts_with("row 1"));
+        assert_eq!(data.findings.count(&Finding::Boundary), 1);
+        let note = data.findings.notes().remove(0);
+        assert!(note.is_warning && note.text.contains("(first: row 1 ("), "{}", note.text);
+        assert_eq!(texts(&data.examples[1]), pair("the<|im_end|>", "the<|im_end|>"));
     }
 
     #[test]
@@ -431,5 +478,39 @@ mod tests {
         let data = prepare_sft(&rows(&values), &tokenizer(), None, &options(), &note).unwrap();
         assert_eq!((calls.into_inner(), largest.into_inner(), data.examples.len()), (500, 500, 500));
         assert_eq!(texts(&data.examples[321]).0, "321<|im_end|>");
+    }
+
+    /// In the manner of R1: the generation prompt opens a thought that answers may not have.
+    const OPENING: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<tag>{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<tag><think>\n{% endif %}";
+
+    fn completions(template: &str, prompt: &Value, answers: &[&str]) -> SftData {
+        let row = |answer: &&str| json!({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]});
+        let template = ChatTemplate::new(template, &SpecialTokens::default()).unwrap();
+        let rows = rows(&answers.iter().map(row).collect::<Vec<_>>());
+        prepare_sft(&rows, &tokenizer(), Some(&template), &options(), &|_| {}).unwrap()
+    }
+
+    #[test]
+    fn a_completion_without_the_thought_that_the_prompt_opens_is_learnt_whole_and_said() {
+        let prompt = json!([{"role": "user", "content": "q"}]);
+        let data = completions(OPENING, &prompt, &["5", "It is 5.", "<think>\nx\n</think>\n\n5", "x\n</think>\n\n5"]);
+        let found: Vec<_> = data.examples.iter().map(texts).collect();
+        let thought = "x\n</think>\n\n5<|im_end|>";
+        assert_eq!(found[0], pair("<|im_start|>q<tag>5<|im_end|>", "5<|im_end|>"));
+        assert_eq!(found[1].1, "It is 5.<|im_end|>");
+        assert_eq!(found[2], pair(&format!("<|im_start|>q<tag><think>\n{thought}"), thought));
+        assert_eq!(found[3], found[2]);
+        assert_eq!((data.dropped, data.findings.count(&Finding::UnopenedThought)), (0, 2));
+    }
+
+    #[test]
+    fn a_prompt_that_reads_otherwise_in_the_whole_conversation_ends_behind_its_last_message() {
+        // An answer is printed with a mark while it is the last one.
+        let template = "{% for m in messages %}<|im_start|>{{ '!' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}";
+        let prompt = json!([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]);
+        let data = completions(template, &prompt, &["three"]);
+        let whole = "<|im_start|>one<|im_end|><|im_start|>two<|im_end|><|im_start|>!three<|im_end|>";
+        assert_eq!(texts(&data.examples[0]), pair(whole, "<|im_start|>!three<|im_end|>"));
+        assert_eq!(data.findings.count(&Finding::Boundary), 1);
     }
 }

@@ -1,26 +1,19 @@
 //! Chat templates: a conversation to the model's text.
 //!
-//! [`ChatTemplate`] renders Hugging Face chat templates as transformers does: Jinja with `trim_blocks` and
-//! `lstrip_blocks`, Python's string methods, `tojson` as `json.dumps(ensure_ascii=False)`, `raise_exception`,
-//! `strftime_now`, and `{% generation %}` blocks, whose character ranges tell which tokens the assistant wrote. SFT and
-//! GRPO preparation, `generate` and the rollout's tools call it.
+//! [`ChatTemplate`] renders Hugging Face chat templates as transformers does (the engine is [`super::jinja`]), with
+//! `{% generation %}` blocks, whose character ranges tell which tokens the assistant wrote. SFT and GRPO preparation,
+//! `generate` and the rollout's tools call it.
 //!
-//! How the ranges are found: `{% generation %}` becomes a filter block whose filter puts a noncharacter of Unicode that
-//! the conversation does not contain before and after the block's text; the marks are taken out of the rendered text.
+//! How the ranges are found: a noncharacter of Unicode that the conversation does not contain is printed before and
+//! after the block's text; the marks are taken out of the rendered text.
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::LazyLock;
 
-use fancy_regex::Regex;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{Environment, State, Value as TemplateValue};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::Error;
-use super::python_json::{JsonStyle, to_python_json};
-use super::template_value::{from_json, to_json};
+use super::jinja;
 use super::tokenizer::{SpecialTokens, Tokenizer};
 use super::training_template;
 
@@ -28,9 +21,8 @@ use super::training_template;
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     source: String,
-    environment: Environment<'static>,
+    parsed: jinja::Template,
     special: SpecialTokens,
-    is_marked: bool,
 }
 
 /// What a template sees besides the messages.
@@ -53,34 +45,14 @@ pub struct Rendered {
     pub assistant: Vec<Range<usize>>,
 }
 
-const TEMPLATE: &str = "chat_template";
-const MARK_FILTER: &str = "mark_generation";
-const MARK_OPEN: &str = "generation_mark_open";
-const MARK_CLOSE: &str = "generation_mark_close";
-
-static GENERATION_TAG: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("the pattern is a constant that a test compiles")
-});
-
 impl ChatTemplate {
     /// Parses a template.
     ///
     /// # Errors
     /// If it is not a Jinja template; the message has the line.
     pub fn new(source: &str, special: &SpecialTokens) -> Result<Self, Error> {
-        let is_marked = GENERATION_TAG.is_match(source).unwrap_or(false) || source.contains(MARK_FILTER);
-        let mut environment = environment();
-        let text = GENERATION_TAG.replace_all(source, |tag: &fancy_regex::Captures<'_>| {
-            let part = |index| tag.get(index).map_or("", |m| m.as_str());
-            match part(2) {
-                "end" => format!("{{%{} endfilter {}%}}", part(1), part(3)),
-                _ => format!("{{%{} filter {MARK_FILTER} {}%}}", part(1), part(3)),
-            }
-        });
-        environment
-            .add_template_owned(TEMPLATE, text.into_owned())
-            .map_err(|e| Error::Template(format!("cannot parse: {e:#}")))?;
-        Ok(Self { source: source.to_string(), environment, special: special.clone(), is_marked })
+        let parsed = jinja::Template::parse(source).map_err(|e| Error::Template(format!("cannot parse: it {e}")))?;
+        Ok(Self { source: source.to_string(), parsed, special: special.clone() })
     }
 
     /// Reads a template file.
@@ -88,13 +60,41 @@ impl ChatTemplate {
     /// # Errors
     /// If the file cannot be read, or as [`ChatTemplate::new`].
     pub fn from_file(path: &Path, special: &SpecialTokens) -> Result<Self, Error> {
-        let source = std::fs::read_to_string(path).map_err(crate::fs::io_error("read", path))?;
-        Self::new(&source, special)
+        let bytes = std::fs::read(path).map_err(crate::fs::io_error("read", path))?;
+        let problem = |problem: String| Error::Content { path: path.into(), problem };
+        let source = std::str::from_utf8(&bytes)
+            .map_err(|e| problem(format!("not a template: byte {} is not UTF-8", e.valid_up_to())))?;
+        let source = source.strip_prefix('\u{feff}').unwrap_or(source);
+        Self::new(source, special).map_err(|error| problem(error.to_string()))
     }
 
-    /// The template of a model: `path` if given, else `chat_template.jinja` (or `chat_template.json`) of the model
-    /// folder, else the one in its `tokenizer_config.json` (`default` where there are several) or GGUF metadata.
-    /// `None` where the model has none.
+    /// The template of a folder: its `chat_template.jinja` (or `chat_template.json`), else the one in its
+    /// `tokenizer_config.json` (`default` where there are several). `None` where it has none.
+    ///
+    /// # Errors
+    /// If the template cannot be read or parsed.
+    pub fn from_folder(folder: &Path, special: &SpecialTokens) -> Result<Option<Self>, Error> {
+        let file = folder.join("chat_template.jinja");
+        if file.is_file() {
+            return Self::from_file(&file, special).map(Some);
+        }
+        for name in ["chat_template.json", "tokenizer_config.json"] {
+            let file = folder.join(name);
+            if !file.is_file() {
+                continue;
+            }
+            let bytes = std::fs::read(&file).map_err(crate::fs::io_error("read", &file))?;
+            let object: Map<String, Value> = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::Content { path: file.clone(), problem: format!("not a JSON object: {e}") })?;
+            if let Some(source) = config_template(&object) {
+                return Self::new(source, special).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The template of a model: `path` if given, else that of the model folder, else the one in the tokenizer's
+    /// configuration or GGUF metadata. `None` where the model has none.
     ///
     /// # Errors
     /// If the template cannot be read or parsed.
@@ -103,22 +103,10 @@ impl ChatTemplate {
         if let Some(path) = path {
             return Self::from_file(path, special).map(Some);
         }
-        if let Some(folder) = folder {
-            let file = folder.join("chat_template.jinja");
-            if file.is_file() {
-                return Self::from_file(&file, special).map(Some);
-            }
-            let file = folder.join("chat_template.json");
-            if file.is_file() {
-                let bytes = std::fs::read(&file).map_err(crate::fs::io_error("read", &file))?;
-                let object: Value = serde_json::from_slice(&bytes)
-                    .map_err(|e| Error::Content { path: file.clone(), problem: format!("not JSON: {e}") })?;
-                if let Some(source) = object.get("chat_template").and_then(Value::as_str) {
-                    return Self::new(source, special).map(Some);
-                }
-            }
+        if let Some(template) = folder.map(|folder| Self::from_folder(folder, special)).transpose()?.flatten() {
+            return Ok(Some(template));
         }
-        tokenizer.config_template("default").map(|source| Self::new(source, special)).transpose()
+        config_template(tokenizer.config()).map(|source| Self::new(source, special)).transpose()
     }
 
     /// The template's text, as it is to be saved with the model.
@@ -128,7 +116,12 @@ impl ChatTemplate {
 
     /// Whether the template says itself, by `{% generation %}` blocks, what the assistant writes.
     pub fn is_marked(&self) -> bool {
-        self.is_marked
+        self.parsed.has_generation()
+    }
+
+    /// Whether the template speaks of `role` by name.
+    pub(super) fn names_role(&self, role: &str) -> bool {
+        [format!("'{role}'"), format!("\"{role}\"")].iter().any(|literal| self.source.contains(literal.as_str()))
     }
 
     /// A template that marks the assistant's turns: this one if it does so itself, else the variant for training of a
@@ -137,18 +130,54 @@ impl ChatTemplate {
     /// # Errors
     /// If the family is not known.
     pub fn for_assistant_masks(&self) -> Result<Self, Error> {
-        if self.is_marked {
-            return Self::new(&self.source, &self.special);
+        if self.is_marked() {
+            return Ok(self.clone());
         }
-        let source = training_template::mark_turns(&self.source).ok_or_else(|| {
+        self.for_training()?.ok_or_else(|| {
             Error::Template(
                 "`assistant_only_loss` needs to know what the assistant wrote, but this template has no `{% generation \
                  %}` blocks and is not of a family known here (Qwen2.5, Qwen3, DeepSeek-R1-Distill); give \
                  `chat_template_path` with a template that has them"
                     .into(),
             )
-        })?;
-        Self::new(&source, &self.special)
+        })
+    }
+
+    /// The variant for training of a known family; `None` if the family is not known.
+    ///
+    /// # Errors
+    /// If the variant does not parse.
+    pub(super) fn for_training(&self) -> Result<Option<Self>, Error> {
+        let Some(source) = training_template::mark_turns(&self.source) else { return Ok(None) };
+        let variant = Self::new(&source, &self.special)?;
+        Ok(variant.marks_answers().then_some(variant))
+    }
+
+    /// Whether an answer stands in what the template marks: a relative of a known family may print it elsewhere (`QwQ`).
+    fn marks_answers(&self) -> bool {
+        let Ok(rendered) = self.render_marked(&question_and_answer(), RenderOptions::default()) else { return false };
+        let Some(at) = rendered.text.rfind(ANSWER) else { return false };
+        let start = rendered.text[..at].chars().count();
+        rendered.assistant.iter().any(|range| range.start <= start && start + ANSWER.len() <= range.end)
+    }
+
+    /// What the template prints behind an answer of the assistant, at the end of a conversation.
+    ///
+    /// # Errors
+    /// If the template does not render a question and an answer, or prints no answer.
+    pub fn after_answer(&self) -> Result<String, Error> {
+        let text = self.render(&question_and_answer(), RenderOptions::default())?;
+        match text.rsplit_once(ANSWER) {
+            Some((_, after)) => Ok(after.to_string()),
+            None => Err(Error::Template("it does not print what the assistant says".into())),
+        }
+    }
+
+    /// Whether the template writes `<think>` in front of an answer and leaves it open.
+    pub(super) fn opens_thoughts(&self) -> bool {
+        let Ok(text) = self.render(&question_and_answer(), RenderOptions::default()) else { return false };
+        let before = text.rsplit_once(ANSWER).map_or("", |(before, _)| before);
+        before.rfind("<think>") > before.rfind("</think>")
     }
 
     /// Renders a conversation.
@@ -164,7 +193,7 @@ impl ChatTemplate {
     /// # Errors
     /// As [`ChatTemplate::render`].
     pub fn render_marked(&self, messages: &Value, options: RenderOptions<'_>) -> Result<Rendered, Error> {
-        let marks = if self.is_marked { Some(unused_marks(messages, options)?) } else { None };
+        let marks = if self.is_marked() { Some(unused_marks(messages, options)?) } else { None };
         let mut context: Map<String, Value> = Map::new();
         for (name, text) in &self.special.strings {
             context.insert(name.clone(), Value::String(text.clone()));
@@ -179,16 +208,32 @@ impl ChatTemplate {
             context.insert("tools".into(), tools.clone());
         }
         context.insert("add_generation_prompt".into(), Value::Bool(options.add_generation_prompt));
-        if let Some((open, close)) = marks {
-            context.insert(MARK_OPEN.into(), Value::String(open.into()));
-            context.insert(MARK_CLOSE.into(), Value::String(close.into()));
-        }
-        let template = self.environment.get_template(TEMPLATE).map_err(|e| Error::Template(e.to_string()))?;
-        let text = template.render(from_json(&Value::Object(context))).map_err(|e| Error::Template(explain(&e)))?;
+        let now = |format: &str| jiff::Zoned::now().strftime(format).to_string();
+        let text = self.parsed.render(&context, marks, &now).map_err(|e| Error::Template(e.to_string()))?;
         Ok(match marks {
             Some((open, close)) => take_marks(&text, open, close),
             None => Rendered { text, assistant: Vec::new() },
         })
+    }
+}
+
+/// An answer that no template prints of itself.
+const ANSWER: &str = "zqAnswerOfTheAssistantqz";
+
+/// The smallest conversation, for looking at how a template prints an answer.
+fn question_and_answer() -> Value {
+    json!([{"role": "user", "content": "zqQuestionqz"}, {"role": "assistant", "content": ANSWER}])
+}
+
+/// The template in a tokenizer's configuration: its text, or the one named `default` where there are several.
+fn config_template(config: &Map<String, Value>) -> Option<&str> {
+    match config.get("chat_template")? {
+        Value::String(text) => Some(text),
+        Value::Array(entries) => {
+            let is_default = |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some("default");
+            entries.iter().find(is_default).and_then(|entry| entry.get("template")?.as_str())
+        }
+        _ => None,
     }
 }
 
@@ -211,53 +256,6 @@ pub fn assistant_mask(chars: &[(usize, usize)], assistant: &[Range<usize>]) -> V
         mask[first.min(end)..end].fill(true);
     }
     mask
-}
-
-fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.expect("only whitespace differs from the default syntax"));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", tojson);
-    environment.add_filter(MARK_FILTER, mark_generation);
-    environment.add_function("raise_exception", |message: String| -> Result<TemplateValue, minijinja::Error> {
-        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-    });
-    environment.add_function("strftime_now", |format: String| jiff::Zoned::now().strftime(&format).to_string());
-    environment
-}
-
-/// `tojson` as transformers defines it: `json.dumps` with its arguments, without HTML escapes.
-#[expect(clippy::needless_pass_by_value, reason = "the signature of a template filter")]
-fn tojson(value: &TemplateValue, arguments: Kwargs) -> Result<String, minijinja::Error> {
-    let invalid = |message: String| minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message);
-    let json = to_json(value)?;
-    let separators: Option<Vec<String>> = arguments.get("separators")?;
-    let style = JsonStyle {
-        ensure_ascii: arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-        indent: arguments.get("indent")?,
-        separators: match separators.as_deref() {
-            Some([item, key]) => Some((item.clone(), key.clone())),
-            Some(other) => return Err(invalid(format!("tojson: separators has {} parts, expected 2", other.len()))),
-            None => None,
-        },
-        sort_keys: arguments.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-    };
-    arguments.assert_all_used()?;
-    Ok(to_python_json(&json, &style))
-}
-
-/// Puts marks around the text of a `{% generation %}` block; with `after`, a header at its start stays outside.
-#[expect(clippy::needless_pass_by_value, reason = "the signature of a template filter")]
-fn mark_generation(state: &State<'_, '_>, text: String, arguments: Kwargs) -> Result<String, minijinja::Error> {
-    let header: Option<String> = arguments.get("after")?;
-    arguments.assert_all_used()?;
-    let mark = |name| state.lookup(name).and_then(|m| m.as_str().map(str::to_string)).unwrap_or_default();
-    let (head, body) = match header.as_deref().and_then(|header| Some((header, text.strip_prefix(header)?))) {
-        Some((head, body)) => (head, body),
-        None => ("", text.as_str()),
-    };
-    Ok(format!("{head}{}{body}{}", mark(MARK_OPEN), mark(MARK_CLOSE)))
 }
 
 /// Two noncharacters (U+FDD0 to U+FDEF) that occur nowhere in what is rendered.
@@ -320,17 +318,9 @@ fn take_marks(marked: &str, open: char, close: char) -> Rendered {
     Rendered { text, assistant }
 }
 
-/// The message of a template error with its line and cause.
-fn explain(error: &minijinja::Error) -> String {
-    let line = error.line().map(|line| format!(" (line {line} of the template)")).unwrap_or_default();
-    let reason = error.detail().map_or_else(|| error.kind().to_string(), str::to_string);
-    format!("{reason}{line}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn template(source: &str) -> ChatTemplate {
         ChatTemplate::new(source, &SpecialTokens::default()).unwrap()

@@ -15,6 +15,7 @@ use tokenizers::decoders::DecoderWrapper;
 use super::Error;
 use super::encoder::{Encoder, Plan};
 use super::gguf_tokenizer::GgufTokenizer;
+use super::tokenizer_guard::{check_file, check_ids, guarded};
 
 /// A tokenizer with the model's special tokens.
 #[derive(Debug)]
@@ -30,6 +31,9 @@ pub struct Tokenizer {
     /// Small files beside it (`special_tokens_map.json`, ...), kept for saving.
     companions: BTreeMap<String, String>,
 }
+
+/// Special tokens as older versions of transformers write them, beside `tokenizer_config.json`.
+const SPECIAL_MAP: &str = "special_tokens_map.json";
 
 /// Ids and strings of the special tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -78,8 +82,10 @@ impl Tokenizer {
             });
         }
         let bytes = crate::fs::read(&path)?;
-        let inner = tokenizers::Tokenizer::from_bytes(&*bytes)
-            .map_err(|e| Error::Tokenizer { what: format!("`{}`", path.display()), problem: e.to_string() })?;
+        let what = format!("`{}`", path.display());
+        let refuse = |problem: String| Error::Tokenizer { what: what.clone(), problem };
+        check_file(&bytes).map_err(refuse)?;
+        let inner = guarded(&what, || tokenizers::Tokenizer::from_bytes(&*bytes).map_err(|e| refuse(e.to_string())))?;
         let config = read_object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         let special_map = read_object(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
         let mut strings = BTreeMap::new();
@@ -100,7 +106,7 @@ impl Tokenizer {
         }
         let special = SpecialTokens { pad: id_of("pad_token"), bos: id_of("bos_token"), eos, strings };
         let mut companions = BTreeMap::new();
-        for name in ["special_tokens_map.json", "added_tokens.json"] {
+        for name in [SPECIAL_MAP, "added_tokens.json"] {
             let path = folder.join(name);
             if path.is_file() {
                 let text = std::fs::read_to_string(&path).map_err(crate::fs::io_error("read", &path))?;
@@ -158,14 +164,17 @@ impl Tokenizer {
         config: Map<String, Value>,
         companions: BTreeMap<String, String>,
     ) -> Result<Self, Error> {
-        inner.with_truncation(None).map_err(failed("set up"))?;
-        inner.with_padding(None);
-        let token_bytes = match inner.get_decoder() {
-            Some(DecoderWrapper::ByteLevel(_)) => Some(TokenBytes::of(&inner)),
-            _ => None,
-        };
-        let plan = Plan::of(&inner);
-        Ok(Self { inner, token_bytes, plan, special, config, companions })
+        guarded("of this model", || {
+            inner.with_truncation(None).map_err(failed("set up"))?;
+            inner.with_padding(None);
+            check_ids(inner.get_vocab(true).into_values().max())?;
+            let token_bytes = match inner.get_decoder() {
+                Some(DecoderWrapper::ByteLevel(_)) => Some(TokenBytes::of(&inner)),
+                _ => None,
+            };
+            let plan = Plan::of(&inner);
+            Ok(Self { inner, token_bytes, plan, special, config, companions })
+        })
     }
 
     /// An encoder that remembers pieces of text; bulk work keeps one per thread.
@@ -217,14 +226,18 @@ impl Tokenizer {
 
     /// Encodes with the crate's own pipeline.
     pub(super) fn encode_by_crate(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed("encode"))?;
-        Ok(encoding.get_ids().to_vec())
+        guarded("of this model", || {
+            let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(failed("encode"))?;
+            Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// Encodes with the crate's own pipeline, with offsets.
     pub(super) fn offsets_by_crate(&self, text: &str) -> Result<OffsetEncoding, Error> {
-        let encoding = self.inner.encode_char_offsets(text, false).map_err(failed("encode"))?;
-        Ok(OffsetEncoding { ids: encoding.get_ids().to_vec(), chars: encoding.get_offsets().to_vec() })
+        guarded("of this model", || {
+            let encoding = self.inner.encode_char_offsets(text, false).map_err(failed("encode"))?;
+            Ok(OffsetEncoding { ids: encoding.get_ids().to_vec(), chars: encoding.get_offsets().to_vec() })
+        })
     }
 
     /// The text of `ids`, with or without special tokens. Broken UTF-8 becomes U+FFFD; unknown ids give no text.
@@ -240,7 +253,7 @@ impl Tokenizer {
                     Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
                 })
             }
-            None => self.inner.decode(ids, skip_special).map_err(failed("decode")),
+            None => guarded("of this model", || self.inner.decode(ids, skip_special).map_err(failed("decode"))),
         }
     }
 
@@ -311,16 +324,35 @@ impl Tokenizer {
         decoder.into_iter().map(|(id, token)| (id, (token.content, token.special))).collect()
     }
 
-    /// The chat template in `tokenizer_config.json` or in the GGUF metadata, under `name` where there are several.
-    pub(super) fn config_template(&self, name: &str) -> Option<&str> {
-        match self.config.get("chat_template")? {
-            Value::String(text) => Some(text),
-            Value::Array(entries) => {
-                let named =
-                    |wanted: &str| entries.iter().find(|e| e.get("name").and_then(Value::as_str) == Some(wanted));
-                named(name).and_then(|e| e.get("template")?.as_str())
-            }
-            _ => None,
+    /// `tokenizer_config.json`, or what stands for it in a GGUF file.
+    pub(super) fn config(&self) -> &Map<String, Value> {
+        &self.config
+    }
+
+    /// Makes `token` the end-of-sequence token: the one appended to training text, which ends generation, which templates
+    /// see, and which is saved. The tokens that ended sequences before still do.
+    ///
+    /// # Errors
+    /// If the vocabulary lacks it; the message names near ones.
+    pub fn set_eos(&mut self, token: &str) -> Result<(), Error> {
+        let id = self.token_to_id(token).ok_or_else(|| {
+            let near = self.added_tokens().into_values().map(|(text, _)| text);
+            let mut near: Vec<(f64, String)> = near.map(|text| (strsim::jaro_winkler(token, &text), text)).collect();
+            near.sort_by(|left, right| right.0.total_cmp(&left.0));
+            let near: Vec<String> = near.into_iter().take(3).map(|(_, text)| format!("`{text}`")).collect();
+            let near = if near.is_empty() { String::new() } else { format!("; near ones are {}", near.join(", ")) };
+            Error::Setting(format!("`eos_token: {token}` is not a token of the tokenizer{near}"))
+        })?;
+        self.special.eos.retain(|&known| known != id);
+        self.special.eos.insert(0, id);
+        self.special.strings.insert("eos_token".into(), token.into());
+        Ok(())
+    }
+
+    /// Lets `id` end generation too.
+    pub fn add_stop(&mut self, id: u32) {
+        if !self.special.eos.contains(&id) {
+            self.special.eos.push(id);
         }
     }
 
@@ -335,6 +367,17 @@ impl Tokenizer {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
+    /// The token with which a chat template ends the assistant's turns: the first added token in `after_answer`, which is
+    /// what the template prints behind an answer.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn end_of_turn(&self, after_answer: &str) -> Result<Option<u32>, Error> {
+        let added = self.inner.get_added_tokens_decoder();
+        let is_end = |id: &u32| added.contains_key(id) || self.special.eos.contains(id);
+        Ok(self.encode(after_answer)?.into_iter().find(is_end))
+    }
+
     /// Writes `tokenizer.json`, `tokenizer_config.json`, the special-token files and `chat_template.jinja` into
     /// `folder`, so that transformers loads the same tokenizer from there.
     ///
@@ -344,6 +387,8 @@ impl Tokenizer {
         let text = self.inner.to_string(true).map_err(failed("serialise"))?;
         crate::fs::write_atomic(&folder.join("tokenizer.json"), text.as_bytes())?;
         let mut config = self.config.clone();
+        let eos = self.special.strings.get("eos_token").cloned();
+        set_token(&mut config, "eos_token", eos.as_deref());
         if let Some(template) = chat_template {
             config.insert("chat_template".into(), json!(template));
             crate::fs::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
@@ -351,7 +396,14 @@ impl Tokenizer {
         let text = format!("{:#}\n", Value::Object(config));
         crate::fs::write_atomic(&folder.join("tokenizer_config.json"), text.as_bytes())?;
         for (name, text) in &self.companions {
-            crate::fs::write_atomic(&folder.join(name), text.as_bytes())?;
+            let changed = match serde_json::from_str::<Map<String, Value>>(text) {
+                Ok(mut map) if name == SPECIAL_MAP && map.get("eos_token").and_then(token_text) != eos.as_deref() => {
+                    set_token(&mut map, "eos_token", eos.as_deref());
+                    format!("{:#}\n", Value::Object(map))
+                }
+                _ => text.clone(),
+            };
+            crate::fs::write_atomic(&folder.join(name), changed.as_bytes())?;
         }
         Ok(())
     }
@@ -422,6 +474,15 @@ pub(super) fn failed(action: &'static str) -> impl Fn(tokenizers::Error) -> Erro
 /// A token in a config: its text, or an object with `content`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+/// Writes a token's text, into the object that describes it where there is one.
+fn set_token(config: &mut Map<String, Value>, name: &str, text: Option<&str>) {
+    match (config.get_mut(name).and_then(|token| token.get_mut("content")), text) {
+        (Some(content), Some(text)) => *content = json!(text),
+        (None, Some(text)) => drop(config.insert(name.into(), json!(text))),
+        (_, None) => {}
+    }
 }
 
 /// One id or a list of them.

@@ -18,15 +18,15 @@ fn mark_qwen2(source: &str) -> Option<String> {
     const PLAIN: &str = r"{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}";
     const BRANCH: &str = r#"{%- elif message.role == "assistant" %}"#;
     const NEXT: &str = r#"{%- elif message.role == "tool" %}"#;
-    const OPEN: &str = r#"{%- filter mark_generation(after="<|im_start|>assistant") %}"#;
+    const OPEN: &str = r#"{%- generation "<|im_start|>assistant" %}"#;
     let at = source.find(PLAIN)?;
     let (head, rest) = (&source[..at], &source[at + PLAIN.len()..]);
     let branch = rest.find(BRANCH)? + BRANCH.len();
     let next = branch + rest[branch..].find(NEXT)?;
     let (between, body, tail) = (&rest[..branch], &rest[branch..next], &rest[next..]);
     Some(format!(
-        "{head}{{%- if message.role == \"assistant\" %}}{OPEN}{PLAIN}{{%- endfilter %}}{{%- else %}}{PLAIN}{{%- endif %}}\
-         {between}{OPEN}{body}{{%- endfilter %}}{tail}"
+        "{head}{{%- if message.role == \"assistant\" %}}{OPEN}{PLAIN}{{%- endgeneration %}}{{%- else %}}{PLAIN}{{%- endif %}}\
+         {between}{OPEN}{body}{{%- endgeneration %}}{tail}"
     ))
 }
 
@@ -36,7 +36,7 @@ fn mark_qwen3(source: &str) -> Option<String> {
     const BRANCH: &str = r#"{%- elif message.role == "assistant" %}"#;
     const NEXT: &str = r#"{%- elif message.role == "tool" %}"#;
     const HEADER: &str = "'<|im_start|>' + message.role + '\\n";
-    const OPEN: &str = r#"{%- filter mark_generation(after="<|im_start|>assistant\n") %}"#;
+    const OPEN: &str = r#"{%- generation "<|im_start|>assistant\n" %}"#;
     const REASONING_CONDITIONS: [&str; 3] = [
         "{%- if loop.index0 > ns.last_query_index %}",
         "{%- if loop.last or (not loop.last and reasoning_content) %}",
@@ -51,7 +51,7 @@ fn mark_qwen3(source: &str) -> Option<String> {
     for condition in REASONING_CONDITIONS {
         body = body.replace(condition, "{%- if true %}");
     }
-    Some(format!("{}{OPEN}{body}{{%- endfilter %}}{}", &source[..branch], &source[next..]))
+    Some(format!("{}{OPEN}{body}{{%- endgeneration %}}{}", &source[..branch], &source[next..]))
 }
 
 /// DeepSeek's distills: two branches, with and without tool calls; everything they print is marked, the header too, as
@@ -81,6 +81,18 @@ fn mark_r1_distill(source: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::mark_turns;
+    use crate::data::{ChatTemplate, SpecialTokens};
+
+    #[test]
+    fn a_relative_whose_answers_are_printed_elsewhere_is_not_of_the_family() {
+        // In the manner of QwQ: Qwen2.5's statement prints the user's turns, another one the assistant's.
+        let source = r"{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- elif message.role == 'assistant' and not message.tool_calls %}{{- message.content.split('</think>')[-1] }}" .to_string()
+            + r#"{%- elif message.role == "assistant" %}{{- 'calls' }}{%- elif message.role == "tool" %}{{- message.content }}{%- endif %}{%- endfor %}"#;
+        assert!(mark_turns(&source).is_some(), "its text looks like the family's");
+        let template = ChatTemplate::new(&source, &SpecialTokens::default()).unwrap();
+        assert!(template.for_training().unwrap().is_none());
+        assert!(template.for_assistant_masks().unwrap_err().to_string().contains("not of a family known"));
+    }
 
     #[test]
     fn an_unknown_template_is_not_rewritten() {

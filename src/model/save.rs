@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::fs;
 use crate::model::Error;
 use crate::model::config::{ModelConfig, TensorShape};
-use crate::model::source::{RawTensor, read_safetensors};
+use crate::model::source::{RawTensor, read_json, read_safetensors};
 
 /// A shard holds at most this many bytes of weights, as transformers has it, unless a single weight is larger.
 pub const SHARD_BYTES: usize = 5_000_000_000;
@@ -85,6 +85,31 @@ pub fn save_model<E: From<Error>>(
     write_json(&folder.join("config.json"), &config.to_hf(dtype))?;
     remove_leftovers(folder, &saved.files, num_shards > 1)?;
     Ok(saved)
+}
+
+/// Writes `generation_config.json`, by which transformers and vLLM know when to stop: that of the base model in `base`
+/// (a folder; where it has none, or is a file, a new one) with `eos` as the tokens that end generation.
+///
+/// # Errors
+/// If the base model's file is not a JSON object, or the file cannot be written.
+pub fn save_generation_config(folder: &Path, base: &Path, eos: &[u32], pad: Option<u32>) -> Result<(), Error> {
+    let path = base.join("generation_config.json");
+    let mut content = match read_json(&path) {
+        Ok(Value::Object(content)) if path.is_file() => content,
+        Ok(_) => return Err(Error::Damaged { path, reason: "it is not a JSON object".into() }),
+        Err(error) if path.is_file() => return Err(error),
+        Err(_) => Map::new(),
+    };
+    let ids = match eos {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
+    content.insert("eos_token_id".into(), ids);
+    if let (Some(pad), None) = (pad, content.get("pad_token_id").filter(|id| !id.is_null())) {
+        content.insert("pad_token_id".into(), json!(pad));
+    }
+    write_json(&folder.join("generation_config.json"), &Value::Object(content))
 }
 
 /// The name of a file of weights, as transformers gives it.

@@ -11,13 +11,14 @@ use super::plan;
 use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
+use super::turns;
 use super::{Backend, Context, Outcome};
 use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
 };
 use crate::config;
 use crate::config::settings::{GrpoSettings, Interval};
-use crate::data::{self, Dataset, Part, PromptExample, PromptOptions, Sampler, TokenStatistics};
+use crate::data::{self, Dataset, Findings, Part, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
@@ -53,8 +54,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
-    let prompts = prepare(settings, &session, &splits.train)?;
-    let eval_prompts = splits.eval.as_ref().map(|rows| prepare(settings, &session, rows)).transpose()?;
+    let PromptData { prompts, is_conversational, findings } = prepare(settings, &session, "training", &splits.train)?;
+    let eval_prompts = splits.eval.as_ref().map(|rows| prepare(settings, &session, "evaluation", rows)).transpose()?;
+    let eval_prompts = eval_prompts.map(|data| data.prompts);
+    if is_conversational {
+        session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
+    }
     let settings = &close_length(settings, &session, prompts.iter().chain(eval_prompts.iter().flatten()));
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session)?;
@@ -76,7 +81,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
     let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, &prompts, &splits.parts, &generator, total));
+    run.open(show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, total));
 
     let num_prompts = settings.generation_batch_size / settings.num_generations;
     while run.step < run.total && !run.is_stopped_early() {
@@ -147,11 +152,12 @@ fn total_steps(settings: &GrpoSettings, num_prompts: usize) -> u64 {
     training.max_steps.map_or(from_epochs, |steps| steps as u64)
 }
 
-fn prepare(settings: &GrpoSettings, session: &Session, rows: &Dataset) -> anyhow::Result<Vec<PromptExample>> {
+fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
     let options = PromptOptions::from_settings(settings);
-    let prompts = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
+    let data = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
+    turns::warn(split, &data.findings);
     let limit = session.engine.config().max_position_embeddings;
-    let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
+    let longest = data.prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
     let room = settings.max_completion_length.unwrap_or(1);
     if longest + room > limit {
         bail!(
@@ -159,7 +165,7 @@ fn prepare(settings: &GrpoSettings, session: &Session, rows: &Dataset) -> anyhow
              that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
         );
     }
-    Ok(prompts)
+    Ok(data)
 }
 
 /// The settings with a longest completion: where they name none, what the model holds after the longest prompt.
@@ -364,7 +370,7 @@ fn loop_state(
 fn show_plan(
     settings: &GrpoSettings,
     session: &Session,
-    prompts: &[PromptExample],
+    (prompts, findings): (&[PromptExample], &Findings),
     parts: &[Part],
     generator: &Generator<'_>,
     total: u64,
@@ -405,10 +411,13 @@ fn show_plan(
         };
         policy.push("KL", format!("beta {} against {reference}", settings.beta));
     }
+    let mut data =
+        plan::data_section(&settings.data, parts, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len())));
+    turns::show_adapted(&mut data, findings);
     vec![
         plan::run_section("grpo", training, session, total, &batch),
         plan::model_section(&settings.model, session),
-        plan::data_section(&settings.data, parts, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len()))),
+        data,
         policy,
     ]
 }

@@ -21,6 +21,7 @@ mod save;
 pub mod session;
 pub mod sft;
 mod state;
+mod turns;
 
 pub use backend::{Backend, has_bf16, has_gpu};
 pub use plan::downloads;

@@ -163,6 +163,9 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
             .push("adapter", format!("LoRA r={} alpha={} on {}", config.r, config.lora_alpha, config.target_modules)),
         None => section.push("adapter", "none: all weights are trained"),
     }
+    if let Some(note) = &session.end_of_turn {
+        section.push("end of turn", note);
+    }
     let share = 100.0 * trained as f64 / config.num_parameters() as f64;
     section.row("trained", format!("{} ({share:.2}%)", units::count(trained as u64)))
 }

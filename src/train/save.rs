@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::session::Session;
 use crate::model::params::Slot;
-use crate::model::save::save_model;
+use crate::model::save::{save_generation_config, save_model};
 use crate::model::{self};
 use crate::ops::buffer;
 use crate::quant::Weight;
@@ -25,6 +25,8 @@ pub(super) fn write_model(folder: &Path, session: &Session) -> anyhow::Result<()
         None => write_whole_model(folder, session)?,
     }
     session.tokenizer.save(folder, session.template.as_ref().map(crate::data::ChatTemplate::source))?;
+    let special = session.tokenizer.special();
+    save_generation_config(folder, &session.folder, &special.eos, special.pad)?;
     Ok(())
 }
 
@@ -52,7 +54,13 @@ fn write_adapter(folder: &Path, session: &Session) -> anyhow::Result<()> {
 
 fn write_whole_model(folder: &Path, session: &Session) -> anyhow::Result<()> {
     let engine = &session.engine;
-    let config = engine.config();
+    // As transformers aligns them: the configuration names the tokenizer's end-of-sequence token.
+    let mut config = engine.config().clone();
+    let special = session.tokenizer.special();
+    if special.strings.contains_key("eos_token") {
+        config.eos_token_ids = special.eos.iter().take(1).copied().collect();
+    }
+    let config = &config;
     let dtype = config.torch_dtype.unwrap_or(DType::F32);
     let blocks: Vec<_> = (0..engine.store().num_blocks()).map(|block| engine.store().fetch(block)).collect();
     save_model(folder, config, dtype, SHARD_BYTES, |name| {

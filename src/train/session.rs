@@ -29,6 +29,8 @@ pub struct Session {
     pub adapter_spec: Option<AdapterSpec>,
     /// Where it lies on this machine.
     pub folder: PathBuf,
+    /// What is to be said about the token that ends the assistant's turns, where it is not the tokenizer's own.
+    pub end_of_turn: Option<String>,
 }
 
 impl Session {
@@ -81,9 +83,8 @@ pub fn open(
         loaded.keep_embedding_on_host();
     }
     let LoadedModel { config, adapter, adapter_spec, blocks } = loaded;
-    let tokenizer = open_tokenizer(&tokenizer_place)?;
-    let template_folder = tokenizer_place.is_dir().then_some(tokenizer_place.as_path());
-    let template = ChatTemplate::find(settings.chat_template_path.as_deref(), template_folder, &tokenizer)?;
+    let mut tokenizer = open_tokenizer(&tokenizer_place)?;
+    let template = super::turns::open_template(settings, &tokenizer_place, &mut tokenizer, progress)?;
     if tokenizer.vocab_size() > config.vocab_size {
         bail!(
             "the tokenizer in `{}` has {} tokens, the model `{}` only {}; they do not belong together",
@@ -117,11 +118,11 @@ pub fn open(
         backend.describe(),
         units::duration(secs)
     );
-    Ok(Session { engine, tokenizer, template, adapter_spec, folder })
+    Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None })
 }
 
 /// A local path as it is; a hub id through the cache.
-fn local_path(name: &str, revision: &str, progress: &mut hub::Progress<'_>) -> anyhow::Result<PathBuf> {
+pub(super) fn local_path(name: &str, revision: &str, progress: &mut hub::Progress<'_>) -> anyhow::Result<PathBuf> {
     let path = Path::new(name);
     if path.exists() || !hub::is_repo_id(name) {
         return Ok(path.to_path_buf());
@@ -134,7 +135,7 @@ fn local_path(name: &str, revision: &str, progress: &mut hub::Progress<'_>) -> a
 }
 
 /// The tokenizer of a model folder or a GGUF file.
-fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
+pub(super) fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
     if place.is_dir() && place.join("tokenizer.json").is_file() {
         return Ok(Tokenizer::from_folder(place)?);
     }

@@ -10,6 +10,7 @@ use super::plan;
 use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
+use super::turns;
 use super::{Backend, Context, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config;
@@ -47,7 +48,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let continuation = Continuation::new("sft", config::sft_texts(settings));
     let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
     let mut progress = plan::downloads(&context.terminal);
-    let session = session::open(
+    let mut session = session::open(
         &settings.model,
         training.seed,
         Purpose::Training,
@@ -59,7 +60,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
-    let (train, eval) = prepare(settings, &session, &splits)?;
+    let (train, eval) = prepare(settings, &mut session, &splits)?;
 
     let sequences_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps;
     let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
@@ -165,9 +166,9 @@ fn total_steps(training: &TrainingSettings, steps_per_epoch: f64) -> u64 {
     training.max_steps.map_or(from_epochs, |steps| steps as u64)
 }
 
-fn prepare(settings: &SftSettings, session: &Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
+fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
     let limit = session.engine.config().max_position_embeddings;
-    let split = |dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
+    let split = |name: &str, dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
         let options = SftOptions::from_settings(settings, packing);
         let data = data::prepare_sft(dataset, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
         let lengths: Vec<usize> = data.examples.iter().map(|e| e.input_ids.len()).collect();
@@ -178,18 +179,15 @@ fn prepare(settings: &SftSettings, session: &Session, splits: &Splits) -> anyhow
         if let Some(longest) = lengths.iter().max().filter(|&&longest| longest > limit && !packing) {
             bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
         }
-        if let Some(place) = &data.first_mismatch {
-            tracing::warn!(
-                "{} rows: the tokens of the prompt are not the first tokens of prompt + completion (first: {place}); \
-                 the boundary of the loss is off by a token there",
-                data.prefix_mismatches
-            );
-        }
+        turns::warn(name, &data.findings);
         Ok(Split { data, bins, parts: Vec::new() })
     };
-    let mut train = split(&splits.train, settings.packing)?;
+    let mut train = split("training", &splits.train, settings.packing)?;
     train.parts.clone_from(&splits.parts);
-    let eval = splits.eval.as_ref().map(|dataset| split(dataset, settings.eval_packing)).transpose()?;
+    let eval = splits.eval.as_ref().map(|dataset| split("evaluation", dataset, settings.eval_packing)).transpose()?;
+    if train.data.is_conversational {
+        session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
+    }
     Ok((train, eval))
 }
 
@@ -265,6 +263,7 @@ fn show_plan(
 ) -> Vec<Section> {
     let training = &settings.training;
     let mut data = plan::data_section(&settings.data, &train.parts, &train.statistics());
+    turns::show_adapted(&mut data, &train.data.findings);
     if train.data.dropped > 0 {
         data.push("left out", format!("{} rows without a token to learn", train.data.dropped));
     }

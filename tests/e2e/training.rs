@@ -57,6 +57,7 @@ fn sft_leaves_its_files_and_no_others() {
         "checkpoint-4",
         "config.resolved.yaml",
         "curves.svg",
+        "generation_config.json",
         "metrics.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -65,6 +66,7 @@ fn sft_leaves_its_files_and_no_others() {
     let expected = [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
         "manifest.json",
         "tokenizer.json",
         "tokenizer_config.json",
