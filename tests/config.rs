@@ -879,6 +879,23 @@ fn what_a_name_asks_for_beside_what_it_gives_is_said() {
 }
 
 #[test]
+fn secrets_are_not_written_down() {
+    let sets = ["hub_token=hf_abc", "env={WANDB_API_KEY: wb_abc, OMP_NUM_THREADS_OF_TEST: 3}", "seed=5"];
+    let loaded = sft_with("", &sets).unwrap_or_else(|error| panic!("{error}"));
+    for text in [&loaded.resolved_yaml, &loaded.warnings.join("\n")] {
+        assert!(!text.contains("_abc"), "{text}");
+    }
+    assert!(loaded.resolved_yaml.contains("# --set hub_token=...\n# --set env=...\n# --set seed=5\n"));
+    assert!(
+        loaded.warnings.iter().any(|warning| warning.contains("OMP_NUM_THREADS_OF_TEST=3")),
+        "{:?}",
+        loaded.warnings
+    );
+    let error = sft_with("env: {CUDA_VISIBLE_DEVICES: '7,8'}\n", &[]).expect_err("another environment");
+    assert!(error.to_string().contains("CUDA_VISIBLE_DEVICES=7,8 trainer"), "{error}");
+}
+
+#[test]
 fn the_upload_is_a_line_to_type() {
     let command = |lines: &str| sft(lines).training.upload_command();
     assert_eq!(command(""), None);

@@ -103,9 +103,21 @@ fn header(command: Command, source: &Source, overrides: &[String], context: &Con
         format!("trainer {}, commit {}", env!("CARGO_PKG_VERSION"), context.git_commit.unwrap_or("unknown")),
         format!("ranks: {}", context.world_size),
     ];
-    lines.extend(overrides.iter().map(|text| format!("--set {}", one_line(text))));
+    lines.extend(overrides.iter().map(|text| {
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        let value = if is_secret(key) || key.trim() == "env" { "..." } else { value };
+        format!("--set {}", one_line(&format!("{key}={value}")))
+    }));
     lines.push("The same command with this file gives the same run.".into());
     lines
+}
+
+/// Whether what goes by this name is not to be written down: `hub_token`, `WANDB_API_KEY`.
+pub(super) fn is_secret(name: &str) -> bool {
+    let name = name.trim().to_lowercase();
+    let is_of_text = ["bos_", "eos_", "pad_"].iter().any(|start| name.starts_with(start));
+    !is_of_text
+        && ["token", "key", "secret", "password"].iter().any(|part| name.split(['_', '-']).any(|word| word == *part))
 }
 
 /// Reports a key that nobody knows; gives the one it likely is.

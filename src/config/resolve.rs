@@ -13,6 +13,7 @@ use super::field::Named;
 use super::home;
 use super::keys::RawConfig;
 use super::launcher;
+use super::load::is_secret;
 use super::schedule;
 use super::settings::{
     DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, MixturePart, MixtureSettings, ModelSettings,
@@ -276,7 +277,10 @@ fn check_environment(raw: &RawConfig, problems: &mut Problems) {
         .value()
         .iter()
         .filter(differs)
-        .map(|(name, value)| (name.as_str(), format!("{name}={}", text(value))))
+        .map(|(name, value)| {
+            let value = if is_secret(name) { "...".into() } else { text(value) };
+            (name.as_str(), format!("{name}={value}"))
+        })
         .partition(|(name, _)| VARIABLES.contains(name));
     let line = |found: &[(&str, String)]| found.iter().map(|(_, set)| set.as_str()).collect::<Vec<_>>().join(" ");
     if !read.is_empty() {
