@@ -769,6 +769,14 @@ fn every_key_that_trl_had_is_answered() {
 }
 
 #[test]
+fn keys_of_programs_that_are_not_called_are_passed_over() {
+    let loaded = grpo_with("vllm_new_option: 3\nwandb_mode: offline\n", &[]).unwrap_or_else(|error| panic!("{error}"));
+    assert!(loaded.warnings.len() == 2 && loaded.warnings[0].contains("`vllm_new_option` is not known"));
+    assert_one(&grpo_errors("vllm_importance_sampling_new: 3\n"), "no key of `trainer grpo`");
+    assert_one(&sft_errors("vllm_new_option: 3\n"), "no key of `trainer sft`");
+}
+
+#[test]
 fn other_names_are_read_as_the_key() {
     for (lines, warnings) in [
         ("max_seq_length: 77\n", 1),

@@ -384,6 +384,27 @@ pub(super) fn find(name: &str, command: Command) -> Option<&'static ForeignKey> 
     FOREIGN_KEYS.iter().find(|key| key.name == name && key.commands.include(command))
 }
 
+/// Beginnings of keys that only set up a program which is not called here, and why they change nothing. Keys come and go
+/// there from version to version.
+const FAMILIES: &[(&str, Commands, &str)] = &[
+    ("vllm_", Commands::Grpo, NO_VLLM),
+    ("wandb_", Commands::Both, NO_TRACKER),
+    ("trackio_", Commands::Both, NO_TRACKER),
+    ("mlflow_", Commands::Both, NO_TRACKER),
+    ("swanlab_", Commands::Both, NO_TRACKER),
+    ("comet_", Commands::Both, NO_TRACKER),
+    ("clearml_", Commands::Both, NO_TRACKER),
+];
+/// What such keys are about where they do change the result.
+const WEIGHTY: &[&str] = &["importance", "structured", "guided", "logits", "speculative"];
+
+/// Why a key that is not listed has no effect, if its name says whose it is.
+pub(super) fn family(name: &str, command: Command) -> Option<&'static str> {
+    let is_weighty = WEIGHTY.iter().any(|word| name.contains(word));
+    let found = FAMILIES.iter().find(|(start, commands, _)| name.starts_with(start) && commands.include(command));
+    found.filter(|_| !is_weighty).map(|(_, _, why)| *why)
+}
+
 /// Whether a value holds nothing at all, or switches something off that is not there.
 pub(super) fn is_empty(node: &Node) -> bool {
     match &node.value {

@@ -124,6 +124,11 @@ pub(super) fn is_secret(name: &str) -> bool {
 fn report_unknown(entry: &Entry, source: usize, command: Command, problems: &mut Problems) -> Option<&'static str> {
     let mut likely = None;
     let place = Place::new(source, &entry.key_span);
+    if let Some(whose) = foreign::family(&entry.key, command) {
+        let message = format!("`{}` is not known and has no effect: {whose}", entry.key);
+        problems.warn(Problem::new(message).at(place, ""));
+        return None;
+    }
     let elsewhere = command.other();
     let problem = if keys::find(&entry.key, elsewhere).is_some() || foreign::find(&entry.key, elsewhere).is_some() {
         Problem::new(format!("`{}` is a key of `{elsewhere}`, not of `{command}`", entry.key))
