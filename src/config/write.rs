@@ -320,11 +320,6 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         Resume::Path(path) if !is_inside(path, output_dir) => string(&path.to_string_lossy()),
         Resume::No | Resume::Latest | Resume::Path(_) => "false".into(),
     };
-    let device_text = match device {
-        DeviceChoice::Auto => "auto".into(),
-        DeviceChoice::Cpu => "cpu".into(),
-        DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
-    };
     let (warmup_steps, warmup_ratio) = match warmup {
         Warmup::Steps(steps) => (steps.to_string(), "null".into()),
         Warmup::Ratio(ratio) => ("0".into(), float(*ratio)),
@@ -339,7 +334,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("overwrite_output_dir", overwrite_output_dir.to_string()),
         ("seed", seed.to_string()),
         ("data_seed", data_seed.to_string()),
-        ("device", device_text),
+        ("device", device_text(*device)),
         ("use_cpu", "false".into()),
         ("bf16", (*precision == Precision::Bf16).to_string()),
         ("fp16", (*precision == Precision::Fp16).to_string()),
@@ -381,6 +376,14 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("deepspeed", "null".into()),
         ("accelerate_config", "null".into()),
     ]);
+}
+
+fn device_text(device: DeviceChoice) -> String {
+    match device {
+        DeviceChoice::Auto => "auto".into(),
+        DeviceChoice::Cpu => "cpu".into(),
+        DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+    }
 }
 
 fn write_hub(hub: &HubSettings, texts: &mut Texts) {
