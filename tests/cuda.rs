@@ -7,6 +7,8 @@
 mod assemble;
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/family.rs"]
+mod family;
 #[path = "cuda/gemm.rs"]
 mod gemm;
 #[path = "cuda/gguf.rs"]

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Context, Exit};
 use crate::config::settings::{DeviceChoice, Precision};
-use crate::engine::Activations;
+use crate::engine::{Activations, Parked};
 use crate::telemetry::units;
 use crate::train::bench::{Bench, Measured, Settings, Work, lora};
 use crate::train::{self, Backend};
@@ -49,6 +49,33 @@ impl std::fmt::Display for ActivationsArg {
     }
 }
 
+/// How much of a layer waits in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ParkArg {
+    /// As runs do
+    Auto,
+    /// Its input
+    Input,
+    /// And attention's results
+    Attention,
+    /// And the products before attention
+    Products,
+    /// And an eighth of gate and up
+    MlpRows,
+}
+
+impl From<ParkArg> for Option<Parked> {
+    fn from(arg: ParkArg) -> Self {
+        match arg {
+            ParkArg::Auto => None,
+            ParkArg::Input => Some(Parked::Input),
+            ParkArg::Attention => Some(Parked::Attention),
+            ParkArg::Products => Some(Parked::Products),
+            ParkArg::MlpRows => Some(Parked::MlpRows),
+        }
+    }
+}
+
 /// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
@@ -64,6 +91,11 @@ pub struct Args {
     /// What becomes of activations between forward and backward; may be given several times
     #[arg(long = "activations", value_name = "WHAT", value_enum, default_values = ["recompute"])]
     pub activations: Vec<ActivationsArg>,
+
+    /// How much of a layer waits in host memory with `--activations offload`: `auto` is what runs take, the amount with the
+    /// least estimated time; may be given several times
+    #[arg(long = "park", value_name = "HOW MUCH", value_enum, default_values = ["auto"])]
+    pub park: Vec<ParkArg>,
 
     /// Rank of the adapter
     #[arg(long, value_name = "RANK", default_value_t = 16)]
@@ -126,7 +158,10 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     for &activations in &args.activations {
         bench.set_activations(activations.into());
         context.print(&format!("activations: {activations}\n"))?;
-        for &work in &args.work {
+        // Only offloading parks anything.
+        let park = if activations == ActivationsArg::Offload { &args.park[..] } else { &[ParkArg::Auto] };
+        for (&work, &park) in args.work.iter().flat_map(|work| park.iter().map(move |park| (work, park))) {
+            bench.force_parked(park.into());
             let measured = bench.measure(work)?;
             context.print(&row(&measured))?;
             if let Some(path) = &args.json {
@@ -152,6 +187,9 @@ fn row(m: &Measured) -> String {
     if m.peak_bytes > 0 {
         let (peak, device) = (units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
         let _ = write!(text, "   peak {peak}, device {device}");
+    }
+    if let Some(parked) = m.parked {
+        let _ = write!(text, "   in host memory: {}", parked.name());
     }
     text.push('\n');
     if !m.phases.is_empty() {
@@ -179,6 +217,7 @@ fn record(
         "step_secs": m.step_secs,
         "floor_secs": m.floor_secs,
         "peak_flops": bench.peak_flops,
+        "parked": m.parked.map(Parked::name),
         "peak_bytes": m.peak_bytes,
         "device_bytes": m.device_bytes,
         "phase_secs": m.phases,

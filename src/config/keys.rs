@@ -263,9 +263,9 @@ keys! {
         /// Recompute only the first so many decoder layers and keep the activations of the others: each layer that is kept
         /// saves its second forward pass and costs its activations. Not in TRL.
         gradient_checkpointing_layers: Option<usize> = Derived("all of them"), Bounds::between(0.0, 10_000.0), "layers";
-        /// Keep what recomputation starts from, attention's results and, in batches of up to 16,384 tokens, its inputs, in
-        /// page-locked host memory while they are not needed: the least device memory, and less to recompute. Only on a GPU,
-        /// with `gradient_checkpointing`.
+        /// Keep what recomputation starts from and, as far as the copies hide behind products, attention's results and inputs in
+        /// page-locked host memory while they are not needed: less device memory, and less to recompute. Small models park less,
+        /// which is said. Only on a GPU, with `gradient_checkpointing`.
         activation_offloading: bool = Text("false"), ANY, "";
         /// On a GPU, take the library's first choice for each product instead of timing several, and add up attention's
         /// gradients in a fixed order: repeated runs then have the same bits, and are a few percent slower. On the CPU they

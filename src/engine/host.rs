@@ -43,15 +43,6 @@ impl Host {
         }
     }
 
-    /// Whether tensors go to host memory.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "a GPU's build looks at it"))]
-    pub(super) fn is_used(&self) -> bool {
-        #[cfg(feature = "cuda")]
-        return self.parking.is_some();
-        #[cfg(not(feature = "cuda"))]
-        false
-    }
-
     /// Lets go of a tensor until [`Self::take`].
     #[cfg_attr(
         not(feature = "cuda"),

@@ -6,7 +6,9 @@
 //! backward, which on the CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
 
 mod host;
+mod retention;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
@@ -22,6 +24,8 @@ use crate::ops::rope::Rotation;
 use crate::ops::{buffer, head, rows};
 use crate::zero::{self, ParamStore};
 use host::{Held, Host};
+use retention::LAST_LAYER_KEPT_TOKENS;
+pub use retention::{ComputedAgain, Parked};
 
 /// What went wrong in a pass.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +92,10 @@ pub struct Engine {
     activations: Activations,
     /// The first so many layers follow `activations`, the others keep theirs.
     recomputed_layers: usize,
+    /// What waits in host memory, if that is not to be estimated.
+    forced: Option<Parked>,
+    /// Whether the run was told that little is offloaded.
+    has_said_little: AtomicBool,
     /// Made by the first pass that needs it and kept: locking host memory takes longer than a step.
     host: OnceLock<Host>,
     frequencies: Vec<f32>,
@@ -107,34 +115,9 @@ pub enum Activations {
     Offload,
 }
 
-/// The parts of the model that are computed again for a backward, from 0 for none to 1 for all layers and rows.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ComputedAgain {
-    /// Of the projections gate and up.
-    pub gate_up: f64,
-    /// Of the projections q, k and v.
-    pub qkv: f64,
-    /// Of attention and its output projection.
-    pub attention: f64,
-}
-
 /// What may come back from host memory while the MLP before it still needs its own: with few tokens a layer is done before a
 /// copy that starts later.
 const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
-
-/// Tokens of a batch from which and up to which the last layer, needed again at once, keeps its activations: while the head
-/// works they take what the MLP's backward takes later. With fewer tokens the head needs that memory itself; with more it is
-/// much, and one layer's recomputation little beside attention.
-const LAST_LAYER_KEPT_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
-
-/// Tokens of a batch up to which the products before attention go to host memory too: they are a quarter more of it, and with
-/// more tokens making them again is little beside attention.
-const MOST_TOKENS_WITH_PRODUCTS: usize = 16384;
-
-/// Gate and up of one row in so many go to host memory too, in batches of so many tokens: as much as the bus has time for
-/// while a layer computes. That time and the bus grow alike from one generation of cards to the next.
-const MLP_ROWS_PART: usize = 8;
-const MLP_ROWS_TOKENS: std::ops::RangeInclusive<usize> = 4096..=16384;
 
 /// What a layer leaves for backward.
 enum Kept {
@@ -168,6 +151,8 @@ impl Engine {
             types,
             activations,
             recomputed_layers: usize::MAX,
+            forced: None,
+            has_said_little: AtomicBool::new(false),
             host: OnceLock::new(),
             frequencies,
             rotation_scale,
@@ -185,24 +170,9 @@ impl Engine {
         self.recomputed_layers = count;
     }
 
-    /// What is computed again for the backward of a batch of `tokens`.
-    pub fn computed_again(&self, tokens: usize) -> ComputedAgain {
-        let layers = self.config.num_hidden_layers;
-        let kept =
-            usize::from(LAST_LAYER_KEPT_TOKENS.contains(&tokens)).max(layers.saturating_sub(self.recomputed_layers));
-        let layers = (layers - kept.min(layers)) as f64 / layers.max(1) as f64;
-        let mlp_rows = if MLP_ROWS_TOKENS.contains(&tokens) { 1.0 - 1.0 / MLP_ROWS_PART as f64 } else { 1.0 };
-        match self.activations {
-            Activations::Keep => ComputedAgain { gate_up: 0.0, qkv: 0.0, attention: 0.0 },
-            Activations::Offload if self.device().is_cuda() => ComputedAgain {
-                gate_up: layers * mlp_rows,
-                qkv: if tokens <= MOST_TOKENS_WITH_PRODUCTS { 0.0 } else { layers },
-                attention: 0.0,
-            },
-            Activations::Recompute | Activations::Offload => {
-                ComputedAgain { gate_up: layers, qkv: layers, attention: layers }
-            }
-        }
+    /// Parks so much of a layer in passes that offload, instead of what is estimated to take the least time: to measure it.
+    pub fn force_parked(&mut self, parked: Option<Parked>) {
+        self.forced = parked;
     }
 
     fn host(&self) -> Result<&Host, Error> {
@@ -414,9 +384,10 @@ impl Engine {
             dropout,
         };
         let host = self.host()?;
+        let with = self.park(batch).map_or(Retaining::Input, |parked| parked.retaining(batch.tokens.len()));
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
         let hidden = self.walk(batch, |layer, index, hidden| {
-            let (output, left) = self.forward_keeping(layer, index, hidden, &pass, host)?;
+            let (output, left) = self.forward_keeping(layer, index, hidden, with, &pass, host)?;
             kept.push(left);
             Ok(output)
         })?;
@@ -465,12 +436,13 @@ impl Engine {
         Ok(result)
     }
 
-    /// The output of layer `index`, and what it leaves for backward.
+    /// The output of layer `index`, and what it leaves for backward: `with` if it is computed again.
     fn forward_keeping(
         &self,
         layer: &DecoderLayer,
         index: usize,
         hidden: &Tensor,
+        with: Retaining,
         pass: &Pass<'_>,
         host: &Host,
     ) -> Result<(Tensor, Kept), Error> {
@@ -483,12 +455,6 @@ impl Engine {
             let (output, saved) = layer.forward(hidden, pass).map_err(in_layer(index))?;
             return Ok((output, Kept::Everything(Box::new(saved))));
         }
-        let with = if host.is_used() {
-            let mlp_rows = if MLP_ROWS_TOKENS.contains(&tokens) { tokens / MLP_ROWS_PART } else { 0 };
-            Retaining::Attention { with_products: tokens <= MOST_TOKENS_WITH_PRODUCTS, mlp_rows }
-        } else {
-            Retaining::Input
-        };
         let (output, mut retained) = layer.forward_retaining(hidden, with, pass).map_err(in_layer(index))?;
         // The last layer is needed again at once.
         let place = |tensor| if is_last { Ok(Held::Here(tensor)) } else { host.park(tensor) };

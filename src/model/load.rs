@@ -132,7 +132,9 @@ pub fn random_packed(path: &Path, lora: &LoraSettings, seed: u64) -> Result<Load
                 Weight::Nf4(Nf4Matrix::noise(rows, cols, deviation, rng::mix(seed ^ rng::mix(index as u64))))
             }
             (TensorRole::Norm, _) => Weight::Dense(Tensor::ones(shape.shape.as_slice(), DType::F32, &Device::Cpu)?),
-            (TensorRole::Bias, &[length]) => Weight::Dense(Tensor::zeros(length, DType::F32, &Device::Cpu)?),
+            (TensorRole::Bias, &[length]) => {
+                Weight::Dense(Tensor::from_vec(noise(length), length, &Device::Cpu)?.to_dtype(DType::F32)?)
+            }
             _ => {
                 let values = noise(shape.shape.iter().product());
                 Weight::Dense(Tensor::from_vec(values, shape.shape.as_slice(), &Device::Cpu)?)

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 
 use super::Backend;
 use crate::config::settings::{LoraSettings, OptimizerSettings, Projection};
-use crate::engine::{self, Activations, Engine};
+use crate::engine::{self, Activations, Engine, Parked};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -168,6 +168,8 @@ pub struct Measured {
     pub peak_bytes: u64,
     /// What the process holds of the device's memory, bytes; 0 on the CPU.
     pub device_bytes: u64,
+    /// What of a layer waited in host memory.
+    pub parked: Option<Parked>,
 }
 
 impl Measured {
@@ -218,6 +220,11 @@ impl Bench {
         self.engine.set_activations(activations);
     }
 
+    /// What waits in host memory where activations are offloaded; `None` leaves it to the engine's estimate.
+    pub fn force_parked(&mut self, parked: Option<Parked>) {
+        self.engine.force_parked(parked);
+    }
+
     /// Measures steps of `work`.
     ///
     /// # Errors
@@ -247,7 +254,8 @@ impl Bench {
         let (peak_bytes, device_bytes) = self.memory()?;
         let phases = self.phases(&batch, work)?;
         let floor_secs = floor_flops(&self.engine, &batch, work) / self.peak_flops;
-        Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes })
+        let parked = self.engine.parked(&batch);
+        Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes, parked })
     }
 
     /// One optimizer step: what the loops do, with a loss whose gradient is `-1 / R` for every target.
@@ -359,7 +367,7 @@ fn floor_flops(engine: &Engine, batch: &Batch, work: Work) -> f64 {
     let attention_width = (config.num_attention_heads * config.head_dim) as f64;
     let output = hidden * attention_width;
     let qkv = output + 2.0 * hidden * (config.num_key_value_heads * config.head_dim) as f64;
-    let again = engine.computed_again(batch.tokens.len());
+    let again = engine.computed_again(batch);
     let projections =
         2.0 * (qkv + output + 3.0 * down) + again.gate_up * 2.0 * down + again.qkv * qkv + again.attention * output;
     let pairs = batch.layout.num_pairs() as f64;

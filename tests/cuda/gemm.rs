@@ -326,6 +326,53 @@ fn noise(device: &Device, rows: usize, cols: usize) -> Tensor {
     d
 }
 
+/// The last summands are an adapter's: with nothing else in the operands they are the whole result.
+#[test]
+#[ignore = "gpu"]
+fn no_summand_is_left_out() {
+    let _held = TUNING.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = device();
+    let inputs = [
+        896, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 5120, 6144, 8192, 8960, 9728, 11_008, 12_288, 13_824, 17_408,
+        18_944, 24_576, 25_600, 27_648, 29_568,
+    ];
+    let mut wrong = Vec::new();
+    for (inputs, ranks) in inputs.into_iter().flat_map(|inputs| [8, 16, 24, 72].map(|ranks| (inputs, ranks))) {
+        let k = inputs + ranks;
+        for n in [896, 3584] {
+            let b = noise(&device, n, k);
+            for dtype in [DType::BF16, DType::F16] {
+                let b = b.to_dtype(dtype).unwrap();
+                for m in [1, 4, 16, 33, 76, 128, 300] {
+                    let last = Tensor::randn(0f32, 1f32, (m, ranks), &device).unwrap().to_dtype(dtype).unwrap();
+                    let zeros = Tensor::zeros((m, inputs), dtype, &device).unwrap();
+                    let a = Tensor::cat(&[&zeros, &last], 1).unwrap();
+                    let d = empty(&device, (m, n), dtype).unwrap();
+                    let [exact, f32_last] = [&b.narrow(1, inputs, ranks).unwrap(), &last]
+                        .map(|x| x.to_dtype(DType::F32).unwrap().contiguous().unwrap());
+                    let want = f32_last.matmul(&exact.t().unwrap()).unwrap();
+                    for is_tuned in [false, true] {
+                        // A trial takes long; what it chooses from is the same for all rows.
+                        if is_tuned && (m != 76 || dtype == DType::F16) {
+                            continue;
+                        }
+                        tune(&device, is_tuned).unwrap();
+                        let operands = ((matrix(&a).unwrap(), Side::Plain), (matrix(&b).unwrap(), Side::Transposed));
+                        gemm(&device, matrix(&d).unwrap(), operands.0, operands.1, 1.0, Accumulate::No, None).unwrap();
+                        let sum = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+                        let error = sum((d.to_dtype(DType::F32).unwrap() - &want).unwrap()) / sum(want.clone());
+                        if error.is_nan() || error > 1e-4 {
+                            wrong.push(format!("[{m}, {k}] x [{k}, {n}] in {dtype:?}, tuned: {is_tuned}: {error}"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    tune(&device, false).unwrap();
+    assert!(wrong.is_empty(), "{} products:\n{}", wrong.len(), wrong.join("\n"));
+}
+
 #[test]
 #[ignore = "gpu"]
 #[expect(clippy::print_stdout, reason = "a table for the reader")]

@@ -17,7 +17,7 @@ use crate::tiny::{Tiny, VOCABULARY};
 /// mantissa in bf16, 11 in f16) some ten times on their way through three layers.
 const TOLERANCES: [(Types, f32); 3] = [(Types::F32, 1e-4), (Types::BF16, 8e-2), (Types::F16, 1e-2)];
 /// Lifts f16's small gradients above its smallest numbers, as the loss scaler does.
-const LOSS_SCALE: f64 = 256.0;
+pub(crate) const LOSS_SCALE: f64 = 256.0;
 
 /// Packed sequences and a group that shares its prompt.
 fn batch() -> Batch {
@@ -39,7 +39,7 @@ fn batch() -> Batch {
 }
 
 /// Gradients of the mean log-probability, by block; once with the gradient known before and once without.
-fn gradients(engine: &Engine, batch: &Batch, scale: f64) -> [Vec<Vec<f32>>; 2] {
+pub(crate) fn gradients(engine: &Engine, batch: &Batch, scale: f64) -> [Vec<Vec<f32>>; 2] {
     let count = batch.targets.len();
     let gradient = || HeadGradient { d_logprobs: vec![1.0 / count as f32; count], d_entropies: vec![] }.scaled(scale);
     let dropout = Some(DropoutKey { seed: 9, step: 2 });
@@ -156,4 +156,26 @@ fn gradients_of_large_batches_in_16_bits_are_those_in_f32() {
             tune(engine.device(), false).unwrap();
         }
     }
+}
+
+/// Threads with a stream each launch the same kernels at the same time, with other sizes of shared memory.
+#[test]
+#[ignore = "gpu"]
+fn passes_of_several_threads_do_not_disturb_each_other() {
+    let batch = batch();
+    std::thread::scope(|scope| {
+        for head_dim in [16, 24, 64, 128] {
+            let batch = &batch;
+            scope.spawn(move || {
+                let tiny = Tiny { architecture: "qwen3", head_dim, adapters: &Projection::ALL, dropout: 0.0 };
+                for types in [Types::F32, Types::BF16] {
+                    let engine = tiny.engine(&device(), types);
+                    let [want, _] = gradients(&engine, batch, LOSS_SCALE);
+                    for _ in 0..50 {
+                        assert!(gradients(&engine, batch, LOSS_SCALE)[0] == want, "{tiny:?} in {types:?}");
+                    }
+                }
+            });
+        }
+    });
 }

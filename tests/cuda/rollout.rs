@@ -49,7 +49,7 @@ fn settings(kv_cache_bytes: usize) -> RolloutSettings {
     }
 }
 
-fn generate(
+pub(crate) fn generate(
     engine: &Engine,
     settings: RolloutSettings,
     requests: &[Request],
@@ -123,7 +123,12 @@ fn completions_in_f32_of_qwen3_with_adapters_are_those_of_the_cpu() {
 }
 
 /// The trainer's log-probabilities of a completion.
-fn trainer_logprobs(engine: &Engine, request: &Request, completion: &Completion, temperature: f64) -> Vec<f32> {
+pub(crate) fn trainer_logprobs(
+    engine: &Engine,
+    request: &Request,
+    completion: &Completion,
+    temperature: f64,
+) -> Vec<f32> {
     let mut builder = BatchBuilder::new();
     let whole = builder.push(&[request.prompt_ids.as_slice(), &completion.token_ids].concat(), 0);
     builder.predict_within(whole.start + request.prompt_ids.len() - 1..whole.end);

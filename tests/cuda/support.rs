@@ -1,15 +1,20 @@
 //! What the tests of the kernels share: one device, random values that are fresh in each run, comparison.
 
+use std::cell::OnceCell;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use candle_core::{DType, Device, Tensor};
 use trainer::rng::Stream;
 
-/// The first GPU, opened once: tensors of two devices do not mix.
+/// The first GPU, opened once a test (tests that run side by side have threads of their own): tensors of two devices do not
+/// mix, and a test that lets products be tuned must not change the bits of another.
 pub(crate) fn device() -> Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE.get_or_init(|| trainer::kernels::cuda::open(0).expect("these tests need a GPU")).clone()
+    thread_local! {
+        static DEVICE: OnceCell<Device> = const { OnceCell::new() };
+    }
+    DEVICE
+        .with(|device| device.get_or_init(|| trainer::kernels::cuda::open(0).expect("these tests need a GPU")).clone())
 }
 
 /// The seed of this run: `TRAINER_TEST_SEED`, or the time; printed once, to repeat a failure.

@@ -31,6 +31,15 @@ pub fn has_bf16(ordinal: usize) -> bool {
     capability.is_ok_and(|(major, _)| major >= 8)
 }
 
+/// The compute capability of an open GPU, e.g. `(9, 0)`.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn compute_capability(device: &Device) -> Result<(i32, i32), Error> {
+    let capability = cuda(device)?.cuda_stream().context().compute_capability();
+    capability.map_err(|source| Error::Driver { what: "asking for the GPU's compute capability", source })
+}
+
 /// The name of an open GPU.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::{CUDA_MEMCPY2D, CUmemorytype, cuMemcpy2DAsync_v2, cuMemsetD2D8Async};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use self::choice::{Key, MAX_CANDIDATES, Tuned};
+use self::choice::{Key, MAX_CANDIDATES, SUMMANDS, Tuned};
 use self::descriptors::Descriptors;
 use super::memory::{Matrix, Pointer, cuda, matrix};
 use super::{Error, argument};
@@ -265,7 +265,31 @@ impl Product {
 
     /// Runs a product without a bias.
     fn run(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<(), Error> {
-        if self.run_fused(device, stream)? { Ok(()) } else { self.run_plain(device, stream) }
+        if self.run_fused(device, stream)? {
+            return Ok(());
+        }
+        // Where only algorithms that may leave summands out were found, others are for the part without a rest, and for that.
+        let Some(parts) = self.cut() else { return self.run_plain(device, stream) };
+        for part in parts {
+            if !part.run_fused(device, stream)? {
+                part.run_plain(device, stream)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The product of the first summands, a multiple of what algorithms take at a time, and that of the rest, which is added to
+    /// it; `None` if there are no two such parts.
+    fn cut(&self) -> Option<[Self; 2]> {
+        let whole = self.k / SUMMANDS * SUMMANDS;
+        let part = |first: usize, k: usize| Self {
+            k,
+            a: if self.a_side == Side::Plain { self.a.columns(first, k) } else { self.a.rows(first, k) },
+            b: if self.b_side == Side::Plain { self.b.rows(first, k) } else { self.b.columns(first, k) },
+            ..*self
+        };
+        let rest = Self { kind: Kind::Into, c: self.d, ..part(whole, self.k - whole) };
+        (whole > 0 && whole < self.k).then(|| [part(0, whole), rest])
     }
 
     /// Runs through cuBLASLt; false if it has no kernel for this product, and nothing was done.
@@ -358,7 +382,7 @@ impl Library {
     ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, Error> {
         let like = key.of_like_sizes();
         let known = choices.tuned.get(&like).map(|tuned| tuned.algorithm);
-        let chosen = if let Some(known) = known.filter(|known| self.takes(descriptors, known)) {
+        let chosen = if let Some(known) = known.filter(|known| self.takes(product, descriptors, known)) {
             Some(known)
         } else {
             let is_trial = choices.is_tuning && known.is_none();

@@ -1,5 +1,7 @@
 //! Views of device tensors that launchers take, and small copies between host and device.
 
+use std::ops::Range;
+
 use candle_core::cuda_backend::{CudaStorageSlice, cudarc::driver::DevicePtr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 
@@ -23,8 +25,14 @@ impl Pointer {
     /// Elements from `first` on, each of `element_bytes`.
     #[must_use]
     pub fn from_element(self, first: usize, element_bytes: usize) -> Self {
-        debug_assert!(first <= self.len, "element {first} of {}", self.len);
-        Self { address: self.address + (first * element_bytes) as u64, len: self.len - first }
+        self.elements(first..self.len, element_bytes)
+    }
+
+    /// The elements `range`, each of `element_bytes`.
+    #[must_use]
+    pub fn elements(self, range: Range<usize>, element_bytes: usize) -> Self {
+        debug_assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of {}", self.len);
+        Self { address: self.address + (range.start * element_bytes) as u64, len: range.len() }
     }
 }
 

@@ -32,8 +32,8 @@ pub use attention::{
     attention_forward_with,
 };
 pub use device::{
-    MemoryUse, device_memory_used, device_name, free_memory, has_bf16, is_cuda_device, memory_use, open, reset_peak,
-    synchronize,
+    MemoryUse, compute_capability, device_memory_used, device_name, free_memory, has_bf16, is_cuda_device, memory_use,
+    open, reset_peak, synchronize,
 };
 pub use gemm::{Accumulate, Side, gemm, is_tuned, tune};
 pub use gguf::{GgufKind, dequantize_gguf};

@@ -127,7 +127,10 @@ impl Parking {
         }
         drop(too_small);
         let memory = Pinned::new(&self.device, size)?;
-        lock(&self.state).locked += size;
+        let mut state = lock(&self.state);
+        state.locked += size;
+        tracing::debug!("locked {size} bytes of host memory for activations, {} in all", state.locked);
+        drop(state);
         Ok(memory)
     }
 

@@ -192,3 +192,12 @@ proptest! {
         prop_assert_eq!(bits(&parts.absmax()), bits(&absmax));
     }
 }
+
+#[test]
+fn weights_for_measuring_have_no_mean() {
+    let matrix = Nf4Matrix::noise(512, 512, 1.0, 7);
+    let values = Weight::Nf4(matrix).dequantize().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mean = values.iter().sum::<f32>() / values.len() as f32;
+    let deviation = (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt();
+    assert!(mean.abs() < 0.01 && (1.0..1.6).contains(&deviation), "mean {mean}, deviation {deviation}");
+}

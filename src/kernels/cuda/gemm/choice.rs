@@ -73,6 +73,27 @@ impl Key {
     }
 }
 
+/// Summands that algorithms take at a time, or a multiple of it.
+pub(super) const SUMMANDS: usize = 128;
+
+/// Whether an algorithm adds up all summands of a product. Of those that share them among blocks (split K) some leave out what
+/// is left over after whole vectors: of 27,648 + 8 summands in 9 shares the last 8, which are an adapter's, and that is the
+/// library's own first choice (16-bit types, up to some hundred rows, cuBLASLt 13.0 on compute capability 9.0).
+fn has_all_summands(product: &Product, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    let mut shares = 0u32;
+    // SAFETY: the algorithm is a plain value of the library's own making, and the attribute a 32-bit number.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+            (&raw mut shares).cast(),
+            size_of::<u32>(),
+            std::ptr::null_mut(),
+        )
+    };
+    status.result().is_ok() && (shares <= 1 || product.k.is_multiple_of(SUMMANDS))
+}
+
 impl Library {
     /// Algorithms for a product, the one expected to be fastest first; none if there are none.
     pub(super) fn candidates(
@@ -108,7 +129,7 @@ impl Library {
                 descriptors.c.0,
                 descriptors.d.0,
                 preference.0,
-                count.min(MAX_CANDIDATES) as i32,
+                MAX_CANDIDATES as i32,
                 found.as_mut_ptr().cast(),
                 &raw mut num_found,
             );
@@ -120,13 +141,22 @@ impl Library {
             Ok(()) => {
                 let found = found.iter().take(num_found.max(0) as usize);
                 let usable = found.filter(|f| f.state.result().is_ok() && f.workspaceSize <= self.workspace.len());
-                Ok(usable.map(|f| f.algo).collect())
+                Ok(usable
+                    .map(|f| f.algo)
+                    .filter(|algorithm| has_all_summands(product, algorithm))
+                    .take(count)
+                    .collect())
             }
         }
     }
 
     /// Whether an algorithm that was chosen for other sizes takes these.
-    pub(super) fn takes(&self, descriptors: &Descriptors, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    pub(super) fn takes(
+        &self,
+        product: &Product,
+        descriptors: &Descriptors,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+    ) -> bool {
         let mut result = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
         // SAFETY: handle, descriptors and algorithm are live, and there is room for the result, of which zeros are a valid
         // value (its only enum counts from 0).
@@ -143,7 +173,8 @@ impl Library {
             );
             (status, result.assume_init())
         };
-        status.result().is_ok() && result.state.result().is_ok() && result.workspaceSize <= self.workspace.len()
+        let is_taken = status.result().is_ok() && result.state.result().is_ok();
+        is_taken && result.workspaceSize <= self.workspace.len() && has_all_summands(product, algorithm)
     }
 
     /// The fastest of some algorithms, timed in turns on the product's own operands: the first, which the library expects to
@@ -196,7 +227,7 @@ impl Library {
         let runs = (LOADED_MS / tuned.ms).ceil() as usize;
         let others = tuned.finalists.iter().filter(|one| one.data != tuned.algorithm.data);
         for algorithm in std::iter::once(&tuned.algorithm).chain(others) {
-            if !self.takes(descriptors, algorithm) || !trial.can_run(algorithm)? {
+            if !self.takes(product, descriptors, algorithm) || !trial.can_run(algorithm)? {
                 continue;
             }
             trial.run(algorithm, runs)?;
