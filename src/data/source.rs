@@ -370,6 +370,7 @@ impl<'a> Source<'a> {
         let splits = self.splits();
         let there = match &self.root {
             Root::File(_) => "it is one file".into(),
+            _ if splits.iter().any(|name| name == split) => "none of the files it is made of is there".into(),
             _ if splits.is_empty() => format!("its files are {}", quoted(&self.files[..self.files.len().min(8)])),
             _ => format!("its splits are {}", quoted(&splits)),
         };
