@@ -98,8 +98,11 @@ fn records(text: &str, delimiter: char) -> Result<Vec<Record>, (usize, String)> 
                 cells.push(std::mem::take(&mut cell));
                 is_cell_open = false;
             }
-            '\r' if matches!(rest.peek(), Some('\n') | None) => {}
-            '\n' => {
+            '\n' | '\r' => {
+                // Both together, or either alone as old and foreign programs write it.
+                if character == '\r' && rest.peek() == Some(&'\n') {
+                    rest.next();
+                }
                 if !(cells.is_empty() && cell.is_empty() && !is_cell_open) {
                     cells.push(std::mem::take(&mut cell));
                     records.push((start, std::mem::take(&mut cells)));
@@ -190,6 +193,8 @@ mod tests {
             ]
         );
         assert_eq!(read("a\ta\n1,5\t\n", b'\t').unwrap(), [(2, json!({"a": "1,5", "a.1": null}))]);
+        let old = "a,b\r1,2\r\r3,\"x\ry\"\r";
+        assert_eq!(read(old, b',').unwrap(), [(2, json!({"a": 1, "b": "2"})), (4, json!({"a": 3, "b": "x\ry"}))]);
         assert_eq!(read("a,b\n", b',').unwrap(), []);
         assert_eq!(read("", b',').unwrap(), []);
     }
