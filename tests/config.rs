@@ -1273,6 +1273,8 @@ fn mixtures_are_read_in_both_forms_and_survive_the_round_trip() {
     assert_eq!(trl.parts[0].data_files, [("train".to_string(), vec!["a.jsonl".to_string(), "b/*.jsonl".to_string()])]);
     assert_eq!(part(&trl.parts[1]), ("a/two".into(), Some("main".into()), "test".into(), Share::Fraction(1.0)));
     assert_eq!((trl.parts[1].data_dir.as_deref(), trl.parts[1].data_files.len()), (Some("sub"), 1));
+    let idle = load(&format!("{TRL}dataset_train_split: train_sft\n")).unwrap_or_else(|error| panic!("{error}"));
+    assert!(idle.warnings[0].contains("`dataset_train_split` has no effect: `datasets` says"), "{:?}", idle.warnings);
     for text in [OPEN_R1, TRL] {
         let first = load(text).unwrap_or_else(|error| panic!("{error}"));
         assert_same(&first, load(&first.resolved_yaml)).unwrap();

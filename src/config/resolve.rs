@@ -438,6 +438,11 @@ fn check_data(raw: &RawConfig, problems: &mut Problems) {
         if has_mixture { "it belongs into `dataset_mixture`" } else { "there is no mixture (`datasets`)" },
         "use `eval_fraction`",
     );
+    for field in [&raw.dataset_train_split, &raw.dataset_test_split, &raw.dataset_revision] {
+        let is_idle = (has_mixture || has_datasets) && field.is_changed();
+        let reason = format!("`{key}` says what to read");
+        warn_idle(problems, field, is_idle, &reason, "give the data sets of the mixture their own");
+    }
     let sizes = [raw.test_split_size.known().copied().flatten(), mixture.known().and_then(|m| m.test_split_size)];
     for size in sizes.into_iter().flatten().filter(|size| *size >= 1.0 && size.fract() != 0.0 || *size <= 0.0) {
         problems.clash(
