@@ -21,12 +21,16 @@ mod courses;
 mod disk;
 #[path = "e2e/generate.rs"]
 mod generate;
+#[path = "e2e/interrupt.rs"]
+mod interrupt;
 #[path = "e2e/recipes.rs"]
 mod recipes;
 #[path = "e2e/resume.rs"]
 mod resume;
 #[path = "e2e/rewards.rs"]
 mod rewards;
+#[path = "e2e/steps.rs"]
+mod steps;
 #[path = "e2e/training.rs"]
 mod training;
 #[path = "e2e/turns.rs"]

@@ -33,6 +33,8 @@ mod qlora_step;
 mod real05b;
 #[path = "golden_cases/sampling.rs"]
 mod sampling;
+#[path = "golden_cases/steps.rs"]
+mod steps;
 #[path = "golden_cases/tiny.rs"]
 mod tiny;
 
@@ -55,6 +57,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("qlora_step", qlora_step::run),
     ("real05b", real05b::run),
     ("sampling", sampling::run),
+    ("steps", steps::run),
     ("tiny", tiny::run),
 ];
 

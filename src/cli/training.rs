@@ -1,6 +1,7 @@
 //! The arguments that `sft` and `grpo` share.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{Context, Diagnostics, Exit, Interrupt, UsageError};
 use crate::config::settings::TrainingSettings;
@@ -83,11 +84,13 @@ pub(super) fn run<S>(
     };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
     let interrupt = Interrupt::listen()?;
+    let asked = interrupt.clone();
     let outcome = train(
         &loaded.settings,
         train::Context {
             terminal: context.terminal.clone(),
-            is_interrupted: &|| interrupt.requested(),
+            ready: &|| interrupt.ready(),
+            is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,
             warnings: &loaded.warnings,
         },

@@ -146,7 +146,13 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("dataloader_prefetch_factor", NO_LOADER),
     no_effect("dataloader_multiprocessing_context", NO_LOADER),
     no_effect("dataloader_in_order", NO_LOADER),
-    lacking("dataloader_drop_last", &["false"], "the last, smaller batch of an epoch is always used"),
+    only(
+        Commands::Grpo,
+        no_effect(
+            "dataloader_drop_last",
+            "prompts that do not fill a generation batch are left out in any case, as in TRL",
+        ),
+    ),
     only(Commands::Sft, entries("dataset_kwargs", &nested::DATASET)),
     no_effect("dataset_batch_size", "rows are tokenised on all cores"),
     no_effect("num_of_sequences", "rows are tokenised before they are packed"),
@@ -264,8 +270,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("wandb_project", NO_TRACKER),
     no_effect("wandb_entity", NO_TRACKER),
     no_effect("wandb_run_group", NO_TRACKER),
-    lacking("eval_on_start", &["false"], "evaluate the start with `trainer evaluate`"),
-    lacking("eval_delay", &["0", "0.0"], "evaluation starts with the first `eval_steps`"),
     no_effect("prediction_loss_only", NO_SHARED_METRICS),
     no_effect("use_legacy_prediction_loop", NO_SHARED_METRICS),
     no_effect("include_inputs_for_metrics", NO_SHARED_METRICS),

@@ -297,6 +297,10 @@ keys! {
         disable_tqdm: Option<bool> = Text("false"), ANY, "";
         /// When to evaluate.
         eval_strategy: Recurrence = Text("no"), ANY, "";
+        /// Evaluate before the first step as well.
+        eval_on_start: bool = Text("false"), ANY, "";
+        /// Optimizer steps, or with `eval_strategy: epoch` epochs, before the first evaluation of that strategy.
+        eval_delay: f64 = Text("0"), Bounds::between(0.0, 1e9), "optimizer steps or epochs";
         /// Optimizer steps between two evaluations, for `eval_strategy: steps`; below 1, the share of all steps, rounded up.
         eval_steps: EvalCadence = Derived("`logging_steps`"), FROM_1, "optimizer steps";
         /// When to save a checkpoint; the end of the run is always saved.
@@ -345,6 +349,9 @@ keys! {
         packing_strategy: Packing = Text("bfd"), ANY, "";
         /// As `packing`, for the evaluation split.
         eval_packing: Option<bool> = Derived("`packing`"), ANY, "";
+        /// Leave out the sequences of an epoch that do not fill a batch, instead of taking them as a smaller last batch.
+        /// Evaluation takes every sequence in any case.
+        dataloader_drop_last: bool = Text("false"), ANY, "";
         /// Train on the completion only; null does so for rows with `prompt` and `completion`.
         completion_only_loss: Option<bool> = Text("null"), ANY, "";
         /// Train on the assistant's turns only; needs rows with `messages`.

@@ -178,6 +178,13 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
         reason,
         "add `eval_strategy: steps`",
     );
+    warn_idle(
+        problems,
+        &raw.eval_delay,
+        *raw.eval_strategy.value() == Recurrence::No && *raw.eval_delay.value() > 0.0,
+        "`eval_strategy` is `no`",
+        "add `eval_strategy: steps` or `epoch`",
+    );
     best::check(raw, problems);
     let logs_by_steps = *raw.logging_strategy.value() == Recurrence::Steps;
     let is_used = logs_by_steps || (evaluates_by_steps && raw.eval_steps.value().0.is_none());
@@ -506,6 +513,8 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
         logging_strategy: interval(*raw.logging_strategy.value(), logging_steps),
         logging_first_step: *raw.logging_first_step.value(),
         eval_strategy: interval(*raw.eval_strategy.value(), eval_steps),
+        eval_on_start: *raw.eval_on_start.value(),
+        eval_delay: *raw.eval_delay.value(),
         save_strategy: match *raw.save_strategy.value() {
             Saving::At(recurrence) => interval(recurrence, *raw.save_steps.value()),
             Saving::Best => Interval::Best,
@@ -565,6 +574,7 @@ pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problem
         packing,
         packing_strategy: raw.packing_strategy.value().strategy,
         eval_packing,
+        dataloader_drop_last: *raw.dataloader_drop_last.value(),
         completion_only_loss: *raw.completion_only_loss.value(),
         assistant_only_loss: *raw.assistant_only_loss.value(),
         loss_type: *raw.sft_loss_type.value(),

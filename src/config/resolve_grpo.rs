@@ -235,7 +235,7 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
 }
 
 fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
-    if *raw.eval_strategy.value() == Recurrence::No {
+    if *raw.eval_strategy.value() == Recurrence::No && !*raw.eval_on_start.value() {
         return;
     }
     let (per_device, train_group) = (*raw.per_device_eval_batch_size.value(), *raw.num_generations.value());

@@ -29,6 +29,8 @@ pub struct SftSettings {
     pub packing_strategy: PackingStrategy,
     /// As `packing`, for the evaluation split.
     pub eval_packing: bool,
+    /// Leave out what does not fill a batch at the end of an epoch.
+    pub dataloader_drop_last: bool,
     /// Train on the completion only; `None`: on the completion for prompt-completion data, on everything otherwise.
     pub completion_only_loss: Option<bool>,
     /// Train on assistant turns only (conversational data).
@@ -392,6 +394,10 @@ pub struct TrainingSettings {
     pub logging_first_step: bool,
     /// When to evaluate.
     pub eval_strategy: Interval,
+    /// Evaluate before the first step.
+    pub eval_on_start: bool,
+    /// Optimizer steps, or with evaluation by epochs epochs, before the first evaluation.
+    pub eval_delay: f64,
     /// When to save.
     pub save_strategy: Interval,
     /// Keep at most this many checkpoints, the newest ones and the best one.

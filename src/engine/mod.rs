@@ -6,6 +6,7 @@
 //! backward, which on the CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
 
 mod host;
+mod interrupt;
 mod retention;
 
 use std::sync::atomic::AtomicBool;
@@ -24,6 +25,8 @@ use crate::ops::rope::Rotation;
 use crate::ops::{buffer, head, rows};
 use crate::zero::{self, ParamStore};
 use host::{Held, Host};
+use interrupt::Interrupt;
+pub use interrupt::IsInterrupted;
 use retention::LAST_LAYER_KEPT_TOKENS;
 pub use retention::{ComputedAgain, Parked};
 
@@ -44,6 +47,9 @@ pub enum Error {
     /// The parameter store failed.
     #[error(transparent)]
     Store(#[from] zero::Error),
+    /// The run is to stop.
+    #[error("given up between two blocks: the run was asked to stop")]
+    Interrupted,
 }
 
 /// Who speaks: the policy that is trained, or the reference it is held against.
@@ -98,6 +104,7 @@ pub struct Engine {
     has_said_little: AtomicBool,
     /// Made by the first pass that needs it and kept: locking host memory takes longer than a step.
     host: OnceLock<Host>,
+    interrupt: Interrupt,
     frequencies: Vec<f32>,
     rotation_scale: f32,
 }
@@ -154,6 +161,7 @@ impl Engine {
             forced: None,
             has_said_little: AtomicBool::new(false),
             host: OnceLock::new(),
+            interrupt: Interrupt::default(),
             frequencies,
             rotation_scale,
         }
@@ -401,6 +409,7 @@ impl Engine {
         let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
         for index in (0..self.config.num_hidden_layers).rev() {
             let Some(current) = next.take() else { break };
+            self.interrupt.check()?;
             let layer = self.layer(index)?;
             gradient = match current {
                 Kept::Everything(saved) => {
@@ -476,8 +485,10 @@ impl Engine {
     ) -> Result<Tensor, Error> {
         let mut hidden = self.embed(&batch.tokens)?;
         for index in 0..self.config.num_hidden_layers {
+            self.interrupt.check()?;
             hidden = forward(&self.layer(index)?, index, &hidden)?;
         }
+        self.interrupt.check()?;
         Ok(hidden)
     }
 

@@ -69,6 +69,7 @@ impl DecodeModel for EngineModel<'_> {
         let cached = cache.begin_step(batch)?;
         let mut hidden = self.engine.embed(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            self.engine.check_interrupt()?;
             let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
             let attended = cache.attention(index, &cached, [&q, &k, &v], layer.attended_room(&pass))?;
             hidden = layer.after_attention(&hidden, &attended, 0, &pass)?.0;

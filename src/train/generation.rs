@@ -138,8 +138,9 @@ impl<'a> Generator<'a> {
             Event::Step { .. } => bar.set(finished, tokens),
         };
         let detokenize = |ids: &[u32]| session.tokenizer.decode(ids, false).unwrap_or_default();
-        // A signal is looked at between steps: a rollout that was begun is finished, so that nothing is lost.
-        let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: Some(&detokenize) };
+        // A rollout that a signal cuts short is made anew by the run that goes on, with the same random numbers.
+        let is_cancelled = || run.is_interrupted();
+        let mut caller = Caller { on_event: &mut on_event, is_cancelled: &is_cancelled, detokenize: Some(&detokenize) };
         let seed = self.settings.training.seed;
         Ok(self.rollout.generate(&mut model, &requests, sampling, seed, key, &mut caller)?)
     }
@@ -152,6 +153,7 @@ impl<'a> Generator<'a> {
         completions: &[Completion],
         group_size: usize,
         step: u64,
+        is_interrupted: &dyn Fn() -> bool,
     ) -> anyhow::Result<Scored> {
         let texts: Vec<String> =
             completions.iter().map(|c| completion_text(&session.tokenizer, &c.token_ids)).collect::<Result<_, _>>()?;
@@ -175,7 +177,9 @@ impl<'a> Generator<'a> {
         let mut rewards = vec![f64::NAN; samples.len() * functions];
         for (index, function) in self.rewards.iter_mut().enumerate() {
             let name = function.name().to_string();
-            let scores = function.score(&samples).with_context(|| format!("reward `{name}` failed at step {step}"))?;
+            let scores = function
+                .score_unless(&samples, is_interrupted)
+                .with_context(|| format!("reward `{name}` failed at step {step}"))?;
             for (sample, score) in scores.into_iter().enumerate() {
                 rewards[sample * functions + index] = score.unwrap_or(f64::NAN);
             }
@@ -228,6 +232,17 @@ impl<'a> Generator<'a> {
     }
 }
 
+impl Drop for Generator<'_> {
+    /// Each reward program may take a second to exit; all have the same second.
+    fn drop(&mut self) {
+        std::thread::scope(|scope| {
+            for reward in self.rewards.drain(..) {
+                scope.spawn(move || drop(reward));
+            }
+        });
+    }
+}
+
 /// The rollout's limits: as many sequences at once as the settings say, in a cache that holds them all at full length.
 pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32]) -> RolloutSettings {
     RolloutSettings {
@@ -246,8 +261,13 @@ fn completion_text(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, crate::
 
 impl GenerationBatch {
     /// Refuses a batch of a checkpoint that does not fit this run, in which indices would lead nowhere.
-    pub(super) fn check(&self, settings: &GrpoSettings, num_prompts: usize, vocab_size: usize) -> anyhow::Result<()> {
-        let life = settings.steps_per_generation * settings.num_iterations;
+    pub(super) fn check(
+        &self,
+        completions: usize,
+        life: usize,
+        num_prompts: usize,
+        vocab_size: usize,
+    ) -> anyhow::Result<()> {
         let fits = |sample: &Sampled| {
             let len = sample.completion_ids.len();
             let others = [Some(&sample.sampling_logprobs), sample.old_logprobs.as_ref(), sample.ref_logprobs.as_ref()];
@@ -255,8 +275,8 @@ impl GenerationBatch {
                 && sample.completion_ids.iter().all(|&id| (id as usize) < vocab_size)
                 && others.into_iter().flatten().all(|logprobs| logprobs.len() == len)
         };
-        let problem = if self.samples.len() != settings.generation_batch_size {
-            format!("has {} completions, this run makes {}", self.samples.len(), settings.generation_batch_size)
+        let problem = if self.samples.len() != completions {
+            format!("has {} completions, this run makes {completions}", self.samples.len())
         } else if self.micro_steps >= life {
             format!("is at micro-step {} of {life}", self.micro_steps)
         } else if let Some(wrong) = self.samples.iter().position(|sample| !fits(sample)) {

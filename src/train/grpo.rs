@@ -6,23 +6,25 @@ use serde_json::Value;
 use super::continuation::Continuation;
 use super::generation::{GenerationBatch, Generator, MicroBatch, Sampled};
 use super::inputs::Inputs;
+use super::notices;
 use super::output_dir;
 use super::plan;
 use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
-use super::{Backend, Context, Outcome};
+use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{
     GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
 };
 use crate::config;
 use crate::config::settings::{GrpoSettings, Interval};
-use crate::data::{self, Dataset, Findings, Part, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics};
+use crate::data::{
+    self, Dataset, Findings, Part, PromptBatches, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics,
+};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
-use crate::optim::LossScaler;
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
 
@@ -30,7 +32,8 @@ use crate::zero::ShardedAdamW;
 ///
 /// For each generation batch: sample a group of completions per prompt, reward them, take the rewards relative to their
 /// group as advantages. For each optimizer step: sum the gradients of the clipped policy loss (and of the KL to the
-/// reference) over `gradient_accumulation_steps` micro-batches, clip, and move the trained parameters by AdamW.
+/// reference) over the next `gradient_accumulation_steps` micro-batches of the epoch, or as many as are left of it, clip, and
+/// move the trained parameters by AdamW.
 ///
 /// # Errors
 /// If the input is unusable, a reward fails, the loss stops being finite, or a file cannot be written.
@@ -50,7 +53,8 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &backend,
         &mut progress,
     )?;
-    let evaluates = training.eval_strategy != Interval::No;
+    session.engine.ask_whether_interrupted(context.is_interrupted.clone());
+    let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
@@ -64,48 +68,62 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session)?;
 
-    let total = total_steps(settings, prompts.len());
+    let batches = prompt_batches(settings, prompts.len())?;
+    let epoch = batches.epoch();
+    let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
-    let mut sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset, 1, 0)?;
+    let sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset)?;
     let mut resumed: Option<State<GenerationBatch>> =
         checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
-    let mut generation = resumed.as_mut().and_then(|state| state.buffer.take());
-    if let Some(batch) = &generation {
-        batch.check(settings, prompts.len(), session.engine.config().vocab_size)?;
-    }
+    let mut source = Source { sampler, batches, generation: resumed.as_mut().and_then(|state| state.buffer.take()) };
     if let Some(state) = &resumed {
-        sampler.resume(state.place_in(sampler.len()))?;
+        state.check_place(batches.state_after(state.step), prompts.len())?;
+        source.check(settings, state, session.engine.config().vocab_size)?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
-    let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, total));
+    let cadence = Cadence::new(training, epoch, total);
+    let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
+    run.open(show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, &batches, total));
 
-    let num_prompts = settings.generation_batch_size / settings.num_generations;
-    while run.step < run.total && !run.is_stopped_early() {
-        let (step, epoch_before) = (run.step, sampler.epochs());
-        session.engine.store().zero_gradients()?;
-        let (mut loss, mut metrics) = (0.0, Metrics::default());
-        for micro_step in 0..training.gradient_accumulation_steps as u64 {
-            if generation.as_ref().is_none_or(|batch| batch.micro_steps == batch_life(settings)) {
-                let indices = sampler.next_groups(num_prompts, settings.num_generations);
-                // One step may take several generation batches; each draws numbers of its own.
-                let key = step * training.gradient_accumulation_steps as u64 + micro_step;
-                generation = Some(generate(settings, &mut generator, &session, &prompts, &indices, key, &mut run)?);
-            }
-            let Some(batch) = &mut generation else { bail!("a generation batch was just made") };
-            let cut = batch.micro_steps % settings.steps_per_generation * training.per_device_train_batch_size;
-            let samples = &batch.samples[cut..cut + training.per_device_train_batch_size];
-            let micro_batch = GenerationBatch::micro_batch(samples, &prompts, settings.mask_truncated_completions)?;
-            let scale = plan::loss_scale(scaler.as_ref());
-            let output = policy_gradient(settings, &session, samples, &micro_batch, batch.num_items, step, scale)?;
-            batch.micro_steps += 1;
-            run.num_tokens += micro_batch.batch.tokens.len() as u64;
-            loss += output.0;
-            metrics.merge(&output.1);
+    let mut due = run.due_at_first(resumed.as_ref());
+    loop {
+        if let Some(eval) = eval_prompts.as_ref().filter(|_| due.evaluate)
+            && let Some(values) = run.unless_interrupted(evaluate(settings, &mut generator, &session, eval, &run))?
+        {
+            run.log_evaluation(values)?;
+            due = Due { evaluate: false, save: due.save || run.is_evaluation_saved(), ..due };
         }
+        let is_interrupted = run.is_interrupted();
+        if due.save || is_interrupted || run.is_over() {
+            let own = LoopState {
+                sampler: batches.state_after(run.step),
+                buffer: source.unfinished().cloned(),
+                loss_scaler: scaler.clone(),
+                is_evaluation_due: due.evaluate && eval_prompts.is_some(),
+            };
+            run.save(&session, &optimizer, own)?;
+        }
+        if is_interrupted && (due.evaluate || !run.is_over()) {
+            return Ok(run.stop());
+        }
+        if run.is_over() {
+            return run.finish(&session);
+        }
+
+        let step = run.step;
+        run.begin_step();
+        let generation_before = source.unfinished().cloned();
+        let scale = plan::loss_scale(scaler.as_ref());
+        let loss = gradients(settings, &mut generator, &session, &prompts, &mut source, scale, &mut run);
+        let Some((loss, metrics)) = run.unless_interrupted(loss)? else {
+            source.generation = generation_before;
+            run.abandon_step();
+            due = Due::default();
+            continue;
+        };
         let lr = schedule.lr(step);
         let report =
             optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(scaler.as_ref()))?;
@@ -118,38 +136,114 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
         run.accumulator.latest("learning_rate", lr);
         metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
-        let epoch = sampler.epochs();
-        run.finish_step(epoch_before, epoch, &format!("loss {loss:.4}"))?;
-
-        if let Some(eval) = eval_prompts.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
-            let values = evaluate(settings, &mut generator, &session, eval, &run)?;
-            run.log_evaluation(values)?;
-        }
-        let is_interrupted = run.is_interrupted();
-        if is_interrupted || run.is_save_due(epoch_before, epoch) {
-            run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref(), scaler.as_ref()))?;
-        }
-        if is_interrupted && run.step < run.total {
-            return Ok(run.stop());
-        }
+        due = run.finish_step(&format!("loss {loss:.4}"))?;
     }
-    run.save(&session, &optimizer, loop_state(settings, &sampler, generation.as_ref(), scaler.as_ref()))?;
-    run.finish(&session)
 }
 
-/// Micro-steps that a generation batch serves.
-fn batch_life(settings: &GrpoSettings) -> usize {
-    settings.steps_per_generation * settings.num_iterations
+/// Where micro-batches come from: the prompts in their order, and the generation batch that is used up now.
+struct Source {
+    sampler: Sampler,
+    batches: PromptBatches,
+    generation: Option<GenerationBatch>,
 }
 
-/// Optimizer steps of the run: each generation batch takes `generation_batch_size / num_generations` prompts and serves
-/// `steps_per_generation * num_iterations` micro-steps.
-fn total_steps(settings: &GrpoSettings, num_prompts: usize) -> u64 {
+impl Source {
+    /// The generation batch, if it is not used up.
+    fn unfinished(&self) -> Option<&GenerationBatch> {
+        self.generation.as_ref().filter(|batch| batch.micro_steps < self.batches.micro_steps_of_batch())
+    }
+
+    /// Refuses the generation batch of a checkpoint that does not fit this run.
+    fn check(&self, settings: &GrpoSettings, state: &State<GenerationBatch>, vocab_size: usize) -> anyhow::Result<()> {
+        let taken = self.generation.as_ref().map(|batch| batch.micro_steps);
+        let expected = self.batches.taken_after(state.step);
+        // The rest of a batch of other rows was thrown away and is made anew.
+        if taken != expected && !state.has_other_rows {
+            let at =
+                |taken: Option<usize>| taken.map_or_else(|| "its end".into(), |taken| format!("micro-step {taken}"));
+            bail!(
+                "`{}` stands at {} of its generation batch, where its {} steps lead to {}; resume with the settings of that \
+                 run, or from another checkpoint",
+                state.place.display(),
+                at(taken),
+                state.step,
+                at(expected)
+            );
+        }
+        let Some(batch) = &self.generation else { return Ok(()) };
+        let completions = self.batches.per_batch() * settings.num_generations;
+        batch.check(completions, self.batches.micro_steps_of_batch(), self.sampler.len(), vocab_size)
+    }
+}
+
+/// The counts of a run over so many prompts; says which an epoch leaves out.
+fn prompt_batches(settings: &GrpoSettings, num_prompts: usize) -> anyhow::Result<PromptBatches> {
     let training = &settings.training;
-    let batches = num_prompts as f64 * settings.num_generations as f64 / settings.generation_batch_size as f64;
-    let steps = batches * batch_life(settings) as f64 / training.gradient_accumulation_steps as f64;
-    let from_epochs = (training.num_train_epochs * steps).ceil().max(1.0) as u64;
-    training.max_steps.map_or(from_epochs, |steps| steps as u64)
+    let batches = PromptBatches::new(
+        num_prompts,
+        (settings.generation_batch_size, settings.num_generations),
+        training.per_device_train_batch_size,
+        1,
+        settings.num_iterations,
+        training.gradient_accumulation_steps,
+    )?;
+    let wanted = settings.generation_batch_size / settings.num_generations;
+    if batches.per_batch() < wanted {
+        tracing::warn!(
+            "a generation batch takes {wanted} prompts (`generation_batch_size` / `num_generations`), and there are {num_prompts}: \
+             each epoch is one smaller batch of all of them (TRL would not train at all); lower \
+             `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation` for the usual size"
+        );
+    }
+    if batches.left_out() > 0 {
+        let which = if settings.shuffle_dataset { "others in each, as the shuffle has it" } else { "the last ones" };
+        tracing::warn!(
+            "each epoch leaves out {} of {num_prompts} prompts, {which}: they fill no generation batch of {wanted} (as in TRL)",
+            batches.left_out()
+        );
+    }
+    Ok(batches)
+}
+
+/// Sums the gradients of a step's micro-batches, for which generation batches are made as they are needed; returns the loss
+/// and its metrics.
+fn gradients(
+    settings: &GrpoSettings,
+    generator: &mut Generator<'_>,
+    session: &Session,
+    prompts: &[PromptExample],
+    source: &mut Source,
+    scale: f64,
+    run: &mut Run<'_>,
+) -> anyhow::Result<(f64, Metrics)> {
+    let training = &settings.training;
+    let (step, batches) = (run.step, source.batches);
+    let place = batches.epoch().place(step);
+    let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize;
+    session.engine.store().zero_gradients()?;
+    let (mut loss, mut metrics) = (0.0, Metrics::default());
+    for (index, micro_step) in place.micro_steps.enumerate() {
+        let slice = batches.slice(micro_step);
+        if slice.micro_steps_before == 0 || source.generation.is_none() {
+            let taken = source.sampler.items(place.epoch, slice.prompts).iter();
+            let groups: Vec<usize> = taken.flat_map(|&p| std::iter::repeat_n(p, settings.num_generations)).collect();
+            // One step may take several generation batches; each draws numbers of its own.
+            let key = step * training.gradient_accumulation_steps as u64 + index as u64;
+            let life = batches.micro_steps_of_batch();
+            source.generation = Some(generate(settings, generator, session, prompts, &groups, (key, life), run)?);
+        }
+        let Some(batch) = &mut source.generation else { bail!("a generation batch was just made") };
+        let start = slice.index * training.per_device_train_batch_size;
+        let samples = &batch.samples[start..(start + training.per_device_train_batch_size).min(batch.samples.len())];
+        let micro_batch = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
+        let parts = Parts { num_items: batch.num_items, micro_steps, slices: batches.slices() };
+        let output = policy_gradient(settings, session, samples, &micro_batch, parts, step, scale)?;
+        batch.micro_steps = slice.micro_steps_before + 1;
+        run.num_tokens += micro_batch.batch.tokens.len() as u64;
+        loss += output.0;
+        metrics.merge(&output.1);
+    }
+    Ok((loss, metrics))
 }
 
 fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
@@ -203,7 +297,7 @@ fn generate(
     session: &Session,
     prompts: &[PromptExample],
     indices: &[usize],
-    key: u64,
+    (key, life): (u64, usize),
     run: &mut Run<'_>,
 ) -> anyhow::Result<GenerationBatch> {
     let started = std::time::Instant::now();
@@ -215,7 +309,9 @@ fn generate(
     run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
     run.accumulator.mean("rollout/tokens_per_second", statistics.generated_tokens as f64 / rollout_secs);
-    let scored = generator.score(session, prompts, &completions, settings.num_generations, run.step + 1)?;
+    let is_interrupted = || run.is_interrupted();
+    let scored =
+        generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, &is_interrupted)?;
     for (name, value) in &scored.metrics {
         run.accumulator.mean(name, *value);
     }
@@ -225,8 +321,19 @@ fn generate(
         let count = settings.num_completions_to_print.unwrap_or(scored.shown.len()).min(scored.shown.len());
         run.samples = (0..count).map(|i| scored.shown[i * scored.shown.len() / count].clone()).collect();
     }
+    let truncated = completions.iter().filter(|completion| completion.is_truncated()).count();
     let mut batch = GenerationBatch::new(completions, &scored.outcome, settings.mask_truncated_completions);
-    add_logprobs(settings, session, prompts, &mut batch)?;
+    let notice = notices::Generation {
+        completions: batch.samples.len(),
+        truncated,
+        num_items: batch.num_items,
+        advantages: &scored.outcome.advantages,
+        rewards: &scored.outcome.rewards,
+    };
+    if let Some(text) = run.notices.generation(run.step + 1, notice) {
+        tracing::warn!("{text}");
+    }
+    add_logprobs(settings, session, prompts, life, &mut batch)?;
     Ok(batch)
 }
 
@@ -236,12 +343,12 @@ fn add_logprobs(
     settings: &GrpoSettings,
     session: &Session,
     prompts: &[PromptExample],
+    life: usize,
     batch: &mut GenerationBatch,
 ) -> anyhow::Result<()> {
     let accumulation = settings.training.gradient_accumulation_steps;
     // As TRL: the batch stays on policy if it is used up within whole optimizer steps that each see it once.
-    let needs_old =
-        !accumulation.is_multiple_of(batch_life(settings)) || settings.rollout_importance_sampling.is_some();
+    let needs_old = !accumulation.is_multiple_of(life) || settings.rollout_importance_sampling.is_some();
     let needs_ref = settings.beta != 0.0;
     for samples in batch.samples.chunks_mut(settings.training.per_device_train_batch_size) {
         if !needs_old && !needs_ref {
@@ -269,13 +376,24 @@ fn temperature(settings: &GrpoSettings) -> f64 {
     if settings.sampling.temperature > 0.0 { settings.sampling.temperature } else { 1.0 }
 }
 
+/// What a micro-batch is a part of.
+#[derive(Clone, Copy)]
+struct Parts {
+    /// Unmasked tokens of its generation batch.
+    num_items: usize,
+    /// Micro-batches of its optimizer step.
+    micro_steps: usize,
+    /// Micro-batches of its generation batch.
+    slices: usize,
+}
+
 /// Adds the policy gradient of one micro-batch; returns its loss and metrics.
 fn policy_gradient(
     settings: &GrpoSettings,
     session: &Session,
     samples: &[Sampled],
     micro: &MicroBatch,
-    num_items: usize,
+    parts: Parts,
     step: u64,
     loss_scale: f64,
 ) -> anyhow::Result<(f64, Metrics)> {
@@ -311,10 +429,10 @@ fn policy_gradient(
                     .and_then(|c| c.importance_ratio(0..samples.len(), 0..micro.mask.len())),
                 entropy_threshold: None,
                 batch: GrpoBatch {
-                    num_items_in_batch: num_items,
+                    num_items_in_batch: parts.num_items,
                     num_processes: 1,
-                    gradient_accumulation_steps: training.gradient_accumulation_steps,
-                    steps_per_generation: settings.steps_per_generation,
+                    gradient_accumulation_steps: parts.micro_steps,
+                    steps_per_generation: parts.slices,
                     is_training: true,
                 },
             },
@@ -348,7 +466,7 @@ fn evaluate(
     let completions =
         generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
     generator.make_room(session);
-    let scored = generator.score(session, prompts, &completions, group, run.step)?;
+    let scored = generator.score(session, prompts, &completions, group, run.step, &|| run.is_interrupted())?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
         scored.metrics.iter().map(|(name, &value)| (format!("eval_{name}"), Value::from(value))).collect();
@@ -357,22 +475,13 @@ fn evaluate(
     Ok(values)
 }
 
-fn loop_state(
-    settings: &GrpoSettings,
-    sampler: &Sampler,
-    generation: Option<&GenerationBatch>,
-    scaler: Option<&LossScaler>,
-) -> LoopState<GenerationBatch> {
-    let unfinished = generation.filter(|batch| batch.micro_steps < batch_life(settings));
-    LoopState { sampler: sampler.state(), buffer: unfinished.cloned(), loss_scaler: scaler.cloned() }
-}
-
 fn show_plan(
     settings: &GrpoSettings,
     session: &Session,
     (prompts, findings): (&[PromptExample], &Findings),
     parts: &[Part],
     generator: &Generator<'_>,
+    batches: &PromptBatches,
     total: u64,
 ) -> Vec<Section> {
     let training = &settings.training;
@@ -381,7 +490,7 @@ fn show_plan(
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         settings.num_generations,
-        settings.generation_batch_size
+        batches.per_batch() * settings.num_generations
     );
     let rewards: Vec<String> = generator
         .reward_names()
@@ -415,7 +524,7 @@ fn show_plan(
         plan::data_section(&settings.data, parts, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len())));
     turns::show_adapted(&mut data, findings);
     vec![
-        plan::run_section("grpo", training, session, total, &batch),
+        plan::run_section("grpo", training, session, (batches.epoch(), total), &batch),
         plan::model_section(&settings.model, session),
         data,
         policy,

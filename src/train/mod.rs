@@ -1,18 +1,22 @@
 //! The two training loops and what they share.
 //!
 //! `sft.rs` and `grpo.rs` read top to bottom as the algorithms they run; everything that is not the algorithm is beside
-//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's metrics, console and cadence,
-//! `output_dir.rs`, `lock.rs` and `results.rs` its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs` what a resumed run has in
-//! common with the first, `save.rs` writes models, `generation.rs` samples, rewards and scores a generation batch.
+//! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's metrics and console,
+//! `cadence.rs` says when it logs, evaluates and saves, `notices.rs` what it says of steps that teach nothing,
+//! `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
+//! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `save.rs` writes models,
+//! `generation.rs` samples, rewards and scores a generation batch.
 
 mod backend;
 pub mod bench;
 mod best;
+mod cadence;
 mod continuation;
 mod generation;
 pub mod grpo;
 mod inputs;
 mod lock;
+mod notices;
 mod output_dir;
 mod plan;
 mod results;
@@ -24,16 +28,20 @@ mod state;
 mod turns;
 
 pub use backend::{Backend, has_bf16, has_gpu};
+pub use cadence::{Cadence, Due};
 pub use plan::downloads;
 
+use crate::engine::IsInterrupted;
 use crate::telemetry::Terminal;
 
 /// What a loop is given by the command line.
 pub struct Context<'a> {
     /// Where to print.
     pub terminal: Terminal,
-    /// Whether a signal asked the run to save and stop; looked at between steps.
-    pub is_interrupted: &'a dyn Fn() -> bool,
+    /// Called when the run has prepared: from here on there is something to save, before a signal may end the process.
+    pub ready: &'a dyn Fn(),
+    /// Whether a signal asked the run to save and stop.
+    pub is_interrupted: IsInterrupted,
     /// The resolved configuration, written beside the results.
     pub resolved_yaml: &'a str,
     /// Warnings of the configuration, shown with the plan.

@@ -9,9 +9,8 @@ use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
 use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
-use crate::data::Part;
-use crate::data::TokenStatistics;
 use crate::data::hub::Download;
+use crate::data::{Epoch, Part, TokenStatistics};
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
@@ -114,7 +113,7 @@ pub(super) fn run_section(
     task: &str,
     training: &TrainingSettings,
     session: &Session,
-    total: u64,
+    (epoch, total): (Epoch, u64),
     batch: &str,
 ) -> Section {
     let clip = match training.max_grad_norm {
@@ -125,7 +124,7 @@ pub(super) fn run_section(
         .row("task", task)
         .row("output", training.output_dir.display())
         .row("device", session.backend().describe())
-        .row("steps", total)
+        .row("steps", format!("{total}, {} an epoch", epoch.steps()))
         .row("batch", batch)
         .row(
             "optimizer",

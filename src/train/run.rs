@@ -1,15 +1,17 @@
 //! What a run keeps beside the algorithm: metrics, console, and the cadence of logging, evaluation and saving.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::best::{Best, BestTracker};
+use super::cadence::{Cadence, Due};
 use super::continuation::Continuation;
 use super::inputs::Inputs;
+use super::notices::Notices;
 use super::output_dir::OutputDir;
 use super::plan::Memory;
 use super::results;
@@ -26,6 +28,9 @@ pub(super) struct Run<'a> {
     continuation: Continuation,
     inputs: Inputs,
     best: BestTracker<'a>,
+    cadence: Cadence,
+    /// What there is to say of steps that teach nothing.
+    pub(super) notices: Notices,
     /// What was wrong with the last evaluation; the run ends with it once it has saved.
     evaluation_problem: Option<String>,
     // Held as long as the run lasts.
@@ -42,9 +47,9 @@ pub(super) struct Run<'a> {
     pub(super) samples: Vec<Sample>,
     /// Optimizer steps taken.
     pub(super) step: u64,
-    /// Optimizer steps to take.
-    pub(super) total: u64,
     pub(super) num_tokens: u64,
+    /// Metrics and tokens before the step that is under way.
+    before_step: (Accumulator, u64),
     started: Instant,
     step_started: Instant,
     first_step: u64,
@@ -59,16 +64,18 @@ impl<'a> Run<'a> {
         (continuation, inputs): (Continuation, Inputs),
         settings: &'a TrainingSettings,
         context: Context<'a>,
-        total: u64,
+        cadence: Cadence,
         memory: Memory,
         resumed: Option<&State<B>>,
     ) -> anyhow::Result<Self> {
         let (step, num_tokens) = resumed.map_or((0, 0), |state| (state.step, state.num_tokens));
-        if step > total {
+        if step > cadence.total {
             bail!(
-                "the checkpoint stands at step {step}, this run ends at {total}; raise `max_steps` or `num_train_epochs`"
+                "the checkpoint stands at step {step}, this run ends at {}; raise `max_steps` or `num_train_epochs`",
+                cadence.total
             );
         }
+        (context.ready)();
         let folder_note = folder.settle()?;
         let console = Console::new(context.terminal.clone(), settings.disable_tqdm);
         let has_tensorboard = settings.report_to.contains(&ReportTo::Tensorboard);
@@ -83,6 +90,8 @@ impl<'a> Run<'a> {
             continuation,
             inputs,
             best,
+            cadence,
+            notices: Notices::default(),
             evaluation_problem: None,
             _folder: folder,
             folder_note,
@@ -91,16 +100,17 @@ impl<'a> Run<'a> {
             console,
             memory,
             metrics,
+            before_step: (accumulator.clone(), num_tokens),
             accumulator,
             samples: Vec::new(),
             step,
-            total,
             num_tokens,
             started: now,
             step_started: now,
             first_step: step,
             first_tokens: num_tokens,
-            last_saved: resumed.map(|state| state.step),
+            // A checkpoint that still waits for its evaluation is written again after it.
+            last_saved: resumed.filter(|state| !state.is_evaluation_due).map(|state| state.step),
         })
     }
 
@@ -114,9 +124,22 @@ impl<'a> Run<'a> {
         if let Some(note) = self.folder_note.take() {
             self.console.note(&note);
         }
-        self.console.start_steps(self.step, self.total);
+        self.console.start_steps(self.step, self.cadence.total);
         self.started = Instant::now();
         self.step_started = self.started;
+    }
+
+    /// What is due before the first step: an evaluation of the start, or the one that a signal cut short.
+    pub(super) fn due_at_first<B>(&self, resumed: Option<&State<B>>) -> Due {
+        match resumed {
+            Some(state) => Due { evaluate: state.is_evaluation_due, save: state.is_evaluation_due, log: false },
+            None => Due { evaluate: self.settings.eval_on_start, ..Due::default() },
+        }
+    }
+
+    /// Whether all steps are taken, or the results of evaluations no longer get better.
+    pub(super) fn is_over(&self) -> bool {
+        self.step >= self.cadence.total || self.best.stops().is_some()
     }
 
     /// Whether a signal asked the run to stop.
@@ -124,18 +147,47 @@ impl<'a> Run<'a> {
         (self.context.is_interrupted)()
     }
 
-    /// Ends an optimizer step, which began in `epoch_before` and ended in `epoch`: counts it and writes a row if one is due.
-    /// `message` stands beside the progress bar.
-    pub(super) fn finish_step(&mut self, epoch_before: f64, epoch: f64, message: &str) -> anyhow::Result<()> {
+    /// The result of work that a signal cuts short; `None` if it did. What is given up is done anew by the run that goes
+    /// on, and so is what failed when the run was to stop: a program may have got the same signal.
+    pub(super) fn unless_interrupted<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+        /// A signal to all processes of a job may come to a reward program first.
+        const GRACE: Duration = Duration::from_millis(300);
+        let Err(error) = result else { return result.map(Some) };
+        let is_program = |cause: &(dyn std::error::Error + 'static)| {
+            matches!(cause.downcast_ref(), Some(crate::reward::Error::Program { .. }))
+        };
+        if error.chain().any(is_program) && !self.is_interrupted() {
+            std::thread::sleep(GRACE);
+        }
+        if self.is_interrupted() {
+            tracing::debug!("given up: {error:#}");
+            return Ok(None);
+        }
+        Err(error)
+    }
+
+    /// Begins an optimizer step.
+    pub(super) fn begin_step(&mut self) {
+        self.before_step = (self.accumulator.clone(), self.num_tokens);
+    }
+
+    /// Leaves a step that a signal cut short as if it had not begun.
+    pub(super) fn abandon_step(&mut self) {
+        (self.accumulator, self.num_tokens) = std::mem::take(&mut self.before_step);
+    }
+
+    /// Ends an optimizer step: counts it and writes a row if one is due. `message` stands beside the progress bar. Returns
+    /// what is due after it.
+    pub(super) fn finish_step(&mut self, message: &str) -> anyhow::Result<Due> {
         self.step += 1;
         let now = Instant::now();
         self.accumulator.mean("step_time", (now - self.step_started).as_secs_f64());
         self.step_started = now;
         self.accumulator.latest("num_tokens", self.num_tokens);
-        self.accumulator.latest("epoch", epoch);
+        self.accumulator.latest("epoch", self.cadence.epoch.after(self.step));
         self.console.step(self.step, message);
-        let is_extreme = self.step == self.total || (self.step == 1 && self.settings.logging_first_step);
-        if is_extreme || self.is_due(self.settings.logging_strategy, epoch_before, epoch) {
+        let due = self.cadence.after(self.step);
+        if due.log {
             let row = self.accumulator.drain(self.step);
             self.metrics.log(&row)?;
             self.console.log(&row);
@@ -144,13 +196,14 @@ impl<'a> Run<'a> {
                 self.console.completions(self.step, &samples);
             }
         }
-        Ok(())
+        Ok(due)
     }
 
     /// Writes a row outside of the cadence.
     pub(super) fn log_now(&mut self, values: impl IntoIterator<Item = (String, Value)>) -> anyhow::Result<()> {
         let mut row = Row::new();
         row.insert("step".into(), self.step.into());
+        row.insert("epoch".into(), self.cadence.epoch.after(self.step).into());
         row.extend(values);
         self.metrics.log(&row)?;
         self.console.log(&row);
@@ -166,32 +219,15 @@ impl<'a> Run<'a> {
         self.log_now(values)
     }
 
-    /// Whether the results of evaluations no longer get better.
-    pub(super) fn is_stopped_early(&self) -> bool {
-        self.best.stops().is_some()
-    }
-
     /// Writes completions of the current step.
     pub(super) fn log_completions(&mut self, completions: &[impl Serialize]) -> anyhow::Result<()> {
         Ok(self.metrics.log_completions(completions)?)
     }
 
-    /// Whether something with this cadence is due after the step just finished, which ended in `epoch` and began in
-    /// `epoch_before`.
-    pub(super) fn is_due(&self, interval: Interval, epoch_before: f64, epoch: f64) -> bool {
-        match interval.in_steps(self.total) {
-            Interval::No | Interval::Best | Interval::Share(_) => false,
-            Interval::Steps(steps) => self.step.is_multiple_of(steps as u64),
-            Interval::Epoch => epoch.floor() > epoch_before.floor(),
-        }
-    }
-
-    /// Whether a checkpoint is due after the step just finished and its evaluation.
-    pub(super) fn is_save_due(&self, epoch_before: f64, epoch: f64) -> bool {
-        match self.settings.save_strategy {
-            Interval::Best => self.best.is_new(self.step) || self.evaluation_problem.is_some(),
-            interval => self.is_due(interval, epoch_before, epoch) || self.evaluation_problem.is_some(),
-        }
+    /// Whether the evaluation just made asks for a checkpoint.
+    pub(super) fn is_evaluation_saved(&self) -> bool {
+        let is_best = self.settings.save_strategy == Interval::Best && self.best.is_new(self.step);
+        is_best || self.evaluation_problem.is_some()
     }
 
     /// Writes a checkpoint of the current step, unless there is one.
@@ -230,7 +266,7 @@ impl<'a> Run<'a> {
         self.console.finish_steps();
         let mut summary = Section::new("Summary");
         if let Some(reason) = self.best.stops() {
-            self.console.note(&format!("stopped early after step {} of {}: {reason}", self.step, self.total));
+            self.console.note(&format!("stopped early after step {} of {}: {reason}", self.step, self.cadence.total));
         }
         let best = self.best.checkpoint().filter(|_| self.best.is_loaded());
         if best.is_none() && self.best.is_loaded() {
@@ -251,6 +287,9 @@ impl<'a> Run<'a> {
         let tokens = self.num_tokens - self.first_tokens;
         summary.push("steps", format!("{steps} in {}", units::duration(secs)));
         summary.push("throughput", format!("{:.0} tokens/s ({} tokens)", tokens as f64 / secs, units::count(tokens)));
+        for (name, count) in self.notices.summary() {
+            summary.push(name, count);
+        }
         let kind = if session.adapter_spec.is_some() { "adapter" } else { "model" };
         let whose = if best.is_some() { " (of the best checkpoint)" } else { "" };
         summary.push(kind, format!("{}{whose}", output_dir.display()));
@@ -274,7 +313,7 @@ impl<'a> Run<'a> {
                 "interrupted after step {} of {}; the model is in checkpoint-{} of {}, from which no run can go on \
                  (`save_only_model: true`)",
                 self.step,
-                self.total,
+                self.cadence.total,
                 self.step,
                 self.settings.output_dir.display()
             ));
@@ -283,7 +322,7 @@ impl<'a> Run<'a> {
         self.console.note(&format!(
             "interrupted after step {} of {}; go on with `--resume` (checkpoint-{} in {})",
             self.step,
-            self.total,
+            self.cadence.total,
             self.step,
             self.settings.output_dir.display()
         ));

@@ -11,11 +11,13 @@ use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
-use super::{Backend, Context, Outcome};
+use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config;
-use crate::config::settings::{Interval, SftLossType, SftSettings, TrainingSettings};
-use crate::data::{self, Bin, Dataset, IGNORE, Part, Sampler, SftData, SftOptions, Splits, TokenStatistics};
+use crate::config::settings::{Interval, SftLossType, SftSettings};
+use crate::data::{
+    self, Bin, Dataset, IGNORE, Part, RowBatches, Sampler, SftData, SftOptions, Splits, TokenStatistics,
+};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -30,13 +32,15 @@ struct Split {
     bins: Vec<Bin>,
     /// What the rows were taken from, if from several data sets.
     parts: Vec<Part>,
+    /// Bins without a token that has another before it to be predicted from.
+    without_target: usize,
 }
 
 /// Trains on the examples that `settings` name.
 ///
-/// Each optimizer step draws `gradient_accumulation_steps` micro-batches, sums the gradients of
-/// `-log p(token | tokens before)` over their target tokens, divides by the number of targets in the whole step, clips,
-/// and moves the trained parameters by AdamW.
+/// Each optimizer step takes the next `gradient_accumulation_steps` micro-batches of the epoch, or as many as are left of it,
+/// sums the gradients of `-log p(token | tokens before)` over their target tokens, divides by the number of targets in the
+/// whole step, clips, and moves the trained parameters by AdamW.
 ///
 /// # Errors
 /// If the input is unusable, the loss stops being finite, or a file cannot be written.
@@ -56,100 +60,142 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         &backend,
         &mut progress,
     )?;
-    let evaluates = training.eval_strategy != Interval::No;
+    session.engine.ask_whether_interrupted(context.is_interrupted.clone());
+    let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
     let (train, eval) = prepare(settings, &mut session, &splits)?;
 
-    let sequences_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps;
-    let total = total_steps(training, train.bins.len() as f64 / sequences_per_step as f64);
+    let batches = RowBatches::new(
+        train.bins.len(),
+        training.per_device_train_batch_size,
+        1,
+        settings.dataloader_drop_last,
+        training.gradient_accumulation_steps,
+    )?;
+    let epoch = batches.epoch();
+    let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
-    let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true, 1, 0)?;
+    let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true)?;
     let resumed: Option<State<()>> =
         checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
     if let Some(state) = &resumed {
-        sampler.resume(state.place_in(sampler.len()))?;
+        state.check_place(batches.state_after(state.step), train.bins.len())?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, 0);
-    let mut run = Run::begin(folder, (continuation, inputs), training, context, total, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, &train, eval.as_ref(), total));
+    let cadence = Cadence::new(training, epoch, total);
+    let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
+    run.open(show_plan(settings, &session, &train, eval.as_ref(), &batches, total));
 
-    while run.step < run.total && !run.is_stopped_early() {
-        let (step, epoch_before) = (run.step, sampler.epochs());
-        let batches: Vec<Batch> = (0..training.gradient_accumulation_steps)
-            .map(|_| train.batch(&sampler.next_share(training.per_device_train_batch_size)))
-            .collect::<anyhow::Result<_>>()?;
-        let num_targets: usize = batches.iter().map(|b| b.targets.len()).sum();
-
-        session.engine.store().zero_gradients()?;
-        let (mut loss, mut metrics) = (0.0, Metrics::default());
-        let scale = plan::loss_scale(scaler.as_ref());
-        for batch in &batches {
-            let dropout = Some(DropoutKey { seed: training.seed, step });
-            let look = |head: &head::Output| {
-                let inputs = SftInputs {
-                    logprobs: &head.logprobs,
-                    mask: None,
-                    entropies: Some(&head.entropies),
-                    is_correct: Some(&head.is_argmax),
-                    num_items_in_batch: num_targets,
-                    num_processes: 1,
-                };
-                let output = sft_loss(&inputs, settings.loss_type)?;
-                plan::check_loss(output.loss, step + 1, &session, batch, &training.output_dir)?;
-                let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
-                Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
-            };
-            let engine = &session.engine;
-            let output = match known_gradient(settings.loss_type, batch, num_targets) {
-                Some(gradient) => {
-                    let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
-                    engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
-                }
-                None => engine.forward_backward(batch, 1.0, dropout, look)?,
-            };
-            loss += output.0;
-            metrics.merge(&output.1);
-            run.num_tokens += batch.tokens.len() as u64;
-        }
-        let lr = schedule.lr(step);
-        let report =
-            optimizer.step(session.engine.store(), lr, training.max_grad_norm, plan::loss_scale(scaler.as_ref()))?;
-        plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
-
-        run.accumulator.mean("loss", loss);
-        run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
-        run.accumulator.latest("learning_rate", lr);
-        metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
-        let epoch = sampler.epochs();
-        run.finish_step(epoch_before, epoch, &format!("loss {loss:.4}"))?;
-
-        if let Some(eval) = eval.as_ref().filter(|_| run.is_due(training.eval_strategy, epoch_before, epoch)) {
-            let values = evaluate(eval, &session, settings, &run)?;
+    let mut due = run.due_at_first(resumed.as_ref());
+    loop {
+        if let Some(eval) = eval.as_ref().filter(|_| due.evaluate)
+            && let Some(values) = run.unless_interrupted(evaluate(eval, &session, settings, &run))?
+        {
             run.log_evaluation(values)?;
+            due = Due { evaluate: false, save: due.save || run.is_evaluation_saved(), ..due };
         }
         let is_interrupted = run.is_interrupted();
-        if is_interrupted || run.is_save_due(epoch_before, epoch) {
-            run.save(
-                &session,
-                &optimizer,
-                LoopState::<()> { sampler: sampler.state(), buffer: None, loss_scaler: scaler.clone() },
-            )?;
+        if due.save || is_interrupted || run.is_over() {
+            let own = LoopState::<()> {
+                sampler: batches.state_after(run.step),
+                buffer: None,
+                loss_scaler: scaler.clone(),
+                is_evaluation_due: due.evaluate && eval.is_some(),
+            };
+            run.save(&session, &optimizer, own)?;
         }
-        if is_interrupted && run.step < run.total {
+        if is_interrupted && (due.evaluate || !run.is_over()) {
             return Ok(run.stop());
         }
+        if run.is_over() {
+            return run.finish(&session);
+        }
+
+        let step = run.step;
+        run.begin_step();
+        let place = epoch.place(step);
+        let micro_batches: Vec<Batch> = (place.micro_steps)
+            .map(|micro_step| train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, 0))))
+            .collect::<anyhow::Result<_>>()?;
+        let loss = gradients(settings, &session, &micro_batches, plan::loss_scale(scaler.as_ref()), &mut run);
+        due = match run.unless_interrupted(loss)? {
+            None => {
+                run.abandon_step();
+                Due::default()
+            }
+            // Nothing to learn: the step counts and changes nothing.
+            Some(None) => {
+                run.accumulator.latest("learning_rate", schedule.lr(step));
+                run.finish_step("no token to learn")?
+            }
+            Some(Some((loss, metrics))) => {
+                let (lr, scale) = (schedule.lr(step), plan::loss_scale(scaler.as_ref()));
+                let report = optimizer.step(session.engine.store(), lr, training.max_grad_norm, scale)?;
+                plan::check_step(report, step + 1, scaler.as_mut(), &mut run)?;
+                run.accumulator.mean("loss", loss);
+                run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
+                run.accumulator.latest("learning_rate", lr);
+                metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
+                run.finish_step(&format!("loss {loss:.4}"))?
+            }
+        };
     }
-    run.save(
-        &session,
-        &optimizer,
-        LoopState::<()> { sampler: sampler.state(), buffer: None, loss_scaler: scaler.clone() },
-    )?;
-    run.finish(&session)
+}
+
+/// Sums the gradients of a step's micro-batches; returns the loss and its metrics, or `None` where no token is to be learnt.
+fn gradients(
+    settings: &SftSettings,
+    session: &Session,
+    micro_batches: &[Batch],
+    scale: f64,
+    run: &mut Run<'_>,
+) -> anyhow::Result<Option<(f64, Metrics)>> {
+    let training = &settings.training;
+    let step = run.step;
+    let num_targets: usize = micro_batches.iter().map(|b| b.targets.len()).sum();
+    run.num_tokens += micro_batches.iter().map(|b| b.tokens.len() as u64).sum::<u64>();
+    if num_targets == 0 {
+        let sequences = micro_batches.iter().flat_map(|b| &b.positions).filter(|&&position| position == 0).count();
+        if let Some(text) = run.notices.step_without_target(step + 1, sequences) {
+            tracing::warn!("{text}");
+        }
+        return Ok(None);
+    }
+    session.engine.store().zero_gradients()?;
+    let (mut loss, mut metrics) = (0.0, Metrics::default());
+    for batch in micro_batches.iter().filter(|batch| !batch.targets.is_empty()) {
+        let dropout = Some(DropoutKey { seed: training.seed, step });
+        let look = |head: &head::Output| {
+            let inputs = SftInputs {
+                logprobs: &head.logprobs,
+                mask: None,
+                entropies: Some(&head.entropies),
+                is_correct: Some(&head.is_argmax),
+                num_items_in_batch: num_targets,
+                num_processes: 1,
+            };
+            let output = sft_loss(&inputs, settings.loss_type)?;
+            plan::check_loss(output.loss, step + 1, session, batch, &training.output_dir)?;
+            let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
+            Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
+        };
+        let engine = &session.engine;
+        let output = match known_gradient(settings.loss_type, batch, num_targets) {
+            Some(gradient) => {
+                let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
+                engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
+            }
+            None => engine.forward_backward(batch, 1.0, dropout, look)?,
+        };
+        loss += output.0;
+        metrics.merge(&output.1);
+    }
+    Ok(Some((loss, metrics)))
 }
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
@@ -158,12 +204,6 @@ fn known_gradient(loss_type: SftLossType, batch: &Batch, num_targets: usize) -> 
     let is_known = loss_type != SftLossType::Dft;
     let each = (-1.0 / num_targets as f64) as f32;
     is_known.then(|| HeadGradient { d_logprobs: vec![each; batch.targets.len()], d_entropies: vec![] })
-}
-
-/// Optimizer steps of the run; an epoch may end inside a step, which then goes on into the next one.
-fn total_steps(training: &TrainingSettings, steps_per_epoch: f64) -> u64 {
-    let from_epochs = (training.num_train_epochs * steps_per_epoch).ceil().max(1.0) as u64;
-    training.max_steps.map_or(from_epochs, |steps| steps as u64)
 }
 
 fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
@@ -180,7 +220,16 @@ fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> an
             bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
         }
         turns::warn(name, &data.findings);
-        Ok(Split { data, bins, parts: Vec::new() })
+        let has_target = |bin: &Bin| data::collate(&data.examples, [bin]).num_targets() > 0;
+        let without_target = bins.iter().filter(|bin| !has_target(bin)).count();
+        if without_target == bins.len() {
+            bail!(
+                "none of the {} rows has a token to learn that comes after another one in its sequence; check the texts, \
+                 `max_length` and the masks (`completion_only_loss`, `assistant_only_loss`)",
+                dataset.len()
+            );
+        }
+        Ok(Split { data, bins, parts: Vec::new(), without_target })
     };
     let mut train = split("training", &splits.train, settings.packing)?;
     train.parts.clone_from(&splits.parts);
@@ -230,6 +279,11 @@ fn evaluate(
     let indices: Vec<usize> = (0..eval.bins.len()).collect();
     for chunk in indices.chunks(settings.training.per_device_eval_batch_size) {
         let batch = eval.batch(chunk)?;
+        tokens += batch.tokens.len() as u64;
+        bar.set(chunk.last().map_or(0, |&last| last as u64 + 1), tokens);
+        if batch.targets.is_empty() {
+            continue;
+        }
         let head = session.engine.logprobs(&batch, Speaker::Policy, 1.0)?;
         let inputs = SftInputs {
             logprobs: &head.logprobs,
@@ -242,9 +296,7 @@ fn evaluate(
         let output = sft_loss(&inputs, settings.loss_type)?;
         sum += output.loss;
         count += batch.targets.len();
-        tokens += batch.tokens.len() as u64;
         metrics.merge(&output.metrics);
-        bar.set(chunk.last().map_or(0, |&last| last as u64 + 1), tokens);
     }
     let secs = started.elapsed().as_secs_f64();
     let mut values = vec![("eval_loss".to_string(), Value::from(sum / count.max(1) as f64))];
@@ -259,6 +311,7 @@ fn show_plan(
     session: &Session,
     train: &Split,
     eval: Option<&Split>,
+    batches: &RowBatches,
     total: u64,
 ) -> Vec<Section> {
     let training = &settings.training;
@@ -275,10 +328,24 @@ fn show_plan(
         let fill = tokens as f64 / (train.bins.len() * settings.max_length.unwrap_or(1)) as f64;
         data.push("packing", format!("{} sequences, {:.1}% full", train.bins.len(), 100.0 * fill));
     }
+    if train.without_target > 0 {
+        data.push(
+            "nothing to learn",
+            format!(
+                "{} of {} sequences have no token to predict; a step of such alone changes nothing",
+                train.without_target,
+                train.bins.len()
+            ),
+        );
+    }
+    if batches.left_out() > 0 {
+        let unit = "sequences of each epoch, which fill no batch (`dataloader_drop_last`)";
+        data.push("dropped", format!("{} {unit}", batches.left_out()));
+    }
     if let Some(eval) = eval {
         data.push("evaluation", format!("{} examples", eval.data.examples.len()));
     }
-    let sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps;
+    let sequences = (training.per_device_train_batch_size * training.gradient_accumulation_steps).min(train.bins.len());
     let mean = train.bins.iter().map(Bin::num_tokens).sum::<usize>() as f64 / train.bins.len() as f64;
     let batch = format!(
         "{} x {} sequences, about {:.0} tokens",
@@ -287,7 +354,7 @@ fn show_plan(
         mean * sequences as f64
     );
     vec![
-        plan::run_section("sft", training, session, total, &batch),
+        plan::run_section("sft", training, session, (batches.epoch(), total), &batch),
         plan::model_section(&settings.model, session),
         data,
     ]

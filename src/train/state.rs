@@ -66,6 +66,9 @@ pub(super) struct State<B> {
     /// Whether the model is all there is beside this.
     #[serde(default)]
     is_model_only: bool,
+    /// Whether the evaluation that is due after these steps was cut short by a signal.
+    #[serde(default)]
+    pub(super) is_evaluation_due: bool,
     /// Where the checkpoint lies.
     #[serde(skip)]
     pub(super) place: PathBuf,
@@ -82,6 +85,8 @@ pub(super) struct LoopState<B> {
     pub(super) buffer: Option<B>,
     /// The loss scaler of an fp16 run.
     pub(super) loss_scaler: Option<LossScaler>,
+    /// Whether an evaluation is still to be made.
+    pub(super) is_evaluation_due: bool,
 }
 
 /// The checkpoint to resume from, if the settings ask for one; its state is that of a run which this one can continue, and
@@ -132,13 +137,23 @@ pub(super) fn find_checkpoint(
 }
 
 impl<B> State<B> {
-    /// The place in data of `len` items. Where the rows are others than they were, a place beyond them is the start of
-    /// the next pass.
-    pub(super) fn place_in(&self, len: usize) -> SamplerState {
-        if self.has_other_rows && self.sampler.position >= len {
-            return SamplerState { epoch: self.sampler.epoch + 1, position: 0 };
+    /// Checks that the place in data of `len` items is the one that the steps lead to, unless the rows are others than they
+    /// were.
+    pub(super) fn check_place(&self, counted: SamplerState, len: usize) -> anyhow::Result<()> {
+        if self.has_other_rows || self.sampler == counted {
+            return Ok(());
         }
-        self.sampler
+        bail!(
+            "`{}` stands at item {} of pass {} over its data; with this data, which has {len} items, its {} steps lead to item \
+             {} of pass {}. Resume with the data set, packing and sample limits of the first run. (A checkpoint of a program \
+             whose batches reached over the end of a pass cannot go on: start a new run from its weights)",
+            self.place.display(),
+            self.sampler.position,
+            self.sampler.epoch + 1,
+            self.step,
+            counted.position,
+            counted.epoch + 1
+        )
     }
 
     /// Refuses counts that no run can have come to.
@@ -275,6 +290,7 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         best: run.best,
         inputs: Some(run.inputs.clone()),
         is_model_only: settings.save_only_model,
+        is_evaluation_due: own.is_evaluation_due,
         place: PathBuf::new(),
         has_other_rows: false,
     };

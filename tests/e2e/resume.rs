@@ -242,7 +242,10 @@ fn a_checkpoint_without_settings_is_still_read_and_checked_by_what_it_holds() {
         ("lora_r=8", &["no fitting", "lora_A.weight", "adapter settings of that run"]),
         // Fewer projections than were trained: going on would throw the others' adapters away.
         ("lora_target_modules=[q_proj]", &["checkpoint-4", "adapter settings of that run"]),
-        ("max_train_samples=16", &["item 5", "this data has 3", "sample limits of the first run"]),
+        (
+            "max_train_samples=16",
+            &["checkpoint-4` stands at item", "which has 3 items", "sample limits of the first run"],
+        ),
     ];
     for (set, parts) in cases {
         refused(&run, &["max_steps=6", set], parts);

@@ -38,8 +38,15 @@ fn sft_of_an_adapter_lowers_the_loss_and_logs_it() {
             assert!(row.get(key).is_some_and(serde_json::Value::is_number), "`{key}` is missing in {row:?}");
         }
     }
-    let keys =
-        ["step", "eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_runtime", "eval_samples_per_second"];
+    let keys = [
+        "step",
+        "epoch",
+        "eval_loss",
+        "eval_entropy",
+        "eval_mean_token_accuracy",
+        "eval_runtime",
+        "eval_samples_per_second",
+    ];
     assert_eq!(rows.iter().filter(is_eval).count(), 6);
     for row in rows.iter().filter(is_eval) {
         assert_eq!(row.keys().map(String::as_str).collect::<Vec<_>>(), keys);

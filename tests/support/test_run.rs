@@ -208,6 +208,22 @@ impl TestRun {
         })
     }
 
+    /// Runs, sends a signal as soon as `when` holds for `output_dir`, and returns how it ended and how long that took.
+    pub(crate) fn signal_when(&self, more: &[&str], signal: &str, when: impl Fn(&Path) -> bool) -> (Ended, Duration) {
+        let child = start(&mut self.command(more));
+        let (id, started) = (child.id(), Instant::now());
+        let waiting = thread::spawn(move || end(child));
+        while !when(&self.output()) {
+            assert!(!waiting.is_finished(), "it ended before the signal: {:?}", waiting.join());
+            assert!(started.elapsed() < LONGEST, "nothing to signal came in {LONGEST:?}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Command::new("sh").args(["-c", &format!("kill -{signal} {id}")]).status().unwrap();
+        let sent = Instant::now();
+        let ended = waiting.join().unwrap();
+        (ended, sent.elapsed())
+    }
+
     /// Runs under bash with `limit` set up before, e.g. a limit on file sizes.
     pub(crate) fn run_limited(&self, limit: &str, more: &[&str]) -> Ended {
         let inner = self.command(more);
