@@ -37,10 +37,16 @@ pub struct TrainingArgs {
 }
 
 impl TrainingArgs {
-    /// The configuration file; without one, keys of the command line make up the configuration.
+    /// The path of the configuration file.
+    fn file(&self) -> Option<PathBuf> {
+        let path = self.config.as_ref().or(self.named_config.as_ref())?;
+        Some(PathBuf::from(config::expand_home(&path.to_string_lossy())))
+    }
+
+    /// The configuration; without a file, keys of the command line make it up.
     fn source(&self) -> anyhow::Result<Result<Source, ConfigError>> {
-        match self.config.as_ref().or(self.named_config.as_ref()) {
-            Some(path) => Ok(Source::read(Path::new(&config::expand_home(&path.to_string_lossy())))),
+        match self.file() {
+            Some(path) => Ok(Source::read(&path)),
             None if !self.overrides.is_empty() => Ok(Ok(Source::new("command line", ""))),
             None => Err(UsageError(
                 "nothing says what to train: give a file (<CONFIG>), or keys: `--model_name_or_path MODEL --dataset_name DATA`"
@@ -76,7 +82,9 @@ pub(super) fn run<S>(
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
+    let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
     let surroundings = config::Context {
+        config_folder: config_folder.as_deref(),
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
         has_bf16: train::has_bf16(),

@@ -118,6 +118,26 @@ choices! {
     }
 }
 choices! {
+    /// How much protection the code of completions needs to be run.
+    CodeSandbox {
+        /// Files, network and processes of the machine are out of reach, or nothing is run.
+        Required = "required",
+        /// What the machine offers; what it does not is said.
+        BestEffort = "best_effort",
+    }
+}
+choices! {
+    /// How `cf_code` turns passed tests into a score.
+    CodeScoring {
+        /// 1 if all pass, else 0.
+        PassFail = "pass_fail",
+        /// The share that passes.
+        Partial = "partial",
+        /// The first plus a tenth of the second.
+        WeightedSum = "weighted_sum",
+    }
+}
+choices! {
     /// How rewards are scaled into advantages.
     ScaleRewards {
         /// By the standard deviation of the group.

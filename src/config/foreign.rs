@@ -99,7 +99,7 @@ const NO_OPTIM: &str = "AdamW is the only optimizer";
 const LAUNCHER: &str = "it belongs to the launcher, and one process is started without one";
 const NO_TRACKER: &str = "nothing is sent to a tracker; see `report_to`";
 const NO_TPU: &str = "there is no TPU back end";
-const SANDBOX: &str = "code is run by this program itself, on this machine";
+const SANDBOX: &str = "code runs in this program's own sandbox, on this machine";
 const NO_CALLBACKS: &str = "there are no callbacks";
 const NO_SHARED_METRICS: &str = "evaluation has a fixed set of metrics";
 
@@ -168,6 +168,10 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         "the order of the data is a fresh shuffle per epoch, from `data_seed`",
     ),
     only(Commands::Sft, lacking("truncation_mode", &["keep_start"], "examples are cut at the end")),
+    only(Commands::Grpo, no_effect("code_provider", SANDBOX)),
+    only(Commands::Grpo, no_effect("ioi_provider", SANDBOX)),
+    only(Commands::Grpo, no_effect("provider_type", SANDBOX)),
+    only(Commands::Grpo, no_effect("enforce_same_language", "each row's tests say their language")),
     only(
         Commands::Sft,
         no_effect("shuffle_dataset", "the order of the data is a fresh shuffle per epoch, from `data_seed`"),

@@ -14,11 +14,11 @@ use super::launcher::LaunchFile;
 use super::mixture::{Datasets, Mixture};
 use super::rewards::RewardList;
 use super::settings::{
-    DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume, RewardAggregation,
-    RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+    CodeSandbox, CodeScoring, DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume,
+    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
 };
 use super::special::{
-    AdamW, Cadence, EvalCadence, Limit, MaxSteps, Packing, Recurrence, Saving, Sinks, TargetModules, TopK,
+    AdamW, Cadence, EvalCadence, Limit, MaxSteps, Packing, Recurrence, Saving, Sinks, TargetModules, TestBatch, TopK,
 };
 use super::value::Parse;
 use super::yaml::Entry;
@@ -408,8 +408,29 @@ keys! {
         stop_strings: Vec<String> = Text("[]"), ANY, "";
     }
     "Rewards" for Grpo {
-        /// Reward functions: built-ins by name, programs by command line; see "Reward functions" below.
+        /// Reward functions: built-ins by name, functions in Python by file or module, programs by command line; see
+        /// "Reward functions" below.
         reward_funcs: RewardList = Required, ANY, "";
+        /// The Python that runs reward functions in Python; the default is that of an active virtual environment, else
+        /// `python3`. Not in TRL.
+        reward_python: Option<PathBuf> = Text("null"), ANY, "";
+        /// Folders where it looks for their files and modules, besides the working directory and this file's folder.
+        /// Not in TRL.
+        reward_path: Vec<String> = Text("[]"), ANY, "";
+        /// What rewards that run the code of completions (`code` and the like) need of this machine: `required` refuses to
+        /// run any where its files, network and processes cannot be kept out of reach; `best_effort` takes what there is
+        /// and says what is missing. Not in TRL.
+        code_sandbox: CodeSandbox = Text("best_effort"), ANY, "";
+        /// Completions whose code runs at a time. open-r1's key; its default is 2.
+        parallel_code_exec_per_proc: Option<usize> = Derived("number of cores"), GROUP, "completions";
+        /// Language that `code_format` looks for in rows without a column `language`. open-r1's key.
+        code_language: String = Text("python"), ANY, "";
+        /// Tests of a completion after which it is looked whether one has failed, where one failure decides the score
+        /// (`binary_code`, `ioi_code`, and `cf_code` with `pass_fail`); -1 runs all. open-r1's key.
+        code_eval_test_batch_size: TestBatch = Text("1"), GROUP, "tests";
+        /// How `cf_code` turns passed tests into a score: 1 or 0, the share that passes, or the first plus a tenth of the
+        /// second. open-r1's key.
+        code_eval_scoring_mode: CodeScoring = Text("weighted_sum"), ANY, "";
         /// One weight per reward function.
         reward_weights: Option<Vec<f64>> = Derived("1 for each"), Bounds::between(-1e6, 1e6), "";
         /// How rewards are scaled into advantages: by the standard deviation of the `group`, of the whole generation

@@ -203,6 +203,12 @@ const REWARDS: &str = "
 reward_funcs:
   - accuracy                                # a built-in, by name
   - {kind: accuracy, PARAMETER: VALUE}      # a built-in with parameters
+  - my_rewards.py:brevity                   # a function in a Python file
+  - my_package.rewards.score                # a function in a Python module, as TRL names it
+  - kind: my_rewards.py:brevity             # the same with all its keys
+    name: short                             # in metrics: rewards/short/mean; default: the function's `__name__`, as in TRL
+    timeout_secs: 600                       # seconds one batch may take; default 600
+    limit: 200                              # any other key is a keyword argument of every call
   - command: python3 style.py --strict      # a program; quotes work as in a shell, no shell is run
   - kind: command                           # the same with all its keys
     name: style                             # in metrics: rewards/style/mean; default: the script's or program's name
@@ -210,9 +216,29 @@ reward_funcs:
     timeout_secs: 60                        # seconds one batch may take; default 60
 ```
 
-Names must differ, since metrics are filed under them. Python functions (`rewards.py`, `my_lib.rewards.score`) are not
-imported: run them as a program that answers each line of samples with a line of scores, as
-`scripts/rewards/brevity.py` does.
+Names must differ, since metrics are filed under them.
+
+### Functions in Python
+
+They are called as TRL 1.16 calls them: `prompts`, `completions` and `completion_ids` (lists), every other column of the data set
+(a list each), `trainer_state`, `log_extra` and `log_metric`, all as keyword arguments; one value per completion comes back, a
+number, a truth value, or `None` (or NaN) where the reward does not apply. Where the data set's prompts are lists of messages, completions are
+`[{\"role\": \"assistant\", \"content\": ...}]`, else texts. Functions, `async` functions (they run side by side), objects that can be
+called and `functools.partial` are taken, arrays and tensors as results too. A function without `**kwargs` gets the arguments that it names. `trainer_state` has
+`global_step`, `max_steps`, `epoch`, `num_train_epochs` and `train_batch_size`. `scripts/rewards/functions.py` has examples.
+
+One Python runs all functions of a run; it needs 3.8 or later and no packages but those that the functions import. It is started and imports them before the model is loaded. Files and modules are looked for in the working directory, then in the folder of the
+configuration, then in `reward_path`. What functions print is shown with `TRAINER_LOG=info`. An exception ends the run with its
+traceback; so do a result that is no list of numbers and a call that takes longer than `timeout_secs`.
+Functions of `trl.rewards` and `open_r1.rewards` that are built in here (`trl.rewards.think_format_reward`) need neither package.
+
+### Programs
+
+A program answers each line of samples with a line of scores, as `scripts/rewards/brevity.py` does: numbers, truth values, or
+`null` (or NaN) where the reward does not apply. Other lines on its standard output are passed over, which is said once; its
+standard error is free, its last lines are shown if it fails. It ends the run to give an infinite score, another number of scores than samples, an
+answer to another request or none in time; it is started again by the next run only. Programs, functions and whatever processes they start end with the trainer,
+however that ends.
 ";
 
 const FOREIGN: &str = "

@@ -38,12 +38,14 @@ pub struct Context<'a> {
     pub check_reward: Option<RewardCheck>,
     /// The commit this program was built from, for the header of the resolved config.
     pub git_commit: Option<&'a str>,
+    /// The folder of the file.
+    pub config_folder: Option<&'a Path>,
 }
 
 impl Default for Context<'_> {
     /// One rank on the CPU.
     fn default() -> Self {
-        Self { world_size: 1, has_bf16: false, check_reward: None, git_commit: None }
+        Self { world_size: 1, has_bf16: false, check_reward: None, git_commit: None, config_folder: None }
     }
 }
 

@@ -1,13 +1,15 @@
 //! The checks across GRPO's keys, and its settings.
 
+use std::path::{Path, PathBuf};
+
 use super::diagnose::{Place, Problem, Problems};
 use super::field::Named;
 use super::home;
 use super::keys::RawConfig;
 use super::resolve::{Context, build_data, build_model, build_training, check_shared, warn_idle};
 use super::settings::{
-    GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
-    SamplingSettings, VespoSettings,
+    CodeSettings, GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RewardSettings, RewardSpec, RolloutCorrection,
+    RolloutCorrectionMode, SamplingSettings, VespoSettings,
 };
 use super::special::Recurrence;
 
@@ -36,10 +38,12 @@ pub(super) fn grpo(
         let reward_funcs: Vec<_> =
             raw.reward_funcs.value().0.iter().map(|reward| at_home(reward.spec.clone())).collect();
         let epsilon = *raw.epsilon.value();
+        let training = build_training(raw, context);
+        let rewards = build_rewards(raw, context, &training.output_dir);
         GrpoSettings {
             model: build_model(raw),
             data: build_data(raw),
-            training: build_training(raw, context),
+            training,
             num_generations,
             num_generations_eval: raw.num_generations_eval.value().unwrap_or(num_generations),
             max_prompt_length: *raw.max_prompt_length.value(),
@@ -55,6 +59,7 @@ pub(super) fn grpo(
             },
             reward_weights: raw.reward_weights.value().clone().unwrap_or_else(|| vec![1.0; reward_funcs.len()]),
             reward_funcs,
+            rewards,
             scale_rewards: *raw.scale_rewards.value(),
             multi_objective_aggregation: *raw.multi_objective_aggregation.value(),
             loss_type: *raw.grpo_loss_type.value(),
@@ -97,6 +102,9 @@ fn at_home(spec: RewardSpec) -> RewardSpec {
         RewardSpec::Command { name, command, timeout_secs } => {
             let command = command.iter().map(|word| home::expand(word)).collect();
             RewardSpec::Command { name, command, timeout_secs }
+        }
+        RewardSpec::Python { target, name, parameters, timeout_secs } => {
+            RewardSpec::Python { target: home::expand(&target), name, parameters, timeout_secs }
         }
         other @ RewardSpec::Builtin { .. } => other,
     }
@@ -268,6 +276,26 @@ fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut
     );
 }
 
+/// Where functions in Python are looked for: the folder of the file travels with the settings, since the resolved
+/// configuration lies elsewhere.
+fn build_rewards(raw: &RawConfig, context: &Context<'_>, output_dir: &Path) -> RewardSettings {
+    let mut path: Vec<PathBuf> =
+        raw.reward_path.value().iter().map(|folder| PathBuf::from(home::expand(folder))).collect();
+    let has_python = raw.reward_funcs.value().0.iter().any(|one| matches!(one.spec, RewardSpec::Python { .. }));
+    if let Some(folder) = context.config_folder.filter(|folder| has_python && !path.iter().any(|one| one == folder)) {
+        path.push(folder.to_path_buf());
+    }
+    let code = CodeSettings {
+        sandbox: *raw.code_sandbox.value(),
+        parallel: *raw.parallel_code_exec_per_proc.value(),
+        language: raw.code_language.value().clone(),
+        test_batch_size: raw.code_eval_test_batch_size.value().0,
+        scoring: *raw.code_eval_scoring_mode.value(),
+        hidden: vec![output_dir.to_path_buf()],
+    };
+    RewardSettings { python: raw.reward_python.value().clone(), path, code }
+}
+
 fn check_rewards(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
     let Some(list) = raw.reward_funcs.known() else { return };
     if raw.reward_funcs.is_broken() {
@@ -285,7 +313,7 @@ fn check_rewards(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems
         );
     }
     let (Some(place), Some(check)) = (raw.reward_funcs.place(), context.check_reward) else { return };
-    for reward in list.0.iter().filter(|reward| matches!(reward.spec, RewardSpec::Builtin { .. })) {
+    for reward in list.0.iter().filter(|reward| !matches!(reward.spec, RewardSpec::Command { .. })) {
         if let Err(message) = check(&reward.spec) {
             // A message about a parameter names it in backticks.
             let parameter = reward.parameter_spans.iter().find(|(key, _)| message.contains(&format!("`{key}`")));

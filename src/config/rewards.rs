@@ -1,9 +1,12 @@
-//! `reward_funcs`: built-ins by name and programs by command line.
+//! `reward_funcs`: built-ins by name, functions in Python by file or module, and programs by command line.
 //!
 //! ```yaml
 //! reward_funcs:
 //!   - accuracy                                  # a built-in
 //!   - {kind: contains, text: because}           # a built-in with its parameters
+//!   - my_rewards.py:brevity                     # a function in a file
+//!   - my_package.rewards.score                  # a function in a module, as TRL names them
+//!   - {kind: my_rewards.py:brevity, limit: 200} # with keyword arguments
 //!   - command: python3 style.py --strict        # a program, split into words as a shell would (no shell runs)
 //!   - {kind: command, name: tests, command: [./grade, --fast], timeout_secs: 120}
 //! ```
@@ -21,6 +24,8 @@ use super::yaml::{Entry, Node, Value};
 
 /// Seconds that a reward program may take for one batch unless `timeout_secs` says otherwise.
 pub(super) const DEFAULT_TIMEOUT_SECS: f64 = 60.0;
+/// The same for a function in Python, which may ask a judge elsewhere; TRL has no limit.
+pub(super) const PYTHON_TIMEOUT_SECS: f64 = 600.0;
 
 /// A reward function and where its names stand, for the check by the `reward` room.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +57,7 @@ impl Parse for RewardList {
             if rewards[..at].iter().any(|earlier| reward_name(&earlier.spec) == name) {
                 let wrong_name = Mismatch {
                     what: format!("holds two reward functions called `{name}`; their metrics would be mixed up"),
-                    help: Some("give a program another `name`; use a built-in once".into()),
+                    help: Some("give a program or function another `name`; use a built-in once".into()),
                     span: reward.name_span.clone(),
                 };
                 wrong.push(wrong_name);
@@ -65,7 +70,10 @@ impl Parse for RewardList {
 /// The name of a reward in metrics.
 pub(super) fn reward_name(spec: &RewardSpec) -> &str {
     match spec {
-        RewardSpec::Builtin { name, .. } | RewardSpec::Command { name, .. } => name,
+        RewardSpec::Builtin { name, .. }
+        | RewardSpec::Command { name, .. }
+        | RewardSpec::Python { name: Some(name), .. } => name,
+        RewardSpec::Python { name: None, target, .. } => target.rsplit([':', '.']).next().unwrap_or(target),
     }
 }
 
@@ -118,10 +126,10 @@ fn reward_map(node: &Node, entries: &[Entry]) -> Result<RawReward, Vec<Mismatch>
             let parameters: Vec<&Entry> = entries.iter().filter(|entry| entry.key != "kind").collect();
             builtin(node, kind_node, name, &parameters)
         }
-        (None, None) => Err(vec![
-            Mismatch::new(node, "holds a map with neither `kind` nor `command`")
-                .help("write `kind: NAME` for a built-in, `command: [program, ...]` for a program"),
-        ]),
+        (None, None) => Err(vec![Mismatch::new(node, "holds a map with neither `kind` nor `command`").help(
+            "write `kind: NAME` for a built-in, `kind: FILE.py:FUNCTION` for a function in Python, \
+                 `command: [program, ...]` for a program",
+        )]),
     }
 }
 
@@ -152,16 +160,18 @@ fn command_map(node: &Node, entries: &[Entry], line: &Node) -> Result<RawReward,
     }
     let mut timeout = DEFAULT_TIMEOUT_SECS;
     if let Some(node) = find("timeout_secs") {
-        keep(f64::parse(node).map_err(|wrong| within(wrong, "`timeout_secs`")).and_then(|secs| {
-            timeout = secs;
-            if secs > 0.0 {
-                Ok(())
-            } else {
-                Err(vec![Mismatch::new(node, format!("needs a `timeout_secs` greater than 0 seconds, got {secs}"))])
-            }
-        }));
+        keep(timeout_secs(node).map(|secs| timeout = secs));
     }
     if wrong.is_empty() { command(node, words, name, timeout) } else { Err(wrong) }
+}
+
+fn timeout_secs(node: &Node) -> Result<f64, Vec<Mismatch>> {
+    let secs = f64::parse(node).map_err(|wrong| within(wrong, "`timeout_secs`"))?;
+    if secs > 0.0 {
+        Ok(secs)
+    } else {
+        Err(vec![Mismatch::new(node, format!("needs a `timeout_secs` greater than 0 seconds, got {secs}"))])
+    }
 }
 
 /// Says which key of the map a mismatch is about.
@@ -198,49 +208,84 @@ fn command_name(words: &[String]) -> String {
     Path::new(program).file_stem().map_or_else(|| program.clone(), |stem| stem.to_string_lossy().into_owned())
 }
 
+/// A built-in or a function in Python: whatever has a name and parameters.
 fn builtin(node: &Node, name_node: &Node, name: &str, parameters: &[&Entry]) -> Result<RawReward, Vec<Mismatch>> {
     if let Some(wrong) = foreign_reward(name_node, name) {
         return Err(vec![wrong]);
     }
+    let is_python = is_python_function(name);
     let (mut map, mut spans) = (Map::new(), Vec::new());
+    let (mut given_name, mut timeout) = (None, PYTHON_TIMEOUT_SECS);
     for entry in parameters {
-        map.insert(entry.key.clone(), json(&entry.node)?);
-        spans.push((entry.key.clone(), entry.key_span.clone()));
+        match entry.key.as_str() {
+            "name" if is_python => {
+                given_name = Some(String::parse(&entry.node).map_err(|wrong| within(wrong, "`name`"))?);
+            }
+            "timeout_secs" if is_python => timeout = timeout_secs(&entry.node)?,
+            key => {
+                map.insert(key.to_owned(), json(&entry.node)?);
+                spans.push((key.to_owned(), entry.key_span.clone()));
+            }
+        }
     }
     let name_span = if name_node.span.is_empty() { node.span.clone() } else { name_node.span.clone() };
+    let name = name.to_owned();
     Ok(RawReward {
-        spec: RewardSpec::Builtin { name: name.to_owned(), parameters: map },
+        spec: if is_python {
+            RewardSpec::Python { target: name, name: given_name, parameters: map, timeout_secs: timeout }
+        } else {
+            RewardSpec::Builtin { name, parameters: map }
+        },
         name_span,
         parameter_spans: spans,
     })
 }
 
-/// Names that mean something to TRL but nothing here: Python functions and reward models.
+/// Whether a name is `file.py:function`, `package.module.function` or `package.module:function`.
+fn is_python_function(name: &str) -> bool {
+    let is_path = |text: &str| text.split('.').all(is_identifier);
+    match name.rsplit_once(':') {
+        Some((place, function)) => is_path(function) && (is_python_file(place) || is_path(place)),
+        None => name.contains('.') && is_path(name) && !is_python_file(name),
+    }
+}
+
+fn is_identifier(text: &str) -> bool {
+    !text.is_empty()
+        && !text.starts_with(|c: char| c.is_ascii_digit())
+        && text.chars().all(|c| c.is_alphanumeric() || c == '_')
+}
+
+fn is_python_file(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "py")
+}
+
+/// Names that mean something to TRL but nothing here: reward models; and those that lack something.
 fn foreign_reward(node: &Node, name: &str) -> Option<Mismatch> {
     if name.is_empty() {
         return Some(Mismatch::new(node, "holds an empty name"));
     }
-    let is_python_file = Path::new(name).extension().is_some_and(|extension| extension == "py");
-    let is_dotted = name.split('.').count() > 1
-        && name.split('.').all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'));
-    if is_python_file || is_dotted {
-        let file = if is_python_file {
-            name.to_owned()
-        } else {
-            format!("{}.py", name.split('.').next().unwrap_or("rewards"))
-        };
-        return Some(Mismatch::new(node, format!("names Python code, `{name}`, which is not imported here")).help(
-            format!(
-                "run it as a program that answers each line of samples with a line of scores: \
-                 `- {{kind: command, command: [python3, {file}]}}`"
+    if is_python_function(name) {
+        return None;
+    }
+    if is_python_file(name) {
+        return Some(
+            Mismatch::new(node, format!("names the file `{name}` without a function"))
+                .help(format!("name the function behind a colon: `{name}:FUNCTION`")),
+        );
+    }
+    if name.contains(':') || name.contains('.') {
+        return Some(
+            Mismatch::new(node, format!("holds `{name}`, which is no function in Python")).help(
+                "write `FILE.py:FUNCTION` for a function in a file, `PACKAGE.MODULE.FUNCTION` for one in a module",
             ),
-        ));
+        );
     }
     if name.contains('/') {
-        return Some(
-            Mismatch::new(node, format!("names `{name}`, and reward models are not supported"))
-                .help("score with a program instead: `- {kind: command, command: [program, argument]}`"),
-        );
+        return Some(Mismatch::new(node, format!("names `{name}`, and reward models are not supported")).help(
+            "score with a function in Python (`FILE.py:FUNCTION`) or a program \
+             (`{kind: command, command: [program, argument]}`)",
+        ));
     }
     None
 }
@@ -301,6 +346,20 @@ mod tests {
         }
     }
 
+    fn function(
+        target: &str,
+        name: Option<&str>,
+        parameters: &Map<String, serde_json::Value>,
+        secs: f64,
+    ) -> RewardSpec {
+        RewardSpec::Python {
+            target: target.into(),
+            name: name.map(Into::into),
+            parameters: parameters.clone(),
+            timeout_secs: secs,
+        }
+    }
+
     #[test]
     fn every_form_is_read() {
         let text = "
@@ -309,6 +368,9 @@ mod tests {
 - command: python3 'my style.py' --strict
 - \"command: ./grade --fast\"
 - {kind: command, name: tests, command: [./run, a b], timeout_secs: 5}
+- my_rewards.py:brevity
+- my_package.rewards.score
+- {kind: \"../a b/r.py:Judge.score\", name: judge, timeout_secs: 5, max_tokens: 200}
 ";
         let mut parameters = Map::new();
         parameters.insert("max_tokens".into(), 200.into());
@@ -316,10 +378,13 @@ mod tests {
             read(text),
             Ok(vec![
                 RewardSpec::Builtin { name: "accuracy".into(), parameters: Map::new() },
-                RewardSpec::Builtin { name: "length".into(), parameters },
+                RewardSpec::Builtin { name: "length".into(), parameters: parameters.clone() },
                 program("my style", &["python3", "my style.py", "--strict"], DEFAULT_TIMEOUT_SECS),
                 program("grade", &["./grade", "--fast"], DEFAULT_TIMEOUT_SECS),
                 program("tests", &["./run", "a b"], 5.0),
+                function("my_rewards.py:brevity", None, &Map::new(), PYTHON_TIMEOUT_SECS),
+                function("my_package.rewards.score", None, &Map::new(), PYTHON_TIMEOUT_SECS),
+                function("../a b/r.py:Judge.score", Some("judge"), &parameters, 5.0),
             ])
         );
         assert_eq!(read("accuracy").map(|specs| specs.len()), Ok(1));
@@ -328,14 +393,17 @@ mod tests {
     #[test]
     fn wrong_forms_say_how_to_write_it() {
         for (text, says) in [
-            ("[rewards.py]", "command: [python3, rewards.py]"),
-            ("[my_lib.rewards.score]", "command: [python3, my_lib.py]"),
+            ("[rewards.py]", "`rewards.py:FUNCTION`"),
+            ("[\"rewards.py:\"]", "FILE.py:FUNCTION"),
+            ("[my-lib.rewards.score]", "PACKAGE.MODULE.FUNCTION"),
+            ("[\"a/b:c\"]", "FILE.py:FUNCTION"),
             ("[OpenAssistant/reward-model]", "program"),
             ("[{kind: command}]", "command: [program"),
             ("[{command: []}]", "command: [program"),
             ("[{command: a, timeout: 3}]", "did you mean `timeout_secs`"),
             ("[{max: 3}]", "kind: NAME"),
             ("[accuracy, accuracy]", "once"),
+            ("[a.score, b.score]", "another `name`"),
             ("[]", "accuracy"),
             ("[{kind: a, x: 1, x: 2}]", "keep one"),
         ] {
@@ -348,6 +416,8 @@ mod tests {
             "[{command: \"a 'b\"}]",
             "[[a]]",
             "[{kind: [a]}]",
+            "[{kind: a.b, timeout_secs: 0}]",
+            "[{kind: a.b, name: [c]}]",
         ] {
             read(text).expect_err(text);
         }

@@ -7,9 +7,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod rewards;
+
+pub use rewards::{CodeSettings, RewardSettings, RewardSpec};
+
 pub use super::choices::{
-    GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, Precision, QuantType, ReportTo,
-    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+    CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, Precision,
+    QuantType, ReportTo, RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
 };
 
 /// Settings of `trainer sft`.
@@ -64,6 +68,8 @@ pub struct GrpoSettings {
     pub sampling: SamplingSettings,
     /// Reward functions, in the order of their weights.
     pub reward_funcs: Vec<RewardSpec>,
+    /// Where functions run that are not built in.
+    pub rewards: RewardSettings,
     /// One weight per reward function.
     pub reward_weights: Vec<f64>,
     /// How rewards are scaled into advantages.
@@ -463,27 +469,6 @@ impl Default for SamplingSettings {
     fn default() -> Self {
         Self { repetition_penalty: 1.0, temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, stop_strings: Vec::new() }
     }
-}
-
-/// One reward function as named in the file.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RewardSpec {
-    /// A built-in, e.g. `accuracy`, with its parameters.
-    Builtin {
-        /// The built-in's name.
-        name: String,
-        /// Its parameters, checked by the built-in.
-        parameters: serde_json::Map<String, serde_json::Value>,
-    },
-    /// A program that reads JSON lines and writes scores.
-    Command {
-        /// Name in metrics.
-        name: String,
-        /// Program and arguments.
-        command: Vec<String>,
-        /// Seconds one batch may take.
-        timeout_secs: f64,
-    },
 }
 
 /// Where a run goes on from.

@@ -118,6 +118,28 @@ impl Parse for AdamW {
     }
 }
 
+/// `code_eval_test_batch_size`: an integer from 1 on, or -1 for all tests at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct TestBatch(pub(super) Option<usize>);
+
+impl Parse for TestBatch {
+    const KIND: &'static str = "an integer or -1";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        match parse_integer(node, Self::KIND)? {
+            -1 => Ok(Self(None)),
+            size => match usize::try_from(size) {
+                Ok(size) if size > 0 => Ok(Self(Some(size))),
+                _ => Err(vec![Mismatch::expected(node, "an integer of at least 1, or -1")]),
+            },
+        }
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        self.0.map(|size| size as f64).into_iter().collect()
+    }
+}
+
 /// Names that transformers has for trackers, all of which stand for files here.
 const TRACKERS: &[&str] = &[
     "all",

@@ -10,8 +10,8 @@ use serde_json::{Map, Number};
 
 use super::home;
 use super::settings::{
-    GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType, RewardAggregation,
-    RolloutCorrectionMode, SftLossType, WeightDtype,
+    CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType,
+    RewardAggregation, RolloutCorrectionMode, SftLossType, WeightDtype,
 };
 use super::yaml::{Entry, Node, Value};
 
@@ -416,6 +416,8 @@ parse_choices!(
     RewardAggregation,
     RolloutCorrectionMode,
     LrSchedulerType,
+    CodeSandbox,
+    CodeScoring,
 );
 
 #[cfg(test)]

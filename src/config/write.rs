@@ -15,8 +15,9 @@ use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
     BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings, MixtureSettings,
-    ModelSettings, OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSpec,
-    RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
+    ModelSettings, OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSettings,
+    RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings,
+    VespoSettings, Warmup,
 };
 use super::value::{as_bool, as_float};
 
@@ -82,6 +83,7 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
         max_completion_length,
         sampling,
         reward_funcs,
+        rewards: RewardSettings { python, path, code },
         reward_weights,
         scale_rewards,
         multi_objective_aggregation,
@@ -125,6 +127,16 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
         ("truncate_prompts", truncate_prompts.to_string()),
         ("max_completion_length", optional(*max_completion_length)),
         ("reward_funcs", rewards(reward_funcs)),
+        ("code_sandbox", code.sandbox.to_string()),
+        ("parallel_code_exec_per_proc", optional(code.parallel)),
+        ("code_language", string(&code.language)),
+        ("code_eval_test_batch_size", code.test_batch_size.map_or_else(|| "-1".into(), |size| size.to_string())),
+        ("code_eval_scoring_mode", code.scoring.to_string()),
+        ("reward_python", optional_path(python.as_deref())),
+        (
+            "reward_path",
+            format!("[{}]", path.iter().map(|p| quoted(&p.to_string_lossy())).collect::<Vec<_>>().join(", ")),
+        ),
         (
             "reward_weights",
             format!("[{}]", reward_weights.iter().map(|weight| float(*weight)).collect::<Vec<_>>().join(", ")),
@@ -466,6 +478,14 @@ fn rewards(specs: &[RewardSpec]) -> String {
                     words.join(", "),
                     float(*timeout_secs),
                 );
+            }
+            RewardSpec::Python { target, name, parameters, timeout_secs } => {
+                let name = name.as_ref().map(|name| format!(", name: {}", quoted(name))).unwrap_or_default();
+                let _ = write!(text, "\n  - {{kind: {}{name}, timeout_secs: {}", quoted(target), float(*timeout_secs),);
+                if !parameters.is_empty() {
+                    let _ = write!(text, ", {}", entries(parameters));
+                }
+                text.push('}');
             }
         }
     }

@@ -9,19 +9,25 @@
 //! <- {"id": 1, "scores": [1.0, null, ...]}
 //! ```
 //!
-//! - One score per sample, in order: a finite number, or null where the reward does not apply. The answer is one line
-//!   and must be flushed. `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
+//! - One score per sample, in order: a finite number, a truth value (1 or 0), or null or NaN where the reward does not
+//!   apply; a text that is one of these is taken for it. The answer is one line and must be flushed.
+//!   `{"id": 1, "error": "why"}` instead of scores ends the run with that message.
+//! - Other lines on standard output, as programs print them, are passed over; the run says so once, and how many there
+//!   were at its end. Standard error is free for messages: its last lines are shown if something fails, all of them with
+//!   `TRAINER_LOG=info`.
 //! - `prompt` is what the data set has (a text or messages), `row` has all its columns. Unknown fields are to be
 //!   ignored.
-//! - Standard error is free for messages; its last lines are shown if something fails.
-//! - When the run ends, or the trainer dies in whatever way, standard input ends: the program must exit then. One that
-//!   has not done so a second after the run ended is killed.
-//! - It runs in its own process group, so Ctrl-C reaches only the trainer, and on a time-out the whole group is killed,
-//!   children included. `PYTHONUNBUFFERED=1` is set for it. With several ranks each starts its own.
+//! - A program that answers wrongly, too late or not at all ends the run; it is not started again before the run is.
+//! - When the run ends, standard input ends: the program must exit then. One that has not done so within a second is
+//!   killed. It and all processes it started are killed at once on a time-out, when the program ends, and when the
+//!   trainer dies in whatever way.
+//! - It runs in its own process group, so Ctrl-C reaches only the trainer. `PYTHONUNBUFFERED=1` is set for it. With
+//!   several ranks each starts its own.
 //!
 //! `scripts/rewards/brevity.py` is an example.
 
-mod process;
+mod answer;
+pub(super) mod process;
 
 use std::time::{Duration, Instant};
 
@@ -29,6 +35,7 @@ use serde_json::{Value, json};
 
 use super::error::{Error, ProgramError, excerpt};
 use super::{Reward, Sample};
+use answer::Leniency;
 use process::{Process, Received};
 
 /// A reward program and the state of the conversation with it.
@@ -38,6 +45,7 @@ pub(super) struct CommandReward {
     timeout_secs: f64,
     process: Option<Process>,
     next_id: u64,
+    leniency: Leniency,
 }
 
 impl CommandReward {
@@ -49,9 +57,9 @@ impl CommandReward {
         let failed = |problem| failure(name, command, problem, Vec::new());
         check(name, command, timeout_secs)?;
         let (program, arguments) = command.split_first().ok_or_else(|| failed(ProgramError::Empty))?;
-        let process = Process::start(program, arguments).map_err(|e| failed(ProgramError::Start(e)))?;
+        let process = Process::start(name, program, arguments).map_err(|e| failed(ProgramError::Start(e)))?;
         let (name, command) = (name.to_owned(), command.to_vec());
-        Ok(Self { name, command, timeout_secs, process: Some(process), next_id: 1 })
+        Ok(Self { name, command, timeout_secs, process: Some(process), next_id: 1, leniency: Leniency::default() })
     }
 
     fn exchange(
@@ -62,22 +70,67 @@ impl CommandReward {
         let id = self.next_id;
         self.next_id += 1;
         let process = self.process.as_mut().ok_or(ProgramError::Stopped)?;
-        // A limit of years overflows an Instant; 30 days are as good as none.
-        let limit = Duration::from_secs_f64(self.timeout_secs.min(30.0 * 86_400.0));
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + limit(self.timeout_secs);
         process.send(request(id, samples));
-        match process.receive(deadline, is_interrupted) {
-            Received::Line(line) => scores(id, &line, samples.len()),
-            Received::TooLong(start) => Err(ProgramError::NotAnAnswer {
-                id,
-                reason: "it is longer than 64 MiB".to_owned(),
-                line: excerpt(&start),
-            }),
-            Received::Nothing => Err(ProgramError::TimedOut { id, samples: samples.len(), seconds: self.timeout_secs }),
-            Received::Interrupted => Err(ProgramError::Interrupted),
-            Received::End => Err(ProgramError::Died { id, status: process.wait(Duration::from_secs(1)) }),
+        let before = self.leniency.clone();
+        loop {
+            let problem = match process.receive(deadline, is_interrupted) {
+                Received::Line(line) => match answer::scores(id, &line, samples.len(), &mut self.leniency)? {
+                    Some(scores) => {
+                        remark(&self.name, &before, &self.leniency);
+                        return Ok(scores);
+                    }
+                    None if is_interrupted() => ProgramError::Interrupted,
+                    None => continue,
+                },
+                Received::TooLong(start) => ProgramError::NotAnAnswer {
+                    id,
+                    reason: "it is longer than 64 MiB".to_owned(),
+                    line: excerpt(&start),
+                },
+                Received::Nothing => {
+                    ProgramError::TimedOut { id, samples: samples.len(), seconds: self.timeout_secs, wrote: None }
+                }
+                Received::Interrupted => ProgramError::Interrupted,
+                Received::End => ProgramError::Died { id, status: process.wait(Duration::from_secs(1)), wrote: None },
+            };
+            let ignored = (self.leniency.ignored > before.ignored).then(|| self.leniency.last_ignored.clone());
+            return Err(problem.after(process.unfinished().or(ignored)));
         }
     }
+}
+
+/// Says once what is taken with a grain of salt.
+fn remark(name: &str, before: &Leniency, now: &Leniency) {
+    if before.ignored == 0 && now.ignored > 0 {
+        tracing::warn!(
+            "reward program `{name}` writes to standard output what is no answer, e.g. `{}`: such lines are passed over; \
+             messages belong on standard error",
+            now.last_ignored
+        );
+    }
+    if before.nans == 0 && now.nans > 0 {
+        tracing::warn!("reward program `{name}` gives NaN as a score: taken for null, the reward does not apply");
+    }
+    if before.texts == 0 && now.texts > 0 {
+        tracing::warn!("reward program `{name}` gives texts as scores: those that are numbers are taken for them");
+    }
+}
+
+impl Drop for CommandReward {
+    fn drop(&mut self) {
+        let Leniency { ignored, nans, texts, .. } = self.leniency;
+        let counts = [(ignored, "lines were passed over"), (nans, "scores were NaN"), (texts, "scores were texts")];
+        let counts: Vec<_> = counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+        if !counts.is_empty() {
+            tracing::warn!("reward program `{}`: {} in all", self.name, counts.join(", "));
+        }
+    }
+}
+
+/// A limit of years overflows an Instant; 30 days are as good as none.
+pub(super) fn limit(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.clamp(0.0, 30.0 * 86_400.0))
 }
 
 /// Checks what can be checked without starting the program.
@@ -144,39 +197,4 @@ fn request(id: u64, samples: &[Sample<'_>]) -> Vec<u8> {
     let mut line = json!({ "id": id, "samples": samples }).to_string().into_bytes();
     line.push(b'\n');
     line
-}
-
-fn scores(id: u64, line: &str, expected: usize) -> Result<Vec<Option<f64>>, ProgramError> {
-    let not_an_answer = |reason: String| ProgramError::NotAnAnswer { id, reason, line: excerpt(line) };
-    let answer: Value = serde_json::from_str(line).map_err(|error| {
-        let names = ["NaN", "Infinity"];
-        match names.iter().find(|name| line.contains(**name)) {
-            Some(name) => not_an_answer(format!("{name} is not JSON; write null where the reward does not apply")),
-            None => not_an_answer(format!("it is not JSON ({error})")),
-        }
-    })?;
-    let Some(answer) = answer.as_object() else { return Err(not_an_answer("it is not a JSON object".to_owned())) };
-    match answer.get("id") {
-        Some(given) if given.as_u64() == Some(id) => {}
-        Some(given) => return Err(not_an_answer(format!("its `id` is {}", excerpt(&given.to_string())))),
-        None => return Err(not_an_answer("it has no `id`".to_owned())),
-    }
-    if let Some(message) = answer.get("error").filter(|e| !e.is_null()) {
-        let message = message.as_str().map_or_else(|| message.to_string(), str::to_owned);
-        return Err(ProgramError::Refused { id, message });
-    }
-    let Some(scores) = answer.get("scores").and_then(Value::as_array) else {
-        return Err(not_an_answer("it has no list `scores`".to_owned()));
-    };
-    if scores.len() != expected {
-        return Err(ProgramError::Count { id, got: scores.len(), expected });
-    }
-    let score = |(index, score): (usize, &Value)| match score {
-        Value::Null => Ok(None),
-        other => match other.as_f64().filter(|s| s.is_finite()) {
-            Some(score) => Ok(Some(score)),
-            None => Err(ProgramError::Score { id, index, got: excerpt(&other.to_string()) }),
-        },
-    };
-    scores.iter().enumerate().map(score).collect()
 }

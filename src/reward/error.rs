@@ -2,11 +2,14 @@
 
 use std::process::ExitStatus;
 
+use super::python::PythonError;
+
 /// A reward could not be made or could not score.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No built-in has this name.
-    #[error("there is no reward `{name}`{}; the built-in rewards are {}; a program is given as `command`",
+    #[error("there is no reward `{name}`{}; the built-in rewards are {}; a function in Python is given as \
+        `file.py:function` or `package.module.function`, a program as `command`",
         suggestion(nearest.as_deref()), names.join(", "))]
     UnknownReward {
         /// What the file says.
@@ -82,8 +85,31 @@ pub enum Error {
         /// The last lines it wrote to standard error, oldest first.
         stderr: Vec<String>,
     },
-    /// The run was asked to stop while a reward program was at work; the program was killed.
-    #[error("reward program `{name}` was stopped with the run")]
+    /// A reward function in Python failed.
+    #[error("reward function `{name}` (`{target}`, run by `{interpreter}`) {problem}{}",
+        if problem.needs_last_words() { last_lines(stderr) } else { String::new() })]
+    Python {
+        /// Name of the reward.
+        name: String,
+        /// What the configuration names.
+        target: String,
+        /// The Python.
+        interpreter: String,
+        /// What happened.
+        problem: Box<PythonError>,
+        /// The last lines it wrote to standard error, oldest first.
+        stderr: Vec<String>,
+    },
+    /// Code of completions cannot be run.
+    #[error("reward `{name}` runs code, and {problem}")]
+    Sandbox {
+        /// Name of the reward.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The run was asked to stop while a reward was at work in another process, which was killed.
+    #[error("reward `{name}` was stopped with the run")]
     Interrupted {
         /// Name of the reward.
         name: String,
@@ -108,7 +134,7 @@ pub enum ProgramError {
     /// It did not answer in time and was killed with its process group.
     #[error(
         "did not answer request {id} ({samples} samples) within {seconds} seconds and was killed; raise \
-        `timeout_secs`, score fewer samples at once, or find out where it hangs"
+        `timeout_secs`, score fewer samples at once, or find out where it hangs{}", last_output(*id, wrote.as_deref())
     )]
     TimedOut {
         /// Number of the request.
@@ -117,15 +143,20 @@ pub enum ProgramError {
         samples: usize,
         /// The limit.
         seconds: f64,
+        /// The last of what it wrote to standard output since the request.
+        wrote: Option<String>,
     },
     /// It ended while an answer was due.
     #[error("ended ({}) before it answered request {id}; it must answer one line per request until its standard input \
-        ends: run it by hand with one request line to see why", describe(status.as_ref()))]
+        ends: run it by hand with one request line to see why{}", describe(status.as_ref()),
+        last_output(*id, wrote.as_deref()))]
     Died {
         /// Number of the request.
         id: u64,
         /// How it ended, if the system said so.
         status: Option<ExitStatus>,
+        /// The last of what it wrote to standard output since the request.
+        wrote: Option<String>,
     },
     /// The run was asked to stop while an answer was due.
     #[error("was stopped with the run")]
@@ -160,7 +191,10 @@ pub enum ProgramError {
         expected: usize,
     },
     /// A score is not a finite number.
-    #[error("gave sample {index} of request {id} the score {got}, expected a finite number or null")]
+    #[error(
+        "gave sample {index} of request {id} the score {got}, expected a number that is finite in 32 bits, true or \
+        false, or null where the reward does not apply"
+    )]
     Score {
         /// Number of the request.
         id: u64,
@@ -177,6 +211,42 @@ pub enum ProgramError {
         /// Its `error` field.
         message: String,
     },
+}
+
+impl Error {
+    /// The name of the reward it is about.
+    pub fn reward(&self) -> &str {
+        match self {
+            Self::UnknownReward { name, .. }
+            | Self::Program { name, .. }
+            | Self::Python { name, .. }
+            | Self::Sandbox { name, .. }
+            | Self::Interrupted { name } => name,
+            Self::UnknownParameter { reward, .. }
+            | Self::Parameter { reward, .. }
+            | Self::MissingColumn { reward, .. }
+            | Self::ColumnType { reward, .. } => reward,
+        }
+    }
+}
+
+impl ProgramError {
+    /// With the last of what the program wrote to standard output, where that may explain the failure.
+    pub(super) fn after(self, output: Option<String>) -> Self {
+        match self {
+            Self::TimedOut { id, samples, seconds, .. } => Self::TimedOut { id, samples, seconds, wrote: output },
+            Self::Died { id, status, .. } => Self::Died { id, status, wrote: output },
+            other => other,
+        }
+    }
+}
+
+fn last_output(id: u64, wrote: Option<&str>) -> String {
+    wrote.map_or_else(String::new, |line| {
+        format!(
+            "; the last it wrote to standard output is `{line}`, expected a whole line {{\"id\": {id}, \"scores\": [...]}}"
+        )
+    })
 }
 
 fn suggestion(nearest: Option<&str>) -> String {
@@ -196,6 +266,10 @@ fn last_words(problem: &ProgramError, stderr: &[String]) -> String {
     {
         return String::new();
     }
+    last_lines(stderr)
+}
+
+fn last_lines(stderr: &[String]) -> String {
     if stderr.is_empty() {
         return "; it wrote nothing to standard error".to_owned();
     }

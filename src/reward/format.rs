@@ -6,6 +6,8 @@
 
 use std::borrow::Cow;
 
+use serde_json::Value;
+
 use super::Sample;
 use super::error::Error;
 use super::parameters::Parameters;
@@ -97,9 +99,56 @@ pub(super) fn tag_count(parameters: &mut Parameters<'_>) -> Result<Scorer, Error
     }))
 }
 
+/// `code_format`: open-r1's `get_code_format_reward`, `^<think>\n.*?\n</think>\n<answer>\n.*?```LANGUAGE.*?```.*?\n</answer>$`.
+/// A column `language` of the row wins over the parameter.
+///
+/// Parameters: `language` (default `code_language` of the configuration), `count_prompt` (default true).
+pub(super) fn code_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
+    let language = parameters.text("language")?.unwrap_or_else(|| "python".to_owned());
+    let counts_prompt = parameters.flag("count_prompt", true)?;
+    Ok(Box::new(move |_, sample| {
+        let language = sample.row.get("language").and_then(Value::as_str).unwrap_or(&language);
+        let is_right = has_code_layout(&with_opened_tag(sample, counts_prompt), language);
+        Ok(Some(f64::from(u8::from(is_right))))
+    }))
+}
+
+/// Whether a text matches the pattern of `code_format`. All its parts but the last are literal, so that the first place of each is
+/// as good as any other.
+fn has_code_layout(text: &str, language: &str) -> bool {
+    let Some(mut rest) = text.strip_prefix("<think>\n") else { return false };
+    let fence = format!("```{language}");
+    for part in ["\n</think>\n<answer>\n", &fence, "```"] {
+        match rest.split_once(part) {
+            Some((_, after)) => rest = after,
+            None => return false,
+        }
+    }
+    // `$` matches at the end and before a line break.
+    rest.match_indices("\n</answer>")
+        .any(|(at, tag)| matches!(rest[at + tag.len()..].chars().next(), None | Some('\n')))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::has_layout;
+    use super::{has_code_layout, has_layout};
+
+    #[test]
+    fn the_layout_of_code_is_that_of_open_r1() {
+        let text = |code: &str| format!("<think>\na\n</think>\n<answer>\nso\n```{code}\n```\n</answer>");
+        assert!(has_code_layout(&text("python\nx"), "python"));
+        assert!(has_code_layout(&format!("{}\nmore", text("cpp\nx")), "cpp"));
+        for (wrong, language) in [
+            (text("python\nx"), "cpp"),
+            (text("\nx"), "python"),
+            (format!("{} more", text("python\nx")), "python"),
+            (format!(" {}", text("python\nx")), "python"),
+            (text("python\nx").replace("\n```\n", "\n"), "python"),
+            (text("python\nx").replace("</think>\n", "</think>"), "python"),
+        ] {
+            assert!(!has_code_layout(&wrong, language), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_layout_needs_every_tag_once_and_in_order() {

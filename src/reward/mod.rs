@@ -1,7 +1,8 @@
-//! Verifiers and reward programs: a completion in, a number out.
+//! Verifiers, reward programs and reward functions in Python: a completion in, a number out.
 //!
-//! Owns every built-in reward function, the comparison of mathematical answers and the protocol of reward programs.
-//! The GRPO loop calls [`build`] once per entry of `reward_funcs` and [`Reward::score`] once per generation batch.
+//! Owns every built-in reward function, the comparison of mathematical answers, and whatever runs what a user wrote: the
+//! protocol of reward programs, the Python of reward functions, and the keepers under which all of these run.
+//! The GRPO loop makes [`Rewards`] from `reward_funcs` and calls [`Rewards::score`] once per generation batch.
 //!
 //! Invariants: a score is finite or `None` ("not applicable", left out of the weighted sum as in TRL); the same samples
 //! give the same scores in any order and on any number of threads; no text, however long or malformed, makes a
@@ -11,17 +12,25 @@
 //! `_reward`; a name with that suffix is understood as well and is then the name in the metrics.
 
 mod answer;
+mod code;
 mod command;
 mod countdown;
 mod error;
 mod format;
+mod keeper;
 mod length;
 pub mod math;
 mod parameters;
+mod python;
 mod registry;
+mod sandbox;
+mod set;
 
 pub use error::{Error, ProgramError};
+pub use keeper::run_if_asked;
+pub use python::PythonError;
 pub use registry::{build, builtin_names, check};
+pub use set::{Progress, Rewards, Scores};
 
 use serde_json::{Map, Value};
 
@@ -34,6 +43,8 @@ pub struct Sample<'a> {
     pub prompt_text: &'a str,
     /// What the model wrote, special tokens removed.
     pub completion: &'a str,
+    /// Its tokens.
+    pub completion_ids: &'a [u32],
     /// Its length in tokens, the end-of-sequence token included.
     pub completion_tokens: usize,
     /// The longest completion allowed, in tokens.

@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 
 use super::error::{Error, nearest};
 use super::parameters::Parameters;
-use super::{Reward, Sample, answer, command, countdown, format, length};
-use crate::config::settings::RewardSpec;
+use super::{Reward, Rewards, Sample, answer, code, command, countdown, format, length};
+use crate::config::settings::{RewardSettings, RewardSpec};
 
 /// The score of the sample at a position of its batch.
 pub(super) type Scorer = Box<dyn Fn(usize, &Sample<'_>) -> Result<Option<f64>, Error> + Send + Sync>;
@@ -77,6 +77,12 @@ const BUILTINS: &[Builtin] = &[
         make: format::line_format,
     },
     Builtin {
+        name: "code_format",
+        aliases: &["get_code_format"],
+        doc: "1 if the completion is laid out as for `format`, with a code block in the answer, else 0",
+        make: format::code_format,
+    },
+    Builtin {
         name: "tag_count",
         aliases: &[],
         doc: "a quarter for each of the four tags that is there exactly once",
@@ -104,19 +110,54 @@ const BUILTINS: &[Builtin] = &[
 
 /// Name and one-line description of every built-in reward.
 pub fn builtin_names() -> Vec<(&'static str, &'static str)> {
-    BUILTINS.iter().map(|b| (b.name, b.doc)).collect()
+    BUILTINS.iter().map(|b| (b.name, b.doc)).chain(code::NAMES.iter().copied()).collect()
 }
 
-/// Makes the reward that one entry of `reward_funcs` describes; a reward program is started.
+/// Modules whose functions are built in under their own names, so that no Python is needed for them.
+const KNOWN_MODULES: &[&str] = &["trl.rewards", "open_r1.rewards"];
+
+/// The built-in that stands for a function of `trl.rewards` or `open_r1.rewards`; any other entry as it is.
+pub(super) fn own_for_known(spec: &RewardSpec) -> RewardSpec {
+    if let RewardSpec::Python { target, name: None, parameters, .. } = spec
+        && let Some((module, function)) = target.rsplit_once(['.', ':'])
+        && KNOWN_MODULES.iter().any(|known| module == *known || module.starts_with(&format!("{known}.")))
+        && is_builtin(function)
+    {
+        return RewardSpec::Builtin { name: function.to_owned(), parameters: parameters.clone() };
+    }
+    spec.clone()
+}
+
+/// Makes the reward that one entry of `reward_funcs` describes; a reward program is started, and so is a Python of its own
+/// for a function in Python. [`super::Rewards`] has one Python for all of them.
 ///
 /// # Errors
 /// If there is no such built-in, it has no such parameter, a parameter is wrong, or the program does not start.
 pub fn build(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
     match spec {
+        RewardSpec::Builtin { name, .. } if code::is_code(name) => alone(spec),
         RewardSpec::Builtin { name, parameters } => Ok(Box::new(builtin(name, parameters)?)),
         RewardSpec::Command { name, command, timeout_secs } => {
             Ok(Box::new(command::CommandReward::start(name, command, *timeout_secs)?))
         }
+        RewardSpec::Python { .. } => alone(spec),
+    }
+}
+
+/// A reward outside of a run that needs what a run has for all of its kind.
+struct Alone(Rewards);
+
+fn alone(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
+    Ok(Box::new(Alone(Rewards::start(std::slice::from_ref(spec), &RewardSettings::default(), &|| false)?)))
+}
+
+impl Reward for Alone {
+    fn name(&self) -> &str {
+        &self.0.names()[0]
+    }
+
+    fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> {
+        Ok(self.0.score(samples, &|| false)?.by_function.swap_remove(0))
     }
 }
 
@@ -126,17 +167,29 @@ pub fn build(spec: &RewardSpec) -> Result<Box<dyn Reward>, Error> {
 /// # Errors
 /// As [`build`], but for whether a program starts.
 pub fn check(spec: &RewardSpec) -> Result<(), String> {
-    match spec {
+    match &own_for_known(spec) {
+        RewardSpec::Builtin { name, parameters } if code::is_code(name) => code::check(name, parameters),
         RewardSpec::Builtin { name, parameters } => builtin(name, parameters).map(drop),
         RewardSpec::Command { name, command, timeout_secs } => command::check(name, command, *timeout_secs),
+        // Known once it is imported.
+        RewardSpec::Python { .. } => Ok(()),
     }
     .map_err(|error| error.to_string())
 }
 
+fn find_builtin(name: &str) -> Option<&'static Builtin> {
+    let plain = name.strip_suffix("_reward").unwrap_or(name);
+    BUILTINS.iter().find(|b| b.name == plain || b.aliases.contains(&plain))
+}
+
+fn is_builtin(name: &str) -> bool {
+    code::is_code(name) || find_builtin(name).is_some()
+}
+
 fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> {
     let plain = name.strip_suffix("_reward").unwrap_or(name);
-    let Some(builtin) = BUILTINS.iter().find(|b| b.name == plain || b.aliases.contains(&plain)) else {
-        let mut names: Vec<&'static str> = BUILTINS.iter().map(|b| b.name).collect();
+    let Some(builtin) = find_builtin(name) else {
+        let mut names: Vec<&'static str> = builtin_names().into_iter().map(|(name, _)| name).collect();
         names.sort_by(|a, b| strsim::jaro_winkler(plain, b).total_cmp(&strsim::jaro_winkler(plain, a)));
         let nearest = nearest(plain, names.iter().copied());
         return Err(Error::UnknownReward { name: name.to_owned(), nearest, names });

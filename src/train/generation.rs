@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -13,7 +12,7 @@ use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_stati
 use crate::config::settings::{GrpoSettings, SamplingSettings};
 use crate::data::{PromptExample, Tokenizer};
 use crate::model::batch::{Batch, BatchBuilder};
-use crate::reward::{self, Reward};
+use crate::reward::{self, Progress, Rewards};
 use crate::rollout::forward::{EngineModel, kv_shape};
 use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::Sample;
@@ -48,7 +47,7 @@ pub(super) struct GenerationBatch {
 pub(super) struct Generator<'a> {
     settings: &'a GrpoSettings,
     rollout: Rollout,
-    rewards: Vec<Box<dyn Reward>>,
+    rewards: Rewards,
 }
 
 /// What scoring a set of completions came to.
@@ -71,16 +70,26 @@ pub(super) struct MicroBatch {
 }
 
 impl<'a> Generator<'a> {
-    /// Starts the reward programs and checks the sampling settings.
-    pub(super) fn new(settings: &'a GrpoSettings, session: &Session) -> anyhow::Result<Self> {
+    /// Takes the rewards and checks the sampling settings.
+    pub(super) fn new(settings: &'a GrpoSettings, session: &Session, rewards: Rewards) -> anyhow::Result<Self> {
         let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids()))?;
-        let rewards = settings.reward_funcs.iter().map(reward::build).collect::<Result<_, _>>()?;
         Ok(Self { settings, rollout, rewards })
     }
 
-    /// Names of the reward functions.
-    pub(super) fn reward_names(&self) -> Vec<String> {
-        self.rewards.iter().map(|r| r.name().to_string()).collect()
+    /// The reward functions.
+    pub(super) fn rewards(&self) -> &Rewards {
+        &self.rewards
+    }
+
+    /// Tells the reward functions that ask how far the run is.
+    pub(super) fn show_progress(&mut self, step: u64, max_steps: u64) {
+        let training = &self.settings.training;
+        self.rewards.show_progress(Progress {
+            step,
+            max_steps,
+            num_train_epochs: training.num_train_epochs,
+            train_batch_size: training.per_device_train_batch_size,
+        });
     }
 
     /// Counts and times of the last rollout.
@@ -166,6 +175,7 @@ impl<'a> Generator<'a> {
                     prompt: &example.prompt,
                     prompt_text: &example.prompt_text,
                     completion: text,
+                    completion_ids: &completion.token_ids,
                     completion_tokens: completion.token_ids.len(),
                     max_completion_length: self.settings.longest_completion(),
                     is_truncated: completion.is_truncated(),
@@ -173,14 +183,14 @@ impl<'a> Generator<'a> {
                 }
             })
             .collect();
-        let functions = self.rewards.len();
+        let scores = self.rewards.score(&samples, is_interrupted).map_err(|error| {
+            let context = format!("reward `{}` failed at step {step}", error.reward());
+            anyhow::Error::new(error).context(context)
+        })?;
+        let functions = scores.by_function.len();
         let mut rewards = vec![f64::NAN; samples.len() * functions];
-        for (index, function) in self.rewards.iter_mut().enumerate() {
-            let name = function.name().to_string();
-            let scores = function
-                .score_unless(&samples, is_interrupted)
-                .with_context(|| format!("reward `{name}` failed at step {step}"))?;
-            for (sample, score) in scores.into_iter().enumerate() {
+        for (index, scores) in scores.by_function.iter().enumerate() {
+            for (sample, score) in scores.iter().enumerate() {
                 rewards[sample * functions + index] = score.unwrap_or(f64::NAN);
             }
         }
@@ -193,8 +203,10 @@ impl<'a> Generator<'a> {
         })?;
         let lengths: Vec<usize> = completions.iter().map(|c| c.token_ids.len()).collect();
         let is_truncated: Vec<bool> = completions.iter().map(Completion::is_truncated).collect();
-        let names = self.reward_names();
-        let mut metrics = outcome.metrics(&names);
+        let names = self.rewards.names();
+        // What a function logs does not replace a metric of the trainer's own.
+        let mut metrics = scores.metrics;
+        metrics.extend(outcome.metrics(names));
         metrics.extend(completion_statistics(&lengths, &is_truncated)?.metrics());
         let by_name = |sample: usize| names.iter().zip(&rewards[sample * functions..(sample + 1) * functions]);
         let records = samples
@@ -204,7 +216,7 @@ impl<'a> Generator<'a> {
             .map(|(index, (sample, completion))| {
                 let rewards: serde_json::Map<String, Value> =
                     by_name(index).map(|(name, &score)| (name.clone(), json!(score))).collect();
-                json!({
+                let mut record = json!({
                     "step": step,
                     "prompt_index": completion.group,
                     "prompt": sample.prompt_text,
@@ -214,7 +226,13 @@ impl<'a> Generator<'a> {
                     "advantage": outcome.advantages[index],
                     "completion_tokens": sample.completion_tokens,
                     "is_truncated": sample.is_truncated,
-                })
+                });
+                if let Some(record) = record.as_object_mut() {
+                    for (name, values) in &scores.columns {
+                        record.entry(name.clone()).or_insert_with(|| values[index].clone());
+                    }
+                }
+                record
             })
             .collect();
         let shown = samples
@@ -229,17 +247,6 @@ impl<'a> Generator<'a> {
             })
             .collect();
         Ok(Scored { outcome, metrics, records, shown })
-    }
-}
-
-impl Drop for Generator<'_> {
-    /// Each reward program may take a second to exit; all have the same second.
-    fn drop(&mut self) {
-        std::thread::scope(|scope| {
-            for reward in self.rewards.drain(..) {
-                scope.spawn(move || drop(reward));
-            }
-        });
     }
 }
 

@@ -25,6 +25,7 @@ use crate::data::{
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
+use crate::reward::{self, Rewards};
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
 
@@ -44,6 +45,11 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));
     let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
+    // Before the model, which takes longer: an import that fails is said at once.
+    let rewards = match Rewards::start(&settings.reward_funcs, &settings.rewards, &*context.is_interrupted) {
+        Err(reward::Error::Interrupted { .. }) => return Ok(Outcome::Interrupted),
+        started => started?,
+    };
     let mut progress = plan::downloads(&context.terminal);
     let mut session = session::open(
         &settings.model,
@@ -66,7 +72,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     }
     let settings = &close_length(settings, &session, prompts.iter().chain(eval_prompts.iter().flatten()));
     keep_reference(settings, &mut session)?;
-    let mut generator = Generator::new(settings, &session)?;
+    let mut generator = Generator::new(settings, &session, rewards)?;
 
     let batches = prompt_batches(settings, prompts.len())?;
     let epoch = batches.epoch();
@@ -309,6 +315,7 @@ fn generate(
     run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
     run.accumulator.mean("rollout/tokens_per_second", statistics.generated_tokens as f64 / rollout_secs);
+    generator.show_progress(run.step, run.total());
     let is_interrupted = || run.is_interrupted();
     let scored =
         generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, &is_interrupted)?;
@@ -466,6 +473,7 @@ fn evaluate(
     let completions =
         generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
     generator.make_room(session);
+    generator.show_progress(run.step, run.total());
     let scored = generator.score(session, prompts, &completions, group, run.step, &|| run.is_interrupted())?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
@@ -493,13 +501,17 @@ fn show_plan(
         batches.per_batch() * settings.num_generations
     );
     let rewards: Vec<String> = generator
-        .reward_names()
+        .rewards()
+        .names()
         .iter()
         .zip(&settings.reward_weights)
         .map(|(name, weight)| format!("{name} x {weight}"))
         .collect();
-    let mut policy = Section::new("Policy")
-        .row("rewards", rewards.join(", "))
+    let mut policy = Section::new("Policy").row("rewards", rewards.join(", "));
+    for (what, how) in generator.rewards().surroundings() {
+        policy.push(what, how);
+    }
+    let mut policy = policy
         .row(
             "loss",
             format!("{}, clipped to [1 - {}, 1 + {}]", settings.loss_type, settings.epsilon, settings.epsilon_high),

@@ -142,6 +142,11 @@ impl<'a> Run<'a> {
         self.step >= self.cadence.total || self.best.stops().is_some()
     }
 
+    /// Optimizer steps to take.
+    pub(super) fn total(&self) -> u64 {
+        self.cadence.total
+    }
+
     /// Whether a signal asked the run to stop.
     pub(super) fn is_interrupted(&self) -> bool {
         (self.context.is_interrupted)()
@@ -154,7 +159,8 @@ impl<'a> Run<'a> {
         const GRACE: Duration = Duration::from_millis(300);
         let Err(error) = result else { return result.map(Some) };
         let is_program = |cause: &(dyn std::error::Error + 'static)| {
-            matches!(cause.downcast_ref(), Some(crate::reward::Error::Program { .. }))
+            use crate::reward::Error::{Program, Python};
+            matches!(cause.downcast_ref(), Some(Program { .. } | Python { .. }))
         };
         if error.chain().any(is_program) && !self.is_interrupted() {
             std::thread::sleep(GRACE);

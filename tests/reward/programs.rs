@@ -24,6 +24,7 @@ fn score(reward: &mut dyn Reward, completions: &[&str]) -> Result<Vec<Option<f64
             prompt: &prompt,
             prompt_text: "hi",
             completion,
+            completion_ids: &[],
             completion_tokens: completion.len(),
             max_completion_length: 100,
             is_truncated: false,
@@ -59,6 +60,7 @@ fn the_example_program_scores_batch_after_batch() {
         prompt: &prompt,
         prompt_text: "p",
         completion: "line\nbreak \u{2028} \"quoted\"",
+        completion_ids: &[],
         completion_tokens: 3,
         max_completion_length: 4,
         is_truncated: true,
@@ -79,6 +81,7 @@ fn a_request_is_one_line_with_all_there_is_to_know() {
         prompt: &prompt,
         prompt_text: "<user>2+2?",
         completion: "it is\n\"4\"",
+        completion_ids: &[],
         completion_tokens: 7,
         max_completion_length: 9,
         is_truncated: true,
@@ -163,22 +166,59 @@ fn a_program_that_dies_is_reported_with_its_status_and_last_words() {
 }
 
 #[test]
-fn answers_that_are_none_are_explained() {
+fn answers_that_are_wrong_are_explained() {
     for (answer, part) in [
-        ("hello", "request 1: it is not JSON"),
-        ("[1,2]", "it is not a JSON object"),
         ("{\"scores\": [1, 2]}", "it has no `id`"),
-        ("{\"id\": 9, \"scores\": [1, 2]}", "its `id` is 9"),
+        ("{\"id\": 9, \"scores\": [1, 2]}", "its `id` is 9;"),
+        ("{\"id\": 0, \"scores\": [1, 2]}", "its `id` is 0, an answer to an earlier request;"),
         ("{\"id\": 1}", "it has no list `scores`"),
-        ("{\"id\": 1, \"scores\": [NaN, 1]}", "NaN is not JSON; write null"),
-        ("{\"id\": 1, \"scores\": [1e999, 1]}", "it is not JSON"),
+        ("{\"id\": 1, \"scores\": 1}", "it has no list `scores`"),
+        ("{\"id\": 1, \"scores\": [1, 2", "it is not JSON"),
+        ("{\"id\": 1, \"scores\": [1, Infinity]}", "gave sample 1 of request 1 the score Infinity"),
+        ("{\"id\": 1, \"scores\": [1e999, 1]}", "gave sample 0 of request 1 the score 1e999"),
         ("{\"id\": 1, \"scores\": [1]}", "with 1 scores for 2 samples; write one score per sample"),
-        ("{\"id\": 1, \"scores\": [1, \"2\"]}", "gave sample 1 of request 1 the score \"2\", expected a finite number"),
+        ("{\"id\": 1, \"scores\": []}", "with 0 scores for 2 samples"),
+        ("{\"id\": 1, \"scores\": [1, \"high\"]}", "gave sample 1 of request 1 the score \"high\""),
         ("{\"id\": 1, \"error\": \"no GPU\"}", "refused request 1: no GPU"),
-        ("", "it is not JSON"),
     ] {
         let message = complaint(&format!("read x; echo '{answer}'; read x"), 30.0);
         assert!(message.contains(part), "{answer}: {message}");
+    }
+}
+
+#[test]
+fn what_programs_print_and_how_they_write_numbers_ends_nothing() {
+    for (printed, scores, expected) in [
+        ("echo hello; echo", "[true, false]", [Some(1.0), Some(0.0)]),
+        ("echo '[1, 2]'; echo '{\"step\": 1}'", "[1, 2]", [Some(1.0), Some(2.0)]),
+        ("printf 'no line break: '", "[NaN, 2.5]", [None, Some(2.5)]),
+        ("printf '\\377\\000\\033[31m\\r50%%\\n'", "[null, \"0.5\"]", [None, Some(0.5)]),
+        ("seq 100000", "[-1e-3, nan]", [Some(-1e-3), None]),
+        ("head -c 3000000 /dev/zero; echo", "[\"np.float64(0.25)\", 1]", [Some(0.25), Some(1.0)]),
+    ] {
+        let script = format!(
+            "n=0; while read -r x; do n=$((n + 1)); {printed}; echo '{{\"id\": '$n', \"scores\": {scores}}}'; done"
+        );
+        let mut reward = shell(&script, 30.0);
+        for _ in 0..3 {
+            let given = score(&mut *reward, &["a", "b"]).unwrap_or_else(|e| panic!("{printed}: {e}"));
+            assert_eq!(given, expected, "{printed}");
+        }
+    }
+}
+
+#[test]
+fn a_program_that_only_prints_is_shown_what_it_wrote() {
+    for (script, part) in [
+        ("echo hello; sleep 61", "within 0.5 seconds and was killed"),
+        ("echo hello; sleep 61", "the last it wrote to standard output is `hello`, expected a whole line {\"id\": 1,"),
+        ("printf '{\"id\": 1, \"sco'; sleep 61", "is `{\"id\": 1, \"sco`, expected a whole line"),
+        ("while :; do echo hello; done", "within 0.5 seconds and was killed"),
+        ("echo hello; exit 3", "ended (exit status: 3) before it answered"),
+        ("echo hello; exit 3", "standard output is `hello`"),
+    ] {
+        let message = complaint(&format!("read x; {script}"), 0.5);
+        assert!(message.contains(part), "{script}: {message}");
     }
 }
 
@@ -193,6 +233,29 @@ fn programs_that_do_not_start_are_explained() {
     assert!(message(start(&[], 1.0)).contains("`command` is empty"));
     assert!(message(start(&["true"], 0.0)).contains("time limit of 0 seconds"));
     assert!(message(start(&["true"], f64::NAN)).contains("time limit of NaN seconds"));
+}
+
+#[test]
+fn what_a_program_leaves_behind_ends_with_it() {
+    // A child, one in a session of its own, and one whose parent is gone.
+    let leave = "sleep 61 & echo $! >> PIDS; setsid sleep 61 & echo $! >> PIDS; (sleep 61 & echo $! >> PIDS)";
+    for (name, ending) in [
+        ("exits", "read x; exit 0"),
+        ("answers", "read x; echo '{\"id\": 1, \"scores\": [1, 1]}'; read x"),
+        ("stays", "read x; echo '{\"id\": 1, \"scores\": [1, 1]}'; exec sleep 61"),
+        ("ignores", "trap '' TERM HUP INT; read x; echo '{\"id\": 1, \"scores\": [1, 1]}'; while :; do sleep 1; done"),
+    ] {
+        let folder = tempfile_folder(name);
+        let pids = folder.join("pids");
+        let script = format!("{}; {ending}", leave.replace("PIDS", &pids.display().to_string()));
+        let mut reward = shell(&script, 30.0);
+        let _ = score(&mut *reward, &["a", "b"]);
+        drop(reward);
+        let written = std::fs::read_to_string(&pids).expect("the program wrote its ids");
+        assert_eq!(written.split_whitespace().count(), 3, "{name}");
+        assert!(!written.split_whitespace().any(is_running), "{name}: still running: {written}");
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
 }
 
 #[test]
@@ -228,6 +291,7 @@ fn a_wait_for_an_answer_is_given_up_when_the_run_is_to_stop_and_the_group_is_kil
         prompt: &prompt,
         prompt_text: "p",
         completion: "c",
+        completion_ids: &[],
         completion_tokens: 1,
         max_completion_length: 4,
         is_truncated: false,

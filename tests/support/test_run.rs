@@ -164,6 +164,12 @@ impl TestRun {
         self.set("init_random", "false").set("model_name_or_path", path.display())
     }
 
+    /// With the configuration in another file.
+    pub(crate) fn config(mut self, path: impl Into<PathBuf>) -> Self {
+        self.config = path.into();
+        self
+    }
+
     /// The run's `output_dir`.
     pub(crate) fn output(&self) -> PathBuf {
         self.folder.path().join("out")

@@ -1,35 +1,45 @@
-//! A child process in its own group, spoken to by lines, with a limit on every wait.
+//! A child process under a keeper, spoken to by lines, with a limit on every wait.
 //!
 //! Three threads serve it, so that no full pipe blocks the caller: one writes, one reads lines, one keeps the last
-//! lines of standard error. They end when the process does.
+//! lines of standard error and logs all of them. They end when the process does.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+use crate::reward::error::excerpt;
+use crate::reward::keeper;
+
 /// Longest line of standard output, in bytes.
-const LONGEST_LINE: u64 = 64 << 20;
+const LONGEST_LINE: usize = 64 << 20;
 /// Lines of standard error that are kept.
 const KEPT_LINES: usize = 20;
 /// Longest kept line, in bytes.
 const LONGEST_KEPT: u64 = 500;
 /// How long a process may take to exit by itself once its standard input ends.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a keeper may take to kill what it keeps.
+const KEEPER_GRACE: Duration = Duration::from_secs(5);
 /// How often a wait for an answer asks whether it should be given up.
 const TICK: Duration = Duration::from_millis(50);
 
 type LastLines = Arc<Mutex<VecDeque<String>>>;
 
 /// A running program.
-pub(super) struct Process {
+pub(in crate::reward) struct Process {
+    /// The program's keeper.
     child: Child,
     requests: Option<Sender<Vec<u8>>>,
     lines: Receiver<Line>,
+    /// The start of a line that has not ended yet.
+    unfinished: Arc<Mutex<String>>,
     stderr: LastLines,
 }
 
@@ -39,7 +49,7 @@ enum Line {
 }
 
 /// What came from standard output.
-pub(super) enum Received {
+pub(in crate::reward) enum Received {
     /// A line, without its end.
     Line(String),
     /// The start of a line that does not end within the limit.
@@ -53,18 +63,17 @@ pub(super) enum Received {
 }
 
 impl Process {
-    /// Starts `program` in a new process group.
+    /// Starts `program`; `name` stands before its messages in the log.
     ///
     /// # Errors
     /// What the system says.
-    pub(super) fn start(program: &str, arguments: &[String]) -> io::Result<Self> {
-        let mut child = Command::new(program)
-            .args(arguments)
+    pub(in crate::reward) fn start(name: &str, program: &str, arguments: &[String]) -> io::Result<Self> {
+        keeper::find_program(program)?;
+        let mut child = keeper::kept(program, arguments)
             .env("PYTHONUNBUFFERED", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
             .spawn()?;
         let missing = || io::Error::other("the system gave it no pipe");
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
@@ -73,38 +82,47 @@ impl Process {
         let (request_sender, requests) = channel();
         // Bounded: a program that writes without being asked blocks itself, not our memory.
         let (line_sender, lines) = sync_channel(4);
-        let kept = LastLines::default();
-        let keeper = Arc::clone(&kept);
+        let (kept, unfinished) = (LastLines::default(), Arc::<Mutex<String>>::default());
+        let (keeper, begun, name) = (Arc::clone(&kept), Arc::clone(&unfinished), name.to_owned());
         spawn("reward-stdin", move || write_requests(stdin, &requests))?;
-        spawn("reward-stdout", move || read_lines(stdout, &line_sender))?;
-        spawn("reward-stderr", move || keep_last_lines(stderr, &keeper))?;
-        Ok(Self { child, requests: Some(request_sender), lines, stderr: kept })
+        spawn("reward-stdout", move || read_lines(stdout, &line_sender, &begun))?;
+        spawn("reward-stderr", move || keep_last_lines(&name, stderr, &keeper))?;
+        Ok(Self { child, requests: Some(request_sender), lines, unfinished, stderr: kept })
     }
 
     /// Queues a request. That the program no longer reads shows when its answer is awaited.
-    pub(super) fn send(&self, request: Vec<u8>) {
+    pub(in crate::reward) fn send(&self, request: Vec<u8>) {
         if let Some(requests) = &self.requests {
             let _ = requests.send(request);
         }
     }
 
     /// Waits for the next line until `deadline`, or until `is_interrupted`.
-    pub(super) fn receive(&self, deadline: Instant, is_interrupted: &dyn Fn() -> bool) -> Received {
+    pub(in crate::reward) fn receive(&self, deadline: Instant, is_interrupted: &dyn Fn() -> bool) -> Received {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Also for a program that writes without end.
+                return Received::Nothing;
+            }
             match self.lines.recv_timeout(left.min(TICK)) {
                 Ok(Line::Whole(line)) => return Received::Line(line),
                 Ok(Line::TooLong(start)) => return Received::TooLong(start),
                 Err(RecvTimeoutError::Disconnected) => return Received::End,
-                Err(RecvTimeoutError::Timeout) if left.is_zero() => return Received::Nothing,
                 Err(RecvTimeoutError::Timeout) if is_interrupted() => return Received::Interrupted,
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
 
+    /// The start of what the program wrote to standard output since its last line break.
+    pub(in crate::reward) fn unfinished(&self) -> Option<String> {
+        let begun = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
+        (!begun.trim().is_empty()).then(|| excerpt(&begun))
+    }
+
     /// Waits for the program to end by itself.
-    pub(super) fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+    pub(in crate::reward) fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
             match self.child.try_wait() {
@@ -115,8 +133,8 @@ impl Process {
         }
     }
 
-    /// Kills the program with its process group, and returns its last lines on standard error.
-    pub(super) fn kill(mut self) -> Vec<String> {
+    /// Kills the program with all that it started, and returns its last lines on standard error.
+    pub(in crate::reward) fn kill(mut self) -> Vec<String> {
         self.end(Duration::ZERO);
         // The thread that keeps the last lines may still be reading what is in the pipe.
         let deadline = Instant::now() + Duration::from_millis(200);
@@ -126,14 +144,16 @@ impl Process {
         self.stderr.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// Ends standard input, waits `grace` for the program to exit, then kills what is left of its group.
+    /// Ends standard input, waits `grace` for the program to exit, then has its keeper kill what is left.
     fn end(&mut self, grace: Duration) {
         self.requests = None;
-        let has_ended = self.wait(grace).is_some();
-        // The group outlives its leader if a child of the program is still there.
-        kill_group(self.child.id());
-        if !has_ended {
-            let _ = self.child.kill();
+        if self.wait(grace).is_some() {
+            return;
+        }
+        let keeper = Pid::from_raw(self.child.id() as i32);
+        let _ = kill(keeper, Signal::SIGTERM);
+        if self.wait(KEEPER_GRACE).is_none() {
+            let _ = killpg(keeper, Signal::SIGKILL);
             let _ = self.child.wait();
         }
     }
@@ -145,16 +165,6 @@ impl Drop for Process {
             self.end(GRACE);
         }
     }
-}
-
-/// Sends SIGKILL to a process group, by the shell's own `kill`: the system call itself would need unsafe code.
-fn kill_group(group: u32) {
-    let _ = Command::new("/bin/sh")
-        .args(["-c", "kill -s KILL -- -\"$0\"", &group.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
@@ -170,25 +180,41 @@ fn write_requests(mut stdin: ChildStdin, requests: &Receiver<Vec<u8>>) {
     }
 }
 
-fn read_lines(stdout: ChildStdout, lines: &SyncSender<Line>) {
+fn read_lines(stdout: ChildStdout, lines: &SyncSender<Line>, unfinished: &Mutex<String>) {
+    /// How much of an unfinished line is kept for messages.
+    const SHOWN: usize = 1000;
     let mut reader = BufReader::new(stdout);
+    let mut line = Vec::new();
     loop {
-        let mut line = Vec::new();
-        let line = match reader.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) if line.len() as u64 == LONGEST_LINE => {
-                Line::TooLong(String::from_utf8_lossy(&line[..200]).into_owned())
+        let (is_whole, is_over) = match reader.fill_buf() {
+            Ok([]) | Err(_) => (!line.is_empty(), true),
+            Ok(read) => {
+                let end = read.iter().position(|byte| *byte == b'\n');
+                let taken = end.map_or(read.len(), |at| at + 1);
+                line.extend_from_slice(&read[..taken]);
+                reader.consume(taken);
+                (end.is_some(), false)
             }
-            Ok(_) => Line::Whole(String::from_utf8_lossy(&line).trim_end().to_owned()),
         };
-        let is_over = matches!(line, Line::TooLong(_));
-        if lines.send(line).is_err() || is_over {
+        let is_long = line.len() > LONGEST_LINE;
+        let start = || String::from_utf8_lossy(&line[..line.len().min(SHOWN)]).into_owned();
+        *unfinished.lock().unwrap_or_else(PoisonError::into_inner) = if is_whole { String::new() } else { start() };
+        let sent = if is_long {
+            lines.send(Line::TooLong(start()))
+        } else if is_whole {
+            let whole = Line::Whole(String::from_utf8_lossy(&line).trim_end().to_owned());
+            line.clear();
+            lines.send(whole)
+        } else {
+            Ok(())
+        };
+        if is_over || is_long || sent.is_err() {
             return;
         }
     }
 }
 
-fn keep_last_lines(stderr: ChildStderr, kept: &LastLines) {
+fn keep_last_lines(name: &str, stderr: ChildStderr, kept: &LastLines) {
     let mut reader = BufReader::new(stderr);
     loop {
         let mut line = Vec::new();
@@ -201,6 +227,7 @@ fn keep_last_lines(stderr: ChildStderr, kept: &LastLines) {
         if line.is_empty() {
             continue;
         }
+        tracing::info!("{name}: {line}");
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT_LINES {
             kept.pop_front();
