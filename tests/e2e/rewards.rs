@@ -102,7 +102,7 @@ fn habits_of_programs_cost_no_run_and_are_said_once_with_their_counts() {
     let printing = Rewarded::new();
     fs::write(
         &printing.script,
-        PROGRAM.replace("  if [", "  echo looking at $n\n  if [").replace("1, null", "true, NaN"),
+        PROGRAM.replace("  if [", "  echo looking at $n\n  if [").replace("0, null", "false, NaN"),
     )
     .unwrap();
     let ended = printing.run.run(&["--set", &printing.reward(100, ":")]).expect(0);
