@@ -1,5 +1,5 @@
-//! Rewards through their public interface: the table of answer pairs, every built-in, reward programs and
-//! functions in Python with their failures.
+//! Rewards through their public interface: the tables of answer pairs and of formulas, every built-in, reward programs
+//! and functions in Python with their failures.
 
 #[path = "reward/arithmetic.rs"]
 mod arithmetic;
@@ -7,6 +7,10 @@ mod arithmetic;
 mod builtins;
 #[path = "reward/code.rs"]
 mod code;
+#[path = "reward/formulas.rs"]
+mod formulas;
+#[path = "reward/math_answers.rs"]
+mod math_answers;
 #[path = "reward/math_pairs.rs"]
 mod math_pairs;
 #[path = "reward/programs.rs"]

@@ -439,6 +439,25 @@ keys! {
         /// How several rewards become one advantage: weighted sum, then normalised; or each normalised, then summed
         /// (GDPO).
         multi_objective_aggregation: RewardAggregation = Text("sum_then_normalize"), ANY, "";
+        /// `cosine`: what a wrong answer of no length is worth. This key and the next eight are open-r1's, for the
+        /// rewards that have a parameter of that name; a parameter given with the reward itself goes first.
+        cosine_min_value_wrong: Option<f64> = Text("null"), ANY, "";
+        /// `cosine`: what a wrong answer of `cosine_max_len` is worth.
+        cosine_max_value_wrong: Option<f64> = Text("null"), ANY, "";
+        /// `cosine`: what a right answer of `cosine_max_len` is worth.
+        cosine_min_value_correct: Option<f64> = Text("null"), ANY, "";
+        /// `cosine`: what a right answer of no length is worth.
+        cosine_max_value_correct: Option<f64> = Text("null"), ANY, "";
+        /// `cosine`: the length at which the curve ends; in tokens for `cosine_scaled`.
+        cosine_max_len: Option<usize> = Text("null"), FROM_1, "characters";
+        /// `repetition_penalty`: words of an n-gram; tokens for `token_repetition_penalty`.
+        repetition_n_grams: Option<usize> = Text("null"), FROM_1, "words";
+        /// `repetition_penalty`: what a completion that only repeats itself is worth.
+        repetition_max_penalty: Option<f64> = Text("null"), ANY, "";
+        /// `soft_overlong_punishment`: the length beyond which a completion is worth -1.
+        max_completion_len: Option<usize> = Text("null"), FROM_1, "tokens";
+        /// `soft_overlong_punishment`: tokens before that length over which the worth falls from 0.
+        soft_punish_cache: Option<usize> = Text("null"), FROM_0, "tokens";
     }
     "Policy loss" for Grpo {
         /// Which policy loss.

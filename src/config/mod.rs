@@ -22,6 +22,7 @@
 
 mod arguments;
 mod best;
+mod builtin_rewards;
 mod choices;
 mod diagnose;
 mod entries;

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::builtin_rewards;
 use super::field::{Command, Commands, DefaultValue, Key};
 use super::foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 use super::keys::KEYS;
@@ -17,9 +18,14 @@ pub fn keys() -> &'static [Key] {
 /// # Errors
 /// If there is no such key; the message names the nearest one.
 pub fn explain(name: &str) -> Result<String, String> {
+    // A name that is a key and a reward, `repetition_penalty`, is both.
+    let reward = builtin_rewards::explain(name);
     let Some(key) = KEYS.iter().find(|key| key.name == name) else {
         if let Some(key) = FOREIGN_KEYS.iter().find(|key| key.name == name) {
             return Ok(format!("{name}\n  {}\n", answer(key.rule).replace('`', "")));
+        }
+        if let Some(reward) = reward {
+            return Ok(reward);
         }
         let likeness = |key: &&Key| (strsim::jaro_winkler(name, key.name) * 1e6) as u64;
         let nearest = KEYS.iter().max_by_key(likeness).map_or("", |key| key.name);
@@ -33,13 +39,18 @@ pub fn explain(name: &str) -> Result<String, String> {
         Commands::Grpo => Command::Grpo.to_string(),
     };
     let plain = |text: String| text.replace('`', "").replace("\\|", "|");
-    Ok(format!(
+    let mut text = format!(
         "{}\n  {}\n  takes    {}\n  default  {}\n  used by  {commands}\n",
         key.name,
         key.doc,
         plain(takes(key)),
         plain(default(key.default))
-    ))
+    );
+    if name == "reward_funcs" {
+        let _ = writeln!(text, "  built in {}; --explain NAME says what each gives", builtin_rewards::names());
+    }
+    text.push_str(&reward.unwrap_or_default());
+    Ok(text)
 }
 
 /// What happens to a key that is not ours, in a sentence.
@@ -79,6 +90,7 @@ pub fn reference() -> String {
         let _ = writeln!(page, "| `{}` | {} | {} | {} |", key.name, takes(key), default(key.default), cell(key.doc));
     }
     page.push_str(REWARDS);
+    page.push_str(&builtin_rewards::section());
     page.push_str(FOREIGN);
     section(&mut page, "Other spellings", "Accepted; the key on the right is what they set.", "means", |key| match key
         .rule

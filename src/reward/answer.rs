@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::Sample;
 use super::error::{Error, excerpt};
-use super::math::{Answer, Extraction, final_answer};
+use super::math::{self, Answer, Extraction, final_answer};
 use super::parameters::Parameters;
 use super::registry::Scorer;
 
@@ -67,15 +67,44 @@ fn extraction(parameters: &mut Parameters<'_>) -> Result<Extraction, Error> {
     Ok(if parameters.flag("require_boxed", false)? { Extraction::Boxed } else { Extraction::Any })
 }
 
-/// `accuracy`: TRL's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0 if not or if
-/// the completion has none, `None` if the right answer cannot be read.
+/// Compares the final answer of a completion with the right one.
+pub(super) struct Accuracy {
+    gold: Gold,
+    extraction: Extraction,
+}
+
+impl Accuracy {
+    /// Reads the parameters `column` and `require_boxed`.
+    pub(super) fn from_parameters(parameters: &mut Parameters<'_>) -> Result<Self, Error> {
+        Ok(Self { gold: Gold::from_parameters(parameters)?, extraction: extraction(parameters)? })
+    }
+
+    /// 1 or 0 for a sample, `None` if its right answer cannot be read.
+    pub(super) fn score(&self, index: usize, sample: &Sample<'_>) -> Result<Option<f64>, Error> {
+        // A prompt that ends in `<think>` opens the reasoning that the completion must close before it answers.
+        let is_unfinished = math::opens_reasoning(sample.prompt_text) && !math::closes_reasoning(sample.completion);
+        self.score_of(index, sample, if is_unfinished { "" } else { sample.completion })
+    }
+
+    fn score_of(&self, index: usize, sample: &Sample<'_>, text: &str) -> Result<Option<f64>, Error> {
+        let right: Vec<Answer> = self.gold.of(index, sample)?.iter().filter_map(|g| read_gold(g)).collect();
+        if right.is_empty() {
+            return Ok(None);
+        }
+        let answer = final_answer(text, self.extraction).and_then(|a| Answer::parse(&a).ok());
+        Ok(Some(f64::from(u8::from(answer.is_some_and(|a| right.iter().any(|r| r.is_answered_by(&a)))))))
+    }
+}
+
+/// `accuracy`: TRL's and open-r1's `accuracy_reward`. 1 if the final answer of the completion equals the right one, 0
+/// if not or if the completion has none, `None` if the right answer cannot be read. What stands inside reasoning tags is
+/// no final answer, so a completion whose reasoning does not end is worth 0 (TRL reads boxes there too).
 ///
 /// Parameters: `column` (default `answer`, else `solution`), `require_boxed` (default false: see
 /// [`Extraction::Any`]; TRL looks for boxes and formulas only).
 pub(super) fn accuracy(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
-    let gold = Gold::from_parameters(parameters)?;
-    let extraction = extraction(parameters)?;
-    Ok(Box::new(move |index, sample| is_accurate(&gold, extraction, index, sample, sample.completion)))
+    let accuracy = Accuracy::from_parameters(parameters)?;
+    Ok(Box::new(move |index, sample| accuracy.score(index, sample)))
 }
 
 /// `reasoning_accuracy`: TRL's `reasoning_accuracy_reward`. As `accuracy`, on what follows the last of the first
@@ -83,38 +112,25 @@ pub(super) fn accuracy(parameters: &mut Parameters<'_>) -> Result<Scorer, Error>
 ///
 /// Parameters: those of `accuracy`, and `reasoning_delimiters` (default `</think>`).
 pub(super) fn reasoning_accuracy(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
-    let gold = Gold::from_parameters(parameters)?;
-    let extraction = extraction(parameters)?;
+    let accuracy = Accuracy::from_parameters(parameters)?;
     let delimiters = parameters.texts("reasoning_delimiters")?.unwrap_or_else(|| vec!["</think>".to_owned()]);
     Ok(Box::new(move |index, sample| {
         let conclusion = delimiters.iter().find_map(|d| sample.completion.rsplit_once(d.as_str()));
         match conclusion {
-            Some((_, text)) => is_accurate(&gold, extraction, index, sample, text),
+            Some((_, text)) => accuracy.score_of(index, sample, text),
             None => Ok(Some(0.0)),
         }
     }))
-}
-
-fn is_accurate(
-    gold: &Gold,
-    extraction: Extraction,
-    index: usize,
-    sample: &Sample<'_>,
-    text: &str,
-) -> Result<Option<f64>, Error> {
-    let right: Vec<Answer> = gold.of(index, sample)?.iter().filter_map(|g| read_gold(g)).collect();
-    if right.is_empty() {
-        return Ok(None);
-    }
-    let answer = final_answer(text, extraction).and_then(|a| Answer::parse(&a).ok());
-    Ok(Some(f64::from(u8::from(answer.is_some_and(|a| right.iter().any(|r| r.equals(&a)))))))
 }
 
 /// Reads a right answer: the answer itself, or a worked solution or sentence that ends in one.
 fn read_gold(text: &str) -> Option<Answer> {
     let is_worked = text.contains("####") || text.contains("\\boxed") || text.contains("</answer>");
     let direct = if is_worked { None } else { Answer::parse(text).ok() };
-    let is_final = |a: &Answer| a.is_mathematics() || !text.contains(|c: char| c.is_ascii_digit());
+    // A formula that is not understood is compared as it is written; its last number is not its answer.
+    let has_words = text.split_whitespace().any(|w| w.chars().count() > 1 && w.chars().all(char::is_alphabetic));
+    let is_prose = has_words && text.contains(|c: char| c.is_ascii_digit()) && !text.contains(['\\', '^', '_', '=']);
+    let is_final = |a: &Answer| a.is_mathematics() || !is_prose;
     if direct.as_ref().is_some_and(is_final) {
         return direct;
     }

@@ -5,6 +5,9 @@
 //! the parameter `count_prompt: false` switches that off.
 
 use std::borrow::Cow;
+use std::sync::LazyLock;
+
+use fancy_regex::Regex;
 
 use serde_json::Value;
 
@@ -53,12 +56,23 @@ pub(super) fn tag_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Erro
     layout(parameters, false)
 }
 
-/// `format`: open-r1's `format_reward`, `^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$`. Stricter in two points:
-/// each tag occurs once, and nothing but spaces follows (open-r1's `$` also matches before any line break).
+static LINES: LazyLock<Regex> = LazyLock::new(|| {
+    // Python's `re.match` with DOTALL and MULTILINE: `$` is before any line break.
+    let pattern = r"(?s)\A<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>(?:\n|\z)";
+    Regex::new(pattern).expect("the pattern is a constant that a test compiles")
+});
+
+/// `format`: open-r1's `format_reward`. 1 if the completion starts with what
+/// `^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$` matches, a line break or nothing after it. It may go on behind
+/// that line break: `tag_format` with `newlines: true` allows nothing but spaces there, and each tag once.
 ///
-/// Parameters: as `tag_format`, `newlines` being true by default.
+/// Parameters: `newlines` (default true; false is `tag_format`), `count_prompt` (default true).
 pub(super) fn line_format(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
-    layout(parameters, true)
+    if !parameters.flag("newlines", true)? {
+        return layout(parameters, false);
+    }
+    let counts_prompt = parameters.flag("count_prompt", true)?;
+    Ok(scorer(counts_prompt, |text| f64::from(u8::from(LINES.is_match(text).unwrap_or(false)))))
 }
 
 fn layout(parameters: &mut Parameters<'_>, newlines: bool) -> Result<Scorer, Error> {

@@ -22,7 +22,9 @@ impl<'a> Parameters<'a> {
     }
 
     fn value(&mut self, key: &'static str) -> Option<&'a Value> {
-        self.known.push(key);
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
         self.values.get(key).filter(|v| !v.is_null())
     }
 
@@ -63,6 +65,33 @@ impl<'a> Parameters<'a> {
             Some(Some(count)) if count as usize >= least => Ok(Some(count as usize)),
             Some(_) => Err(self.wrong(key, &format!("a whole number of at least {least}"))),
         }
+    }
+
+    /// The one of two keys for the same thing that the file has.
+    fn given(&mut self, keys: [&'static str; 2]) -> Result<&'static str, Error> {
+        match keys.map(|key| self.value(key)) {
+            [Some(_), Some(_)] => Err(self.wrong(keys[1], &format!("nothing, since `{}` is given too", keys[0]))),
+            [None, Some(_)] => Ok(keys[1]),
+            _ => Ok(keys[0]),
+        }
+    }
+
+    /// [`Parameters::number`] under either of two names.
+    pub(super) fn number_of(
+        &mut self,
+        keys: [&'static str; 2],
+        default: f64,
+        expected: &str,
+        is_valid: impl Fn(f64) -> bool,
+    ) -> Result<f64, Error> {
+        let key = self.given(keys)?;
+        self.number(key, default, expected, is_valid)
+    }
+
+    /// [`Parameters::count`] under either of two names.
+    pub(super) fn count_of(&mut self, keys: [&'static str; 2], least: usize) -> Result<Option<usize>, Error> {
+        let key = self.given(keys)?;
+        self.count(key, least)
     }
 
     /// A text, if there is one.

@@ -11,7 +11,14 @@ use crate::config::settings::{RewardSettings, RewardSpec};
 /// The score of the sample at a position of its batch.
 pub(super) type Scorer = Box<dyn Fn(usize, &Sample<'_>) -> Result<Option<f64>, Error> + Send + Sync>;
 
-type Maker = fn(&mut Parameters<'_>) -> Result<Scorer, Error>;
+/// The scores of all samples of a batch, for a reward that compares them with each other.
+pub(super) type Together = Box<dyn Fn(&[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> + Send + Sync>;
+
+/// How a built-in is made, by whether it looks at one sample at a time.
+enum Maker {
+    Each(fn(&mut Parameters<'_>) -> Result<Scorer, Error>),
+    Together(fn(&mut Parameters<'_>) -> Result<Together, Error>),
+}
 
 struct Builtin {
     name: &'static str,
@@ -26,85 +33,115 @@ const BUILTINS: &[Builtin] = &[
         name: "accuracy",
         aliases: &[],
         doc: "1 if the final answer is mathematically equal to the column `answer` or `solution`, else 0",
-        make: answer::accuracy,
+        make: Maker::Each(answer::accuracy),
     },
     Builtin {
         name: "reasoning_accuracy",
         aliases: &[],
         doc: "as `accuracy`, looking only behind the last `</think>`; 0 if the reasoning does not end",
-        make: answer::reasoning_accuracy,
+        make: Maker::Each(answer::reasoning_accuracy),
     },
     Builtin {
         name: "exact_match",
         aliases: &[],
         doc: "1 if the completion is the column's text, spaces at its ends aside, else 0",
-        make: answer::exact_match,
+        make: Maker::Each(answer::exact_match),
     },
     Builtin {
         name: "numeric_match",
         aliases: &[],
         doc: "1 if the final answer is a number within a tolerance of the column's, else 0",
-        make: answer::numeric_match,
+        make: Maker::Each(answer::numeric_match),
     },
     Builtin {
         name: "contains",
         aliases: &[],
         doc: "1 if the completion contains a text, or the column's text, else 0",
-        make: answer::contains,
+        make: Maker::Each(answer::contains),
     },
     Builtin {
         name: "regex",
         aliases: &[],
         doc: "1 if a regular expression is found in the completion, else 0",
-        make: answer::regex,
+        make: Maker::Each(answer::regex),
     },
     Builtin {
         name: "think_format",
         aliases: &[],
         doc: "1 if the completion is `<think>...</think>` and then anything, else 0",
-        make: format::think_format,
+        make: Maker::Each(format::think_format),
     },
     Builtin {
         name: "tag_format",
         aliases: &[],
         doc: "1 if the completion is exactly `<think>...</think><answer>...</answer>`, else 0",
-        make: format::tag_format,
+        make: Maker::Each(format::tag_format),
     },
     Builtin {
         name: "format",
         aliases: &[],
         doc: "as `tag_format`, with each tag on a line of its own",
-        make: format::line_format,
+        make: Maker::Each(format::line_format),
     },
     Builtin {
         name: "code_format",
         aliases: &["get_code_format"],
         doc: "1 if the completion is laid out as for `format`, with a code block in the answer, else 0",
-        make: format::code_format,
+        make: Maker::Each(format::code_format),
     },
     Builtin {
         name: "tag_count",
         aliases: &[],
         doc: "a quarter for each of the four tags that is there exactly once",
-        make: format::tag_count,
+        make: Maker::Each(format::tag_count),
+    },
+    Builtin {
+        name: "reasoning_steps",
+        aliases: &[],
+        doc: "a third for each sign of a step such as `Step 1:`, `First,` or a line that starts with `-`, 1 at most",
+        make: Maker::Each(length::reasoning_steps),
+    },
+    Builtin {
+        name: "length",
+        aliases: &["len"],
+        doc: "from 0.5 for the shortest completion of a batch to -0.5 for the longest, at most 0 for a wrong answer",
+        make: Maker::Together(length::length),
+    },
+    Builtin {
+        name: "cosine",
+        aliases: &[],
+        doc: "accuracy scaled by a cosine of the length in characters: a short right answer is worth most",
+        make: Maker::Each(length::cosine),
+    },
+    Builtin {
+        name: "cosine_scaled",
+        aliases: &["get_cosine_scaled"],
+        doc: "as `cosine`, with the length in tokens, and no more change beyond the longest length",
+        make: Maker::Each(length::cosine_scaled),
     },
     Builtin {
         name: "length_penalty",
         aliases: &["soft_overlong_punishment", "get_soft_overlong_punishment"],
         doc: "0 up to a soft limit of tokens, then falling linearly to -1 at the longest length",
-        make: length::length_penalty,
+        make: Maker::Each(length::length_penalty),
     },
     Builtin {
         name: "repetition_penalty",
-        aliases: &["get_repetition_penalty"],
+        aliases: &[],
         doc: "the share of repeated word n-grams, times a negative number",
-        make: length::repetition_penalty,
+        make: Maker::Each(length::repetition_penalty),
+    },
+    Builtin {
+        name: "token_repetition_penalty",
+        aliases: &["get_repetition_penalty"],
+        doc: "the share of repeated token n-grams, times a negative number",
+        make: Maker::Each(length::token_repetition_penalty),
     },
     Builtin {
         name: "countdown",
         aliases: &[],
         doc: "1 if the answer is arithmetic with each of `nums` used once that gives `target`; part credit for the form",
-        make: countdown::countdown,
+        make: Maker::Each(countdown::countdown),
     },
 ];
 
@@ -186,7 +223,7 @@ fn is_builtin(name: &str) -> bool {
     code::is_code(name) || find_builtin(name).is_some()
 }
 
-fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> {
+fn builtin(name: &str, values: &Map<String, Value>) -> Result<BuiltinReward, Error> {
     let plain = name.strip_suffix("_reward").unwrap_or(name);
     let Some(builtin) = find_builtin(name) else {
         let mut names: Vec<&'static str> = builtin_names().into_iter().map(|(name, _)| name).collect();
@@ -195,25 +232,37 @@ fn builtin(name: &str, values: &Map<String, Value>) -> Result<PerSample, Error> 
         return Err(Error::UnknownReward { name: name.to_owned(), nearest, names });
     };
     let mut parameters = Parameters::new(name, values);
-    let scorer = (builtin.make)(&mut parameters)?;
+    let scoring = match builtin.make {
+        Maker::Each(make) => Scoring::Each(make(&mut parameters)?),
+        Maker::Together(make) => Scoring::Together(make(&mut parameters)?),
+    };
     parameters.finish()?;
-    Ok(PerSample { name: name.to_owned(), scorer })
+    Ok(BuiltinReward { name: name.to_owned(), scoring })
 }
 
-/// A reward that looks at one sample at a time: a pure function, evaluated on all cores.
-struct PerSample {
+enum Scoring {
+    Each(Scorer),
+    Together(Together),
+}
+
+/// A built-in with its parameters: a pure function.
+struct BuiltinReward {
     name: String,
-    scorer: Scorer,
+    scoring: Scoring,
 }
 
-impl Reward for PerSample {
+impl Reward for BuiltinReward {
     fn name(&self) -> &str {
         &self.name
     }
 
     fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> {
-        // Small scores are cheap: eight of them at least make a task.
-        let scorer = &self.scorer;
-        samples.par_iter().with_min_len(8).enumerate().map(|(index, sample)| scorer(index, sample)).collect()
+        match &self.scoring {
+            // Small scores are cheap: eight of them at least make a task.
+            Scoring::Each(scorer) => {
+                samples.par_iter().with_min_len(8).enumerate().map(|(index, sample)| scorer(index, sample)).collect()
+            }
+            Scoring::Together(score) => score(samples),
+        }
     }
 }

@@ -249,7 +249,11 @@ fn wrong_rows_are_explained() {
 
 #[test]
 fn every_builtin_has_a_description_and_its_name_makes_it() {
+    let page = trainer::config::reference();
     for (name, doc) in builtin_names() {
+        assert!(page.contains(&format!("\n| `{name}` | ")), "{name} is not on the reference page");
+        let explained = trainer::config::explain(name).expect("an explanation");
+        assert!(explained.contains("a built-in of `reward_funcs`"), "{explained}");
         assert!(doc.len() > 20 && !doc.contains('\n'), "{name}: {doc}");
         let parameters = if name == "regex" { json!({"pattern": "x"}) } else { json!({}) };
         assert_eq!(check(&spec(name, parameters.clone())), Ok(()));

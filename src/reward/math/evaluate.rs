@@ -1,4 +1,4 @@
-//! The value of an expression at a point: exactly where it is rational, in f64 otherwise, and always within limits.
+//! The exact value of an expression at a point, where it is rational (with the imaginary unit), within limits.
 
 use num_bigint::BigInt;
 use num_rational::BigRational;
@@ -24,12 +24,56 @@ pub(super) enum Stop {
     TooLarge,
 }
 
+/// A complex number with rational parts.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Gauss {
+    pub(super) re: BigRational,
+    pub(super) im: BigRational,
+}
+
+impl Gauss {
+    pub(super) fn real(re: BigRational) -> Self {
+        Self { re, im: BigRational::zero() }
+    }
+
+    pub(super) fn is_zero(&self) -> bool {
+        self.re.is_zero() && self.im.is_zero()
+    }
+
+    pub(super) fn times(&self, other: &Self) -> Self {
+        if self.im.is_zero() && other.im.is_zero() {
+            return Self::real(&self.re * &other.re);
+        }
+        Self { re: &self.re * &other.re - &self.im * &other.im, im: &self.re * &other.im + &self.im * &other.re }
+    }
+
+    fn plus(&self, other: &Self) -> Self {
+        Self { re: &self.re + &other.re, im: &self.im + &other.im }
+    }
+
+    pub(super) fn inverse(&self) -> Option<Self> {
+        if self.is_zero() {
+            return None;
+        }
+        if self.im.is_zero() {
+            return Some(Self::real(self.re.recip()));
+        }
+        let norm = &self.re * &self.re + &self.im * &self.im;
+        Some(Self { re: &self.re / &norm, im: -&self.im / norm })
+    }
+
+    /// The real number that it is.
+    fn as_real(&self) -> Result<&BigRational, Stop> {
+        if self.im.is_zero() { Ok(&self.re) } else { Err(Stop::Irrational) }
+    }
+}
+
 /// Evaluates exactly, with a budget of work.
 pub(super) struct Exact {
     work: u64,
 }
 
-type Exactly = Result<BigRational, Stop>;
+type Exactly = Result<Gauss, Stop>;
 
 impl Exact {
     pub(super) fn new() -> Self {
@@ -39,37 +83,45 @@ impl Exact {
     /// The value of `expression` where a symbol has the value `symbol` gives it.
     pub(super) fn value(&mut self, expression: &Expression, symbol: &dyn Fn(&str) -> BigRational) -> Exactly {
         let result = match expression {
-            Expression::Number(number) => Ok(number.value.clone()),
-            Expression::Symbol(name) => Ok(symbol(name)),
+            Expression::Number(number) => Ok(Gauss::real(number.value.clone())),
+            Expression::Symbol(name) if name == "i" => Ok(Gauss { re: BigRational::zero(), im: BigRational::one() }),
+            Expression::Symbol(name) => Ok(Gauss::real(symbol(name))),
             Expression::Sum(terms) => {
-                let mut sum = BigRational::zero();
+                let mut sum = Gauss::real(BigRational::zero());
                 for term in terms {
                     let term = self.value(term, symbol)?;
-                    sum = self.within(sum + term)?;
+                    sum = self.within(sum.plus(&term))?;
                 }
                 Ok(sum)
             }
             Expression::Product(factors) => {
-                let mut product = BigRational::one();
+                let mut product = Gauss::real(BigRational::one());
                 for factor in factors {
                     let factor = self.value(factor, symbol)?;
-                    product = self.within(product * factor)?;
+                    product = self.within(product.times(&factor))?;
                 }
                 Ok(product)
             }
-            Expression::Negative(inner) => Ok(-self.value(inner, symbol)?),
-            Expression::Percent(inner) => Ok(self.value(inner, symbol)? / BigInt::from(100)),
-            Expression::Quotient(above, below) => {
-                let (above, below) = (self.value(above, symbol)?, self.value(below, symbol)?);
-                if below.is_zero() { Err(Stop::Undefined) } else { Ok(above / below) }
+            Expression::Negative(inner) => {
+                let inner = self.value(inner, symbol)?;
+                Ok(Gauss { re: -inner.re, im: -inner.im })
             }
+            Expression::Percent(inner) => {
+                let hundredth = Gauss::real(BigRational::new(BigInt::one(), BigInt::from(100)));
+                Ok(self.value(inner, symbol)?.times(&hundredth))
+            }
+            Expression::Quantity(inner, unit) => {
+                Ok(self.value(inner, symbol)?.times(&Gauss::real(unit.factor.clone())))
+            }
+            Expression::Quotient(above, below) => self.quotient(above, below, symbol),
+            Expression::Ratio(terms) if terms.len() == 2 => self.quotient(&terms[0], &terms[1], symbol),
             Expression::Power(base, exponent) => {
                 let (base, exponent) = (self.value(base, symbol)?, self.value(exponent, symbol)?);
-                power(base, &exponent)
+                self.power(&base, exponent.as_real()?)
             }
             Expression::Root(inner, index) => {
                 let inner = self.value(inner, symbol)?;
-                root(&inner, *index)
+                root(inner.as_real()?, *index).map(Gauss::real)
             }
             Expression::Call(function, inner) => {
                 let inner = self.value(inner, symbol)?;
@@ -77,20 +129,30 @@ impl Exact {
             }
             Expression::Logarithm(base, inner) => {
                 let (base, inner) = (self.value(base, symbol)?, self.value(inner, symbol)?);
-                logarithm(&base, &inner)
+                logarithm(base.as_real()?, inner.as_real()?).map(Gauss::real)
             }
             Expression::Binomial(n, k) => {
                 let (n, k) = (self.value(n, symbol)?, self.value(k, symbol)?);
-                self.binomial(&n, &k)
+                self.binomial(n.as_real()?, k.as_real()?)
+            }
+            Expression::Degrees(inner) => {
+                let inner = self.value(inner, symbol)?;
+                if inner.is_zero() { Ok(inner) } else { Err(Stop::Irrational) }
             }
             _ => Err(Stop::Undefined),
         };
         result.and_then(|value| self.within(value))
     }
 
+    fn quotient(&mut self, above: &Expression, below: &Expression, symbol: &dyn Fn(&str) -> BigRational) -> Exactly {
+        let (above, below) = (self.value(above, symbol)?, self.value(below, symbol)?);
+        below.inverse().map(|inverse| above.times(&inverse)).ok_or(Stop::Undefined)
+    }
+
     /// Pays for `value` and refuses it if it is too large.
-    fn within(&mut self, value: BigRational) -> Exactly {
-        let bits = value.numer().bits().max(value.denom().bits());
+    fn within(&mut self, value: Gauss) -> Exactly {
+        let size = |part: &BigRational| part.numer().bits().max(part.denom().bits());
+        let bits = size(&value.re).max(size(&value.im));
         if bits > MOST_BITS || self.work < bits + STEP {
             return Err(Stop::TooLarge);
         }
@@ -98,11 +160,36 @@ impl Exact {
         Ok(value)
     }
 
-    fn call(&mut self, function: Function, inner: &BigRational) -> Exactly {
-        match function {
-            Function::Absolute => Ok(inner.abs()),
-            Function::Floor => Ok(inner.floor()),
-            Function::Ceiling => Ok(inner.ceil()),
+    /// The power of a base, where it is rational and within the limits.
+    fn power(&mut self, base: &Gauss, exponent: &BigRational) -> Exactly {
+        const LARGEST: u64 = 256;
+        if base.im.is_zero() {
+            return power(base.re.clone(), exponent).map(Gauss::real);
+        }
+        if !exponent.is_integer() {
+            return Err(Stop::Irrational);
+        }
+        let count = exponent.to_integer().to_i64().ok_or(Stop::TooLarge)?;
+        if count.unsigned_abs() > LARGEST {
+            return Err(Stop::TooLarge);
+        }
+        let mut result = Gauss::real(BigRational::one());
+        for _ in 0..count.unsigned_abs() {
+            result = self.within(result.times(base))?;
+        }
+        if count < 0 { result.inverse().ok_or(Stop::Undefined) } else { Ok(result) }
+    }
+
+    fn call(&mut self, function: Function, inner: &Gauss) -> Exactly {
+        if function == Function::Absolute && !inner.im.is_zero() {
+            let norm = &inner.re * &inner.re + &inner.im * &inner.im;
+            return root(&norm, 2).map(Gauss::real);
+        }
+        let inner = inner.as_real()?;
+        let value = match function {
+            Function::Absolute => inner.abs(),
+            Function::Floor => inner.floor(),
+            Function::Ceiling => inner.ceil(),
             Function::Factorial => {
                 const LARGEST: u32 = 900; // 900! has 7,500 bits
                 if !inner.is_integer() || inner.is_negative() {
@@ -110,32 +197,54 @@ impl Exact {
                 }
                 let n = inner.to_integer().to_u32().filter(|n| *n <= LARGEST).ok_or(Stop::TooLarge)?;
                 self.pay(u64::from(n) * 32)?;
-                Ok(BigRational::from_integer((1..=n).fold(BigInt::one(), |product, i| product * i)))
+                BigRational::from_integer((1..=n).fold(BigInt::one(), |product, i| product * i))
             }
-            Function::Exp | Function::Cos | Function::Cosh | Function::Sec if inner.is_zero() => Ok(BigRational::one()),
-            Function::Ln if inner.is_one() => Ok(BigRational::zero()),
+            Function::Exp | Function::Cos | Function::Cosh | Function::Sec if inner.is_zero() => BigRational::one(),
+            Function::Ln if inner.is_one() => BigRational::zero(),
             Function::Sin | Function::Tan | Function::Sinh | Function::Tanh | Function::Arcsin | Function::Arctan
                 if inner.is_zero() =>
             {
-                Ok(BigRational::zero())
+                BigRational::zero()
             }
-            _ => Err(Stop::Irrational),
-        }
+            _ => return Err(Stop::Irrational),
+        };
+        Ok(Gauss::real(value))
     }
 
+    /// n (n - 1) ... (n - k + 1) / k! for a whole k and any n.
     fn binomial(&mut self, n: &BigRational, k: &BigRational) -> Exactly {
         const LARGEST: u32 = 2000;
-        if !n.is_integer() || !k.is_integer() {
+        const MOST_FACTORS: u32 = 64;
+        if !k.is_integer() {
             return Err(Stop::Undefined);
         }
-        let whole = |v: &BigRational| v.to_integer().to_u32().filter(|v| *v <= LARGEST);
-        let (Some(n), Some(k)) = (whole(n), whole(k)) else { return Err(Stop::TooLarge) };
-        if k > n {
-            return Ok(BigRational::zero());
+        let mut k = k.clone();
+        // Of two whole numbers with 0 <= k <= n the smaller of k and n - k is the shorter way.
+        if n.is_integer() && !n.is_negative() {
+            if k > *n {
+                return Ok(Gauss::real(BigRational::zero()));
+            }
+            let other = n - &k;
+            k = if other < k { other } else { k };
         }
-        let k = k.min(n - k);
-        self.pay(u64::from(k) * 32)?;
-        Ok(BigRational::from_integer((0..k).fold(BigInt::one(), |value, i| value * (n - i) / (i + 1))))
+        if k.is_negative() {
+            return Err(Stop::Undefined);
+        }
+        if let (true, Some(n), Some(k)) = (n.is_integer(), n.to_integer().to_u32(), k.to_integer().to_u32())
+            && n <= LARGEST
+        {
+            // Whole all the way, without a common divisor to find.
+            self.pay(u64::from(k) * 32)?;
+            let value = (0..k).fold(BigInt::one(), |value, i| value * (n - i) / (i + 1));
+            return Ok(Gauss::real(BigRational::from_integer(value)));
+        }
+        let k = k.to_integer().to_u32().filter(|k| *k <= MOST_FACTORS).ok_or(Stop::TooLarge)?;
+        let mut value = Gauss::real(BigRational::one());
+        for i in 0..k {
+            let factor = (n - BigInt::from(i)) / BigInt::from(i + 1);
+            value = self.within(value.times(&Gauss::real(factor)))?;
+        }
+        Ok(value)
     }
 
     fn pay(&mut self, work: u64) -> Result<(), Stop> {
@@ -144,8 +253,8 @@ impl Exact {
     }
 }
 
-/// The power of a base, where it is rational and within the limits.
-fn power(base: BigRational, exponent: &BigRational) -> Exactly {
+/// The power of a real base, where it is rational and within the limits.
+fn power(base: BigRational, exponent: &BigRational) -> Result<BigRational, Stop> {
     if !exponent.is_integer() {
         // b^(p/q) is the q-th root of b, to the power p.
         let index = exponent.denom().to_u32().filter(|i| *i <= 64).ok_or(Stop::Irrational)?;
@@ -178,11 +287,11 @@ fn power(base: BigRational, exponent: &BigRational) -> Exactly {
 }
 
 /// The logarithm where it is a whole number of at most 1024: found by powers of the base.
-fn logarithm(base: &BigRational, inner: &BigRational) -> Exactly {
+fn logarithm(base: &BigRational, inner: &BigRational) -> Result<BigRational, Stop> {
     if !inner.is_positive() || !base.is_positive() || base.is_one() {
         return Err(Stop::Undefined);
     }
-    let guess = (approximate(inner).ln() / approximate(base).ln()).round();
+    let guess = (nearest(inner).ln() / nearest(base).ln()).round();
     if guess.is_finite() && guess.abs() <= 1024.0 {
         let exponent = BigRational::from_integer(BigInt::from(guess as i64));
         if power(base.clone(), &exponent)? == *inner {
@@ -193,7 +302,7 @@ fn logarithm(base: &BigRational, inner: &BigRational) -> Exactly {
 }
 
 /// The real root of a perfect power.
-fn root(value: &BigRational, index: u32) -> Exactly {
+fn root(value: &BigRational, index: u32) -> Result<BigRational, Stop> {
     if value.is_negative() && index.is_multiple_of(2) {
         return Err(Stop::Irrational);
     }
@@ -206,62 +315,6 @@ fn root(value: &BigRational, index: u32) -> Exactly {
 }
 
 /// The nearest f64, infinite if it is beyond them.
-pub(super) fn approximate(value: &BigRational) -> f64 {
+pub(super) fn nearest(value: &BigRational) -> f64 {
     value.to_f64().unwrap_or(f64::NAN)
-}
-
-/// The value in f64; not finite where it is undefined. `symbol` gives every symbol its value.
-pub(super) fn float(expression: &Expression, symbol: &dyn Fn(&str) -> f64) -> f64 {
-    let at = |e: &Expression| float(e, symbol);
-    match expression {
-        Expression::Number(number) => approximate(&number.value),
-        Expression::Symbol(name) => symbol(name),
-        Expression::Sum(terms) => terms.iter().map(at).sum(),
-        Expression::Product(factors) => factors.iter().map(at).product(),
-        Expression::Negative(inner) => -at(inner),
-        Expression::Percent(inner) => at(inner) / 100.0,
-        Expression::Quotient(above, below) => at(above) / at(below),
-        Expression::Power(base, exponent) => at(base).powf(at(exponent)),
-        Expression::Root(inner, index) => {
-            let inner = at(inner);
-            match index {
-                2 => inner.sqrt(),
-                3 => inner.cbrt(),
-                odd if odd % 2 == 1 && inner < 0.0 => -(-inner).powf(1.0 / f64::from(*odd)),
-                even => inner.powf(1.0 / f64::from(*even)),
-            }
-        }
-        Expression::Call(function, inner) => call(*function, at(inner)),
-        Expression::Logarithm(base, inner) => at(inner).ln() / at(base).ln(),
-        Expression::Binomial(..) => Exact::new()
-            .value(expression, &|_| BigRational::zero())
-            .ok()
-            .filter(|_| expression.symbols().is_empty())
-            .map_or(f64::NAN, |v| approximate(&v)),
-        _ => f64::NAN,
-    }
-}
-
-fn call(function: Function, x: f64) -> f64 {
-    match function {
-        Function::Absolute => x.abs(),
-        Function::Factorial if x >= 0.0 && x.fract() == 0.0 && x <= 170.0 => (1..=x as u32).map(f64::from).product(),
-        Function::Factorial => f64::NAN,
-        Function::Floor => x.floor(),
-        Function::Ceiling => x.ceil(),
-        Function::Exp => x.exp(),
-        Function::Ln => x.ln(),
-        Function::Sin => x.sin(),
-        Function::Cos => x.cos(),
-        Function::Tan => x.tan(),
-        Function::Cot => x.tan().recip(),
-        Function::Sec => x.cos().recip(),
-        Function::Csc => x.sin().recip(),
-        Function::Arcsin => x.asin(),
-        Function::Arccos => x.acos(),
-        Function::Arctan => x.atan(),
-        Function::Sinh => x.sinh(),
-        Function::Cosh => x.cosh(),
-        Function::Tanh => x.tanh(),
-    }
 }

@@ -2,12 +2,14 @@
 
 use num_rational::BigRational;
 
+use super::unit::Unit;
+
 /// A mathematical expression or a collection of them.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Expression {
     /// A number as written.
     Number(Number),
-    /// A variable, or a constant kept as a symbol: `pi`, `e`, `i`, `infinity`.
+    /// A variable, a name such as `f(x)`, or a constant kept as a symbol: `pi`, `e`, `i`, `infinity`.
     Symbol(String),
     /// A sum of terms.
     Sum(Vec<Expression>),
@@ -31,6 +33,14 @@ pub(super) enum Expression {
     PlusMinus(Box<Expression>, Box<Expression>, bool),
     /// So many percent.
     Percent(Box<Expression>),
+    /// So many degrees of an angle.
+    Degrees(Box<Expression>),
+    /// A value with what is counted or measured.
+    Quantity(Box<Expression>, Unit),
+    /// `a : b` or `a : b : c`.
+    Ratio(Vec<Expression>),
+    /// A time of day.
+    Clock(Clock),
     /// Items in brackets, in order: a tuple or an interval.
     Sequence {
         /// `(` or `[`.
@@ -44,8 +54,14 @@ pub(super) enum Expression {
     Set(Vec<Expression>),
     /// Items without brackets.
     List(Vec<Expression>),
-    /// A union of sets or intervals.
+    /// A union of sets, or conditions of which one holds.
     Union(Vec<Expression>),
+    /// An intersection of sets, or conditions that all hold.
+    Intersection(Vec<Expression>),
+    /// The first set without the second.
+    Difference(Box<Expression>, Box<Expression>),
+    /// `R`, `Z`, `Q`, `N` or `C`: all numbers of a kind.
+    Domain(char),
     /// Rows of a matrix, all of one length.
     Matrix(Vec<Vec<Expression>>),
     /// A chain of relations: the first side, then each sign with its side.
@@ -59,12 +75,22 @@ pub(super) enum Expression {
 pub(super) struct Number {
     /// Its value.
     pub(super) value: BigRational,
-    /// Whether it has a decimal point.
+    /// Whether it has a decimal point and ends.
     pub(super) is_decimal: bool,
     /// The power of ten of its last digit.
     pub(super) last_place: i32,
     /// Digits from the first one that is not zero.
     pub(super) significant: u32,
+}
+
+/// A time of day as written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Clock {
+    pub(super) hour: u32,
+    pub(super) minute: u32,
+    pub(super) second: Option<u32>,
+    /// Whether it says a.m. or p.m.; true for the latter.
+    pub(super) is_afternoon: Option<bool>,
 }
 
 /// Functions of one argument.
@@ -102,15 +128,25 @@ impl Function {
             "sin" => Self::Sin,
             "cos" => Self::Cos,
             "tan" | "tg" => Self::Tan,
-            "cot" => Self::Cot,
+            "cot" | "ctg" => Self::Cot,
             "sec" => Self::Sec,
-            "csc" => Self::Csc,
+            "csc" | "cosec" => Self::Csc,
             "arcsin" | "asin" => Self::Arcsin,
             "arccos" | "acos" => Self::Arccos,
-            "arctan" | "atan" => Self::Arctan,
+            "arctan" | "atan" | "arctg" => Self::Arctan,
             "sinh" => Self::Sinh,
             "cosh" => Self::Cosh,
             "tanh" => Self::Tanh,
+            _ => return None,
+        })
+    }
+
+    /// The inverse that the exponent -1 stands for.
+    pub(super) fn inverse(self) -> Option<Self> {
+        Some(match self {
+            Self::Sin => Self::Arcsin,
+            Self::Cos => Self::Arccos,
+            Self::Tan => Self::Arctan,
             _ => return None,
         })
     }
@@ -120,6 +156,7 @@ impl Function {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Relation {
     Equal,
+    Approximately,
     NotEqual,
     Less,
     LessOrEqual,
@@ -139,43 +176,103 @@ impl Relation {
             same => same,
         }
     }
+
+    /// Whether it is one of `<`, `≤`, `>`, `≥`.
+    pub(super) fn is_order(self) -> bool {
+        matches!(self, Self::Less | Self::LessOrEqual | Self::Greater | Self::GreaterOrEqual)
+    }
+
+    /// Whether it says what the left side is: `=`, `≈`, `∈`.
+    pub(super) fn is_assigning(self) -> bool {
+        matches!(self, Self::Equal | Self::Approximately | Self::In)
+    }
 }
 
 impl Expression {
-    /// Calls `visit` on this expression and everything under it.
-    pub(super) fn walk<'a>(&'a self, visit: &mut dyn FnMut(&'a Self)) {
-        visit(self);
+    /// The expressions directly under this one.
+    pub(super) fn children(&self) -> Vec<&Self> {
         match self {
-            Self::Number(_) | Self::Symbol(_) | Self::Text(_) => {}
+            Self::Number(_) | Self::Symbol(_) | Self::Text(_) | Self::Clock(_) | Self::Domain(_) => Vec::new(),
             Self::Sum(items)
             | Self::Product(items)
             | Self::Set(items)
             | Self::List(items)
             | Self::Union(items)
-            | Self::Sequence { items, .. } => items.iter().for_each(|i| i.walk(visit)),
-            Self::Negative(inner) | Self::Root(inner, _) | Self::Call(_, inner) | Self::Percent(inner) => {
-                inner.walk(visit);
-            }
+            | Self::Intersection(items)
+            | Self::Ratio(items)
+            | Self::Sequence { items, .. } => items.iter().collect(),
+            Self::Negative(inner)
+            | Self::Root(inner, _)
+            | Self::Call(_, inner)
+            | Self::Percent(inner)
+            | Self::Degrees(inner)
+            | Self::Quantity(inner, _) => vec![inner],
             Self::Quotient(one, two)
             | Self::Power(one, two)
             | Self::Logarithm(one, two)
             | Self::Binomial(one, two)
-            | Self::PlusMinus(one, two, _) => {
-                one.walk(visit);
-                two.walk(visit);
-            }
-            Self::Matrix(rows) => {
-                for cell in rows.iter().flatten() {
-                    cell.walk(visit);
-                }
-            }
+            | Self::Difference(one, two)
+            | Self::PlusMinus(one, two, _) => vec![one, two],
+            Self::Matrix(rows) => rows.iter().flatten().collect(),
             Self::Relation(first, rest) => {
-                first.walk(visit);
-                for (_, side) in rest {
-                    side.walk(visit);
-                }
+                std::iter::once(first.as_ref()).chain(rest.iter().map(|(_, side)| side)).collect()
             }
         }
+    }
+
+    /// The same with `change` applied to everything directly under it.
+    pub(super) fn map(&self, change: &dyn Fn(&Self) -> Self) -> Self {
+        let all = |items: &[Self]| items.iter().map(change).collect::<Vec<_>>();
+        let boxed = |inner: &Self| Box::new(change(inner));
+        match self {
+            Self::Number(_) | Self::Symbol(_) | Self::Text(_) | Self::Clock(_) | Self::Domain(_) => self.clone(),
+            Self::Sum(items) => Self::Sum(all(items)),
+            Self::Product(items) => Self::Product(all(items)),
+            Self::Set(items) => Self::Set(all(items)),
+            Self::List(items) => Self::List(all(items)),
+            Self::Union(items) => Self::Union(all(items)),
+            Self::Intersection(items) => Self::Intersection(all(items)),
+            Self::Ratio(items) => Self::Ratio(all(items)),
+            Self::Sequence { open, items, close } => Self::Sequence { open: *open, items: all(items), close: *close },
+            Self::Negative(inner) => Self::Negative(boxed(inner)),
+            Self::Root(inner, index) => Self::Root(boxed(inner), *index),
+            Self::Call(function, inner) => Self::Call(*function, boxed(inner)),
+            Self::Percent(inner) => Self::Percent(boxed(inner)),
+            Self::Degrees(inner) => Self::Degrees(boxed(inner)),
+            Self::Quantity(inner, unit) => Self::Quantity(boxed(inner), unit.clone()),
+            Self::Quotient(one, two) => Self::Quotient(boxed(one), boxed(two)),
+            Self::Power(one, two) => Self::Power(boxed(one), boxed(two)),
+            Self::Logarithm(one, two) => Self::Logarithm(boxed(one), boxed(two)),
+            Self::Binomial(one, two) => Self::Binomial(boxed(one), boxed(two)),
+            Self::Difference(one, two) => Self::Difference(boxed(one), boxed(two)),
+            Self::PlusMinus(one, two, is_minus_plus) => Self::PlusMinus(boxed(one), boxed(two), *is_minus_plus),
+            Self::Matrix(rows) => Self::Matrix(rows.iter().map(|r| all(r)).collect()),
+            Self::Relation(first, rest) => {
+                Self::Relation(boxed(first), rest.iter().map(|(r, s)| (*r, change(s))).collect())
+            }
+        }
+    }
+
+    /// Calls `visit` on this expression and everything under it.
+    pub(super) fn walk<'a>(&'a self, visit: &mut dyn FnMut(&'a Self)) {
+        visit(self);
+        for child in self.children() {
+            child.walk(visit);
+        }
+    }
+
+    /// Whether `is_wanted` holds for this expression or something under it.
+    pub(super) fn any(&self, is_wanted: &dyn Fn(&Self) -> bool) -> bool {
+        let mut found = false;
+        self.walk(&mut |e| found |= is_wanted(e));
+        found
+    }
+
+    /// How many expressions it is made of.
+    pub(super) fn size(&self) -> usize {
+        let mut size = 0;
+        self.walk(&mut |_| size += 1);
+        size
     }
 
     /// The names of all symbols, sorted and without repetition.
@@ -191,42 +288,25 @@ impl Expression {
         names
     }
 
+    /// Whether it holds no variable.
+    pub(super) fn is_constant(&self) -> bool {
+        self.symbols().into_iter().all(|name| matches!(name, "pi" | "e" | "i" | "infinity"))
+    }
+
     /// Whether a `±` is somewhere in it.
     pub(super) fn has_plus_minus(&self) -> bool {
-        let mut found = false;
-        self.walk(&mut |e| found |= matches!(e, Self::PlusMinus(..)));
-        found
+        self.any(&|e| matches!(e, Self::PlusMinus(..)))
     }
 
     /// The same with every `±` read as plus (`∓` as minus), or the other way round.
     pub(super) fn with_sign(&self, is_plus: bool) -> Self {
-        let all = |items: &[Self]| items.iter().map(|i| i.with_sign(is_plus)).collect::<Vec<_>>();
-        let boxed = |inner: &Self| Box::new(inner.with_sign(is_plus));
-        match self {
-            Self::Number(_) | Self::Symbol(_) | Self::Text(_) => self.clone(),
-            Self::Sum(items) => Self::Sum(all(items)),
-            Self::Product(items) => Self::Product(all(items)),
-            Self::Set(items) => Self::Set(all(items)),
-            Self::List(items) => Self::List(all(items)),
-            Self::Union(items) => Self::Union(all(items)),
-            Self::Sequence { open, items, close } => Self::Sequence { open: *open, items: all(items), close: *close },
-            Self::Negative(inner) => Self::Negative(boxed(inner)),
-            Self::Root(inner, index) => Self::Root(boxed(inner), *index),
-            Self::Call(function, inner) => Self::Call(*function, boxed(inner)),
-            Self::Percent(inner) => Self::Percent(boxed(inner)),
-            Self::Quotient(one, two) => Self::Quotient(boxed(one), boxed(two)),
-            Self::Power(one, two) => Self::Power(boxed(one), boxed(two)),
-            Self::Logarithm(one, two) => Self::Logarithm(boxed(one), boxed(two)),
-            Self::Binomial(one, two) => Self::Binomial(boxed(one), boxed(two)),
+        let mapped = self.map(&|e| e.with_sign(is_plus));
+        match mapped {
             Self::PlusMinus(one, two, is_minus_plus) => {
-                let second = two.with_sign(is_plus);
-                let second = if is_plus == *is_minus_plus { Self::Negative(Box::new(second)) } else { second };
-                Self::Sum(vec![one.with_sign(is_plus), second])
+                let second = if is_plus == is_minus_plus { Self::Negative(two) } else { *two };
+                Self::Sum(vec![*one, second])
             }
-            Self::Matrix(rows) => Self::Matrix(rows.iter().map(|r| all(r)).collect()),
-            Self::Relation(first, rest) => {
-                Self::Relation(boxed(first), rest.iter().map(|(r, s)| (*r, s.with_sign(is_plus))).collect())
-            }
+            other => other,
         }
     }
 }

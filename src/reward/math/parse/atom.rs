@@ -1,22 +1,65 @@
-//! The smallest parts of an answer: numbers, letters, brackets and what commands stand for.
+//! The smallest parts of an answer: numbers, letters and brackets.
 
 use super::number::{in_base, number, whole};
-use super::{Failure, Parsed, Parser, parse};
+use super::{Failure, Parsed, Parser, has_number, parse};
 use crate::reward::math::expression::{Expression, Function};
 use crate::reward::math::lex::Kind;
 use crate::reward::math::text;
+use crate::reward::math::unit::Unit;
 
 impl Parser {
     /// A number in another base: `1010_2`.
     pub(super) fn number_in_base(&mut self, digits: &Expression) -> Parsed {
         let base = self.argument()?;
-        in_base(digits, &base)
+        let (Expression::Number(digits), Expression::Number(base)) = (digits, &base) else {
+            return Err(Failure::NotMathematics);
+        };
+        if !digits.value.is_integer() {
+            return Err(Failure::NotMathematics);
+        }
+        in_base(&digits.value.to_integer().to_string(), base)
+    }
+
+    /// Digits beyond 9 with their base, as in `2F_{16}`; nothing is taken without the base.
+    fn digits_with_base(&mut self) -> Option<Expression> {
+        let start = self.at;
+        let mut digits = String::new();
+        while let Some(Kind::Number(text) | Kind::Word(text)) = self.peek() {
+            let is_part = text.chars().all(|c| matches!(c, '0'..='9' | 'A'..='F'))
+                && (self.at == start || !self.tokens[self.at].is_spaced);
+            if !is_part {
+                break;
+            }
+            digits.push_str(text);
+            self.at += 1;
+        }
+        let has_letter = digits.contains(|c: char| c.is_ascii_alphabetic());
+        if has_letter
+            && self.eat_sign('_')
+            && let Some(base) = self.whole_index()
+            && let Ok(Expression::Number(base)) = number(&base)
+            && let Ok(value) = in_base(&digits, &base)
+        {
+            return Some(value);
+        }
+        self.at = start;
+        None
+    }
+
+    /// A number or a number in braces, as its digits.
+    fn whole_index(&mut self) -> Option<String> {
+        let is_braced = self.eat_sign('{');
+        let Some(Kind::Number(text)) = self.peek().cloned() else { return None };
+        self.at += 1;
+        (!is_braced || self.eat_sign('}')).then_some(text)
     }
 
     pub(super) fn group(&mut self) -> Parsed {
         self.nested(|p| {
             p.expect_sign('{')?;
             let inner = p.answer()?;
+            let inner =
+                if p.eat_command("choose") { Expression::Binomial(Box::new(inner), Box::new(p.sum()?)) } else { inner };
             p.expect_sign('}')?;
             Ok(inner)
         })
@@ -42,6 +85,9 @@ impl Parser {
 
     pub(super) fn primary(&mut self) -> Parsed {
         let kind = self.peek().cloned().ok_or(Failure::NotMathematics)?;
+        if let Some(value) = self.digits_with_base() {
+            return Ok(value);
+        }
         match kind {
             Kind::Number(text) => {
                 self.at += 1;
@@ -55,8 +101,15 @@ impl Parser {
                 self.at += 1;
                 parse_text(&text)
             }
+            Kind::Currency(name) => {
+                self.at += 1;
+                let value = self.nested(Self::signed)?;
+                let value = if self.starts_number_part(&value) { self.juxtaposed(value)? } else { value };
+                Ok(Expression::Quantity(Box::new(value), Unit::named(&name)))
+            }
             Kind::Sign('{') => self.group(),
             Kind::Sign(open @ ('(' | '[')) => self.bracket(open),
+            Kind::Sign(']') => self.bracket('('), // ]1, 2[
             Kind::Sign('|') if !self.in_bars => self.bars(),
             Kind::Command(name) => {
                 self.at += 1;
@@ -66,12 +119,19 @@ impl Parser {
         }
     }
 
+    /// Whether a fraction or a variable goes on the amount of money.
+    fn starts_number_part(&self, value: &Expression) -> bool {
+        matches!(value, Expression::Number(_))
+            && (self.is_command("frac") || matches!(self.peek(), Some(Kind::Number(_))))
+    }
+
     fn bracket(&mut self, open: char) -> Parsed {
         self.at += 1;
         let outside = std::mem::replace(&mut self.in_bars, false);
         let inner = self.nested(Self::answer)?;
         self.in_bars = outside;
         let close = match self.peek() {
+            Some(Kind::Sign('[')) => ')', // [1, 2[
             Some(Kind::Sign(close @ (')' | ']'))) => *close,
             _ => return Err(Failure::NotMathematics),
         };
@@ -100,14 +160,20 @@ impl Parser {
             "pi" | "Pi" => return Ok(Expression::Symbol("pi".to_owned())),
             "infinity" | "Infinity" | "inf" | "oo" => return Ok(Expression::Symbol("infinity".to_owned())),
             "sqrt" => return Ok(Expression::Root(Box::new(self.argument()?), 2)),
-            "log" => return self.logarithm(),
+            "log" | "lg" => return self.logarithm(),
+            "C" if self.is_sign('_') => {
+                if let Some(value) = self.combinations() {
+                    return Ok(value);
+                }
+            }
             _ => {}
         }
         if let Some(function) = Function::named(word) {
             return self.call(function);
         }
         let letters = word.chars().count();
-        if letters > MOST_VARIABLES || (letters > 1 && text::is_word(word)) {
+        let is_ideograph = word.chars().any(|c| c > '\u{2e80}');
+        if letters > MOST_VARIABLES || is_ideograph || (letters > 1 && text::is_word(word)) {
             return Err(Failure::NotMathematics);
         }
         let mut factors: Vec<Expression> = word.chars().map(|c| Expression::Symbol(c.to_string())).collect();
@@ -122,208 +188,100 @@ impl Parser {
             let last = factors.pop().ok_or(Failure::NotMathematics)?;
             factors.push(Expression::Power(Box::new(last), Box::new(exponent)));
         }
-        // `f(x)` as the left side of an equation is a name.
-        if letters == 1 && matches!(word, "f" | "g" | "h" | "P" | "p" | "Q" | "q") && self.names_a_function() {
-            return Ok(Expression::Symbol(format!("{word}()")));
-        }
         Ok(if factors.len() > 1 { Expression::Product(factors) } else { factors.remove(0) })
     }
 
-    /// Whether `(letter) =` comes next; takes the bracket if so.
-    fn names_a_function(&mut self) -> bool {
-        let kinds: Vec<&Kind> = self.tokens[self.at..].iter().take(4).map(|t| &t.kind).collect();
-        let found = matches!(kinds.as_slice(), [Kind::Sign('('), Kind::Word(w), Kind::Sign(')'), Kind::Sign('=')]
-            if w.chars().count() == 1);
-        self.at += if found { 3 } else { 0 };
-        found
+    /// `C_5^2` and `C_{10}^{3}`: the number of combinations, where both are numbers.
+    fn combinations(&mut self) -> Option<Expression> {
+        let start = self.at;
+        self.at += 1;
+        if let Some(n) = self.whole_index()
+            && self.eat_sign('^')
+            && let Some(k) = self.whole_index()
+            && let (Ok(n), Ok(k)) = (number(&n), number(&k))
+        {
+            return Some(Expression::Binomial(Box::new(n), Box::new(k)));
+        }
+        self.at = start;
+        None
     }
 
-    fn subscript(&mut self, base: Expression) -> Parsed {
+    pub(super) fn subscript(&mut self, base: Expression) -> Parsed {
         let Expression::Symbol(name) = base else { return Err(Failure::NotMathematics) };
         self.expect_sign('_')?;
         let start = self.at;
-        self.argument()?;
+        let argument = self.argument()?;
         let mut index = String::new();
         for token in &self.tokens[start..self.at] {
             match &token.kind {
-                Kind::Number(text) | Kind::Word(text) | Kind::Command(text) | Kind::Text(text) => index.push_str(text),
+                Kind::Number(text)
+                | Kind::Word(text)
+                | Kind::Command(text)
+                | Kind::Text(text)
+                | Kind::Currency(text) => index.push_str(text),
                 Kind::Sign('{' | '}') => {}
                 Kind::Sign(sign) => index.push(*sign),
             }
         }
+        if index.is_empty() {
+            // A digit or letter that was cut off a longer token is not among the tokens any more.
+            index = match argument {
+                Expression::Number(digit) => digit.value.to_string(),
+                Expression::Symbol(letter) => letter,
+                _ => return Err(Failure::NotMathematics),
+            };
+        }
         Ok(Expression::Symbol(format!("{name}_{index}")))
     }
 
-    fn command(&mut self, name: &str) -> Parsed {
-        if let Some(function) = Function::named(name) {
-            return self.call(function);
-        }
-        match name {
-            "frac" => {
-                let above = self.argument()?;
-                let below = self.argument()?;
-                Ok(Expression::Quotient(Box::new(above), Box::new(below)))
-            }
-            "sqrt" => {
-                let mut index = 2;
-                if self.eat_sign('[') {
-                    let Some(Kind::Number(text)) = self.peek() else { return Err(Failure::NotMathematics) };
-                    index = text.parse().ok().filter(|i| (2..=64).contains(i)).ok_or(Failure::NotMathematics)?;
-                    self.at += 1;
-                    self.expect_sign(']')?;
-                }
-                Ok(Expression::Root(Box::new(self.argument()?), index))
-            }
-            "log" => self.logarithm(),
-            "binom" => Ok(Expression::Binomial(Box::new(self.argument()?), Box::new(self.argument()?))),
-            "infty" => Ok(Expression::Symbol("infinity".to_owned())),
-            "emptyset" => Ok(Expression::Set(Vec::new())),
-            "lfloor" => self.closed_by("rfloor", Function::Floor),
-            "lceil" => self.closed_by("rceil", Function::Ceiling),
-            "|" => self.closed_by("|", Function::Absolute),
-            "{" => {
-                if self.eat_command("}") {
-                    return Ok(Expression::Set(Vec::new()));
-                }
-                let inner = self.nested(Self::answer)?;
-                if !self.eat_command("}") {
-                    return Err(Failure::NotMathematics);
-                }
-                Ok(Expression::Set(if let Expression::List(items) = inner { items } else { vec![inner] }))
-            }
-            "begin" => self.matrix(),
-            name if is_symbol(name) => {
-                let symbol = Expression::Symbol(name.trim_start_matches("var").to_owned());
-                if self.is_sign('_') { self.subscript(symbol) } else { Ok(symbol) }
-            }
-            _ => Err(Failure::NotMathematics),
-        }
+    /// Whether an exponent comes next that is a sign of degrees: `^\circ`, `^{\circ}`.
+    pub(super) fn is_degree_exponent(&self) -> bool {
+        let is_circle = |kind: Option<&Kind>| matches!(kind, Some(Kind::Command(name)) if name == "circ");
+        is_circle(self.peek_at(1))
+            || (self.peek_at(1) == Some(&Kind::Sign('{'))
+                && is_circle(self.peek_at(2))
+                && self.peek_at(3) == Some(&Kind::Sign('}')))
     }
 
-    fn closed_by(&mut self, close: &str, function: Function) -> Parsed {
-        let inner = self.nested(Self::sum)?;
-        if self.eat_command(close) {
-            Ok(Expression::Call(function, Box::new(inner)))
-        } else {
-            Err(Failure::NotMathematics)
-        }
+    pub(super) fn eat_degree_exponent(&mut self) {
+        self.at += if self.peek_at(1) == Some(&Kind::Sign('{')) { 4 } else { 2 };
     }
 
-    /// `\sin x`, `\sin(x)`, `\sin^2 x`.
-    fn call(&mut self, function: Function) -> Parsed {
-        let exponent = if self.eat_sign('^') { Some(self.nested(Self::exponent)?) } else { None };
-        let call = Expression::Call(function, Box::new(self.operand()?));
-        Ok(match exponent {
-            Some(exponent) => Expression::Power(Box::new(call), Box::new(exponent)),
-            None => call,
-        })
-    }
-
-    fn logarithm(&mut self) -> Parsed {
-        let base = if self.eat_sign('_') { self.argument()? } else { Expression::Number(whole(10)) };
-        Ok(Expression::Logarithm(Box::new(base), Box::new(self.operand()?)))
-    }
-
-    /// What a function without brackets applies to: a bracket, or a product without signs such as `2x`.
-    fn operand(&mut self) -> Parsed {
-        self.nested(|p| {
-            let is_closed = p.is_sign('(') || p.is_sign('{');
-            let mut operand = p.power()?;
-            while !is_closed && p.starts_factor() && !p.is_sign('(') && !p.is_unit() && !p.starts_function() {
-                operand = p.juxtaposed(operand)?;
-            }
-            Ok(operand)
-        })
-    }
-
-    fn starts_function(&self) -> bool {
-        matches!(self.peek(), Some(Kind::Command(n) | Kind::Word(n)) if Function::named(n).is_some() || n == "log")
-    }
-
-    fn matrix(&mut self) -> Parsed {
-        let environment = self.environment()?;
-        if !matches!(environment.as_str(), "pmatrix" | "bmatrix" | "matrix" | "Bmatrix" | "smallmatrix" | "array") {
+    /// What follows a sign of degrees: a scale of temperature, or minutes and seconds of an angle.
+    pub(super) fn degrees(&mut self, value: Expression) -> Parsed {
+        if !has_number(&value) && !matches!(value, Expression::Symbol(_)) {
             return Err(Failure::NotMathematics);
         }
-        if environment == "array" {
-            self.group()?;
+        let scale = match self.peek() {
+            Some(Kind::Word(w) | Kind::Text(w)) if w == "C" => Some("celsius"),
+            Some(Kind::Word(w) | Kind::Text(w)) if w == "F" => Some("fahrenheit"),
+            _ => None,
+        };
+        if let Some(scale) = scale {
+            self.at += 1;
+            return self.wrap(Expression::Quantity(Box::new(value), Unit::named(scale)));
         }
-        let mut rows = vec![Vec::new()];
-        loop {
-            let cell = self.nested(Self::sum)?;
-            rows.last_mut().ok_or(Failure::NotMathematics)?.push(cell);
-            if self.eat_sign('&') {
+        let mut terms = vec![value];
+        for (primes, parts) in [(1, 60), (2, 3600)] {
+            let is_prime = |ahead: usize| self.peek_at(ahead) == Some(&Kind::Sign('\''));
+            let Some(Kind::Number(text)) = self.peek().cloned() else { break };
+            let count = (1..=2).take_while(|ahead| is_prime(*ahead)).count();
+            if count != primes {
                 continue;
             }
-            let is_row_over = self.eat_command("newline");
-            if self.eat_command("end") {
-                if self.environment()? != environment || rows.iter().any(|r| r.len() != rows[0].len()) {
-                    return Err(Failure::NotMathematics);
-                }
-                return Ok(Expression::Matrix(rows));
-            }
-            if !is_row_over {
-                return Err(Failure::NotMathematics);
-            }
-            rows.push(Vec::new());
+            self.at += 1 + count;
+            terms.push(Expression::Quotient(Box::new(number(&text)?), Box::new(Expression::Number(whole(parts)))));
         }
-    }
-
-    fn environment(&mut self) -> Result<String, Failure> {
-        self.expect_sign('{')?;
-        let Some(Kind::Word(name)) = self.peek().cloned() else { return Err(Failure::NotMathematics) };
-        self.at += 1;
-        self.expect_sign('}')?;
-        Ok(name)
+        let value = if terms.len() > 1 { Expression::Sum(terms) } else { terms.remove(0) };
+        self.wrap(Expression::Degrees(Box::new(value)))
     }
 }
 
 /// The content of `\text{...}` where a value is due: mathematics if it can be read as such, else words.
 fn parse_text(content: &str) -> Parsed {
-    if content.chars().any(|c| c.is_ascii_digit()) && !content.contains('\\') {
-        return parse(text::answer_tokens(content).ok_or(Failure::TooLarge)?);
-    }
     let tokens = text::answer_tokens(content).ok_or(Failure::TooLarge)?;
-    Ok(Expression::Text(text::written_form(&tokens)))
-}
-
-pub(super) fn is_symbol(name: &str) -> bool {
-    matches!(
-        name.trim_start_matches("var"),
-        "alpha"
-            | "beta"
-            | "gamma"
-            | "delta"
-            | "epsilon"
-            | "zeta"
-            | "eta"
-            | "theta"
-            | "iota"
-            | "kappa"
-            | "lambda"
-            | "mu"
-            | "nu"
-            | "xi"
-            | "pi"
-            | "rho"
-            | "sigma"
-            | "tau"
-            | "upsilon"
-            | "phi"
-            | "chi"
-            | "psi"
-            | "omega"
-            | "Gamma"
-            | "Delta"
-            | "Theta"
-            | "Lambda"
-            | "Xi"
-            | "Pi"
-            | "Sigma"
-            | "Phi"
-            | "Psi"
-            | "Omega"
-            | "ell"
-            | "hbar"
-    )
+    if content.chars().any(|c| c.is_ascii_digit()) && !content.contains('\\') {
+        return parse(tokens);
+    }
+    Ok(text::meaning_of_words(content).unwrap_or_else(|| Expression::Text(text::written_form(&tokens))))
 }
