@@ -160,6 +160,36 @@ const REWARDS: &[BuiltinReward] = &[
         parameters: &[NGRAM, PENALTY],
     },
     BuiltinReward {
+        name: "code_format",
+        also: "`get_code_format_reward`",
+        gives: "1 if the completion is laid out as for `format`, with a code block in the answer, else 0 (open-r1)",
+        parameters: &[],
+    },
+    BuiltinReward {
+        name: "code",
+        also: "",
+        gives: "the share of the tests in `verification_info` that the completion's code passes, in a sandbox (open-r1)",
+        parameters: &[],
+    },
+    BuiltinReward {
+        name: "binary_code",
+        also: "",
+        gives: "1 if the code passes all tests in `verification_info`, else 0 (open-r1)",
+        parameters: &[],
+    },
+    BuiltinReward {
+        name: "cf_code",
+        also: "",
+        gives: "Codeforces problems: tests in `official_tests`, checkers in `generated_checker` (open-r1)",
+        parameters: &[],
+    },
+    BuiltinReward {
+        name: "ioi_code",
+        also: "",
+        gives: "olympiad problems in C++: 1 if all tests in `test_cases` pass, else 0 (open-r1)",
+        parameters: &[],
+    },
+    BuiltinReward {
         name: "countdown",
         also: "",
         gives: "1 if the answer is arithmetic with each of `nums` once that gives `target`, else `format_score` for arithmetic, \
