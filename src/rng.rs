@@ -81,8 +81,13 @@ pub fn mix(bits: u64) -> u64 {
 
 /// Whether element `index` of the row `key` survives a dropout of the given probability: a pure function of the two.
 pub fn is_kept(key: u64, index: u64, probability: f64) -> bool {
+    unit(key, index) >= probability
+}
+
+/// A number in [0, 1) for element `index` of the row `key`: a pure function of the two.
+pub fn unit(key: u64, index: u64) -> f64 {
     let bits = mix(key.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-    (bits >> 11) as f64 >= probability * (1u64 << 53) as f64
+    (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use trainer::config::settings::{
-    DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType, MixturePart,
-    ModelSettings, OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization, ReportTo, Resume,
-    RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards, SftLossType, SftSettings,
-    Share, TrainingSettings, VespoSettings, Warmup, WeightDtype,
+    AdaptiveEntropy, DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType,
+    MixturePart, ModelSettings, ModuleSet, OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization,
+    ReportTo, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards,
+    SftLossType, SftSettings, Share, TrainingSettings, TruncationMode, VespoSettings, Warmup, WeightDtype,
 };
 use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
 
@@ -106,6 +106,7 @@ fn sft_defaults_are_those_of_trl() {
             warmup: Warmup::Steps(0),
             optimizer: OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 },
             max_grad_norm: 1.0,
+            neftune_noise_alpha: None,
             logging_strategy: Interval::Steps(10),
             logging_first_step: false,
             eval_strategy: Interval::No,
@@ -121,6 +122,7 @@ fn sft_defaults_are_those_of_trl() {
             hub: HubSettings::default(),
         },
         max_length: Some(1024),
+        truncation_mode: TruncationMode::KeepStart,
         packing: false,
         packing_strategy: PackingStrategy::Bfd,
         eval_packing: false,
@@ -128,6 +130,7 @@ fn sft_defaults_are_those_of_trl() {
         completion_only_loss: None,
         assistant_only_loss: false,
         loss_type: SftLossType::Nll,
+        label_smoothing_factor: 0.0,
     };
     assert_eq!(settings, expected);
 }
@@ -164,7 +167,8 @@ fn a_qlora_file_in_trl_style_is_understood() {
     assert_eq!(settings.model.dtype, WeightDtype::Bfloat16);
     assert_eq!(settings.model.quantization, Some(Quantization { quant_type: QuantType::Nf4, double_quant: true }));
     let lora = settings.model.lora.expect("use_peft is true");
-    assert_eq!((lora.r, lora.alpha, lora.dropout, lora.target_modules.len()), (8, 16.0, 0.05, 7));
+    assert_eq!((lora.r, lora.alpha, lora.dropout), (8, 16.0, 0.05));
+    assert!(matches!(lora.target_modules, ModuleSet::Names(names) if names.len() == 7));
     assert_eq!(settings.training.learning_rate.to_bits(), 1e-5f64.to_bits());
     assert_eq!(settings.training.warmup, Warmup::Ratio(0.1));
     assert_eq!(settings.training.eval_strategy, Interval::No);
@@ -200,6 +204,43 @@ fn ranks_and_the_device_take_part() {
     assert_eq!(on_cpu.settings.training.precision, Precision::No);
     assert_eq!(sft("bf16: true\n").training.precision, Precision::Bf16);
     assert_eq!(sft("use_cpu: true\n").training.device, DeviceChoice::Cpu);
+}
+
+#[test]
+fn what_changes_a_training_pass_is_read_and_clashes_are_named() {
+    let settings = sft("use_peft: true\nlora_dropout: 0.0\nlora_modules_to_save: lm_head\n\
+         lora_target_modules: null\nuse_dora: true\nneftune_noise_alpha: 5\nlabel_smoothing_factor: 0.1\n\
+         truncation_mode: keep_end\n");
+    let lora = settings.model.lora.expect("use_peft is true");
+    assert_eq!((lora.dropout, lora.modules_to_save, lora.use_dora), (0.0, vec!["lm_head".to_owned()], true));
+    assert_eq!(lora.target_modules, ModuleSet::Names(vec!["q_proj".into(), "v_proj".into()]));
+    assert_eq!(settings.training.neftune_noise_alpha, Some(5.0));
+    assert_eq!((settings.label_smoothing_factor, settings.truncation_mode), (0.1, TruncationMode::KeepEnd));
+    assert_eq!(sft("neftune_noise_alpha: 0\n").training.neftune_noise_alpha, None);
+    assert_one(&sft_errors("label_smoothing_factor: 0.1\nloss_type: dft\n"), "`loss_type: dft`");
+    let warned = |lines: &str| sft_with(lines, &[]).unwrap_or_else(|error| panic!("{error}")).warnings;
+    assert_one(&warned("truncation_mode: keep_end\npacking: true\n"), "truncation_mode");
+    assert_one(&warned("lora_modules_to_save: [lm_head]\n"), "use_peft");
+
+    let settings = grpo(
+        "top_entropy_quantile: 0\nuse_adaptive_entropy: true\nentropy_target: 0.3\nuse_vllm: true\n\
+         vllm_importance_sampling_clip_max: null\nlabel_smoothing_factor: 0.0\n",
+    );
+    assert_eq!(settings.top_entropy_quantile.to_bits(), 0f64.to_bits());
+    let adaptive = AdaptiveEntropy { coef_min: 0.0, coef_max: 1.0, coef_delta: 0.005, target: 0.3 };
+    assert_eq!(settings.adaptive_entropy, Some(adaptive));
+    assert_eq!(settings.rollout_importance_sampling.expect("use_vllm").clip_max, None);
+    assert_eq!(grpo("entropy_coef: 0.1\n").adaptive_entropy, None);
+    assert_one(&grpo_errors("use_adaptive_entropy: true\nentropy_coef_min: 2\n"), "`entropy_coef_max`");
+    assert_one(
+        &grpo_errors(
+            "use_vllm: true\nvllm_importance_sampling_mode: token_truncate\n\
+             vllm_importance_sampling_clip_max: null\n",
+        ),
+        "vllm_importance_sampling_mode",
+    );
+    let warned = grpo_with("label_smoothing_factor: 0.1\nentropy_target: 0.5\n", &[]).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(warned.warnings.len(), 2, "{:?}", warned.warnings);
 }
 
 #[test]

@@ -7,6 +7,8 @@ mod kill;
 #[path = "support/test_run.rs"]
 mod test_run;
 
+#[path = "e2e/adapters.rs"]
+mod adapters;
 #[path = "e2e/bad_input.rs"]
 mod bad_input;
 #[path = "e2e/best.rs"]

@@ -8,9 +8,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{qwen2, qwen3};
 use trainer::config::settings::{
-    LoraSettings, ModelSettings, Projection, QuantType, Quantization, SamplingSettings, WeightDtype,
+    LoraSettings, ModelSettings, ModuleSet, QuantType, Quantization, SamplingSettings, WeightDtype,
 };
-use trainer::engine::{self, Activations, DropoutKey, Engine, Speaker, Types};
+use trainer::engine::{self, Activations, DropoutKey, Engine, Speaker, Types, neftune_noise};
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{Purpose, load};
@@ -44,15 +44,18 @@ fn config(architecture: &str, is_tied: bool) -> String {
 
 /// An engine with random weights; with `dropout` the model carries LoRA on NF4, else every weight is trained.
 fn engine(architecture: &str, dropout: Option<f64>, recompute: bool) -> Engine {
+    engine_of(architecture, dropout.map(|dropout| lora(dropout, ModuleSet::AllLinear, &[])), recompute)
+}
+
+fn lora(dropout: f64, target_modules: ModuleSet, modules_to_save: &[&str]) -> LoraSettings {
+    let modules_to_save = modules_to_save.iter().map(|name| (*name).into()).collect();
+    LoraSettings { r: 8, alpha: 16.0, dropout, target_modules, modules_to_save, use_rslora: false, use_dora: false }
+}
+
+/// An engine with random weights; with an adapter on NF4, else every weight is trained.
+fn engine_of(architecture: &str, lora: Option<LoraSettings>, recompute: bool) -> Engine {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config(architecture, true)).unwrap();
-    let lora = dropout.map(|dropout| LoraSettings {
-        r: 8,
-        alpha: 16.0,
-        dropout,
-        target_modules: Projection::ALL.to_vec(),
-        use_rslora: false,
-    });
     let settings = ModelSettings {
         model_name_or_path: String::new(),
         model_revision: "main".into(),
@@ -98,7 +101,7 @@ fn gradients(engine: &Engine, batches: &[Batch]) -> Vec<Vec<f32>> {
             .forward_backward(batch, 0.9, dropout, |head| {
                 let d_logprobs = vec![1.0; head.logprobs.len()];
                 let d_entropies = vec![0.1; head.logprobs.len()];
-                Ok::<_, engine::Error>((HeadGradient { d_logprobs, d_entropies }, ()))
+                Ok::<_, engine::Error>((HeadGradient { d_logprobs, d_entropies, ..HeadGradient::default() }, ()))
             })
             .unwrap();
     }
@@ -138,6 +141,60 @@ fn packing_and_micro_batch_splits_give_the_same_gradients() {
         let pairs: Vec<Batch> = sequences.chunks(2).map(packed).collect();
         assert_close(&gradients(&engine, &pairs), &together);
     }
+}
+
+#[test]
+fn an_adapter_on_both_ends_is_cut_and_recomputed_as_the_others() {
+    let sequences: Vec<(u64, Vec<u32>)> = [3, 70, 1, 20].iter().zip(0..).map(|(&n, i)| (i, sequence(n, i))).collect();
+    let targets = ModuleSet::Pattern(r".*(q_proj|down_proj|lm_head|embed_tokens)".into());
+    for dropout in [0.0, 0.3] {
+        let engine = |recompute| engine_of("qwen2", Some(lora(dropout, targets.clone(), &["norm"])), recompute);
+        let kept = engine(false);
+        let names: Vec<String> =
+            kept.store().flats().flat_map(|flat| flat.entries().iter().map(|e| e.name.clone())).collect();
+        for name in ["model.embed_tokens.lora_embedding_A", "lm_head.lora_B.weight", "model.norm.weight"] {
+            assert!(names.iter().any(|n| n == name), "{name}: {names:?}");
+        }
+        let together = gradients(&kept, &[packed(&sequences)]);
+        assert!(together.iter().filter(|block| !block.is_empty()).all(|block| block.iter().any(|g| *g != 0.0)));
+        let alone: Vec<Batch> = sequences.chunks(1).map(packed).collect();
+        assert_close(&gradients(&kept, &alone), &together);
+        assert_eq!(gradients(&engine(true), &[packed(&sequences)]), together);
+    }
+}
+
+#[test]
+fn noise_on_embeddings_has_its_size_and_does_not_depend_on_the_cut_of_a_batch() {
+    let (alpha, d) = (5.0, 64);
+    let sequences: Vec<(u64, Vec<u32>)> = [400, 25, 90].iter().zip(0..).map(|(&n, i)| (i, sequence(n, i))).collect();
+    let key = DropoutKey { seed: 9, step: 2 };
+    let together = neftune_noise(&packed(&sequences), d, alpha, key);
+    let mut start = 0;
+    for one in sequences.chunks(1) {
+        let own = neftune_noise(&packed(one), d, alpha, key);
+        let length = one[0].1.len();
+        assert_eq!(own, together[start..start + length * d], "of {length} tokens");
+        start += own.len();
+        // Uniform: the variance is a third of the square of the largest value.
+        let largest = alpha / (length as f64 * d as f64).sqrt();
+        let mean = own.iter().map(|&v| f64::from(v)).sum::<f64>() / own.len() as f64;
+        let variance = own.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / own.len() as f64;
+        assert!(own.iter().all(|&v| f64::from(v).abs() <= largest * 1.000_001));
+        assert!(mean.abs() < 0.1 * largest && (variance / (largest * largest / 3.0) - 1.0).abs() < 0.1);
+    }
+    assert_ne!(neftune_noise(&packed(&sequences), d, alpha, DropoutKey { seed: 9, step: 3 }), together);
+
+    let mut engine = engine("qwen2", Some(0.1), false);
+    let (batch, plain) = (packed(&sequences), gradients(&engine, &[packed(&sequences)]));
+    let before = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    engine.set_neftune_noise_alpha(Some(alpha));
+    let noisy = gradients(&engine, &[packed(&sequences)]);
+    assert_ne!(noisy, plain);
+    let alone: Vec<Batch> = sequences.chunks(1).map(packed).collect();
+    assert_close(&gradients(&engine, &alone), &noisy);
+    assert_eq!(engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap(), before, "without training there is no noise");
+    engine.set_neftune_noise_alpha(None);
+    assert_eq!(gradients(&engine, &[packed(&sequences)]), plain);
 }
 
 #[test]

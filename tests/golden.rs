@@ -11,6 +11,8 @@ mod model_files;
 #[path = "golden_cases/report.rs"]
 mod report;
 
+#[path = "golden_cases/adaptive_entropy.rs"]
+mod adaptive_entropy;
 #[path = "golden_cases/chat.rs"]
 mod chat;
 #[path = "golden_cases/grpo.rs"]
@@ -47,10 +49,12 @@ type Group = fn(&Path, &mut Report) -> anyhow::Result<()>;
 
 /// The module of each group, by the name of its folder.
 const GROUPS: &[(&str, Group)] = &[
+    ("adaptive_entropy", adaptive_entropy::run),
     ("chat", chat::run),
     ("grpo", grpo::run),
     ("jinja", jinja::run),
     ("lora", lora::run),
+    ("lora_targets", lora::run),
     ("nf4", nf4::run),
     ("optim", optim::run),
     ("packing", packing::run),

@@ -39,6 +39,7 @@ fn variants() -> Vec<(PathBuf, PathBuf)> {
 fn assert_same(one: &AdapterSpec, other: &AdapterSpec) {
     assert_eq!(one.config, other.config);
     assert_eq!(one.modules, other.modules);
+    assert!(one.base_replacements.keys().eq(other.base_replacements.keys()));
     assert!(one.full_replacements.keys().eq(other.full_replacements.keys()));
     for (name, tensor) in &one.full_replacements {
         assert_eq!(tensor.dtype(), other.full_replacements[name].dtype());
@@ -113,8 +114,15 @@ fn small() -> (ModelConfig, AdapterConfig) {
         "tie_word_embeddings": true,
     });
     let model = ModelConfig::from_hf(Path::new("config.json"), &config).unwrap();
-    let lora =
-        LoraSettings { r: 4, alpha: 8.0, dropout: 0.05, target_modules: Projection::ALL.to_vec(), use_rslora: false };
+    let lora = LoraSettings {
+        r: 4,
+        alpha: 8.0,
+        dropout: 0.05,
+        target_modules: ModuleSet::Names(Projection::ALL.map(|p| p.name().into()).to_vec()),
+        modules_to_save: vec![],
+        use_rslora: false,
+        use_dora: false,
+    };
     (model, AdapterConfig::new(&lora, Some("base")))
 }
 
@@ -205,12 +213,14 @@ fn trained_biases_and_whole_modules_come_back_under_the_base_model_s_names() {
     };
     for (name, shape) in [
         ("model.embed_tokens.weight", vec![48, 32]),
+        ("model.layers.0.input_layernorm.weight", vec![32]),
         ("model.layers.1.input_layernorm.weight", vec![32]),
         ("model.layers.0.self_attn.q_proj.bias", vec![32]),
-        ("lm_head.weight", vec![48, 32]),
     ] {
         adapter.full_replacements.insert(name.into(), values(&shape));
     }
+    // What nobody trains is another base weight, and stays in the file.
+    adapter.base_replacements.insert("lm_head.weight".into(), values(&[48, 32]));
     adapter.save(folder.path()).unwrap();
     assert_same(&adapter, &AdapterSpec::load(folder.path(), &model).unwrap());
     let stored = candle_core::safetensors::load(folder.path().join("adapter_model.safetensors"), &Device::Cpu).unwrap();
@@ -243,7 +253,11 @@ fn adapters_that_do_not_fit_are_refused() {
     refused("rank_pattern", json!({"(": 2}), &["rank_pattern", "regular expressions"]);
     refused("target_modules", json!(["q_proj"]), &["does not target"]);
     refused("target_modules", json!("(q_proj"), &["target_modules"]);
-    refused("target_modules", Value::Null, &["`target_modules` is null"]);
+    refused("layers_to_transform", json!([1, "x"]), &["layers_to_transform"]);
+    refused("layers_pattern", json!(["(layers"]), &["layers_pattern"]);
+    refused("r", json!(1_000_000), &["`r` is 1000000", "16384"]);
+    refused("modules_to_save", json!(["score"]), &["`score` is no module of this model", "q_proj"]);
+    refused("modules_to_save", json!(["lm_head"]), &["base_model.model.lm_head.weight"]);
     refused("modules_to_save", json!(["lm_head"]), &["lm_head.weight"]);
     refused("use_dora", json!(true), &["lora_magnitude_vector"]);
     refused("lora_bias", json!(true), &["lora_bias"]);
@@ -282,4 +296,120 @@ fn adapters_that_do_not_fit_are_refused() {
         std::fs::write(&file, &damaged).unwrap();
         assert!(AdapterSpec::load(path, &model).is_err(), "byte {at} of the header changed");
     }
+}
+
+/// Which modules PEFT 0.21's `check_target_module_exists` takes for each of these settings.
+#[test]
+fn modules_are_found_as_peft_finds_them() {
+    let (model, plain) = small();
+    let targets = |settings: Value| {
+        let mut json = plain.to_json();
+        json.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+        let config = AdapterConfig::from_json(Path::new("adapter_config.json"), &json).unwrap();
+        let found = AdapterSpec::init(config, &model, 1).unwrap().modules.into_keys();
+        let short = |name: String| name.replace("model.layers.", "").replace("self_attn.", "").replace("mlp.", "");
+        found.map(short).collect::<Vec<_>>()
+    };
+    for (settings, expected) in [
+        (json!({"target_modules": null}), &["0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj"][..]),
+        (json!({"target_modules": ["q_proj"], "layers_to_transform": [1]}), &["1.q_proj"]),
+        (json!({"target_modules": ["q_proj"], "layers_to_transform": 0}), &["0.q_proj"]),
+        (json!({"target_modules": ["q_proj"], "layers_to_transform": []}), &["0.q_proj", "1.q_proj"]),
+        (json!({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}), &["1.q_proj"]),
+        (
+            json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "l.*s"]}),
+            &["0.q_proj"],
+        ),
+        // A whole path is taken whatever the layers are.
+        (
+            json!({"target_modules": ["v_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]}),
+            &["0.up_proj", "1.v_proj"],
+        ),
+        (json!({"target_modules": ["layers.1.mlp.up_proj", "0.self_attn.k_proj"]}), &["0.k_proj", "1.up_proj"]),
+        (
+            json!({"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["0.self_attn.q_proj"]}),
+            &["lm_head", "1.q_proj"],
+        ),
+        (json!({"target_modules": ["q_proj"], "exclude_modules": r"model\.layers\.0.*"}), &["1.q_proj"]),
+        (
+            json!({"target_modules": "all-linear", "exclude_modules": ".*_proj(?<!up_proj)"}),
+            &["0.up_proj", "1.up_proj"],
+        ),
+        (json!({"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]}), &["0.q_proj", "1.q_proj"]),
+        (json!({"target_modules": ".*(q_proj|lm_head)", "modules_to_save": ["lm_head"]}), &["0.q_proj", "1.q_proj"]),
+        (
+            json!({"target_modules": r"model\.layers\.(\d)\.self_attn\.[qk]_proj"}),
+            &["0.k_proj", "0.q_proj", "1.k_proj", "1.q_proj"],
+        ),
+        (json!({"target_modules": r"(?P<a>model)\.embed_tokens|lm_head"}), &["lm_head", "model.embed_tokens"]),
+    ] {
+        assert_eq!(targets(settings.clone()), expected, "{settings}");
+    }
+    for refused in [
+        json!({"target_modules": ["c_attn"]}),
+        json!({"target_modules": "q_proj"}),
+        json!({"target_modules": []}),
+        json!({"target_modules": ["q_proj"], "layers_to_transform": [7]}),
+        json!({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "h"}),
+        json!({"target_modules": ["lm_head"], "layers_to_transform": [1]}),
+        json!({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}),
+        json!({"target_modules": ".*", "layers_to_transform": [1]}),
+    ] {
+        let mut json = plain.to_json();
+        json.as_object_mut().unwrap().extend(refused.as_object().unwrap().clone());
+        let config = AdapterConfig::from_json(Path::new("adapter_config.json"), &json);
+        let spec = config.and_then(|config| AdapterSpec::init(config, &model, 1));
+        let message = spec.map(|_| ()).expect_err(&refused.to_string()).to_string();
+        assert!(message.contains("target_modules") || message.contains("layers_to_transform"), "{message}");
+    }
+}
+
+/// `modules_to_save` takes every module whose path ends so, without a dot before it, as PEFT's `_set_trainable`.
+#[test]
+fn weights_trained_whole_are_found_as_peft_finds_them() {
+    let (model, plain) = small();
+    let saved = |names: &[&str]| {
+        let modules_to_save = names.iter().map(|name| (*name).into()).collect();
+        let config = AdapterConfig { modules_to_save, ..plain.clone() };
+        config.saved_whole(&model).unwrap().into_iter().map(|tensor| tensor.name).collect::<Vec<_>>()
+    };
+    assert_eq!(saved(&[]), Vec::<String>::new());
+    assert_eq!(saved(&["embed_tokens", "lm_head"]), ["model.embed_tokens.weight", "lm_head.weight"]);
+    assert_eq!(saved(&["1.input_layernorm"]), ["model.layers.1.input_layernorm.weight"]);
+    // `norm` is the end of `input_layernorm` as well.
+    assert_eq!(saved(&["norm"]).len(), 5);
+    assert_eq!(saved(&["model.norm"]), ["model.norm.weight"]);
+    assert_eq!(saved(&["0.mlp"]).len(), 3);
+    assert_eq!(saved(&["0.self_attn"]).len(), 7, "weights and biases");
+}
+
+#[test]
+fn the_first_pattern_of_the_file_counts() {
+    let (model, plain) = small();
+    let mut json = plain.to_json();
+    json["rank_pattern"] = json!({"v_proj": 2, "layers.1.self_attn.v_proj": 3, "q_proj": 5, "(k)_proj": 6});
+    json["alpha_pattern"] = json!({"layers.0.*q_proj": 100, ".*": 7, "^v_proj": 1});
+    let config = AdapterConfig::from_json(Path::new("adapter_config.json"), &json).unwrap();
+    let spec = AdapterSpec::init(config, &model, 1).unwrap();
+    let rank_and_alpha = |module: &str| {
+        let adapter = &spec.modules[module];
+        (adapter.r, (adapter.scaling * adapter.r as f64).round() as u32)
+    };
+    assert_eq!(rank_and_alpha("model.layers.1.self_attn.v_proj"), (2, 7));
+    assert_eq!(rank_and_alpha("model.layers.0.self_attn.q_proj"), (5, 100));
+    assert_eq!(rank_and_alpha("model.layers.1.self_attn.q_proj"), (5, 7));
+    assert_eq!(rank_and_alpha("model.layers.1.self_attn.k_proj"), (6, 7));
+    assert_eq!(rank_and_alpha("model.layers.1.mlp.up_proj"), (4, 7));
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_refused_with_their_count() {
+    let (model, config) = small();
+    let mut adapter = AdapterSpec::init(config, &model, 1).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let factors = adapter.modules.get_mut("model.layers.1.mlp.up_proj").unwrap();
+    (factors.a[3], factors.a[4]) = (f32::NAN, f32::INFINITY);
+    adapter.save(folder.path()).unwrap();
+    let message = AdapterSpec::load(folder.path(), &model).map(|_| ()).unwrap_err().to_string();
+    assert!(message.contains("layers.1.mlp.up_proj.lora_A.weight") && message.contains("2 values"), "{message}");
 }

@@ -36,6 +36,7 @@ pub fn grpo_loss(inputs: &GrpoInputs<'_>, settings: &GrpoLossSettings) -> Result
         loss: 0.0,
         d_logprobs: vec![0.0; inputs.logprobs.len()],
         d_entropies: None,
+        attended_entropy: batch.attended_entropy(),
         metrics: Metrics::default(),
     };
     let mut tally = Tally::default();
@@ -43,12 +44,13 @@ pub fn grpo_loss(inputs: &GrpoInputs<'_>, settings: &GrpoLossSettings) -> Result
         output.loss += batch.row(row, &normaliser, &mut output.d_logprobs, &mut tally);
     }
     let policy_loss = output.loss * normaliser.accumulation;
-    if settings.entropy_coef != 0.0 {
+    if settings.has_entropy_bonus() {
         let (bonus, slopes) = batch.entropy_bonus(normaliser.accumulation_of_bonus);
         output.loss -= settings.entropy_coef * bonus;
         output.d_entropies = Some(slopes);
         output.metrics.mean("policy_loss", policy_loss, 1.0);
-        if inputs.batch.is_training {
+        // The loop logs a weight that follows the entropy once it has moved.
+        if inputs.batch.is_training && !settings.is_entropy_adaptive {
             output.metrics.mean("entropy_coef", settings.entropy_coef, 1.0);
         }
     }
@@ -254,12 +256,17 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// Sum of the entropies of the attended tokens, and how many there are.
+    fn attended_entropy(&self) -> (f64, f64) {
+        let entropies = self.inputs.entropies.unwrap_or(&[]);
+        let attended = entropies.iter().zip(&self.attended).filter(|(_, is_attended)| **is_attended);
+        attended.fold((0.0, 0.0), |(sum, count), (&entropy, _)| (sum + f64::from(entropy), count + 1.0))
+    }
+
     /// Mean entropy of the attended tokens over `accumulation`, and its gradient times minus the coefficient.
     fn entropy_bonus(&self, accumulation: f64) -> (f64, Vec<f32>) {
-        let entropies = self.inputs.entropies.unwrap_or(&[]);
-        let attended = || entropies.iter().zip(&self.attended).filter(|(_, is_attended)| **is_attended);
-        let divisor = (attended().count() as f64).max(1.0) * accumulation;
-        let sum: f64 = attended().map(|(&entropy, _)| f64::from(entropy)).sum();
+        let (sum, count) = self.attended_entropy();
+        let divisor = count.max(1.0) * accumulation;
         let slope = (-self.settings.entropy_coef / divisor) as f32;
         (sum / divisor, self.attended.iter().map(|&is_attended| if is_attended { slope } else { 0.0 }).collect())
     }

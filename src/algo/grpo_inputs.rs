@@ -23,10 +23,12 @@ pub struct GrpoLossSettings {
     pub epsilon_high: f64,
     /// Cap of the unclipped ratio.
     pub delta: Option<f64>,
-    /// Share of the tokens, by entropy from the top, that the policy term looks at, in (0, 1]; 1 is all.
+    /// Share of the tokens, by entropy from the top, that the policy term looks at, in [0, 1]; 1 is all.
     pub top_entropy_quantile: f64,
     /// Weight of the entropy bonus; 0 is off.
     pub entropy_coef: f64,
+    /// Whether that weight follows the entropy, so that there is a bonus even where it is 0 now.
+    pub is_entropy_adaptive: bool,
     /// Rows with a negative advantage whose policy moved further than this are left out.
     pub off_policy_mask_threshold: Option<f64>,
     /// SAPO's temperature for advantages of 0 and less.
@@ -51,6 +53,7 @@ impl From<&GrpoSettings> for GrpoLossSettings {
             delta: settings.delta,
             top_entropy_quantile: settings.top_entropy_quantile,
             entropy_coef: settings.entropy_coef,
+            is_entropy_adaptive: settings.adaptive_entropy.is_some(),
             off_policy_mask_threshold: settings.off_policy_mask_threshold,
             sapo_temperature_neg: settings.sapo_temperature_neg,
             sapo_temperature_pos: settings.sapo_temperature_pos,
@@ -63,7 +66,12 @@ impl From<&GrpoSettings> for GrpoLossSettings {
 impl GrpoLossSettings {
     /// Whether the loss reads [`GrpoInputs::entropies`] (else they only feed the metric `entropy`).
     pub fn needs_entropies(&self) -> bool {
-        self.top_entropy_quantile < 1.0 || self.entropy_coef != 0.0
+        self.top_entropy_quantile < 1.0 || self.has_entropy_bonus()
+    }
+
+    /// Whether there is an entropy bonus.
+    pub(super) fn has_entropy_bonus(&self) -> bool {
+        self.entropy_coef != 0.0 || self.is_entropy_adaptive
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
@@ -160,6 +168,8 @@ pub struct GrpoOutput {
     pub d_logprobs: Vec<f32>,
     /// d loss / d entropies, f32 `[N]`; with an entropy bonus only.
     pub d_entropies: Option<Vec<f32>>,
+    /// Sum of the entropies of the tokens that the policy term looks at, and their number: for [`super::EntropyControl`].
+    pub attended_entropy: (f64, f64),
     /// Metrics of this micro-batch under TRL's names.
     pub metrics: Metrics,
 }

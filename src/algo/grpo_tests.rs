@@ -36,6 +36,7 @@ pub(in crate::algo) fn settings() -> GrpoLossSettings {
         delta: None,
         top_entropy_quantile: 1.0,
         entropy_coef: 0.0,
+        is_entropy_adaptive: false,
         off_policy_mask_threshold: None,
         sapo_temperature_neg: 1.05,
         sapo_temperature_pos: 1.0,

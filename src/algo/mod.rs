@@ -26,7 +26,7 @@ mod sft;
 
 pub use advantages::{AdvantageInputs, AdvantageOutput, advantages};
 pub use completions::{CompletionStatistics, completion_mask, completion_statistics, is_truncated};
-pub use entropy::entropy_threshold;
+pub use entropy::{EntropyControl, entropy_threshold};
 pub use error::Error;
 pub use grpo::grpo_loss;
 pub use grpo_inputs::{GrpoBatch, GrpoInputs, GrpoLossSettings, GrpoOutput, ImportanceRatio};

@@ -174,6 +174,15 @@ mod tests {
     }
 
     #[test]
+    fn without_an_upper_bound_only_the_lower_one_acts() {
+        for (mode, below) in [(RolloutCorrectionMode::TokenMask, 0.0), (RolloutCorrectionMode::TokenTruncate, 0.5)] {
+            let settings = RolloutCorrection { mode, clip_max: None, clip_min: Some(0.5) };
+            let ratios = rollout_correction(&ROWS, &OLD, &SAMPLING, &MASK, None, &settings).unwrap();
+            assert_close(ratios.ratios(), &[1.0, 2f64.exp(), 1.0, below, 0.5f64.exp()]);
+        }
+    }
+
+    #[test]
     fn contradicting_bounds_are_refused() {
         let settings =
             RolloutCorrection { mode: RolloutCorrectionMode::TokenMask, clip_max: Some(1.0), clip_min: Some(2.0) };

@@ -77,6 +77,15 @@ choices! {
     }
 }
 choices! {
+    /// What is kept of an example that is too long.
+    TruncationMode {
+        /// Its start.
+        KeepStart = "keep_start",
+        /// Its end.
+        KeepEnd = "keep_end",
+    }
+}
+choices! {
     /// SFT losses.
     SftLossType {
         /// Cross-entropy.

@@ -125,11 +125,8 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         "8-bit weights are not supported; use `load_in_4bit: true` or a GGUF file with Q8_0",
     ),
     entries("model_init_kwargs", &nested::MODEL_INIT),
-    lacking("use_dora", &["false"], "DoRA is not supported; use LoRA or `use_rslora: true`"),
     lacking("lora_bias", &["none"], "biases are not trained beside an adapter"),
-    lacking("lora_modules_to_save", &["[]"], "with an adapter, only the adapter is trained"),
     lacking("lora_target_parameters", &["[]"], "adapters go on whole projections; see `lora_target_modules`"),
-    lacking("neftune_noise_alpha", &["0", "0.0"], "noise on embeddings is not supported"),
     no_effect("pad_token", RAGGED),
     // Data.
     no_effect("dataset_num_proc", "rows are tokenised on all cores"),
@@ -167,7 +164,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
         &["random", "group_by_length"],
         "the order of the data is a fresh shuffle per epoch, from `data_seed`",
     ),
-    only(Commands::Sft, lacking("truncation_mode", &["keep_start"], "examples are cut at the end")),
     only(Commands::Grpo, no_effect("code_provider", SANDBOX)),
     only(Commands::Grpo, no_effect("ioi_provider", SANDBOX)),
     only(Commands::Grpo, no_effect("provider_type", SANDBOX)),
@@ -218,7 +214,10 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     entries("optim_args", &nested::OPTIM_ARGS),
     lacking("adafactor", &["false"], NO_OPTIM),
     lacking("optim_target_modules", &[], NO_OPTIM),
-    lacking("label_smoothing_factor", &["0", "0.0"], "label smoothing is not supported"),
+    only(
+        Commands::Grpo,
+        no_effect("label_smoothing_factor", "a policy loss has no labels to smooth; TRL's has no use for it either"),
+    ),
     no_effect(
         "auto_find_batch_size",
         "a batch that does not fit is an error; then lower `per_device_train_batch_size` and raise \
@@ -330,11 +329,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     only(Commands::Grpo, entries("generation_kwargs", &nested::GENERATION)),
     only(Commands::Grpo, no_effect("e2b_router_url", SANDBOX)),
     only(Commands::Grpo, no_effect("morph_router_url", SANDBOX)),
-    only(Commands::Grpo, lacking("use_adaptive_entropy", &["false"], "the entropy bonus has a fixed `entropy_coef`")),
-    only(Commands::Grpo, no_effect("entropy_coef_min", "the entropy bonus has a fixed `entropy_coef`")),
-    only(Commands::Grpo, no_effect("entropy_coef_max", "the entropy bonus has a fixed `entropy_coef`")),
-    only(Commands::Grpo, no_effect("entropy_coef_delta", "the entropy bonus has a fixed `entropy_coef`")),
-    only(Commands::Grpo, no_effect("entropy_target", "the entropy bonus has a fixed `entropy_coef`")),
     only(Commands::Grpo, lacking("max_tool_calling_iterations", &[], "tools are not supported")),
     only(
         Commands::Grpo,

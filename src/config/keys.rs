@@ -15,10 +15,11 @@ use super::mixture::{Datasets, Mixture};
 use super::rewards::RewardList;
 use super::settings::{
     CodeSandbox, CodeScoring, DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume,
-    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+    RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, TruncationMode, WeightDtype,
 };
 use super::special::{
-    AdamW, Cadence, EvalCadence, Limit, MaxSteps, Packing, Recurrence, Saving, Sinks, TargetModules, TestBatch, TopK,
+    AdamW, Cadence, EvalCadence, Limit, MaxSteps, ModuleNames, Packing, Recurrence, Saving, Sinks, TargetModules,
+    TestBatch, TopK,
 };
 use super::value::Parse;
 use super::yaml::Entry;
@@ -156,10 +157,19 @@ keys! {
         lora_alpha: f64 = Text("32"), POSITIVE, "";
         /// Probability of dropping an input element of the adapter.
         lora_dropout: f64 = Text("0.05"), SHARE.below_high(), "";
-        /// Projections that get an adapter. The default is PEFT's for Qwen models; `all-linear` is all seven.
+        /// Modules that get an adapter: names (a list, or one text with commas), `all-linear` for the seven projections, or a
+        /// regular expression that the whole module path matches, e.g. `model\.layers\.1\d\..*(q|v)_proj`. A name is a
+        /// module's path or its end, e.g. `q_proj`, `layers.3.mlp.up_proj`, `lm_head`, `embed_tokens`; the last two only on the
+        /// CPU. null is PEFT's choice for Qwen models, the default.
         lora_target_modules: TargetModules = Text("[q_proj, v_proj]"), ANY, "";
+        /// Modules trained whole beside the adapter, as copies that are saved with it: `embed_tokens`, `lm_head`, norms, or
+        /// any module whose path ends so, with all that is in it. Every weight of them has a float32 master and moments. With
+        /// a tied head, the embedding and the head become two matrices, as in PEFT.
+        lora_modules_to_save: ModuleNames = Text("[]"), ANY, "";
         /// Scale the adapter's update by `lora_alpha / sqrt(lora_r)` (rsLoRA, 2312.03732).
         use_rslora: bool = Text("false"), ANY, "";
+        /// Train the length of each row of an adapted weight apart from its direction (DoRA, 2402.09353). Only on the CPU.
+        use_dora: bool = Text("false"), ANY, "";
         /// Go on training this PEFT adapter (a folder) instead of a fresh one; needs `use_peft: true`. Not in TRL.
         adapter_name_or_path: Option<PathBuf> = Text("null"), ANY, "";
     }
@@ -250,6 +260,10 @@ keys! {
         adam_epsilon: f64 = Text("1.0e-8"), Bounds::between(0.0, 1.0).above_low(), "";
         /// Largest L2 norm of all gradients together; 0 switches clipping off.
         max_grad_norm: f64 = Text("1.0"), Bounds::between(0.0, 1e12), "";
+        /// Add uniform noise of at most `alpha / sqrt(L * D)` to the embeddings of `L` tokens of width `D` in training passes
+        /// (NEFTune, 2310.05914). `L` is the length of the token's own sequence: of the example, also where several are packed,
+        /// and of the whole row only with `packing_strategy: wrapped`. null or 0 is off.
+        neftune_noise_alpha: Option<f64> = Text("null"), FROM_0, "";
     }
     "Precision and device" for Both {
         /// Compute in bfloat16 with float32 accumulation. TRL's default is true unless `fp16` is set; here it also
@@ -340,8 +354,11 @@ keys! {
     "Supervised fine-tuning" for Sft {
         /// Column with plain text.
         dataset_text_field: String = Text("text"), ANY, "";
-        /// Longest example; what is longer is cut at the end. null keeps every length.
+        /// Longest example; what is longer is cut, see `truncation_mode`. null keeps every length.
         max_length: Option<usize> = Text("1024"), Bounds::between(2.0, 4_194_304.0), "tokens";
+        /// What is kept of an example longer than `max_length`: its start, or its end. Without effect under packing, which
+        /// has ways of its own to cut.
+        truncation_mode: TruncationMode = Text("keep_start"), ANY, "";
         /// Put several examples into one sequence of `max_length` tokens.
         packing: bool = Text("false"), ANY, "";
         /// How examples are packed: `bfd` fits whole examples and cuts what is too long, `bfd_split` splits what is too
@@ -359,6 +376,9 @@ keys! {
         /// `nll` is cross-entropy, `dft` weights it by the token's own probability (2508.05629), `chunked_nll` is
         /// TRL's old name for `nll`.
         sft_loss_type named "loss_type": SftLossType = Text("nll"), ANY, "";
+        /// Share of each target's probability that is spread evenly over the vocabulary (label smoothing, 1512.00567), in
+        /// training and in `eval_loss`; 0 is off. Only on the CPU.
+        label_smoothing_factor: f64 = Text("0.0"), SHARE, "share";
     }
     "Groups and rollout" for Grpo {
         /// Column with the prompts, as in open-r1: a text in it becomes one message of a user, so that the chat template
@@ -480,8 +500,19 @@ keys! {
         mask_truncated_completions: bool = Text("false"), ANY, "";
         /// Share of tokens, those of highest entropy, that the policy loss looks at; 1 is all, 0 the highest alone.
         top_entropy_quantile: f64 = Text("1.0"), SHARE, "share of tokens";
-        /// Weight of the entropy bonus; 0 is off.
+        /// Weight of the entropy bonus; 0 is off. With `use_adaptive_entropy` the weight at the start.
         entropy_coef: f64 = Text("0.0"), FROM_0, "";
+        /// Let the weight of the entropy bonus follow the policy's entropy (Skywork-OR1, 2505.22312): up by
+        /// `entropy_coef_delta` after a step of at most `entropy_target`, else down. It acts only after such a step.
+        use_adaptive_entropy: bool = Text("false"), ANY, "";
+        /// Lowest weight that `use_adaptive_entropy` goes down to.
+        entropy_coef_min: f64 = Text("0.0"), FROM_0, "";
+        /// Highest weight that `use_adaptive_entropy` goes up to.
+        entropy_coef_max: f64 = Text("1.0"), FROM_0, "";
+        /// By how much `use_adaptive_entropy` moves the weight in a step.
+        entropy_coef_delta: f64 = Text("0.005"), FROM_0, "";
+        /// Mean entropy of a step's tokens that `use_adaptive_entropy` steers to.
+        entropy_target: f64 = Text("0.2"), FROM_0, "nats per token";
         /// Drop sequences of negative advantage whose mean log-ratio exceeds this (DeepSeek-V3.2); null is off.
         off_policy_mask_threshold: Option<f64> = Text("null"), POSITIVE, "nats per token";
         /// Temperature of `sapo` for negative advantages.

@@ -17,7 +17,8 @@ use super::load::is_secret;
 use super::schedule;
 use super::settings::{
     DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, MixturePart, MixtureSettings, ModelSettings,
-    OptimizerSettings, PackingStrategy, Precision, Quantization, RewardSpec, SftSettings, TrainingSettings,
+    OptimizerSettings, PackingStrategy, Precision, Quantization, RewardSpec, SftLossType, SftSettings,
+    TrainingSettings,
 };
 use super::special::{Cadence, Recurrence, Saving};
 use super::value::listed;
@@ -94,12 +95,14 @@ fn check_model(raw: &RawConfig, problems: &mut Problems) {
         );
     }
     let add_peft = "add `use_peft: true` to train an adapter";
-    let fields: [(&dyn Named, bool); 5] = [
+    let fields: [(&dyn Named, bool); 7] = [
         (&raw.lora_r, raw.lora_r.is_changed()),
         (&raw.lora_alpha, raw.lora_alpha.is_changed()),
         (&raw.lora_dropout, raw.lora_dropout.is_changed()),
         (&raw.lora_target_modules, raw.lora_target_modules.is_changed()),
+        (&raw.lora_modules_to_save, raw.lora_modules_to_save.is_changed()),
         (&raw.use_rslora, raw.use_rslora.is_changed()),
+        (&raw.use_dora, raw.use_dora.is_changed()),
     ];
     for (field, is_changed) in fields {
         warn_idle(problems, field, !has_adapter && is_changed, "`use_peft` is false", add_peft);
@@ -347,7 +350,9 @@ pub(super) fn build_model(raw: &RawConfig) -> ModelSettings {
             alpha: *raw.lora_alpha.value(),
             dropout: if *raw.disable_dropout.value() { 0.0 } else { *raw.lora_dropout.value() },
             target_modules: raw.lora_target_modules.value().0.clone(),
+            modules_to_save: raw.lora_modules_to_save.value().0.clone(),
             use_rslora: *raw.use_rslora.value(),
+            use_dora: *raw.use_dora.value(),
         }),
         adapter_name_or_path: raw.adapter_name_or_path.value().clone(),
     }
@@ -512,6 +517,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
             adam_epsilon: *raw.adam_epsilon.value(),
         },
         max_grad_norm: *raw.max_grad_norm.value(),
+        neftune_noise_alpha: raw.neftune_noise_alpha.value().filter(|&alpha| alpha > 0.0),
         logging_strategy: interval(*raw.logging_strategy.value(), logging_steps),
         logging_first_step: *raw.logging_first_step.value(),
         eval_strategy: interval(*raw.eval_strategy.value(), eval_steps),
@@ -568,11 +574,23 @@ pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problem
             "TRL renamed it in 0.19",
         );
     }
+    let reason = if packing { "under `packing` the strategy says what is cut" } else { "`max_length` is null" };
+    let is_idle = raw.truncation_mode.is_changed() && (packing || max_length.is_none());
+    warn_idle(problems, &raw.truncation_mode, is_idle, reason, "remove it");
+    let smoothing = *raw.label_smoothing_factor.value();
+    if smoothing > 0.0 && *raw.sft_loss_type.value() == SftLossType::Dft {
+        problems.clash(
+            &[(&raw.label_smoothing_factor, "smooths".into()), (&raw.sft_loss_type, "has its own weights".into())],
+            "`label_smoothing_factor` does not go with `loss_type: dft`, which weights each target by its probability",
+            "use `loss_type: nll`, or remove `label_smoothing_factor`",
+        );
+    }
     problems.is_clean().then(|| SftSettings {
         model: build_model(raw),
         data: build_data(raw),
         training: build_training(raw, context),
         max_length,
+        truncation_mode: *raw.truncation_mode.value(),
         packing,
         packing_strategy: raw.packing_strategy.value().strategy,
         eval_packing,
@@ -580,5 +598,6 @@ pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problem
         completion_only_loss: *raw.completion_only_loss.value(),
         assistant_only_loss: *raw.assistant_only_loss.value(),
         loss_type: *raw.sft_loss_type.value(),
+        label_smoothing_factor: smoothing,
     })
 }

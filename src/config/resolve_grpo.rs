@@ -10,8 +10,8 @@ use super::home;
 use super::keys::RawConfig;
 use super::resolve::{Context, build_data, build_model, build_training, check_shared, warn_idle};
 use super::settings::{
-    CodeSettings, GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RewardSettings, RewardSpec, RolloutCorrection,
-    RolloutCorrectionMode, SamplingSettings, VespoSettings,
+    AdaptiveEntropy, CodeSettings, GrpoLossType, GrpoSettings, ImportanceSamplingLevel, RewardSettings, RewardSpec,
+    RolloutCorrection, RolloutCorrectionMode, SamplingSettings, VespoSettings,
 };
 use super::special::Recurrence;
 
@@ -77,6 +77,12 @@ pub(super) fn grpo(
             mask_truncated_completions: *raw.mask_truncated_completions.value(),
             top_entropy_quantile: *raw.top_entropy_quantile.value(),
             entropy_coef: *raw.entropy_coef.value(),
+            adaptive_entropy: raw.use_adaptive_entropy.value().then(|| AdaptiveEntropy {
+                coef_min: *raw.entropy_coef_min.value(),
+                coef_max: *raw.entropy_coef_max.value(),
+                coef_delta: *raw.entropy_coef_delta.value(),
+                target: *raw.entropy_target.value(),
+            }),
             off_policy_mask_threshold: *raw.off_policy_mask_threshold.value(),
             sapo_temperature_neg: *raw.sapo_temperature_neg.value(),
             sapo_temperature_pos: *raw.sapo_temperature_pos.value(),
@@ -446,6 +452,27 @@ fn check_loss(raw: &RawConfig, problems: &mut Problems) {
             is_changed && loss != GrpoLossType::Vespo,
             "`loss_type` is not `vespo`",
             "remove it",
+        );
+    }
+    let adaptive: [(&dyn Named, bool); 4] = [
+        (&raw.entropy_coef_min, raw.entropy_coef_min.is_changed()),
+        (&raw.entropy_coef_max, raw.entropy_coef_max.is_changed()),
+        (&raw.entropy_coef_delta, raw.entropy_coef_delta.is_changed()),
+        (&raw.entropy_target, raw.entropy_target.is_changed()),
+    ];
+    let is_adaptive = *raw.use_adaptive_entropy.value();
+    for (field, is_changed) in adaptive {
+        let reason = "`use_adaptive_entropy` is false";
+        warn_idle(problems, field, is_changed && !is_adaptive, reason, "add `use_adaptive_entropy: true`");
+    }
+    if is_adaptive && raw.entropy_coef_min.value() > raw.entropy_coef_max.value() {
+        problems.clash(
+            &[
+                (&raw.entropy_coef_min, "the lowest weight".into()),
+                (&raw.entropy_coef_max, "the highest weight".into()),
+            ],
+            "`entropy_coef_min` is above `entropy_coef_max`",
+            "lower one or raise the other",
         );
     }
     let is_idle = beta == 0.0 && raw.use_bias_correction_kl.is_changed();

@@ -13,7 +13,8 @@ pub use rewards::{CodeSettings, RewardSettings, RewardSpec};
 
 pub use super::choices::{
     CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, Precision,
-    QuantType, ReportTo, RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, WeightDtype,
+    QuantType, ReportTo, RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, TruncationMode,
+    WeightDtype,
 };
 
 /// Settings of `trainer sft`.
@@ -27,6 +28,8 @@ pub struct SftSettings {
     pub training: TrainingSettings,
     /// Longest example in tokens; `None` keeps every length.
     pub max_length: Option<usize>,
+    /// What is kept of a longer one; packing cuts in its own ways.
+    pub truncation_mode: TruncationMode,
     /// Put several examples into one sequence of `max_length` tokens.
     pub packing: bool,
     /// How examples are packed.
@@ -41,6 +44,8 @@ pub struct SftSettings {
     pub assistant_only_loss: bool,
     /// Which loss.
     pub loss_type: SftLossType,
+    /// Share of a target's probability that is spread over the vocabulary, in [0, 1].
+    pub label_smoothing_factor: f64,
 }
 
 /// Settings of `trainer grpo`.
@@ -100,8 +105,10 @@ pub struct GrpoSettings {
     pub mask_truncated_completions: bool,
     /// Share of tokens, by entropy from the top, that the policy loss looks at.
     pub top_entropy_quantile: f64,
-    /// Weight of the entropy bonus.
+    /// Weight of the entropy bonus, at the start where it adapts.
     pub entropy_coef: f64,
+    /// How the weight of the entropy bonus follows the policy's entropy; `None` keeps it.
+    pub adaptive_entropy: Option<AdaptiveEntropy>,
     /// Off-policy sequence mask threshold (DeepSeek-V3.2).
     pub off_policy_mask_threshold: Option<f64>,
     /// SAPO's temperatures for negative and positive advantages.
@@ -134,6 +141,19 @@ impl GrpoSettings {
     pub fn longest_completion(&self) -> usize {
         self.max_completion_length.unwrap_or(usize::MAX)
     }
+}
+
+/// How the weight of the entropy bonus follows the policy's entropy (Skywork-OR1, 2505.22312).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdaptiveEntropy {
+    /// Lowest weight.
+    pub coef_min: f64,
+    /// Highest weight.
+    pub coef_max: f64,
+    /// How far the weight moves in an optimizer step.
+    pub coef_delta: f64,
+    /// Mean entropy per token in nats up to which the bonus acts and its weight grows.
+    pub target: f64,
 }
 
 /// VESPO's shape parameters for positive and negative advantages.
@@ -196,10 +216,33 @@ pub struct LoraSettings {
     pub alpha: f64,
     /// Probability of dropping an input element of the adapter, in [0, 1).
     pub dropout: f64,
-    /// Projections that get an adapter, sorted.
-    pub target_modules: Vec<Projection>,
+    /// Modules that get an adapter.
+    pub target_modules: ModuleSet,
+    /// Modules trained whole beside the adapter, by the ends of their paths.
+    pub modules_to_save: Vec<String>,
     /// Rank-stabilised scale (2312.03732).
     pub use_rslora: bool,
+    /// Weight-decomposed (2402.09353).
+    pub use_dora: bool,
+}
+
+/// Which modules an adapter is on, in PEFT's forms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModuleSet {
+    /// Modules of these paths, or whose path ends with `.` and one of them.
+    Names(Vec<String>),
+    /// Modules whose whole path matches this regular expression.
+    Pattern(String),
+    /// Every linear module but the head, as adapters of others say it.
+    AllLinear,
+}
+
+impl ModuleSet {
+    /// PEFT's choice for Qwen2 and Qwen3 (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+    #[must_use]
+    pub fn of_qwen() -> Self {
+        Self::Names(vec!["q_proj".into(), "v_proj".into()])
+    }
 }
 
 /// One of the seven projections of a decoder layer.
@@ -394,6 +437,8 @@ pub struct TrainingSettings {
     pub optimizer: OptimizerSettings,
     /// Largest L2 norm of all gradients; 0 switches clipping off.
     pub max_grad_norm: f64,
+    /// Size of the noise on embeddings in training passes (NEFTune, 2310.05914), more than 0.
+    pub neftune_noise_alpha: Option<f64>,
     /// When to log; the last step is always logged.
     pub logging_strategy: Interval,
     /// Log the first step as well.

@@ -3,68 +3,125 @@
 use std::path::PathBuf;
 
 use super::home;
-use super::settings::{DeviceChoice, PackingStrategy, Projection, ReportTo, Resume, ScaleRewards};
+use super::settings::{DeviceChoice, ModuleSet, PackingStrategy, Projection, ReportTo, Resume, ScaleRewards};
 use super::value::{
     Mismatch, Parse, all, as_bool, as_float, describe, listed, parse_integer, parse_word, valid_values,
 };
 use super::yaml::{Node, Value};
 
-/// Module names of the seven projections and the word for all of them.
-const TARGETS: &[&str] = &["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/// The last part of the path of every module that can have an adapter.
+const TARGETS: &[&str] =
+    &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"];
+/// PEFT's word for every linear module but the head.
+const ALL_LINEAR: &str = "all-linear";
 
-/// What `lora_target_modules` names: sorted, each projection once.
+/// What `lora_target_modules` says: names are sorted as [`TARGETS`], paths after them, each once.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct TargetModules(pub(super) Vec<Projection>);
+pub(super) struct TargetModules(pub(super) ModuleSet);
 
 impl Parse for TargetModules {
-    const KIND: &'static str = "one or a list of";
-    const VALUES: &'static [&'static str] = TARGETS;
+    const KIND: &'static str = "`all-linear`, module names or a regular expression";
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         let items = match &node.value {
+            Value::Null => return Ok(Self(ModuleSet::of_qwen())),
             Value::List(items) if !items.is_empty() => items.as_slice(),
             Value::Scalar { .. } => std::slice::from_ref(node),
             _ => {
-                let wrong = Mismatch::expected(node, "`all-linear` or a list of module names");
-                return Err(vec![wrong.help(format!("valid values: {}", listed(TARGETS)))]);
+                let wrong = Mismatch::expected(node, Self::KIND);
+                return Err(vec![wrong.help(format!("names are {}", listed(TARGETS)))]);
             }
         };
-        if let [Node { value: Value::Scalar { text, .. }, .. }] = items
-            && text == "all-linear"
-        {
-            return Ok(Self(Projection::ALL.to_vec()));
+        // TRL takes a list of one for its text.
+        if let [only @ Node { value: Value::Scalar { text, .. }, .. }] = items {
+            if text.eq_ignore_ascii_case(ALL_LINEAR) {
+                return Ok(Self(ModuleSet::Names(Projection::ALL.map(|p| p.name().into()).to_vec())));
+            }
+            let Some(names) = names_in(text) else { return pattern(only, text).map(Self) };
+            let checked = all(names.iter().map(|name| target(only, name, names.len())))?;
+            return Ok(Self(ModuleSet::Names(distinct(node, checked)?)));
         }
-        let mut found = all(items.iter().map(|item| projection(item, items.len())))?;
-        found.sort_unstable();
-        let distinct = found.len();
-        found.dedup();
-        if found.len() < distinct {
-            return Err(vec![Mismatch::new(node, "names a module twice").help("name each module once")]);
-        }
-        Ok(Self(found))
+        let checked = all(items.iter().map(|item| match &item.value {
+            Value::Scalar { text, .. } => target(item, text, items.len()),
+            _ => Err(vec![Mismatch::expected(item, "a module name")]),
+        }))?;
+        Ok(Self(ModuleSet::Names(distinct(node, checked)?)))
     }
 }
 
-fn projection(node: &Node, count: usize) -> Result<Projection, Vec<Mismatch>> {
-    let Value::Scalar { text, .. } = &node.value else { return Err(vec![Mismatch::expected(node, "a module name")]) };
-    if let Some(found) = Projection::ALL.into_iter().find(|projection| projection.name() == text) {
-        return Ok(found);
-    }
-    let what = format!("does not know {}", describe(node));
-    let help = match text.as_str() {
-        "all-linear" => format!("`all-linear` stands alone; here it is one of {count}"),
-        "lm_head" | "embed_tokens" => {
-            format!("adapters go on the decoder layers' projections only; {}", valid_values("", TARGETS))
-        }
-        _ if text.contains(['.', '*', '(', '|', '^', '$']) => {
-            format!(
-                "patterns and module paths are not supported, a name means it in every layer; {}",
-                valid_values("", TARGETS)
-            )
-        }
-        _ => valid_values(text, TARGETS),
+/// The names in a text that is nothing but names with commas or spaces between them.
+fn names_in(text: &str) -> Option<Vec<&str>> {
+    let is_name = |name: &&str| {
+        name.split('.').all(|part| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
     };
-    Err(vec![Mismatch::new(node, what).help(help)])
+    let parts = || text.split(|c: char| c == ',' || c.is_whitespace()).map(str::trim).filter(|part| !part.is_empty());
+    (parts().next().is_some() && parts().all(|part| is_name(&part))).then(|| parts().collect())
+}
+
+fn pattern(node: &Node, text: &str) -> Result<ModuleSet, Vec<Mismatch>> {
+    match fancy_regex::Regex::new(text) {
+        Ok(_) => Ok(ModuleSet::Pattern(text.to_owned())),
+        Err(error) => {
+            let what = format!("is neither names nor a regular expression: {error}");
+            let help = "a pattern is matched with the whole module path, e.g. `.*\\.self_attn\\.(q|v)_proj`";
+            Err(vec![Mismatch::new(node, what).help(help)])
+        }
+    }
+}
+
+/// A name or a path that can be one of several.
+fn target(node: &Node, name: &str, count: usize) -> Result<String, Vec<Mismatch>> {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    if names_in(name).is_some_and(|names| names == [name]) && TARGETS.contains(&last) {
+        return Ok(name.to_owned());
+    }
+    let help = if name.eq_ignore_ascii_case(ALL_LINEAR) {
+        format!("`all-linear` stands alone; here it is one of {count}")
+    } else if names_in(name).is_none() {
+        "in a list every text is a name, also in PEFT; give one pattern as a text, with `|` for alternatives".into()
+    } else {
+        valid_values(last, TARGETS)
+    };
+    Err(vec![Mismatch::new(node, format!("does not know `{name}`")).help(help)])
+}
+
+fn distinct(node: &Node, mut names: Vec<String>) -> Result<Vec<String>, Vec<Mismatch>> {
+    let place = |name: &String| TARGETS.iter().position(|target| target == name).unwrap_or(TARGETS.len());
+    names.sort_by(|one, other| (place(one), one).cmp(&(place(other), other)));
+    let given = names.len();
+    names.dedup();
+    if names.len() < given {
+        return Err(vec![Mismatch::new(node, "names a module twice").help("name each module once")]);
+    }
+    Ok(names)
+}
+
+/// Module names, as a list or as one text with commas; null is none.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct ModuleNames(pub(super) Vec<String>);
+
+impl Parse for ModuleNames {
+    const KIND: &'static str = "a list of module names";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let items = match &node.value {
+            Value::Null => &[],
+            Value::List(items) => items.as_slice(),
+            Value::Scalar { .. } => std::slice::from_ref(node),
+            Value::Map(_) => return Err(vec![Mismatch::expected(node, Self::KIND)]),
+        };
+        let names = all(items.iter().map(|item| {
+            let Value::Scalar { text, .. } = &item.value else {
+                return Err(vec![Mismatch::expected(item, "a module name")]);
+            };
+            let names = names_in(text).map(|names| names.into_iter().map(String::from).collect::<Vec<_>>());
+            names.ok_or_else(|| vec![Mismatch::expected(item, "a module name, e.g. `lm_head`")])
+        }))?;
+        let mut names = names.concat();
+        names.sort_unstable();
+        names.dedup();
+        Ok(Self(names))
+    }
 }
 
 /// `optim`: the names transformers has for AdamW, whatever holds its moments. The names of its other optimizers, with which
@@ -441,24 +498,65 @@ mod tests {
     }
 
     #[test]
-    fn target_modules_are_sorted_names() {
-        assert_eq!(read("[v_proj, q_proj]"), Ok(TargetModules(vec![Projection::QProj, Projection::VProj])),);
-        for text in ["all-linear", "[all-linear]"] {
-            assert_eq!(read(text), Ok(TargetModules(Projection::ALL.to_vec())), "{text}");
+    fn target_modules_are_names_a_pattern_or_all_linear() {
+        let names = |list: &[&str]| Ok(TargetModules(ModuleSet::Names(list.iter().map(|n| (*n).into()).collect())));
+        for (text, list) in [
+            ("[v_proj, q_proj]", &["q_proj", "v_proj"][..]),
+            ("null", &["q_proj", "v_proj"]),
+            ("q_proj", &["q_proj"]),
+            ("[q_proj]", &["q_proj"]),
+            ("\"v_proj,q_proj, up_proj\"", &["q_proj", "v_proj", "up_proj"]),
+            ("[\"q_proj v_proj\"]", &["q_proj", "v_proj"]),
+            ("[lm_head, embed_tokens, q_proj]", &["q_proj", "lm_head", "embed_tokens"]),
+            (
+                "[layers.1.mlp.up_proj, model.layers.0.self_attn.q_proj, o_proj]",
+                &["o_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"],
+            ),
+            ("model.layers.0.self_attn.q_proj", &["model.layers.0.self_attn.q_proj"]),
+        ] {
+            assert_eq!(read(text), names(list), "{text}");
         }
-        assert_eq!(read("q_proj"), Ok(TargetModules(vec![Projection::QProj])));
+        for text in ["all-linear", "[all-linear]", "ALL-LINEAR"] {
+            assert_eq!(read(text), names(&TARGETS[..7]), "{text}");
+        }
+        for (text, pattern) in [
+            ("'.*q_proj'", ".*q_proj"),
+            ("['.*q_proj']", ".*q_proj"),
+            (r"'model\.layers\.1\d\.self_attn\.(q|v)_proj'", r"model\.layers\.1\d\.self_attn\.(q|v)_proj"),
+            (r"'(?!.*lm_head).*proj'", "(?!.*lm_head).*proj"),
+        ] {
+            assert_eq!(read(text), Ok(TargetModules(ModuleSet::Pattern(pattern.into()))), "{text}");
+        }
         for (text, says) in [
             ("[q_proj, q_proj]", "once"),
-            ("[]", "valid values"),
+            ("[]", "q_proj"),
             ("[q_proj, all-linear]", "stands alone"),
-            ("[lm_head]", "projections only"),
-            ("[\".*q_proj\"]", "patterns"),
+            ("[\".*q_proj\", v_proj]", "every text is a name"),
+            ("'*.q_proj'", "whole module path"),
             ("[qproj]", "did you mean `q_proj`"),
+            ("layers.1.qproj", "did you mean `q_proj`"),
         ] {
             let wrong = read::<TargetModules>(text).expect_err(text);
             assert!(wrong[0].help.as_ref().is_some_and(|help| help.contains(says)), "{text}: {wrong:?}");
         }
         assert_eq!(read::<TargetModules>("[a, b, q_proj]").expect_err("two unknown names").len(), 2);
+    }
+
+    #[test]
+    fn module_names_are_a_list_or_a_text() {
+        let names = |list: &[&str]| Ok(ModuleNames(list.iter().map(|n| (*n).into()).collect()));
+        for (text, list) in [
+            ("null", &[][..]),
+            ("[]", &[]),
+            ("lm_head", &["lm_head"]),
+            ("\"lm_head,embed_tokens\"", &["embed_tokens", "lm_head"]),
+            ("[lm_head, embed_tokens, lm_head]", &["embed_tokens", "lm_head"]),
+            ("[model.layers.0.input_layernorm]", &["model.layers.0.input_layernorm"]),
+        ] {
+            assert_eq!(read(text), names(list), "{text}");
+        }
+        assert!(read::<ModuleNames>("['.*norm']").is_err());
+        assert!(read::<ModuleNames>("{a: b}").is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::{Map, Number};
 use super::home;
 use super::settings::{
     CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, QuantType,
-    RewardAggregation, RolloutCorrectionMode, SftLossType, WeightDtype,
+    RewardAggregation, RolloutCorrectionMode, SftLossType, TruncationMode, WeightDtype,
 };
 use super::yaml::{Entry, Node, Value};
 
@@ -411,6 +411,7 @@ parse_choices!(
     QuantType,
     PackingStrategy,
     SftLossType,
+    TruncationMode,
     GrpoLossType,
     ImportanceSamplingLevel,
     RewardAggregation,

@@ -14,10 +14,10 @@ use serde_json::Value;
 use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
-    BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings, MixtureSettings,
-    ModelSettings, OptimizerSettings, Precision, Projection, QuantType, Quantization, Resume, RewardSettings,
-    RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings, TrainingSettings,
-    VespoSettings, Warmup,
+    AdaptiveEntropy, BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings,
+    MixtureSettings, ModelSettings, ModuleSet, OptimizerSettings, Precision, QuantType, Quantization, Resume,
+    RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings,
+    TrainingSettings, VespoSettings, Warmup,
 };
 use super::value::{as_bool, as_float};
 
@@ -38,6 +38,7 @@ pub fn sft_texts(settings: &SftSettings) -> BTreeMap<&'static str, String> {
         data,
         training,
         max_length,
+        truncation_mode,
         packing,
         packing_strategy,
         eval_packing,
@@ -45,6 +46,7 @@ pub fn sft_texts(settings: &SftSettings) -> BTreeMap<&'static str, String> {
         completion_only_loss,
         assistant_only_loss,
         loss_type,
+        label_smoothing_factor,
     } = settings;
     let mut texts = Texts::new();
     write_model(model, &mut texts);
@@ -52,6 +54,7 @@ pub fn sft_texts(settings: &SftSettings) -> BTreeMap<&'static str, String> {
     write_training(training, &mut texts);
     texts.extend([
         ("max_length", optional(*max_length)),
+        ("truncation_mode", truncation_mode.to_string()),
         ("packing", packing.to_string()),
         ("packing_strategy", packing_strategy.to_string()),
         ("eval_packing", eval_packing.to_string()),
@@ -59,6 +62,7 @@ pub fn sft_texts(settings: &SftSettings) -> BTreeMap<&'static str, String> {
         ("completion_only_loss", optional(*completion_only_loss)),
         ("assistant_only_loss", assistant_only_loss.to_string()),
         ("loss_type", loss_type.to_string()),
+        ("label_smoothing_factor", float(*label_smoothing_factor)),
     ]);
     texts
 }
@@ -100,6 +104,7 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
         mask_truncated_completions,
         top_entropy_quantile,
         entropy_coef,
+        adaptive_entropy,
         off_policy_mask_threshold,
         sapo_temperature_neg,
         sapo_temperature_pos,
@@ -119,6 +124,7 @@ pub fn grpo_texts(settings: &GrpoSettings) -> BTreeMap<&'static str, String> {
     write_training(training, &mut texts);
     write_sampling(sampling, &mut texts);
     write_vespo(vespo, &mut texts);
+    write_adaptive_entropy(adaptive_entropy.as_ref(), &mut texts);
     write_correction(rollout_importance_sampling.as_ref(), &mut texts);
     texts.extend([
         ("num_generations", num_generations.to_string()),
@@ -213,11 +219,15 @@ fn write_model(model: &ModelSettings, texts: &mut Texts) {
         r: 16,
         alpha: 32.0,
         dropout: 0.05,
-        target_modules: vec![Projection::QProj, Projection::VProj],
+        target_modules: ModuleSet::of_qwen(),
+        modules_to_save: vec![],
         use_rslora: false,
+        use_dora: false,
     };
-    let LoraSettings { r, alpha, dropout, target_modules, use_rslora } = lora.as_ref().unwrap_or(&plain);
-    let names: Vec<_> = target_modules.iter().map(|projection| projection.name()).collect();
+    let LoraSettings { r, alpha, dropout, target_modules, modules_to_save, use_rslora, use_dora } =
+        lora.as_ref().unwrap_or(&plain);
+    let names =
+        |names: &[String]| format!("[{}]", names.iter().map(|name| string(name)).collect::<Vec<_>>().join(", "));
     texts.extend([
         ("model_name_or_path", string(model_name_or_path)),
         ("model_revision", string(model_revision)),
@@ -234,8 +244,17 @@ fn write_model(model: &ModelSettings, texts: &mut Texts) {
         ("lora_r", r.to_string()),
         ("lora_alpha", float(*alpha)),
         ("lora_dropout", float(*dropout)),
-        ("lora_target_modules", format!("[{}]", names.join(", "))),
+        (
+            "lora_target_modules",
+            match target_modules {
+                ModuleSet::Names(list) => names(list),
+                ModuleSet::Pattern(pattern) => string(pattern),
+                ModuleSet::AllLinear => "all-linear".into(),
+            },
+        ),
+        ("lora_modules_to_save", names(modules_to_save)),
         ("use_rslora", use_rslora.to_string()),
+        ("use_dora", use_dora.to_string()),
         ("adapter_name_or_path", optional_path(adapter_name_or_path.as_deref())),
     ]);
 }
@@ -290,6 +309,7 @@ fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
     ]);
 }
 
+#[expect(clippy::too_many_lines, reason = "a line for each key")]
 fn write_training(training: &TrainingSettings, texts: &mut Texts) {
     let TrainingSettings {
         output_dir,
@@ -314,6 +334,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         warmup,
         optimizer: OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon },
         max_grad_norm,
+        neftune_noise_alpha,
         logging_strategy,
         logging_first_step,
         eval_strategy,
@@ -374,6 +395,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("adam_beta2", float(*adam_beta2)),
         ("adam_epsilon", float(*adam_epsilon)),
         ("max_grad_norm", float(*max_grad_norm)),
+        ("neftune_noise_alpha", optional_float(*neftune_noise_alpha)),
         ("logging_strategy", log_word.into()),
         ("logging_steps", log_steps),
         ("logging_first_step", logging_first_step.to_string()),
@@ -445,6 +467,18 @@ fn write_vespo(vespo: &VespoSettings, texts: &mut Texts) {
         ("vespo_lambda_pos", float(*lambda_pos)),
         ("vespo_k_neg", float(*k_neg)),
         ("vespo_lambda_neg", float(*lambda_neg)),
+    ]);
+}
+
+fn write_adaptive_entropy(adaptive: Option<&AdaptiveEntropy>, texts: &mut Texts) {
+    let off = AdaptiveEntropy { coef_min: 0.0, coef_max: 1.0, coef_delta: 0.005, target: 0.2 };
+    let AdaptiveEntropy { coef_min, coef_max, coef_delta, target } = adaptive.unwrap_or(&off);
+    texts.extend([
+        ("use_adaptive_entropy", adaptive.is_some().to_string()),
+        ("entropy_coef_min", float(*coef_min)),
+        ("entropy_coef_max", float(*coef_max)),
+        ("entropy_coef_delta", float(*coef_delta)),
+        ("entropy_target", float(*target)),
     ]);
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Follows TRL's `SFTTrainer._prepare_dataset` (trl 1.16): the end-of-sequence token is appended to plain text and plain
 //! completions; conversations go through the chat template; prompt and prompt + completion are tokenised each, and the
-//! completion is what follows the prompt's tokens; masks are combined; examples are cut at the end; what has nothing
-//! left to learn is dropped.
+//! completion is what follows the prompt's tokens; masks are combined; examples are cut at the end, or at the start with
+//! `truncation_mode: keep_end`; what has nothing left to learn is dropped.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ use super::rendering::{Drawn, Renderer};
 use super::rows::{Dataset, Row};
 use super::template::{ChatTemplate, Rendered, assistant_mask};
 use super::tokenizer::Tokenizer;
-use crate::config::settings::SftSettings;
+use crate::config::settings::{SftSettings, TruncationMode};
 
 /// One example: tokens, and which of them are learnt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,6 +56,8 @@ pub struct SftOptions {
     pub assistant_only_loss: bool,
     /// Cut examples after this many tokens; `None` keeps them whole (also before packing, which cuts itself).
     pub max_length: Option<usize>,
+    /// Of a longer example keep the last tokens instead of the first.
+    pub keeps_end: bool,
     /// System message for conversations that have none.
     pub system_prompt: Option<String>,
     /// Variables for the chat template; a row's own `chat_template_kwargs` come on top.
@@ -70,6 +72,7 @@ impl SftOptions {
             completion_only_loss: settings.completion_only_loss,
             assistant_only_loss: settings.assistant_only_loss,
             max_length: if packing { None } else { settings.max_length },
+            keeps_end: settings.truncation_mode == TruncationMode::KeepEnd,
             system_prompt: settings.data.system_prompt.clone(),
             chat_template_kwargs: settings.data.chat_template_kwargs.clone(),
         }
@@ -111,6 +114,11 @@ pub fn prepare_sft(
         data.findings.add(findings, || dataset.place(index));
         let limit = options.max_length.unwrap_or(usize::MAX);
         let is_cut = example.input_ids.len() > limit;
+        if options.keeps_end && is_cut {
+            let first = example.input_ids.len() - limit;
+            example.input_ids.drain(..first);
+            example.labels_mask.drain(..first);
+        }
         example.input_ids.truncate(limit);
         example.labels_mask.truncate(limit);
         if example.labels_mask.contains(&true) {
@@ -420,6 +428,16 @@ mod tests {
             [pair("abc", "c"), pair("ab<|im_end|>", "b<|im_end|>")]
         );
         assert_eq!((data.dropped, data.truncated, data.findings.notes().len()), (1, 1, 0));
+        let data = prepare(&values, &SftOptions { max_length: Some(3), keeps_end: true, ..options() }).unwrap();
+        assert_eq!(
+            data.examples.iter().map(texts).collect::<Vec<_>>(),
+            [
+                pair("cd<|im_end|>", "d<|im_end|>"),
+                pair("de<|im_end|>", "de<|im_end|>"),
+                pair("ab<|im_end|>", "b<|im_end|>")
+            ]
+        );
+        assert_eq!((data.dropped, data.truncated), (0, 2));
         let text = prepare(&values, &SftOptions { max_length: Some(1), ..options() }).unwrap_err().to_string();
         assert!(text.contains("none of the 3 rows has a token to learn within `max_length: 1` tokens"), "{text}");
     }

@@ -5,6 +5,7 @@
 //! are kept (the last block keeps everything where that costs nothing) and each block runs forward again just before its
 //! backward, which on the CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
 
+mod ends;
 mod host;
 mod interrupt;
 mod retention;
@@ -19,11 +20,12 @@ use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
 use crate::model::layer::{self, DecoderLayer, Pass, PassDropout, Retained, Retaining};
 use crate::model::params::BlockParams;
-use crate::model::{self, Embedding, Head, HeadGradient};
+use crate::model::{self, Head, HeadGradient, Question};
 use crate::ops::linear::TokenKeys;
 use crate::ops::rope::Rotation;
 use crate::ops::{buffer, head, rows};
 use crate::zero::{self, ParamStore};
+pub use ends::neftune_noise;
 use host::{Held, Host};
 use interrupt::Interrupt;
 pub use interrupt::IsInterrupted;
@@ -61,7 +63,7 @@ pub enum Speaker {
     Reference,
 }
 
-/// Dropout of a training pass; its masks depend on these and on each token's sample and position only.
+/// Dropout and noise of a training pass; they depend on these and on each token's sample and position only.
 #[derive(Clone, Copy, Debug)]
 pub struct DropoutKey {
     /// The run's seed.
@@ -98,6 +100,8 @@ pub struct Engine {
     activations: Activations,
     /// The first so many layers follow `activations`, the others keep theirs.
     recomputed_layers: usize,
+    /// Size of the noise on embeddings in training passes.
+    neftune_noise_alpha: Option<f64>,
     /// What waits in host memory, if that is not to be estimated.
     forced: Option<Parked>,
     /// Whether the run was told that little is offloaded.
@@ -158,6 +162,7 @@ impl Engine {
             types,
             activations,
             recomputed_layers: usize::MAX,
+            neftune_noise_alpha: None,
             forced: None,
             has_said_little: AtomicBool::new(false),
             host: OnceLock::new(),
@@ -181,6 +186,11 @@ impl Engine {
     /// Parks so much of a layer in passes that offload, instead of what is estimated to take the least time: to measure it.
     pub fn force_parked(&mut self, parked: Option<Parked>) {
         self.forced = parked;
+    }
+
+    /// Adds noise to the embeddings of training passes that have a key for it; `None`: none.
+    pub fn set_neftune_noise_alpha(&mut self, alpha: Option<f64>) {
+        self.neftune_noise_alpha = alpha;
     }
 
     fn host(&self) -> Result<&Host, Error> {
@@ -229,23 +239,6 @@ impl Engine {
         Ok(Rotation::on(self.device(), positions, &self.frequencies, self.rotation_scale)?)
     }
 
-    /// The start of the residual stream.
-    ///
-    /// # Errors
-    /// If a token is outside the vocabulary.
-    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor, Error> {
-        let embedding = self.embedding()?;
-        embedding.forward(tokens, self.device(), self.types.residual).map_err(in_block("embedding"))
-    }
-
-    /// The embedding block.
-    ///
-    /// # Errors
-    /// If a parameter is missing.
-    pub fn embedding(&self) -> Result<Embedding, Error> {
-        Embedding::bind(&self.store.fetch(0)).map_err(in_block("embedding"))
-    }
-
     /// Decoder layer `index`.
     ///
     /// # Errors
@@ -253,15 +246,6 @@ impl Engine {
     pub fn layer(&self, index: usize) -> Result<DecoderLayer, Error> {
         let params: Arc<BlockParams> = self.store.fetch(1 + index);
         DecoderLayer::bind(&params, index, &self.config, self.adapter.as_ref()).map_err(in_layer(index))
-    }
-
-    /// The final norm and the head.
-    ///
-    /// # Errors
-    /// If a parameter is missing.
-    pub fn head(&self) -> Result<Head, Error> {
-        let params = self.store.fetch(1 + self.config.num_hidden_layers);
-        Head::bind(&params, &self.store.fetch(0), &self.config).map_err(in_block("head"))
     }
 
     /// Log-probabilities and entropies of the batch's targets, without gradients. Logits are divided by `temperature`.
@@ -280,10 +264,8 @@ impl Engine {
             };
             let hidden = self.walk_only(batch, &pass)?;
             let picked = rows::gather(&hidden, &batch.head_rows)?;
-            let (output, _) = self
-                .head()?
-                .forward(&picked, &batch.targets, temperature, self.types.compute)
-                .map_err(in_block("head"))?;
+            let question = self.question(batch, temperature, None);
+            let (output, _) = self.head(use_adapter)?.forward(&picked, &question).map_err(in_block("head"))?;
             Ok(output)
         })
     }
@@ -303,7 +285,7 @@ impl Engine {
                 dropout: None,
             };
             let hidden = self.walk_only(batch, &pass)?;
-            self.head()?.logits(&hidden, self.types.compute).map_err(in_block("head"))
+            self.head(use_adapter)?.logits(&hidden, self.types.compute).map_err(in_block("head"))
         })
     }
 
@@ -336,13 +318,10 @@ impl Engine {
         dropout: Option<DropoutKey>,
         loss: impl FnOnce(&head::Output) -> Result<(HeadGradient, T), E>,
     ) -> Result<T, E> {
-        let compute = self.types.compute;
-        self.pass(batch, dropout, |head, picked| {
-            let (output, saved) =
-                head.forward(picked, &batch.targets, temperature, compute).map_err(in_block("head"))?;
+        self.pass(batch, temperature, dropout, |head, picked, question| {
+            let (output, saved) = head.forward(picked, question).map_err(in_block("head"))?;
             let (gradient, result) = loss(&output)?;
-            let d_picked =
-                head.backward(&gradient, &batch.targets, temperature, &output, &saved).map_err(in_block("head"))?;
+            let d_picked = head.backward(&gradient, question, &output, &saved).map_err(in_block("head"))?;
             Ok((d_picked, result))
         })
     }
@@ -360,11 +339,8 @@ impl Engine {
         gradient: &HeadGradient,
         look: impl FnOnce(&head::Output) -> Result<T, E>,
     ) -> Result<T, E> {
-        let compute = self.types.compute;
-        self.pass(batch, dropout, |head, picked| {
-            let (output, d_picked) = head
-                .forward_backward(picked, &batch.targets, temperature, gradient, compute)
-                .map_err(in_block("head"))?;
+        self.pass(batch, temperature, dropout, |head, picked, question| {
+            let (output, d_picked) = head.forward_backward(picked, question, gradient).map_err(in_block("head"))?;
             Ok((d_picked, look(&output)?))
         })
     }
@@ -373,13 +349,14 @@ impl Engine {
     fn pass<T, E: From<Error>>(
         &self,
         batch: &Batch,
-        dropout: Option<DropoutKey>,
-        at_head: impl FnOnce(&Head, &Tensor) -> Result<(Tensor, T), E>,
+        temperature: f64,
+        key: Option<DropoutKey>,
+        at_head: impl FnOnce(&Head, &Tensor, &Question<'_>) -> Result<(Tensor, T), E>,
     ) -> Result<T, E> {
         let rotation = self.rotation(&batch.positions)?;
         let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
         let token_keys = TokenKeys::from(batch.token_keys.as_slice());
-        let dropout = dropout.filter(|_| probability > 0.0).map(|DropoutKey { seed, step }| PassDropout {
+        let dropout = key.filter(|_| probability > 0.0).map(|DropoutKey { seed, step }| PassDropout {
             probability,
             key: crate::rng::Stream::new(seed, "dropout", step, 0).bits(),
             token_keys: &token_keys,
@@ -394,16 +371,19 @@ impl Engine {
         let host = self.host()?;
         let with = self.park(batch).map_or(Retaining::Input, |parked| parked.retaining(batch.tokens.len()));
         let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
-        let hidden = self.walk(batch, |layer, index, hidden| {
+        let start = self.with_noise(self.embed(&batch.tokens, true)?, batch, key)?;
+        let hidden = self.walk(start, |layer, index, hidden| {
             let (output, left) = self.forward_keeping(layer, index, hidden, with, &pass, host)?;
             kept.push(left);
             Ok(output)
         })?;
         // The head needs the memory of what is still on its way out, and it is out by now.
         host.settle()?;
-        let head_block = self.head()?;
+        let head_block = self.head(true)?;
+        let head_dropout = dropout.and_then(|d| self.head_dropout(&head_block, batch, probability, d.key));
+        let question = self.question(batch, temperature, head_dropout.as_ref());
         let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
-        let (d_picked, result) = at_head(&head_block, &picked)?;
+        let (d_picked, result) = at_head(&head_block, &picked, &question)?;
         drop((picked, hidden));
         let mut gradient = rows::scatter_add(&d_picked, &batch.head_rows, batch.tokens.len()).map_err(Error::from)?;
         let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
@@ -438,7 +418,7 @@ impl Engine {
                 }
             };
         }
-        let embedding = self.embedding()?;
+        let embedding = self.embedding(true)?;
         if embedding.is_trained() {
             embedding.backward(&gradient, &batch.tokens).map_err(in_block("embedding"))?;
         }
@@ -477,13 +457,12 @@ impl Engine {
         Ok((output, Kept::Retained(Box::new(kept))))
     }
 
-    /// The hidden states after the last layer; `forward` runs a layer and keeps what it wants of it.
+    /// The hidden states after the last layer, from the embeddings; `forward` runs a layer and keeps what it wants of it.
     fn walk(
         &self,
-        batch: &Batch,
+        mut hidden: Tensor,
         mut forward: impl FnMut(&DecoderLayer, usize, &Tensor) -> Result<Tensor, Error>,
     ) -> Result<Tensor, Error> {
-        let mut hidden = self.embed(&batch.tokens)?;
         for index in 0..self.config.num_hidden_layers {
             self.interrupt.check()?;
             hidden = forward(&self.layer(index)?, index, &hidden)?;
@@ -494,7 +473,7 @@ impl Engine {
 
     /// [`Self::walk`] that keeps nothing.
     fn walk_only(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Tensor, Error> {
-        self.walk(batch, |layer, index, hidden| {
+        self.walk(self.embed(&batch.tokens, pass.use_adapter)?, |layer, index, hidden| {
             let (output, _) = layer.forward_retaining(hidden, Retaining::Input, pass).map_err(in_layer(index))?;
             Ok(output)
         })
@@ -508,7 +487,7 @@ impl Engine {
         let rotation = self.rotation(&batch.positions)?;
         let compute = self.types.compute;
         let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter: true, compute, dropout: None };
-        let mut hidden = self.embed(&batch.tokens)?;
+        let mut hidden = self.embed(&batch.tokens, true)?;
         if !buffer::is_finite(&hidden)? {
             return Ok(Some("the token embedding".into()));
         }
@@ -525,7 +504,8 @@ impl Engine {
             hidden = output;
         }
         let picked = rows::gather(&hidden, &batch.head_rows)?;
-        let (output, _) = self.head()?.forward(&picked, &batch.targets, 1.0, compute).map_err(in_block("head"))?;
+        let question = self.question(batch, 1.0, None);
+        let (output, _) = self.head(true)?.forward(&picked, &question).map_err(in_block("head"))?;
         Ok(output.logprobs.iter().any(|p| !p.is_finite()).then(|| "the head's log-probabilities".into()))
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Error;
 use super::params::BlockParams;
+use super::peft::factor_names;
 use crate::ops::Param;
 use crate::ops::linear::{Adapter, Linear};
 
@@ -27,15 +28,20 @@ pub(super) fn bind_linear(
         let name = format!("{module}.{name}");
         params.get(&name).is_some().then(|| params.dense(&name)).transpose()
     };
-    let adapter = match settings.and_then(|s| s.scaling.get(module)) {
-        None => None,
-        Some(&scaling) => Some(Adapter {
-            a: params.dense(&format!("{module}.lora_A.weight"))?,
-            b: params.dense(&format!("{module}.lora_B.weight"))?,
-            scaling: scaling as f32,
-            magnitude: optional("lora_magnitude_vector")?,
-        }),
-    };
+    let adapter = bind_adapter(params, module, settings)?;
     let bias: Option<Param> = optional("bias")?;
     Ok(Linear { weight: slot.weight.clone(), weight_grad: slot.grad.clone(), bias, adapter })
+}
+
+/// The adapter of `module`, if it has one.
+pub(super) fn bind_adapter(
+    params: &BlockParams,
+    module: &str,
+    settings: Option<&AdapterSettings>,
+) -> Result<Option<Adapter>, Error> {
+    let Some(&scaling) = settings.and_then(|s| s.scaling.get(module)) else { return Ok(None) };
+    let [a, b] = factor_names(module);
+    let magnitude = format!("{module}.lora_magnitude_vector");
+    let magnitude = params.get(&magnitude).is_some().then(|| params.dense(&magnitude)).transpose()?;
+    Ok(Some(Adapter { a: params.dense(&a)?, b: params.dense(&b)?, scaling: scaling as f32, magnitude }))
 }

@@ -25,6 +25,20 @@ pub struct Batch {
     pub head_rows: Vec<u32>,
     /// The token each of them predicts: `[R]`.
     pub targets: Vec<u32>,
+    /// Whether the head is also asked for the mean over the vocabulary of the log-probabilities.
+    pub wants_means: bool,
+}
+
+impl Batch {
+    /// How many tokens the sequence of each token has, up to its own segment's end: `[N]`.
+    pub fn sequence_lengths(&self) -> Vec<usize> {
+        let mut lengths = Vec::with_capacity(self.tokens.len());
+        for segment in self.layout.segments() {
+            let length = segment.prefix.as_ref().map_or(0, Range::len) + segment.tokens.len();
+            lengths.resize(lengths.len() + segment.tokens.len(), length);
+        }
+        lengths
+    }
 }
 
 /// Puts a [`Batch`] together.
@@ -75,6 +89,11 @@ impl BatchBuilder {
             let target = self.batch.tokens[row + 1];
             self.predict(row, target);
         }
+    }
+
+    /// Asks for the mean over the vocabulary of the log-probabilities in each row that predicts.
+    pub fn want_means(&mut self) {
+        self.batch.wants_means = true;
     }
 
     /// Tokens so far.

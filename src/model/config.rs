@@ -21,6 +21,8 @@ pub use rope::{RopeScaling, RopeSettings, Yarn};
 const LARGEST_SIZE: usize = 1 << 28;
 /// The largest number of decoder layers that is believed.
 const MOST_LAYERS: usize = 1 << 12;
+/// The largest number of weights that is believed.
+const MOST_PARAMETERS: f64 = 1e12;
 
 /// The families of models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,6 +182,21 @@ impl ModelConfig {
         self.tensors().iter().map(|t| t.shape.iter().product::<usize>()).sum()
     }
 
+    /// About as many weights, for sizes that nobody has checked yet.
+    fn estimated_parameters(&self) -> f64 {
+        let [hidden, intermediate, vocabulary, layers, heads, kv_heads, head_dim] = [
+            self.hidden_size,
+            self.intermediate_size,
+            self.vocab_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        ]
+        .map(|size| size as f64);
+        2.0 * vocabulary * hidden + layers * hidden * (3.0 * intermediate + 2.0 * head_dim * (heads + kv_heads))
+    }
+
     /// The rotary frequencies of this model and the factor of cos and sin; see [`RopeSettings::inv_freq`].
     ///
     /// # Shapes
@@ -216,6 +233,11 @@ impl ModelConfig {
         }
         if self.num_hidden_layers == 0 || self.num_hidden_layers > MOST_LAYERS {
             return refuse("num_hidden_layers", self.num_hidden_layers.to_string(), "a number from 1 to 4096");
+        }
+        let weights = self.estimated_parameters();
+        if weights > MOST_PARAMETERS {
+            let found = format!("{}, which makes {weights:.1e} weights in all", self.hidden_size);
+            return refuse("hidden_size", found, "sizes of at most 1e12 weights together");
         }
         if self.num_attention_heads * self.head_dim > LARGEST_SIZE {
             let found = format!("{} of width {}", self.num_attention_heads, self.head_dim);

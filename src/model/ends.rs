@@ -3,8 +3,11 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::Error;
+use super::adapter::{AdapterSettings, bind_adapter};
 use super::config::ModelConfig;
 use super::params::{BlockParams, Slot};
+use super::peft::{EMBED_TOKENS, LM_HEAD as HEAD_MODULE};
+use crate::ops::linear::{Adapter, Dropout};
 use crate::ops::{Param, embedding, head, rms_norm};
 
 /// Name of the token embedding.
@@ -18,15 +21,16 @@ pub const FINAL_NORM: &str = "model.norm.weight";
 #[derive(Clone, Debug)]
 pub struct Embedding {
     table: Slot,
+    adapter: Option<Adapter>,
 }
 
 impl Embedding {
-    /// Binds the table.
+    /// Binds the table, and its adapter if `adapter` has one for it.
     ///
     /// # Errors
-    /// If it is missing.
-    pub fn bind(params: &BlockParams) -> Result<Self, Error> {
-        Ok(Self { table: params.slot(EMBEDDING)?.clone() })
+    /// If one is missing.
+    pub fn bind(params: &BlockParams, adapter: Option<&AdapterSettings>) -> Result<Self, Error> {
+        Ok(Self { table: params.slot(EMBEDDING)?.clone(), adapter: bind_adapter(params, EMBED_TOKENS, adapter)? })
     }
 
     /// The embeddings of `tokens` on `device`, the start of the residual stream: `[N, D]` of type `dtype` (on the CPU
@@ -35,23 +39,30 @@ impl Embedding {
     /// # Errors
     /// If a token is outside the vocabulary.
     pub fn forward(&self, tokens: &[u32], device: &Device, dtype: DType) -> Result<Tensor, Error> {
-        Ok(embedding::forward(tokens, &self.table.weight, device, dtype)?)
+        let rows = embedding::forward(tokens, &self.table.weight, device, dtype)?;
+        if let Some(adapter) = &self.adapter {
+            embedding::add_update(&rows, tokens, adapter)?;
+        }
+        Ok(rows)
     }
 
-    /// Whether the table is trained, so that [`Self::backward`] has something to do.
+    /// Whether something of it is trained, so that [`Self::backward`] has something to do.
     pub fn is_trained(&self) -> bool {
-        self.table.grad.is_some()
+        self.table.grad.is_some() || self.adapter.is_some()
     }
 
-    /// Adds the table's gradient to its bucket.
+    /// Adds the gradients of the table and of the adapter to their buckets.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn backward(&self, dy: &Tensor, tokens: &[u32]) -> Result<(), Error> {
-        match &self.table.grad {
-            Some(grad) => Ok(embedding::backward(dy, tokens, grad)?),
-            None => Ok(()),
+        if let Some(grad) = &self.table.grad {
+            embedding::backward(dy, tokens, grad)?;
         }
+        if let Some(adapter) = &self.adapter {
+            embedding::backward_update(dy, tokens, adapter)?;
+        }
+        Ok(())
     }
 }
 
@@ -60,7 +71,23 @@ impl Embedding {
 pub struct Head {
     norm: Param,
     table: Slot,
+    adapter: Option<Adapter>,
     eps: f64,
+}
+
+/// What is asked of the head.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// The token after each row: `[R]`.
+    pub targets: &'a [u32],
+    /// Divides the logits.
+    pub temperature: f64,
+    /// Type of the activations; on the CPU always f32.
+    pub compute: DType,
+    /// Whether mean log-probabilities are asked for as well.
+    pub has_means: bool,
+    /// Dropout of the adapter's input; `None` outside of training.
+    pub dropout: Option<Dropout<'a>>,
 }
 
 /// What the head keeps for backward.
@@ -69,6 +96,7 @@ pub struct SavedHead {
     input: Tensor,
     norm: rms_norm::Saved,
     normed: Tensor,
+    head: head::Saved,
 }
 
 /// How a loss depends on the head's output.
@@ -78,6 +106,8 @@ pub struct HeadGradient {
     pub d_logprobs: Vec<f32>,
     /// d loss / d entropies: `[R]`, or empty for zeros.
     pub d_entropies: Vec<f32>,
+    /// d loss / d mean log-probabilities: `[R]`, or empty for zeros.
+    pub d_mean_logprobs: Vec<f32>,
 }
 
 impl HeadGradient {
@@ -85,7 +115,7 @@ impl HeadGradient {
     #[must_use]
     pub fn scaled(mut self, factor: f64) -> Self {
         if factor != 1.0 {
-            let values = self.d_logprobs.iter_mut().chain(&mut self.d_entropies);
+            let values = self.d_logprobs.iter_mut().chain(&mut self.d_entropies).chain(&mut self.d_mean_logprobs);
             values.for_each(|v| *v = (f64::from(*v) * factor) as f32);
         }
         self
@@ -93,36 +123,49 @@ impl HeadGradient {
 }
 
 impl Head {
-    /// Binds the norm and the head, which a tied model takes from the embedding's parameters.
+    /// Binds the norm and the head, which a tied model takes from the embedding's parameters, and its adapter if `adapter` has
+    /// one for it.
     ///
     /// # Errors
     /// If one is missing.
-    pub fn bind(params: &BlockParams, embedding: &BlockParams, config: &ModelConfig) -> Result<Self, Error> {
+    pub fn bind(
+        params: &BlockParams,
+        embedding: &BlockParams,
+        config: &ModelConfig,
+        adapter: Option<&AdapterSettings>,
+    ) -> Result<Self, Error> {
         let table = match params.get(LM_HEAD) {
             Some(slot) => slot,
             None => embedding.slot(EMBEDDING)?,
         };
-        Ok(Self { norm: params.dense(FINAL_NORM)?, table: table.clone(), eps: config.rms_norm_eps })
+        let adapter = bind_adapter(params, HEAD_MODULE, adapter)?;
+        Ok(Self { norm: params.dense(FINAL_NORM)?, table: table.clone(), adapter, eps: config.rms_norm_eps })
     }
 
-    /// Log-probabilities and entropies of `targets` after the rows of `x`; activations are of type `compute`.
+    /// Whether it has an adapter, whose dropout a training pass needs.
+    pub fn has_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    fn extra<'a>(&'a self, question: &Question<'a>) -> head::Extra<'a> {
+        let adapter = self.adapter.as_ref().map(|adapter| (adapter, question.dropout));
+        head::Extra { adapter, has_means: question.has_means }
+    }
+
+    /// Log-probabilities and entropies of the targets after the rows of `x`.
     ///
     /// # Shapes
-    /// `x`: `[R, D]`; `targets`: `[R]`.
+    /// `x`: `[R, D]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        targets: &[u32],
-        temperature: f64,
-        compute: DType,
-    ) -> Result<(head::Output, SavedHead), Error> {
-        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
+    pub fn forward(&self, x: &Tensor, question: &Question<'_>) -> Result<(head::Output, SavedHead), Error> {
+        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, question.compute, 0)?;
         let normed = normed.values()?;
-        let output = head::forward(&normed, &self.table.weight, targets, temperature)?;
-        Ok((output, SavedHead { input: x.clone(), norm, normed }))
+        let Question { targets, temperature, .. } = *question;
+        let (output, head) =
+            head::forward_with(&normed, &self.table.weight, self.extra(question), targets, temperature)?;
+        Ok((output, SavedHead { input: x.clone(), norm, normed, head }))
     }
 
     /// The gradient of `x`: `[R, D]` of its type.
@@ -132,19 +175,20 @@ impl Head {
     pub fn backward(
         &self,
         gradient: &HeadGradient,
-        targets: &[u32],
-        temperature: f64,
+        question: &Question<'_>,
         output: &head::Output,
         saved: &SavedHead,
     ) -> Result<Tensor, Error> {
-        let d_normed = head::backward(
-            &gradient.d_logprobs,
-            &gradient.d_entropies,
+        let HeadGradient { d_logprobs, d_entropies, d_mean_logprobs } = gradient;
+        let d_normed = head::backward_with(
+            head::Gradient { d_logprobs, d_entropies, d_mean_logprobs },
             &saved.normed,
             &self.table.weight,
             self.table.grad.as_ref(),
-            targets,
-            temperature,
+            self.extra(question),
+            &saved.head,
+            question.targets,
+            question.temperature,
             output,
         )?;
         Ok(rms_norm::backward(&d_normed, &saved.input, &self.norm, &saved.norm)?)
@@ -154,27 +198,30 @@ impl Head {
     /// gradient of `x`.
     ///
     /// # Shapes
-    /// `x`: `[R, D]`; `targets`: `[R]`; returns `[R, D]` of the type of `x`.
+    /// `x`: `[R, D]`; returns `[R, D]` of the type of `x`.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn forward_backward(
         &self,
         x: &Tensor,
-        targets: &[u32],
-        temperature: f64,
+        question: &Question<'_>,
         gradient: &HeadGradient,
-        compute: DType,
     ) -> Result<(head::Output, Tensor), Error> {
-        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
+        if !self.extra(question).is_none() {
+            let (output, saved) = self.forward(x, question)?;
+            let d_x = self.backward(gradient, question, &output, &saved)?;
+            return Ok((output, d_x));
+        }
+        let (normed, norm) = rms_norm::forward_wide(x, &self.norm, self.eps, question.compute, 0)?;
         let (output, d_normed) = head::forward_backward(
             &gradient.d_logprobs,
             &gradient.d_entropies,
             &normed.values()?,
             &self.table.weight,
             self.table.grad.as_ref(),
-            targets,
-            temperature,
+            question.targets,
+            question.temperature,
         )?;
         Ok((output, rms_norm::backward(&d_normed, x, &self.norm, &norm)?))
     }
@@ -188,6 +235,6 @@ impl Head {
     /// If the shapes do not fit.
     pub fn logits(&self, x: &Tensor, compute: DType) -> Result<Tensor, Error> {
         let (normed, _) = rms_norm::forward_wide(x, &self.norm, self.eps, compute, 0)?;
-        Ok(head::logits(&normed.values()?, &self.table.weight)?)
+        Ok(head::logits_with(&normed.values()?, &self.table.weight, self.adapter.as_ref())?)
     }
 }

@@ -75,8 +75,10 @@ pub enum Error {
     },
     /// A weight is not there.
     #[error(
-        "`{}` has no tensor `{name}`{}; check that config.json belongs to these weights",
-        path.display(), nearest.as_ref().map(|n| format!(" (the nearest name is `{n}`)")).unwrap_or_default()
+        "`{}` has no tensor `{name}`{}{}; check that config.json belongs to these weights",
+        path.display(),
+        nearest.as_ref().map(|n| format!(" (the nearest name is `{n}`)")).unwrap_or_default(),
+        if *others == 0 { String::new() } else { format!(" and lacks {others} more") }
     )]
     MissingTensor {
         /// The model's folder or file.
@@ -85,6 +87,8 @@ pub enum Error {
         name: String,
         /// The most similar name that is there.
         nearest: Option<String>,
+        /// How many other tensors are not there.
+        others: usize,
     },
     /// A weight has another shape than the configuration says.
     #[error(
@@ -143,11 +147,47 @@ pub enum Error {
         /// Which.
         name: String,
     },
-    /// An adapter on the head.
+    /// Names or a pattern that mean no module of the model.
+    #[error("`{key}`: {found} is no module of this model; there are {there_are}")]
+    NoModule {
+        /// The key of an adapter's configuration.
+        key: &'static str,
+        /// What it says.
+        found: String,
+        /// What it could say.
+        there_are: String,
+    },
+    /// An adapter with a part that no kernel of a GPU computes.
     #[error(
-        "an adapter on `lm_head` is not supported; leave it out of `lora_target_modules`, or train without an adapter"
+        "{what} is computed on the CPU only; set `device: cpu`, take it out of the adapter, or train that module whole \
+         (`lora_modules_to_save`)"
     )]
-    HeadAdapter,
+    NeedsCpu {
+        /// What part.
+        what: &'static str,
+    },
+    /// A weight that cannot be trained as it is stored.
+    #[error(
+        "`modules_to_save` holds `{name}`, which `load_in_4bit` packs to 4 bits that cannot be trained; leave it out, put an \
+         adapter on it, or remove `load_in_4bit`"
+    )]
+    PackedModule {
+        /// Which weight.
+        name: String,
+    },
+    /// Numbers that no run can start from.
+    #[error(
+        "tensor `{name}` in `{}` holds {count} values that are not finite (NaN or infinite); the run that wrote it had \
+         diverged, take an earlier checkpoint", path.display()
+    )]
+    NotFinite {
+        /// The file that holds it.
+        path: PathBuf,
+        /// Which tensor.
+        name: String,
+        /// How many values.
+        count: usize,
+    },
     /// An operation failed.
     #[error(transparent)]
     Op(#[from] crate::ops::Error),

@@ -8,18 +8,16 @@ use rayon::prelude::*;
 
 use super::Error;
 use super::adapter::AdapterSettings;
-use super::config::{ModelConfig, TensorRole};
+use super::config::{ModelConfig, TensorRole, TensorShape};
 use super::ends::{EMBEDDING, LM_HEAD};
 use super::params::{BlockInit, Trainable};
-use super::peft::{AdapterConfig, AdapterSpec, ModuleAdapter};
+use super::peft::{AdapterConfig, AdapterSpec, ModuleAdapter, factor_names};
 use super::source::{LinearStorage, WeightSource};
 use crate::config::settings::{LoraSettings, ModelSettings};
+use crate::kernels::cpu::vector;
 use crate::ops::buffer;
 use crate::quant::{Nf4Matrix, Weight};
 use crate::rng;
-
-/// The module of the head in an adapter.
-const LM_HEAD_MODULE: &str = "lm_head";
 
 /// What the blocks are loaded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +35,7 @@ pub struct LoadedModel {
     pub config: ModelConfig,
     /// Adapters, if there are some.
     pub adapter: Option<AdapterSettings>,
-    /// The adapter as PEFT describes it, to save it again.
+    /// The adapter as PEFT describes it, to save it again with the values that the blocks have then.
     pub adapter_spec: Option<AdapterSpec>,
     /// One entry per block, in the order of the walk.
     pub blocks: Vec<BlockInit>,
@@ -49,7 +47,10 @@ impl LoadedModel {
     pub fn keep_embedding_on_host(&mut self) {
         let Some((first, rest)) = self.blocks.split_first_mut() else { return };
         let Some(table) = first.frozen.get(EMBEDDING) else { return };
-        if let Some(last) = rest.last_mut().filter(|_| self.config.tie_word_embeddings) {
+        let is_tied = |last: &BlockInit| {
+            self.config.tie_word_embeddings && !last.trainable.iter().any(|parameter| parameter.name == LM_HEAD)
+        };
+        if let Some(last) = rest.last_mut().filter(|last| is_tied(last)) {
             last.frozen.entry(LM_HEAD.into()).or_insert_with(|| table.clone());
         }
         first.stays_on_host.insert(EMBEDDING.into());
@@ -70,26 +71,50 @@ pub fn load(
 ) -> Result<LoadedModel, Error> {
     let (config, source) = WeightSource::open(path, settings.init_random.then_some(seed))?;
     let source = source.quantizing_on(device);
-    let spec = match (&settings.adapter_name_or_path, &settings.lora) {
-        (Some(folder), _) => Some(AdapterSpec::load(folder, &config)?),
+    warn_of_unused(path, &config, source.unused());
+    let mut spec = match (&settings.adapter_name_or_path, &settings.lora) {
+        (Some(folder), lora) => {
+            let mut spec = AdapterSpec::load(folder, &config)?;
+            if lora.as_ref().is_some_and(|lora| lora.dropout == 0.0) {
+                spec.config.lora_dropout = 0.0;
+            }
+            Some(spec)
+        }
         (None, Some(lora)) => {
             let described = AdapterConfig::new(lora, Some(&settings.model_name_or_path));
-            Some(AdapterSpec::init(described, &config, seed)?)
+            let idle = described.idle_targets(&config)?;
+            let mut spec = AdapterSpec::init(described, &config, seed)?;
+            if purpose == Purpose::Training {
+                copy_saved(&mut spec, &source, &config, settings.quantization.is_some())?;
+            }
+            if !idle.is_empty() {
+                tracing::warn!("`lora_target_modules`: this model has no module {}", idle.join(", "));
+            }
+            Some(spec)
         }
         (None, None) => None,
     };
     let trains_everything = purpose == Purpose::Training && spec.is_none();
     let storage = LinearStorage { quantization: settings.quantization, dtype: settings.dtype };
+    if let Some(what) = spec.as_ref().filter(|_| !device.is_cpu()).and_then(AdapterSpec::needs_cpu) {
+        return Err(Error::NeedsCpu { what });
+    }
+    let is_replaced = |name: &str| spec.as_ref().is_some_and(|spec| spec.replaces(name));
+    // The head of a tied model keeps the stored table when only the embedding is replaced.
+    let head_keeps_table = config.tie_word_embeddings && is_replaced(EMBEDDING) && !is_replaced(LM_HEAD);
     let mut blocks = vec![BlockInit::default(); config.num_hidden_layers + 2];
     for shape in config.tensors() {
         let block = &mut blocks[block_of(&shape.name, &config)];
         if trains_everything {
             block.trainable.push(Trainable {
                 values: values(&source, &shape.name)?,
-                has_decay: matches!(shape.role, TensorRole::Embedding | TensorRole::Linear | TensorRole::Head),
+                has_decay: has_decay(&shape.name),
                 name: shape.name,
                 shape: shape.shape,
             });
+            continue;
+        }
+        if is_replaced(&shape.name) && !(head_keeps_table && shape.name == EMBEDDING) {
             continue;
         }
         let weight = match (shape.role, shape.shape.as_slice()) {
@@ -99,11 +124,35 @@ pub fn load(
         };
         block.frozen.insert(shape.name, weight);
     }
+    if head_keeps_table && let Some(table) = blocks[0].frozen.remove(EMBEDDING) {
+        blocks[config.num_hidden_layers + 1].frozen.insert(LM_HEAD.into(), table);
+    }
+    if let Some(spec) = spec.as_mut().filter(|spec| spec.config.use_dora) {
+        decompose(spec, &blocks, &config)?;
+    }
     let adapter = match &spec {
         None => None,
         Some(spec) => Some(attach(spec, &config, &mut blocks, purpose)?),
     };
+    if let Some(spec) = spec.as_mut().filter(|_| purpose == Purpose::Training) {
+        // Their values are in the blocks now, and change there.
+        spec.full_replacements.clear();
+    }
     Ok(LoadedModel { config, adapter, adapter_spec: spec, blocks })
+}
+
+/// Says which stored tensors are left out, but for those that the model's form makes useless.
+fn warn_of_unused(path: &Path, config: &ModelConfig, names: &[String]) {
+    let is_meant =
+        |name: &str| (name == LM_HEAD && config.tie_word_embeddings) || name.ends_with("rotary_emb.inv_freq");
+    let unused: Vec<&str> = names.iter().map(String::as_str).filter(|name| !is_meant(name)).collect();
+    if let [first, ..] = unused.as_slice() {
+        tracing::warn!(
+            "`{}`: {} stored tensors are not used by this model (first: `{first}`); check that config.json belongs to them",
+            path.display(),
+            unused.len()
+        );
+    }
 }
 
 /// A model of the shape of a configuration, for measuring: projections of random 4-bit codes (NF4, double quantised), a fresh
@@ -168,31 +217,69 @@ fn attach(
 ) -> Result<AdapterSettings, Error> {
     let mut settings = AdapterSettings { dropout: spec.config.lora_dropout, ..AdapterSettings::default() };
     for (module, adapter) in &spec.modules {
-        if module == LM_HEAD_MODULE {
-            return Err(Error::HeadAdapter);
-        }
         let block = &mut blocks[block_of(module, config)];
         let ModuleAdapter { r, in_features, out_features, scaling, a, b, magnitude } = adapter;
         settings.scaling.insert(module.clone(), *scaling);
-        put(block, format!("{module}.lora_A.weight"), vec![*r, *in_features], a.clone(), purpose)?;
-        put(block, format!("{module}.lora_B.weight"), vec![*out_features, *r], b.clone(), purpose)?;
+        let [name_a, name_b] = factor_names(module);
+        put(block, name_a, vec![*r, *in_features], a.clone(), purpose)?;
+        put(block, name_b, vec![*out_features, *r], b.clone(), purpose)?;
         if let Some(magnitude) = magnitude {
             let name = format!("{module}.lora_magnitude_vector");
             put(block, name, vec![*out_features], magnitude.clone(), purpose)?;
-        }
-    }
-    let replaces = |name: &str| spec.full_replacements.contains_key(name);
-    if config.tie_word_embeddings && replaces(EMBEDDING) && !replaces(LM_HEAD) {
-        // The head of a tied model keeps the stored table when only the embedding is replaced.
-        if let Some(table) = blocks[0].frozen.get(EMBEDDING).cloned() {
-            blocks[config.num_hidden_layers + 1].frozen.insert(LM_HEAD.into(), table);
         }
     }
     for (name, tensor) in &spec.full_replacements {
         let values = buffer::to_vec(&tensor.to_dtype(DType::F32)?)?;
         put(&mut blocks[block_of(name, config)], name.clone(), tensor.dims().to_vec(), values, purpose)?;
     }
+    for (name, tensor) in &spec.base_replacements {
+        let weight = Weight::dense(tensor).map_err(crate::ops::Error::from)?;
+        blocks[block_of(name, config)].frozen.insert(name.clone(), weight);
+    }
     Ok(settings)
+}
+
+/// Copies of the weights that a fresh adapter trains whole.
+fn copy_saved(
+    spec: &mut AdapterSpec,
+    source: &WeightSource,
+    config: &ModelConfig,
+    is_packed: bool,
+) -> Result<(), Error> {
+    for TensorShape { name, role, .. } in spec.config.saved_whole(config)? {
+        if role == TensorRole::Linear && is_packed {
+            return Err(Error::PackedModule { name });
+        }
+        // The copy of a tied head starts as the table.
+        let stored = if name == LM_HEAD && config.tie_word_embeddings { EMBEDDING } else { &name };
+        spec.full_replacements.insert(name.clone(), source.tensor_f32(stored)?);
+    }
+    Ok(())
+}
+
+/// Gives a fresh weight-decomposed adapter its magnitudes: the norms of the rows of the base, to which B A adds nothing yet
+/// (2402.09353 eq. 5).
+fn decompose(spec: &mut AdapterSpec, blocks: &[BlockInit], config: &ModelConfig) -> Result<(), Error> {
+    const PANEL: usize = 64;
+    for (module, adapter) in spec.modules.iter_mut().filter(|(_, adapter)| adapter.magnitude.is_none()) {
+        let name = format!("{module}.weight");
+        let weight = blocks[block_of(module, config)].frozen.get(&name).ok_or(Error::MissingParameter { name })?;
+        let mut panel = vec![0.0; PANEL * weight.cols()];
+        let mut norms = Vec::with_capacity(weight.rows());
+        for start in (0..weight.rows()).step_by(PANEL) {
+            let rows = PANEL.min(weight.rows() - start);
+            let panel = &mut panel[..rows * weight.cols()];
+            weight.dequantize_rows_into(start..start + rows, panel).map_err(crate::ops::Error::from)?;
+            norms.extend(panel.chunks_exact(weight.cols()).map(|row| vector::dot(row, row).sqrt()));
+        }
+        adapter.magnitude = Some(norms);
+    }
+    Ok(())
+}
+
+/// Whether weight decay applies: not to biases and norms, as transformers' `get_decay_parameter_names` has it.
+fn has_decay(name: &str) -> bool {
+    !name.contains("norm") && name.rsplit('.').next() != Some("bias")
 }
 
 /// Adds a tensor of the adapter to its block, in the place of a frozen one of that name.
@@ -205,7 +292,10 @@ fn put(
 ) -> Result<(), Error> {
     block.frozen.remove(&name);
     match purpose {
-        Purpose::Training => block.trainable.push(Trainable { name, shape, values, has_decay: true }),
+        Purpose::Training => {
+            let has_decay = has_decay(&name);
+            block.trainable.push(Trainable { name, shape, values, has_decay });
+        }
         Purpose::Inference => {
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
             block.frozen.insert(name, Weight::Dense(tensor));

@@ -17,6 +17,6 @@ pub mod save;
 pub mod source;
 
 pub use config::ModelConfig;
-pub use ends::{EMBEDDING, Embedding, FINAL_NORM, Head, HeadGradient, LM_HEAD};
+pub use ends::{EMBEDDING, Embedding, FINAL_NORM, Head, HeadGradient, LM_HEAD, Question};
 pub use error::Error;
 pub use source::WeightSource;

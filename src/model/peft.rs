@@ -12,7 +12,6 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use crate::config::settings::Projection;
 use crate::fs;
 use crate::model::Error;
 use crate::model::config::ModelConfig;
@@ -21,8 +20,11 @@ use crate::model::source::{RawTensor, dense_to_f32, read_json, read_safetensors}
 use crate::rng::Stream;
 
 mod config;
+mod modules;
 
-pub use config::{AdapterBias, AdapterConfig, ModuleSet};
+pub use crate::config::settings::ModuleSet;
+pub use config::{AdapterBias, AdapterConfig};
+pub use modules::{EMBED_TOKENS, LM_HEAD};
 
 /// The settings of an adapter.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -39,8 +41,12 @@ pub struct AdapterSpec {
     /// Factors by module path, e.g. `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, ModuleAdapter>,
     /// Weights trained whole (`modules_to_save`, trained biases) by the base model's name, e.g. `lm_head.weight`, in the
-    /// type they are stored in. A head replaced here is its own matrix, even where the base model ties it.
+    /// type they are stored in. A head replaced here is its own matrix, even where the base model ties it. Empty for a fresh
+    /// adapter, whose copies start as the base's weights.
     pub full_replacements: BTreeMap<String, Tensor>,
+    /// Base weights that a file holds beside the adapter, which are not trained: PEFT adds the embedding and the head where one
+    /// of them is adapted or resized. They take the place of the base's.
+    pub base_replacements: BTreeMap<String, Tensor>,
 }
 
 /// The factors of one module: `y = x W^T + scaling * (x A^T) B^T` (Hu et al., 2106.09685, eq. 3).
@@ -62,47 +68,56 @@ pub struct ModuleAdapter {
     pub magnitude: Option<Vec<f32>>,
 }
 
-/// Every module that can carry a low-rank adapter, with `(out, in)`, sorted by path.
-fn modules_of(model: &ModelConfig) -> BTreeMap<String, (usize, usize)> {
-    let mut modules = BTreeMap::new();
-    for layer in 0..model.num_hidden_layers {
-        for projection in Projection::ALL {
-            modules.insert(format!("model.layers.{layer}.{}", projection.path()), model.projection_shape(projection));
-        }
-    }
-    modules.insert("lm_head".into(), (model.vocab_size, model.hidden_size));
-    modules
+/// What PEFT calls the two factors of a module. Those of an embedding, whose input is a token, have names of their own.
+pub(crate) fn factor_names(module: &str) -> [String; 2] {
+    let parts = if module == EMBED_TOKENS {
+        ["lora_embedding_A", "lora_embedding_B"]
+    } else {
+        ["lora_A.weight", "lora_B.weight"]
+    };
+    parts.map(|part| format!("{module}.{part}"))
 }
 
 impl AdapterSpec {
     /// A fresh adapter for every module that `config` targets: A uniform in `±1/sqrt(in)` (PEFT's Kaiming initialisation),
-    /// B zero, so that the model computes what it did before. Does not make `DoRA` magnitudes or replacements.
+    /// B zero, so that the model computes what it did before; an embedding's A zero and its B normal, as PEFT has it. Does not
+    /// make `DoRA` magnitudes or replacements.
     ///
     /// # Errors
-    /// If `config` targets no module of the model.
+    /// If `config` targets no module of the model, or saves one that it does not have.
     pub fn init(config: AdapterConfig, model: &ModelConfig, seed: u64) -> Result<Self, Error> {
         let mut modules = BTreeMap::new();
-        for (path, (out_features, in_features)) in modules_of(model) {
+        config.saved_whole(model)?;
+        for (path, (out_features, in_features)) in modules::adaptable(model) {
             if !config.targets(&path)? {
                 continue;
             }
+            refuse_decomposed_ends(&config, &path)?;
             let (r, scaling) = config.rank_and_scaling(&path)?;
             let bound = 1.0 / (in_features as f64).sqrt();
             let mut key = [0; 8];
             key.copy_from_slice(&blake3::hash(path.as_bytes()).as_bytes()[..8]);
             let mut stream = Stream::new(seed, "lora_a", 0, u64::from_le_bytes(key));
-            let a = (0..r * in_features).map(|_| ((2.0 * stream.uniform() - 1.0) * bound) as f32).collect();
-            let b = vec![0.0; out_features * r];
+            let (a, b) = if path == EMBED_TOKENS {
+                (vec![0.0; r * in_features], (0..out_features * r).map(|_| stream.normal() as f32).collect())
+            } else {
+                let a = (0..r * in_features).map(|_| ((2.0 * stream.uniform() - 1.0) * bound) as f32).collect();
+                (a, vec![0.0; out_features * r])
+            };
             modules.insert(path, ModuleAdapter { r, in_features, out_features, scaling, a, b, magnitude: None });
         }
         if modules.is_empty() {
-            return Err(Error::Unsupported {
-                path: CONFIG_FILE.into(),
-                found: format!("an adapter on {}", config.target_modules),
-                supported: "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head".into(),
-            });
+            let found = match config.modules_to_save.as_slice() {
+                [] => config.target_modules.to_string(),
+                saved => format!(
+                    "{} without what `modules_to_save` trains whole ({})",
+                    config.target_modules,
+                    saved.join(", ")
+                ),
+            };
+            return Err(Error::NoModule { key: "target_modules", found, there_are: modules::described(model) });
         }
-        Ok(Self { config, modules, full_replacements: BTreeMap::new() })
+        Ok(Self { config, modules, full_replacements: BTreeMap::new(), base_replacements: BTreeMap::new() })
     }
 
     /// Reads an adapter and holds it against the model it is for.
@@ -128,26 +143,79 @@ impl AdapterSpec {
         let config = AdapterConfig::from_json(&config_path, &read_json(&config_path)?)?;
         let mut reader = Reader { path: &path, tensors: read_safetensors(&path)? };
         let mut modules = BTreeMap::new();
-        for (module, shape) in modules_of(model) {
+        let is_tied = config.ensure_weight_tying && model.tie_word_embeddings;
+        for (module, shape) in modules::adaptable(model) {
             if let Some(adapter) = reader.module(&config, &module, shape)? {
                 modules.insert(module, adapter);
             }
         }
-        let full_replacements = reader.replacements(model)?;
-        for module in &config.modules_to_save {
-            let is_there = full_replacements.keys().any(|name| {
-                let path = name.rsplit_once('.').map_or(name.as_str(), |(path, _)| path);
-                path == module || path.ends_with(&format!(".{module}"))
+        let (mut full_replacements, mut base_replacements) = (BTreeMap::new(), reader.replacements(model)?);
+        let saved = config.saved_whole(model)?;
+        let is_trained = |name: &str| {
+            let module = name.strip_suffix(".bias");
+            saved.iter().any(|tensor| tensor.name == name)
+                || match config.bias {
+                    AdapterBias::None => false,
+                    AdapterBias::All => module.is_some(),
+                    AdapterBias::LoraOnly => module.is_some_and(|module| modules.contains_key(module)),
+                }
+        };
+        full_replacements.extend(base_replacements.extract_if(.., |name, _| is_trained(name)));
+        if let Some(missing) = saved.iter().find(|tensor| !full_replacements.contains_key(&tensor.name)) {
+            let others = saved.iter().filter(|tensor| !full_replacements.contains_key(&tensor.name)).count() - 1;
+            let (name, nearest) = (format!("{PREFIX}{}", missing.name), None);
+            return Err(Error::MissingTensor { path, name, nearest, others });
+        }
+        let is_end = |name: &str| [LM_HEAD, EMBED_TOKENS].contains(&name.trim_end_matches(".weight"));
+        if is_tied && (full_replacements.keys().any(|name| is_end(name)) || modules.keys().any(|name| is_end(name))) {
+            return Err(Error::Unsupported {
+                path: config_path,
+                found: "`ensure_weight_tying: true` with an adapted or saved embedding or head".into(),
+                supported: "`ensure_weight_tying: false`, with which they are two matrices".into(),
             });
-            if !is_there {
-                let name = format!("{PREFIX}…{module}.weight");
-                return Err(Error::MissingTensor { path: path.clone(), name, nearest: None });
-            }
         }
         if modules.is_empty() && full_replacements.is_empty() {
             return Err(Error::Damaged { path, reason: "it holds no adapter weights".into() });
         }
-        Ok(Self { config, modules, full_replacements })
+        Ok(Self { config, modules, full_replacements, base_replacements })
+    }
+
+    /// Whether a weight of the base model has another in its place.
+    pub fn replaces(&self, name: &str) -> bool {
+        self.full_replacements.contains_key(name) || self.base_replacements.contains_key(name)
+    }
+
+    /// Whether it trains weights of the base model whole, so that leaving the factors out does not give the base model.
+    pub fn trains_whole_weights(&self) -> bool {
+        !self.config.modules_to_save.is_empty() || self.config.bias != AdapterBias::None
+    }
+
+    /// Takes the values of a trained parameter, by its name in a block: a factor, a magnitude, or a weight trained whole.
+    ///
+    /// # Errors
+    /// If `shape` is not that of as many values.
+    pub fn set(&mut self, name: &str, shape: &[usize], values: &[f32]) -> Result<(), Error> {
+        let of = |suffixes: &[&str]| suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or_default();
+        if let Some(adapter) = self.modules.get_mut(of(&[".lora_A.weight", ".lora_embedding_A"])) {
+            adapter.a = values.to_vec();
+        } else if let Some(adapter) = self.modules.get_mut(of(&[".lora_B.weight", ".lora_embedding_B"])) {
+            adapter.b = values.to_vec();
+        } else if let Some(adapter) = self.modules.get_mut(of(&[".lora_magnitude_vector"])) {
+            adapter.magnitude = Some(values.to_vec());
+        } else {
+            let tensor = Tensor::from_slice(values, shape, &Device::Cpu).map_err(Error::tensor("saving", name))?;
+            self.full_replacements.insert(name.into(), tensor);
+        }
+        Ok(())
+    }
+
+    /// What of it only the CPU computes, if something.
+    pub fn needs_cpu(&self) -> Option<&'static str> {
+        if self.config.use_dora {
+            return Some("a weight-decomposed adapter (DoRA, `use_dora: true`)");
+        }
+        let on_head = self.modules.contains_key(LM_HEAD).then_some("an adapter on `lm_head`");
+        on_head.or_else(|| self.modules.contains_key(EMBED_TOKENS).then_some("an adapter on `embed_tokens`"))
     }
 
     /// Writes the adapter as PEFT does; each file is whole or absent. Factors are written as f32.
@@ -161,13 +229,14 @@ impl AdapterSpec {
         for (module, adapter) in &self.modules {
             let ModuleAdapter { r, in_features, out_features, a, b, magnitude, .. } = adapter;
             let name = |part: &str| format!("{PREFIX}{module}.{part}");
-            tensors.push((name("lora_A.weight"), Dtype::F32, vec![*r, *in_features], bytes(a)));
-            tensors.push((name("lora_B.weight"), Dtype::F32, vec![*out_features, *r], bytes(b)));
+            let [name_a, name_b] = factor_names(module).map(|factor| format!("{PREFIX}{factor}"));
+            tensors.push((name_a, Dtype::F32, vec![*r, *in_features], bytes(a)));
+            tensors.push((name_b, Dtype::F32, vec![*out_features, *r], bytes(b)));
             if let Some(magnitude) = magnitude {
                 tensors.push((name("lora_magnitude_vector"), Dtype::F32, vec![*out_features], bytes(magnitude)));
             }
         }
-        for (name, tensor) in &self.full_replacements {
+        for (name, tensor) in self.full_replacements.iter().chain(&self.base_replacements) {
             let dtype = match tensor.dtype() {
                 DType::BF16 => Dtype::BF16,
                 DType::F16 => Dtype::F16,
@@ -175,8 +244,8 @@ impl AdapterSpec {
             };
             let key = match name.rsplit_once('.') {
                 // PEFT keeps the base module of an adapted one under another name.
-                Some((module, "bias")) if self.modules.contains_key(module) => {
-                    format!("{PREFIX}{module}.base_layer.bias")
+                Some((module, part)) if self.modules.contains_key(module) => {
+                    format!("{PREFIX}{module}.base_layer.{part}")
                 }
                 _ => format!("{PREFIX}{name}"),
             };
@@ -197,6 +266,18 @@ impl AdapterSpec {
     }
 }
 
+/// `DoRA` is computed in the projections only.
+fn refuse_decomposed_ends(config: &AdapterConfig, module: &str) -> Result<(), Error> {
+    if config.use_dora && [LM_HEAD, EMBED_TOKENS].contains(&module) {
+        return Err(Error::Unsupported {
+            path: CONFIG_FILE.into(),
+            found: format!("DoRA (`use_dora: true`) on `{module}`"),
+            supported: "DoRA on the projections of the layers; leave it out of the target modules".into(),
+        });
+    }
+    Ok(())
+}
+
 /// The tensors of an adapter file that nobody has taken yet.
 struct Reader<'a> {
     path: &'a Path,
@@ -215,8 +296,8 @@ impl Reader<'_> {
         module: &str,
         (out_features, in_features): (usize, usize),
     ) -> Result<Option<ModuleAdapter>, Error> {
-        let key = |part: &str| format!("{PREFIX}{module}.{part}");
-        let is_stored = ["lora_A.weight", "lora_B.weight"].iter().any(|part| self.tensors.contains_key(&key(part)));
+        let [name_a, name_b] = factor_names(module).map(|factor| format!("{PREFIX}{factor}"));
+        let is_stored = [&name_a, &name_b].into_iter().any(|name| self.tensors.contains_key(name));
         match (is_stored, config.targets(module)?) {
             (false, false) => return Ok(None),
             (true, false) => {
@@ -225,10 +306,11 @@ impl Reader<'_> {
             (_, true) => {}
         }
         let (r, scaling) = config.rank_and_scaling(module)?;
-        let a = self.values(&key("lora_A.weight"), &[r, in_features])?;
-        let b = self.values(&key("lora_B.weight"), &[out_features, r])?;
+        refuse_decomposed_ends(config, module)?;
+        let a = self.values(&name_a, &[r, in_features])?;
+        let b = self.values(&name_b, &[out_features, r])?;
         let magnitude = if config.use_dora {
-            let mut name = key("lora_magnitude_vector");
+            let mut name = format!("{PREFIX}{module}.lora_magnitude_vector");
             if !self.tensors.contains_key(&name) {
                 name.push_str(".weight");
             }
@@ -244,6 +326,7 @@ impl Reader<'_> {
             path: self.path.into(),
             name: name.into(),
             nearest: None,
+            others: 0,
         })?;
         if tensor.shape != shape {
             return Err(Error::Shape {
@@ -253,7 +336,11 @@ impl Reader<'_> {
                 expected: shape.into(),
             });
         }
-        Ok(dense_to_f32(&tensor.read()?, self.dtype(name, tensor.dtype)?))
+        let values = dense_to_f32(&tensor.read()?, self.dtype(name, tensor.dtype)?);
+        match values.iter().filter(|value| !value.is_finite()).count() {
+            0 => Ok(values),
+            count => Err(Error::NotFinite { path: self.path.into(), name: name.into(), count }),
+        }
     }
 
     fn dtype(&self, name: &str, dtype: Dtype) -> Result<DType, Error> {
@@ -270,7 +357,7 @@ impl Reader<'_> {
         }
     }
 
-    /// What is left must be weights of the base model, trained whole.
+    /// What is left must be weights of the base model.
     fn replacements(&mut self, model: &ModelConfig) -> Result<BTreeMap<String, Tensor>, Error> {
         let mut shapes: BTreeMap<String, Vec<usize>> = model.tensors().into_iter().map(|t| (t.name, t.shape)).collect();
         shapes.insert("lm_head.weight".into(), vec![model.vocab_size, model.hidden_size]);

@@ -280,13 +280,8 @@ impl Linear {
                 multiply(grad, inputs, 1.0, 1.0, dy_t, Matrix::new(&x, n, inputs), Threads::All);
             })?;
         }
-        if let (Some(adapter), Some(d_low)) = (&self.adapter, &carried.d_low_rank)
-            && let Some(grad) = &adapter.a.grad
-        {
-            let dropped = dropout.map(|d| d.apply(&x, inputs));
-            let source = Matrix::new(dropped.as_deref().unwrap_or(&x), n, inputs);
-            let d_low = Matrix::new(d_low, n, adapter.a.value.dims()[0]);
-            change(OP_BACKWARD, grad, |grad| multiply(grad, inputs, 1.0, 1.0, d_low.t(), source, Threads::All))?;
+        if let (Some(adapter), Some(d_low)) = (&self.adapter, &carried.d_low_rank) {
+            adapter.backward_a(&x, (n, inputs), d_low, dropout)?;
         }
         Ok(())
     }
@@ -346,7 +341,7 @@ impl Adapter {
     }
 
     /// `drop(x) Aᵀ`: `[N, r]`.
-    fn low_rank(
+    pub(super) fn low_rank(
         &self,
         x: &[f32],
         (n, inputs): (usize, usize),
@@ -366,25 +361,47 @@ impl Adapter {
     /// Adds the adapter's share to `dx` and returns the gradient of `drop(x) Aᵀ`: `[N, r]`.
     fn backward_input(&self, dx: &Tensor, dy: &[f32], dropout: Option<Dropout<'_>>) -> Result<Vec<f32>, Error> {
         let (outputs, rank) = dims2(OP_BACKWARD, "lora_b", &self.b.value)?;
-        let (n, inputs) = dims2(OP_BACKWARD, "dx", dx)?;
+        let (n, _) = dims2(OP_BACKWARD, "dx", dx)?;
         let mut d_low_rank = vec![0.0; n * rank];
         {
             let b = view(OP_BACKWARD, &self.b.value)?;
             let (dy, b) = (Matrix::new(dy, n, outputs), Matrix::new(&b, outputs, rank));
             multiply(&mut d_low_rank, rank, 0.0, self.scaling, dy, b, Threads::All);
         }
-        let d_low = Matrix::new(&d_low_rank, n, rank);
+        self.spread(dx, &d_low_rank, dropout)?;
+        Ok(d_low_rank)
+    }
+
+    /// Adds to `dx` what it gets through the gradient of `drop(x) Aᵀ`.
+    pub(super) fn spread(&self, dx: &Tensor, d_low_rank: &[f32], dropout: Option<Dropout<'_>>) -> Result<(), Error> {
+        let (rank, inputs) = dims2(OP_BACKWARD, "lora_a", &self.a.value)?;
+        let n = d_low_rank.len() / rank.max(1);
+        let d_low = Matrix::new(d_low_rank, n, rank);
         let a = view(OP_BACKWARD, &self.a.value)?;
         let a = Matrix::new(&a, rank, inputs);
         match dropout {
-            None => change(OP_BACKWARD, dx, |dx| multiply(dx, inputs, 1.0, 1.0, d_low, a, Threads::All))?,
+            None => change(OP_BACKWARD, dx, |dx| multiply(dx, inputs, 1.0, 1.0, d_low, a, Threads::All)),
             Some(dropout) => {
                 let mut through = vec![0.0; n * inputs];
                 multiply(&mut through, inputs, 0.0, 1.0, d_low, a, Threads::All);
                 let through = dropout.apply(&through, inputs);
-                change(OP_BACKWARD, dx, |dx| vector::add_scaled(dx, 1.0, &through))?;
+                change(OP_BACKWARD, dx, |dx| vector::add_scaled(dx, 1.0, &through))
             }
         }
-        Ok(d_low_rank)
+    }
+
+    /// Adds the gradient of `A` to its bucket, from that of `drop(x) Aᵀ`.
+    pub(super) fn backward_a(
+        &self,
+        x: &[f32],
+        (n, inputs): (usize, usize),
+        d_low_rank: &[f32],
+        dropout: Option<Dropout<'_>>,
+    ) -> Result<(), Error> {
+        let Some(grad) = &self.a.grad else { return Ok(()) };
+        let dropped = dropout.map(|d| d.apply(x, inputs));
+        let source = Matrix::new(dropped.as_deref().unwrap_or(x), n, inputs);
+        let d_low = Matrix::new(d_low_rank, n, self.a.value.dims()[0]);
+        change(OP_BACKWARD, grad, |grad| multiply(grad, inputs, 1.0, 1.0, d_low.t(), source, Threads::All))
     }
 }

@@ -28,7 +28,7 @@ impl<'a> EngineModel<'a> {
     pub fn new(engine: &'a Engine, use_adapter: bool) -> Result<Self, engine::Error> {
         let layers =
             (0..engine.config().num_hidden_layers).map(|index| engine.layer(index)).collect::<Result<_, _>>()?;
-        Ok(Self { engine, layers, head: engine.head()?, use_adapter })
+        Ok(Self { engine, layers, head: engine.head(use_adapter)?, use_adapter })
     }
 }
 
@@ -67,7 +67,7 @@ impl DecodeModel for EngineModel<'_> {
         let layout = Layout::default();
         let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, compute, dropout: None };
         let cached = cache.begin_step(batch)?;
-        let mut hidden = self.engine.embed(&batch.tokens)?;
+        let mut hidden = self.engine.embed(&batch.tokens, self.use_adapter)?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.engine.check_interrupt()?;
             let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;

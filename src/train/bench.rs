@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 
 use super::Backend;
-use crate::config::settings::{LoraSettings, OptimizerSettings, Projection};
+use crate::config::settings::{LoraSettings, ModuleSet, OptimizerSettings};
 use crate::engine::{self, Activations, Engine, Parked};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
@@ -148,7 +148,15 @@ pub struct Settings {
 
 /// An adapter of rank `r` on all projections, `alpha = 2 r`, without dropout.
 pub fn lora(r: usize) -> LoraSettings {
-    LoraSettings { r, alpha: 2.0 * r as f64, dropout: 0.0, target_modules: Projection::ALL.to_vec(), use_rslora: false }
+    LoraSettings {
+        r,
+        alpha: 2.0 * r as f64,
+        dropout: 0.0,
+        target_modules: ModuleSet::AllLinear,
+        modules_to_save: vec![],
+        use_rslora: false,
+        use_dora: false,
+    }
 }
 
 /// What was measured.
@@ -262,7 +270,7 @@ impl Bench {
     fn step(&mut self, batch: &Batch, work: Work) -> anyhow::Result<()> {
         self.engine.store().zero_gradients()?;
         let count = batch.targets.len();
-        let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], d_entropies: vec![] };
+        let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], ..HeadGradient::default() };
         match work {
             // As the loops do: cross-entropy's gradient is known before the forward pass, the policy loss's is not.
             Work::Sequences { .. } => {

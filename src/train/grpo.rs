@@ -15,7 +15,8 @@ use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{
-    GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss, rollout_correction,
+    EntropyControl, GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss,
+    rollout_correction,
 };
 use crate::config;
 use crate::config::settings::{GrpoSettings, Interval};
@@ -25,6 +26,7 @@ use crate::data::{
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::HeadGradient;
 use crate::model::load::Purpose;
+use crate::model::peft::AdapterSpec;
 use crate::reward::{self, Rewards};
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
@@ -60,6 +62,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
+    session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
     let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
@@ -80,6 +83,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
+    let mut entropy = settings.adaptive_entropy.map(|_| EntropyControl::new(settings.entropy_coef));
     let sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset)?;
     let mut resumed: Option<State<GenerationBatch>> =
         checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
@@ -88,6 +92,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         state.check_place(batches.state_after(state.step), prompts.len())?;
         source.check(settings, state, session.engine.config().vocab_size)?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
+        entropy = entropy.map(|fresh| state.entropy_control.unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
     let cadence = Cadence::new(training, epoch, total);
@@ -108,6 +113,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
                 sampler: batches.state_after(run.step),
                 buffer: source.unfinished().cloned(),
                 loss_scaler: scaler.clone(),
+                entropy_control: entropy,
                 is_evaluation_due: due.evaluate && eval_prompts.is_some(),
             };
             run.save(&session, &optimizer, own)?;
@@ -122,9 +128,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         let step = run.step;
         run.begin_step();
         let generation_before = source.unfinished().cloned();
-        let scale = plan::loss_scale(scaler.as_ref());
+        let scale = Scale {
+            loss_scale: plan::loss_scale(scaler.as_ref()),
+            entropy_coef: entropy.zip(settings.adaptive_entropy).map(|(control, adaptive)| control.applied(&adaptive)),
+        };
         let loss = gradients(settings, &mut generator, &session, &prompts, &mut source, scale, &mut run);
-        let Some((loss, metrics)) = run.unless_interrupted(loss)? else {
+        let Some((loss, metrics, attended_entropy)) = run.unless_interrupted(loss)? else {
             source.generation = generation_before;
             run.abandon_step();
             due = Due::default();
@@ -141,9 +150,22 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         run.accumulator.mean("loss", loss);
         run.accumulator.mean("grad_norm", f64::from(report.grad_norm));
         run.accumulator.latest("learning_rate", lr);
+        if let (Some(control), Some(adaptive)) = (&mut entropy, &settings.adaptive_entropy) {
+            control.update(adaptive, attended_entropy);
+            run.accumulator.mean("entropy_coef", control.coef());
+        }
         metrics.values().into_iter().for_each(|(name, value)| run.accumulator.mean(&name, value));
         due = run.finish_step(&format!("loss {loss:.4}"))?;
     }
+}
+
+/// What the losses of a step are multiplied by.
+#[derive(Clone, Copy)]
+struct Scale {
+    /// Of fp16's gradients.
+    loss_scale: f64,
+    /// Weight of the entropy bonus in this step, where it follows the entropy.
+    entropy_coef: Option<f64>,
 }
 
 /// Where micro-batches come from: the prompts in their order, and the generation batch that is used up now.
@@ -219,15 +241,15 @@ fn gradients(
     session: &Session,
     prompts: &[PromptExample],
     source: &mut Source,
-    scale: f64,
+    scale: Scale,
     run: &mut Run<'_>,
-) -> anyhow::Result<(f64, Metrics)> {
+) -> anyhow::Result<(f64, Metrics, (f64, f64))> {
     let training = &settings.training;
     let (step, batches) = (run.step, source.batches);
     let place = batches.epoch().place(step);
     let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize;
     session.engine.store().zero_gradients()?;
-    let (mut loss, mut metrics) = (0.0, Metrics::default());
+    let (mut loss, mut metrics, mut attended_entropy) = (0.0, Metrics::default(), (0.0, 0.0));
     for (index, micro_step) in place.micro_steps.enumerate() {
         let slice = batches.slice(micro_step);
         if slice.micro_steps_before == 0 || source.generation.is_none() {
@@ -248,8 +270,9 @@ fn gradients(
         run.num_tokens += micro_batch.batch.tokens.len() as u64;
         loss += output.0;
         metrics.merge(&output.1);
+        attended_entropy = (attended_entropy.0 + output.2.0, attended_entropy.1 + output.2.1);
     }
-    Ok((loss, metrics))
+    Ok((loss, metrics, attended_entropy))
 }
 
 fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
@@ -282,15 +305,9 @@ fn close_length<'a>(
 
 /// Keeps a copy of the parameters where switching the adapter off does not give the reference policy.
 fn keep_reference(settings: &GrpoSettings, session: &mut Session) -> anyhow::Result<()> {
-    let replaces_weights = session.adapter_spec.as_ref().is_some_and(|spec| !spec.full_replacements.is_empty());
-    if settings.beta != 0.0 && replaces_weights {
-        bail!(
-            "`beta: {}` needs the base model beside the policy, but this adapter replaces whole weights \
-             (modules_to_save); set `beta: 0`, or use an adapter without them",
-            settings.beta
-        );
-    }
-    if settings.beta != 0.0 && (session.adapter_spec.is_none() || settings.sync_ref_model) {
+    // The start of an adapter that trains whole weights is the reference, as TRL's copy of a loaded adapter is.
+    let trains_whole_weights = session.adapter_spec.as_ref().is_none_or(AdapterSpec::trains_whole_weights);
+    if settings.beta != 0.0 && (trains_whole_weights || settings.sync_ref_model) {
         session.engine.store_mut().keep_reference()?;
     }
     Ok(())
@@ -402,8 +419,8 @@ fn policy_gradient(
     micro: &MicroBatch,
     parts: Parts,
     step: u64,
-    loss_scale: f64,
-) -> anyhow::Result<(f64, Metrics)> {
+    scale: Scale,
+) -> anyhow::Result<(f64, Metrics, (f64, f64))> {
     let training = &settings.training;
     let joined = |pick: fn(&Sampled) -> Option<&Vec<f32>>| -> Option<Vec<f32>> {
         samples.iter().map(pick).collect::<Option<Vec<_>>>().map(|rows| rows.into_iter().flatten().copied().collect())
@@ -417,7 +434,8 @@ fn policy_gradient(
         }
         _ => None,
     };
-    let loss_settings = GrpoLossSettings::from(settings);
+    let mut loss_settings = GrpoLossSettings::from(settings);
+    loss_settings.entropy_coef = scale.entropy_coef.unwrap_or(loss_settings.entropy_coef);
     let dropout = Some(DropoutKey { seed: training.seed, step });
     session.engine.forward_backward(&micro.batch, temperature(settings), dropout, |head| {
         let output = grpo_loss(
@@ -450,10 +468,13 @@ fn policy_gradient(
         if let Some(correction) = &correction {
             metrics.merge(&correction.metrics);
         }
-        let gradient =
-            HeadGradient { d_logprobs: output.d_logprobs, d_entropies: output.d_entropies.unwrap_or_default() };
-        let gradient = gradient.scaled(loss_scale);
-        Ok::<_, anyhow::Error>((gradient, (output.loss, metrics)))
+        let gradient = HeadGradient {
+            d_logprobs: output.d_logprobs,
+            d_entropies: output.d_entropies.unwrap_or_default(),
+            d_mean_logprobs: vec![],
+        };
+        let gradient = gradient.scaled(scale.loss_scale);
+        Ok::<_, anyhow::Error>((gradient, (output.loss, metrics, output.attended_entropy)))
     })
 }
 

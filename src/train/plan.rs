@@ -15,7 +15,7 @@ use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
-use crate::zero::{ShardedAdamW, StepReport};
+use crate::zero::{FlatBlock, ShardedAdamW, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
 pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
@@ -158,8 +158,16 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
         .row("parameters", units::count(config.num_parameters() as u64))
         .row("linear weights", kind);
     match &session.adapter_spec {
-        Some(AdapterSpec { config, .. }) => section
-            .push("adapter", format!("LoRA r={} alpha={} on {}", config.r, config.lora_alpha, config.target_modules)),
+        Some(AdapterSpec { config, .. }) => {
+            let kind = if config.use_dora { "DoRA" } else { "LoRA" };
+            section.push(
+                "adapter",
+                format!("{kind} r={} alpha={} on {}", config.r, config.lora_alpha, config.target_modules),
+            );
+            if !config.modules_to_save.is_empty() {
+                section.push("trained whole", whole_modules(session, &config.modules_to_save));
+            }
+        }
         None => section.push("adapter", "none: all weights are trained"),
     }
     if let Some(note) = &session.end_of_turn {
@@ -167,6 +175,14 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
     }
     let share = 100.0 * trained as f64 / config.num_parameters() as f64;
     section.row("trained", format!("{} ({share:.2}%)", units::count(trained as u64)))
+}
+
+/// What is trained whole beside an adapter: `names` of modules, and how many weights that makes.
+fn whole_modules(session: &Session, names: &[String]) -> String {
+    let entries = session.engine.store().flats().flat_map(FlatBlock::entries);
+    let whole: Vec<usize> = entries.filter(|e| !e.name.contains(".lora_")).map(|e| e.range.len()).collect();
+    let values = units::count(whole.iter().sum::<usize>() as u64);
+    format!("{}: {} tensors, {values} weights", names.join(", "), whole.len())
 }
 
 /// The data and its token counts.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 
 use super::session::Session;
 use crate::model::params::Slot;
@@ -35,18 +35,7 @@ fn write_adapter(folder: &Path, session: &Session) -> anyhow::Result<()> {
     for flat in session.engine.store().flats() {
         let values = buffer::to_vec(flat.values())?;
         for entry in flat.entries() {
-            let own = &values[entry.range.clone()];
-            let module = |part: &str| entry.name.strip_suffix(part).map(str::to_string);
-            if let Some(adapter) = module(".lora_A.weight").and_then(|m| spec.modules.get_mut(&m)) {
-                adapter.a = own.to_vec();
-            } else if let Some(adapter) = module(".lora_B.weight").and_then(|m| spec.modules.get_mut(&m)) {
-                adapter.b = own.to_vec();
-            } else if let Some(adapter) = module(".lora_magnitude_vector").and_then(|m| spec.modules.get_mut(&m)) {
-                adapter.magnitude = Some(own.to_vec());
-            } else {
-                let tensor = Tensor::from_slice(own, entry.shape.as_slice(), &Device::Cpu)?;
-                spec.full_replacements.insert(entry.name.clone(), tensor);
-            }
+            spec.set(&entry.name, &entry.shape, &values[entry.range.clone()])?;
         }
     }
     Ok(spec.save(folder)?)

@@ -74,12 +74,6 @@ pub fn open(
     let started = Instant::now();
     let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
     if !backend.device.is_cpu() {
-        if loaded.adapter_spec.as_ref().is_some_and(|spec| spec.config.use_dora) {
-            bail!(
-                "the adapter is weight-decomposed (DoRA, `use_dora: true`), which only the CPU computes; set `device: cpu`, or \
-                 use a plain LoRA adapter"
-            );
-        }
         loaded.keep_embedding_on_host();
     }
     let LoadedModel { config, adapter, adapter_spec, blocks } = loaded;
@@ -95,6 +89,13 @@ pub fn open(
         );
     }
     if let (Some(folder), Some(lora), Some(spec)) = (&settings.adapter_name_or_path, &settings.lora, &adapter_spec) {
+        let mut kept: Vec<String> = lora.modules_to_save.clone();
+        kept.retain(|name| !spec.config.modules_to_save.contains(name));
+        if !kept.is_empty() || (lora.use_dora && !spec.config.use_dora) {
+            let kept =
+                if kept.is_empty() { "use_dora".into() } else { format!("lora_modules_to_save: {}", kept.join(", ")) };
+            tracing::warn!("the adapter in `{}` is as it was made; `{kept}` has no effect on it", folder.display());
+        }
         let stored = (spec.config.r, spec.config.lora_alpha);
         if stored != (lora.r, lora.alpha) {
             tracing::warn!(

@@ -47,6 +47,12 @@ struct Split {
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
+    if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
+        bail!(
+            "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
+            settings.label_smoothing_factor
+        );
+    }
     backend.tune(!training.full_determinism)?;
     let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
@@ -61,6 +67,8 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
+    session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
+    let smoothing = settings.label_smoothing_factor;
     let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
@@ -105,6 +113,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
                 sampler: batches.state_after(run.step),
                 buffer: None,
                 loss_scaler: scaler.clone(),
+                entropy_control: None,
                 is_evaluation_due: due.evaluate && eval.is_some(),
             };
             run.save(&session, &optimizer, own)?;
@@ -120,7 +129,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         run.begin_step();
         let place = epoch.place(step);
         let micro_batches: Vec<Batch> = (place.micro_steps)
-            .map(|micro_step| train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, 0))))
+            .map(|micro_step| train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, 0)), smoothing > 0.0))
             .collect::<anyhow::Result<_>>()?;
         let loss = gradients(settings, &session, &micro_batches, plan::loss_scale(scaler.as_ref()), &mut run);
         due = match run.unless_interrupted(loss)? {
@@ -173,19 +182,25 @@ fn gradients(
         let look = |head: &head::Output| {
             let inputs = SftInputs {
                 logprobs: &head.logprobs,
+                mean_logprobs: Some(&head.mean_logprobs),
                 mask: None,
                 entropies: Some(&head.entropies),
                 is_correct: Some(&head.is_argmax),
                 num_items_in_batch: num_targets,
                 num_processes: 1,
             };
-            let output = sft_loss(&inputs, settings.loss_type)?;
+            let output = sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?;
             plan::check_loss(output.loss, step + 1, session, batch, &training.output_dir)?;
-            let gradient = HeadGradient { d_logprobs: output.d_logprobs, d_entropies: vec![] }.scaled(scale);
+            let gradient = HeadGradient {
+                d_logprobs: output.d_logprobs,
+                d_entropies: vec![],
+                d_mean_logprobs: output.d_mean_logprobs,
+            };
+            let gradient = gradient.scaled(scale);
             Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
         };
         let engine = &session.engine;
-        let output = match known_gradient(settings.loss_type, batch, num_targets) {
+        let output = match known_gradient(settings, batch, num_targets) {
             Some(gradient) => {
                 let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
                 engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
@@ -200,10 +215,14 @@ fn gradients(
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
 /// depends on the output.
-fn known_gradient(loss_type: SftLossType, batch: &Batch, num_targets: usize) -> Option<HeadGradient> {
-    let is_known = loss_type != SftLossType::Dft;
-    let each = (-1.0 / num_targets as f64) as f32;
-    is_known.then(|| HeadGradient { d_logprobs: vec![each; batch.targets.len()], d_entropies: vec![] })
+fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> Option<HeadGradient> {
+    let (smoothing, count) = (settings.label_smoothing_factor, batch.targets.len());
+    let each = |weight: f64| (-weight / num_targets as f64) as f32;
+    (settings.loss_type != SftLossType::Dft).then(|| HeadGradient {
+        d_logprobs: vec![each(1.0 - smoothing); count],
+        d_entropies: vec![],
+        d_mean_logprobs: if smoothing > 0.0 { vec![each(smoothing); count] } else { vec![] },
+    })
 }
 
 fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
@@ -242,10 +261,13 @@ fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> an
 
 impl Split {
     /// The bins `indices` as one ragged batch with a target for every learnt token.
-    fn batch(&self, indices: &[usize]) -> anyhow::Result<Batch> {
+    fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
         let collated = data::collate(&self.data.examples, indices.iter().map(|&i| &self.bins[i]));
         let targets = collated.targets();
         let mut builder = BatchBuilder::new();
+        if wants_means {
+            builder.want_means();
+        }
         for (sequence, ends) in collated.cu_seqlens.windows(2).enumerate() {
             let range = ends[0] as usize..ends[1] as usize;
             // A bin's index is the same in every epoch and on every rank; its sequences follow one another.
@@ -278,7 +300,7 @@ fn evaluate(
     let (mut sum, mut count, mut tokens) = (0.0, 0usize, 0);
     let indices: Vec<usize> = (0..eval.bins.len()).collect();
     for chunk in indices.chunks(settings.training.per_device_eval_batch_size) {
-        let batch = eval.batch(chunk)?;
+        let batch = eval.batch(chunk, settings.label_smoothing_factor > 0.0)?;
         tokens += batch.tokens.len() as u64;
         bar.set(chunk.last().map_or(0, |&last| last as u64 + 1), tokens);
         if batch.targets.is_empty() {
@@ -287,13 +309,14 @@ fn evaluate(
         let head = session.engine.logprobs(&batch, Speaker::Policy, 1.0)?;
         let inputs = SftInputs {
             logprobs: &head.logprobs,
+            mean_logprobs: Some(&head.mean_logprobs),
             mask: None,
             entropies: Some(&head.entropies),
             is_correct: Some(&head.is_argmax),
             num_items_in_batch: 1,
             num_processes: 1,
         };
-        let output = sft_loss(&inputs, settings.loss_type)?;
+        let output = sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?;
         sum += output.loss;
         count += batch.targets.len();
         metrics.merge(&output.metrics);

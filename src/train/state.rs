@@ -13,6 +13,7 @@ use super::inputs::Inputs;
 use super::output_dir::OutputDir;
 use super::save;
 use super::session::Session;
+use crate::algo::EntropyControl;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::{Resume, TrainingSettings};
 use crate::data::{SamplerState, Splits};
@@ -55,6 +56,9 @@ pub(super) struct State<B> {
     /// The loss scaler of an fp16 run.
     #[serde(default)]
     pub(super) loss_scaler: Option<LossScaler>,
+    /// The weight of an entropy bonus that follows the entropy (GRPO).
+    #[serde(default)]
+    pub(super) entropy_control: Option<EntropyControl>,
     /// Metrics recorded since the last logged row.
     pub(super) accumulator: Accumulator,
     /// What the evaluations so far came to.
@@ -85,6 +89,8 @@ pub(super) struct LoopState<B> {
     pub(super) buffer: Option<B>,
     /// The loss scaler of an fp16 run.
     pub(super) loss_scaler: Option<LossScaler>,
+    /// The weight of an entropy bonus that follows the entropy (GRPO).
+    pub(super) entropy_control: Option<EntropyControl>,
     /// Whether an evaluation is still to be made.
     pub(super) is_evaluation_due: bool,
 }
@@ -286,6 +292,7 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         num_tokens: run.num_tokens,
         buffer: own.buffer.filter(|_| !settings.save_only_model),
         loss_scaler: own.loss_scaler,
+        entropy_control: own.entropy_control,
         accumulator: run.accumulator.clone(),
         best: run.best,
         inputs: Some(run.inputs.clone()),

@@ -41,7 +41,8 @@ fn batch() -> Batch {
 /// Gradients of the mean log-probability, by block; once with the gradient known before and once without.
 pub(crate) fn gradients(engine: &Engine, batch: &Batch, scale: f64) -> [Vec<Vec<f32>>; 2] {
     let count = batch.targets.len();
-    let gradient = || HeadGradient { d_logprobs: vec![1.0 / count as f32; count], d_entropies: vec![] }.scaled(scale);
+    let gradient =
+        || HeadGradient { d_logprobs: vec![1.0 / count as f32; count], ..HeadGradient::default() }.scaled(scale);
     let dropout = Some(DropoutKey { seed: 9, step: 2 });
     let read = || -> Vec<Vec<f32>> {
         let unscaled = |grads: Vec<f32>| grads.into_iter().map(|g| (f64::from(g) / scale) as f32).collect();

@@ -1,7 +1,9 @@
 //! A tiny model of random weights, the same on every device.
 
 use candle_core::Device;
-use trainer::config::settings::{LoraSettings, ModelSettings, Projection, QuantType, Quantization, WeightDtype};
+use trainer::config::settings::{
+    LoraSettings, ModelSettings, ModuleSet, Projection, QuantType, Quantization, WeightDtype,
+};
 use trainer::engine::{Activations, Engine, Types};
 use trainer::model::load::{Purpose, load};
 use trainer::ops::buffer;
@@ -47,8 +49,10 @@ impl Tiny {
             r: 8,
             alpha: 16.0,
             dropout: self.dropout,
-            target_modules: self.adapters.to_vec(),
+            target_modules: ModuleSet::Names(self.adapters.iter().map(|p| p.name().into()).collect()),
+            modules_to_save: vec![],
             use_rslora: false,
+            use_dora: false,
         };
         let has_adapter = !self.adapters.is_empty();
         let quantization = Quantization { quant_type: QuantType::Nf4, double_quant: true };

@@ -117,6 +117,7 @@ impl Params<'_> {
             delta: self.optional("delta")?,
             top_entropy_quantile: self.number("top_entropy_quantile")?,
             entropy_coef: self.number("entropy_coef")?,
+            is_entropy_adaptive: false,
             off_policy_mask_threshold: self.optional("off_policy_mask_threshold")?,
             sapo_temperature_neg: self.number("sapo_temperature_neg")?,
             sapo_temperature_pos: self.number("sapo_temperature_pos")?,

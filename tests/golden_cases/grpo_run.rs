@@ -60,6 +60,7 @@ impl Config {
                 delta: None,
                 top_entropy_quantile: 1.0,
                 entropy_coef: 0.0,
+                is_entropy_adaptive: false,
                 off_policy_mask_threshold: None,
                 sapo_temperature_neg: 1.05,
                 sapo_temperature_pos: 1.0,
@@ -195,7 +196,7 @@ fn micro_batch(engine: &Engine, io: &Tensors, micro: usize, config: &Config) -> 
         };
         let output = grpo_loss(&inputs, &config.loss)?;
         let error = max_difference(&head.logprobs, &expected);
-        let gradient = HeadGradient { d_logprobs: output.d_logprobs.clone(), d_entropies: vec![] };
+        let gradient = HeadGradient { d_logprobs: output.d_logprobs.clone(), ..HeadGradient::default() };
         Ok::<_, anyhow::Error>((gradient, (error, output)))
     })
 }

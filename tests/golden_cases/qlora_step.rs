@@ -67,7 +67,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
                 let taken = output.logprobs.iter().zip(&is_target).filter(|(_, t)| **t);
                 let loss: f64 = taken.map(|(l, _)| -f64::from(*l)).sum();
                 let d_logprobs = is_target.iter().map(|&t| if t { share as f32 } else { 0.0 }).collect();
-                Ok::<_, engine::Error>((HeadGradient { d_logprobs, d_entropies: vec![] }, loss / tokens))
+                Ok::<_, engine::Error>((HeadGradient { d_logprobs, ..HeadGradient::default() }, loss / tokens))
             })?;
             let error = (loss - expected_loss.as_f64().context("loss")?).abs();
             report.check(&format!("{label} step {step} loss"), error, LOSS * (1.0 + step as f64));

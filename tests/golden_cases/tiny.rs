@@ -57,7 +57,7 @@ fn check_model(model: &Path, case: &str, report: &mut Report) -> anyhow::Result<
             let loss: f64 =
                 output.logprobs.iter().zip(&is_target).filter(|(_, t)| **t).map(|(l, _)| -f64::from(*l)).sum();
             let d_logprobs = is_target.iter().map(|&t| if t { (-1.0 / count) as f32 } else { 0.0 }).collect();
-            let gradient = HeadGradient { d_logprobs, d_entropies: vec![] };
+            let gradient = HeadGradient { d_logprobs, ..HeadGradient::default() };
             Ok::<_, engine::Error>((gradient, (loss / count, output.logprobs.clone())))
         })?;
         let wanted: Vec<f32> = target_places.iter().map(|&(r, c)| expected_logps[r][c - 1]).collect();

@@ -36,6 +36,7 @@ impl ModelConfig {
             path: path.into(),
             name: "token_embd.weight".into(),
             nearest: None,
+            others: 0,
         })?;
         let hidden_size = keys.size("embedding_length")?;
         let num_attention_heads = keys.size("attention.head_count")?;

@@ -6,9 +6,13 @@ use std::path::Path;
 use fancy_regex::Regex;
 use serde_json::{Map, Value, json};
 
-use crate::config::settings::LoraSettings;
+use super::modules::{EMBED_TOKENS, LM_HEAD};
+use crate::config::settings::{LoraSettings, ModuleSet};
 use crate::model::Error;
 use crate::model::fields::Fields;
+
+/// The largest rank that is believed; larger ones come from damaged files.
+const LARGEST_RANK: u64 = 1 << 14;
 
 /// The settings of a low-rank adapter, under PEFT's names.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,8 +29,10 @@ pub struct AdapterConfig {
     pub target_modules: ModuleSet,
     /// Modules without one although they are targeted.
     pub exclude_modules: Option<ModuleSet>,
-    /// Only these layers; `None`: all.
+    /// Of modules that are targeted by the end of their path, only those in these layers; `None`: all.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// What stands before a layer's number in a path, as regular expressions; empty: anything.
+    pub layers_pattern: Vec<String>,
     /// Ranks of modules whose path ends with a pattern; the first that matches counts.
     pub rank_pattern: Vec<(String, usize)>,
     /// Scale numerators of modules whose path ends with a pattern; the first that matches counts.
@@ -35,21 +41,12 @@ pub struct AdapterConfig {
     pub use_rslora: bool,
     /// Magnitudes beside the factors (Liu et al., 2402.09353).
     pub use_dora: bool,
-    /// Modules trained whole.
+    /// Modules trained whole; they have no adapter, whatever is targeted.
     pub modules_to_save: Vec<String>,
+    /// Whether the embedding and a tied head stay one matrix where they are adapted or trained whole.
+    pub ensure_weight_tying: bool,
     /// Which biases were trained.
     pub bias: AdapterBias,
-}
-
-/// A set of modules, as PEFT describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ModuleSet {
-    /// Modules with one of these names, or whose path ends with `.` and one of them.
-    Names(Vec<String>),
-    /// Modules whose whole path matches this regular expression.
-    Pattern(String),
-    /// Every linear module but the head.
-    AllLinear,
 }
 
 /// Which biases an adapter trains.
@@ -73,33 +70,40 @@ impl fmt::Display for ModuleSet {
     }
 }
 
-impl ModuleSet {
-    fn holds(&self, module: &str) -> Result<bool, Error> {
-        match self {
-            Self::Names(names) => Ok(names.iter().any(|name| {
-                module.strip_suffix(name.as_str()).is_some_and(|before| before.is_empty() || before.ends_with('.'))
-            })),
-            Self::Pattern(pattern) => matches(&format!("^(?:{pattern})$"), module),
-            Self::AllLinear => Ok(module != "lm_head"),
-        }
+/// Whether a name is a module's path or its end.
+fn is_named(module: &str, name: &str) -> bool {
+    module.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+/// Whether a set of modules has this one.
+fn holds(set: &ModuleSet, module: &str) -> Result<bool, Error> {
+    match set {
+        ModuleSet::Names(names) => Ok(names.iter().any(|name| is_named(module, name))),
+        ModuleSet::Pattern(pattern) => matches(&format!("^(?:{pattern})$"), module),
+        ModuleSet::AllLinear => Ok(module != LM_HEAD && module != EMBED_TOKENS),
     }
 }
 
 /// Whether a regular expression out of an adapter's configuration matches.
 fn matches(pattern: &str, module: &str) -> Result<bool, Error> {
-    let wrong = |error: fancy_regex::Error| Error::Key {
+    let regex = Regex::new(pattern).map_err(|error| bad_pattern(pattern, &error))?;
+    regex.is_match(module).map_err(|error| bad_pattern(pattern, &error))
+}
+
+fn bad_pattern(pattern: &str, error: &fancy_regex::Error) -> Error {
+    Error::Key {
         path: super::CONFIG_FILE.into(),
-        key: "target_modules, exclude_modules, rank_pattern or alpha_pattern".into(),
+        key: "a pattern of target_modules, exclude_modules, layers_pattern, rank_pattern or alpha_pattern".into(),
         found: format!("`{pattern}` ({error})"),
         expected: "a regular expression".into(),
-    };
-    Regex::new(pattern).map_err(wrong)?.is_match(module).map_err(wrong)
+    }
 }
 
 /// The value of the first pattern that matches the end of a module's path, as PEFT's `get_pattern_key` finds it.
 fn first_match<T: Copy>(patterns: &[(String, T)], module: &str) -> Result<Option<T>, Error> {
     for (pattern, value) in patterns {
-        if matches(&format!(r"^(?:.*\.)?(?:{pattern})$"), module)? {
+        // Groups as there, so that a reference to one means the same.
+        if matches(&format!(r"^(.*\.)?({pattern})$"), module)? {
             return Ok(Some(*value));
         }
     }
@@ -114,37 +118,69 @@ impl AdapterConfig {
             r: lora.r,
             lora_alpha: lora.alpha,
             lora_dropout: lora.dropout,
-            target_modules: ModuleSet::Names(lora.target_modules.iter().map(|p| p.name().into()).collect()),
+            target_modules: lora.target_modules.clone(),
             exclude_modules: None,
             layers_to_transform: None,
+            layers_pattern: vec![],
             rank_pattern: vec![],
             alpha_pattern: vec![],
             use_rslora: lora.use_rslora,
-            use_dora: false,
-            modules_to_save: vec![],
+            use_dora: lora.use_dora,
+            modules_to_save: lora.modules_to_save.clone(),
+            ensure_weight_tying: false,
             bias: AdapterBias::None,
         }
     }
 
-    /// Whether a module has an adapter.
+    /// Whether a module has an adapter, by the rules of PEFT's `check_target_module_exists`.
     ///
     /// # Errors
     /// If a pattern is no regular expression.
     pub fn targets(&self, module: &str) -> Result<bool, Error> {
-        if let Some(excluded) = &self.exclude_modules
-            && excluded.holds(module)?
-        {
+        let is_excluded = match &self.exclude_modules {
+            None => false,
+            Some(excluded) => holds(excluded, module)?,
+        };
+        if is_excluded || self.is_inside_saved(module)? {
             return Ok(false);
         }
-        if !self.target_modules.holds(module)? {
-            return Ok(false);
+        match &self.target_modules {
+            // A whole path is meant whatever its layer.
+            ModuleSet::Names(names) if !names.iter().any(|name| name == module) => {
+                Ok(names.iter().any(|name| is_named(module, name)) && self.is_in_layers(module)?)
+            }
+            set => holds(set, module),
         }
-        let layer = module.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        Ok(match (&self.layers_to_transform, layer) {
-            (None, _) => true,
-            (Some(layers), Some(layer)) => layers.contains(&layer),
-            (Some(_), None) => false,
-        })
+    }
+
+    /// Whether a module is one that is trained whole, or inside of one.
+    fn is_inside_saved(&self, module: &str) -> Result<bool, Error> {
+        for name in &self.modules_to_save {
+            if matches(&format!(r"^(?:|.*\.){name}(?:$|\..*)"), module)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn is_in_layers(&self, module: &str) -> Result<bool, Error> {
+        let Some(layers) = &self.layers_to_transform else { return Ok(true) };
+        let any = [r"[^.]*".to_string()];
+        // Without a pattern the layers' name has something before it; both take the first number.
+        let (start, patterns) = if self.layers_pattern.is_empty() {
+            (r".*?\.", &any[..])
+        } else {
+            (r"(?:|.*?\.)", &self.layers_pattern[..])
+        };
+        for pattern in patterns {
+            let wrong = |error| bad_pattern(pattern, &error);
+            let regex = Regex::new(&format!(r"^{start}{pattern}\.(?P<idx>\d+)\.")).map_err(wrong)?;
+            if let Some(found) = regex.captures(module).map_err(wrong)? {
+                let layer = found.name("idx").and_then(|layer| layer.as_str().parse().ok());
+                return Ok(layer.is_some_and(|layer: usize| layers.contains(&layer)));
+            }
+        }
+        Ok(false)
     }
 
     /// The rank of a module's adapter, and what multiplies B A.
@@ -171,9 +207,12 @@ impl AdapterConfig {
         if !(0.0..1.0).contains(&lora_dropout) {
             return Err(fields.wrong("lora_dropout", "a number of at least 0 and less than 1"));
         }
-        let target_modules = fields
-            .modules("target_modules")?
-            .ok_or_else(|| fields.wrong("target_modules", "module names, a regular expression or \"all-linear\""))?;
+        // PEFT takes its choice for the model where the file is silent.
+        let target_modules = fields.modules("target_modules")?.unwrap_or_else(ModuleSet::of_qwen);
+        let layers_to_transform = fields.layers()?;
+        if layers_to_transform.is_some() && !matches!(target_modules, ModuleSet::Names(_)) {
+            return Err(fields.wrong("layers_to_transform", "null where `target_modules` is a text"));
+        }
         let bias = match fields.get("bias").map(|b| b.as_str().unwrap_or("?")) {
             None | Some("none") => AdapterBias::None,
             Some("all") => AdapterBias::All,
@@ -190,8 +229,12 @@ impl AdapterConfig {
             lora_alpha,
             lora_dropout,
             target_modules,
-            exclude_modules: fields.modules("exclude_modules")?,
-            layers_to_transform: fields.layers()?,
+            exclude_modules: match fields.modules("exclude_modules")? {
+                Some(ModuleSet::AllLinear) => Some(ModuleSet::Pattern("all-linear".into())),
+                other => other,
+            },
+            layers_to_transform,
+            layers_pattern: fields.names("layers_pattern")?,
             rank_pattern: fields.pattern("rank_pattern", |value| fields.rank("rank_pattern", value))?,
             alpha_pattern: fields.pattern("alpha_pattern", |value| {
                 value.as_f64().ok_or_else(|| fields.wrong("alpha_pattern", "an object of patterns and numbers"))
@@ -199,13 +242,14 @@ impl AdapterConfig {
             use_rslora: fields.flag("use_rslora")?,
             use_dora: fields.flag("use_dora")?,
             modules_to_save,
+            ensure_weight_tying: fields.flag("ensure_weight_tying")?,
             bias,
         })
     }
 
     /// The content of an `adapter_config.json`, with the keys that PEFT 0.21 writes.
     pub fn to_json(&self) -> Value {
-        let optional = |modules: &Option<ModuleSet>| modules.as_ref().map_or(Value::Null, ModuleSet::to_json);
+        let optional = |modules: &Option<ModuleSet>| modules.as_ref().map_or(Value::Null, set_to_json);
         json!({
             "alora_invocation_tokens": null,
             "alpha_pattern": self.alpha_pattern.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>(),
@@ -218,14 +262,14 @@ impl AdapterConfig {
                 AdapterBias::LoraOnly => "lora_only",
             },
             "corda_config": null,
-            "ensure_weight_tying": false,
+            "ensure_weight_tying": self.ensure_weight_tying,
             "eva_config": null,
             "exclude_modules": optional(&self.exclude_modules),
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
             "layer_replication": null,
-            "layers_pattern": null,
+            "layers_pattern": if self.layers_pattern.is_empty() { Value::Null } else { json!(self.layers_pattern) },
             "layers_to_transform": self.layers_to_transform,
             "loftq_config": {},
             "lora_alpha": number(self.lora_alpha),
@@ -240,7 +284,7 @@ impl AdapterConfig {
             "r": self.r,
             "rank_pattern": self.rank_pattern.iter().map(|(k, v)| (k.clone(), json!(v))).collect::<Map<_, _>>(),
             "revision": null,
-            "target_modules": self.target_modules.to_json(),
+            "target_modules": set_to_json(&self.target_modules),
             "target_parameters": null,
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": null,
@@ -251,13 +295,11 @@ impl AdapterConfig {
     }
 }
 
-impl ModuleSet {
-    fn to_json(&self) -> Value {
-        match self {
-            Self::Names(names) => json!(names),
-            Self::Pattern(pattern) => json!(pattern),
-            Self::AllLinear => json!("all-linear"),
-        }
+fn set_to_json(set: &ModuleSet) -> Value {
+    match set {
+        ModuleSet::Names(names) => json!(names),
+        ModuleSet::Pattern(pattern) => json!(pattern),
+        ModuleSet::AllLinear => json!("all-linear"),
     }
 }
 
@@ -272,8 +314,8 @@ impl Fields<'_> {
     }
 
     fn rank(&self, key: &str, value: &Value) -> Result<usize, Error> {
-        let rank = value.as_u64().filter(|r| (1..=1 << 20).contains(r));
-        rank.map(|r| r as usize).ok_or_else(|| self.wrong(key, "a whole number of at least 1"))
+        let rank = value.as_u64().filter(|r| (1..=LARGEST_RANK).contains(r));
+        rank.map(|r| r as usize).ok_or_else(|| self.wrong(key, "a whole number from 1 to 16384"))
     }
 
     fn strings(&self, key: &str) -> Result<Vec<String>, Error> {
@@ -295,18 +337,32 @@ impl Fields<'_> {
         }
     }
 
+    /// The layers of `layers_to_transform`; an empty list is none, as in PEFT.
     fn layers(&self) -> Result<Option<Vec<usize>>, Error> {
         let key = "layers_to_transform";
         let layer = |value: &Value| {
             value.as_u64().map(|n| n as usize).ok_or_else(|| self.wrong(key, "a layer or a list of layers"))
         };
         match self.get(key) {
-            None => return Ok(None),
-            Some(_) if self.get("layers_pattern").is_some_and(|p| p != "layers" && *p != json!(["layers"])) => {}
-            Some(Value::Array(layers)) => return layers.iter().map(layer).collect::<Result<_, _>>().map(Some),
-            Some(one) => return Ok(Some(vec![layer(one)?])),
+            None => Ok(None),
+            Some(Value::Array(layers)) if layers.is_empty() => Ok(None),
+            Some(Value::Array(layers)) => layers.iter().map(layer).collect::<Result<_, _>>().map(Some),
+            Some(one) => Ok(Some(vec![layer(one)?])),
         }
-        Err(self.wrong("layers_pattern", "\"layers\", which is what these models call them"))
+    }
+
+    /// One text or a list of them, each a regular expression.
+    fn names(&self, key: &str) -> Result<Vec<String>, Error> {
+        let names = match self.get(key) {
+            None => return Ok(vec![]),
+            Some(Value::String(one)) if one.is_empty() => return Ok(vec![]),
+            Some(Value::String(one)) => vec![one.clone()],
+            Some(_) => self.strings(key)?,
+        };
+        match names.iter().find(|name| Regex::new(name).is_err()) {
+            None => Ok(names),
+            Some(_) => Err(self.wrong(key, "a regular expression or a list of them")),
+        }
     }
 
     fn pattern<T>(&self, key: &str, value: impl Fn(&Value) -> Result<T, Error>) -> Result<Vec<(String, T)>, Error> {

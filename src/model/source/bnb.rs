@@ -139,6 +139,7 @@ fn gather_one(tensors: &mut BTreeMap<String, RawTensor>, weight: &str) -> Result
         path: file.to_path_buf(),
         name: weight.into(),
         nearest: Some(format!("{prefix}{suffix}")),
+        others: 0,
     })?;
     let packing = Packing::Bnb(Box::new(QuantState { parts }));
     Ok(Stored { file: packed.file, name: weight.into(), shape, region: packed.region, packing })

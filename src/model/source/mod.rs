@@ -90,7 +90,10 @@ impl WeightSource {
                     stored.into_iter().partition(|(name, _)| expected.contains_key(name));
                 (Backing::Stored(stored), unused.into_keys().collect())
             }
-            (seed, _) => (Backing::Random(RandomWeights::new(&config, seed.unwrap_or(0))), vec![]),
+            (seed, _) => {
+                random::check_memory(path, &config)?;
+                (Backing::Random(RandomWeights::new(&config, seed.unwrap_or(0))), vec![])
+            }
         };
         let source = Self {
             path: path.into(),
@@ -129,7 +132,7 @@ impl WeightSource {
     /// # Errors
     /// If there is no such weight.
     pub fn shape(&self, name: &str) -> Result<&[usize], Error> {
-        self.expected.get(name).map(Vec::as_slice).ok_or_else(|| missing(&self.path, name, self.expected.keys()))
+        self.expected.get(name).map(Vec::as_slice).ok_or_else(|| missing(&self.path, name, self.expected.keys(), 0))
     }
 
     /// Bytes that a weight takes in the files; what it takes as f32 where weights are drawn.
@@ -162,7 +165,11 @@ impl WeightSource {
             let expected = vec![shape.iter().product()];
             return Err(Error::Shape { path: self.path.clone(), name: name.into(), found: shape.into(), expected });
         }
-        self.tensor_f32(name)
+        let values = self.values(name)?;
+        match values.iter().filter(|value| !value.is_finite()).count() {
+            0 => Tensor::from_vec(values, shape, &Device::Cpu).map_err(Error::tensor("reading", name)),
+            count => Err(Error::NotFinite { path: self.path.clone(), name: name.into(), count }),
+        }
     }
 
     /// Any weight as f32, dequantised if need be.
@@ -241,7 +248,7 @@ impl WeightSource {
             Backing::Random(random) => Ok(random.values(name, shape)),
             Backing::Stored(stored) => match stored.get(name) {
                 Some(stored) => stored.values(),
-                None => Err(missing(&self.path, name, stored.keys())),
+                None => Err(missing(&self.path, name, stored.keys(), 0)),
             },
         }
     }
@@ -345,7 +352,10 @@ pub fn gguf_file_of(path: &Path) -> Result<Option<PathBuf>, Error> {
 /// Holds what is stored against what the configuration asks for.
 fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap<String, Stored>) -> Result<(), Error> {
     for (name, shape) in expected {
-        let found = stored.get(name).ok_or_else(|| missing(path, name, stored.keys()))?;
+        let found = stored.get(name).ok_or_else(|| {
+            let others = expected.keys().filter(|other| *other != name && !stored.contains_key(*other)).count();
+            missing(path, name, stored.keys(), others)
+        })?;
         if found.shape != *shape {
             return Err(Error::Shape {
                 path: found.file.to_path_buf(),
@@ -366,7 +376,7 @@ fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap
     Ok(())
 }
 
-fn missing<'a>(path: &Path, name: &str, names: impl Iterator<Item = &'a String>) -> Error {
+fn missing<'a>(path: &Path, name: &str, names: impl Iterator<Item = &'a String>, others: usize) -> Error {
     let nearest = names.max_by(|a, b| strsim::jaro(name, a).total_cmp(&strsim::jaro(name, b))).cloned();
-    Error::MissingTensor { path: path.into(), name: name.into(), nearest }
+    Error::MissingTensor { path: path.into(), name: name.into(), nearest, others }
 }

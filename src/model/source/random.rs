@@ -1,13 +1,38 @@
 //! Fresh weights out of a seed.
 
+use std::path::Path;
+
 use candle_core::DType;
 use rayon::prelude::*;
 
+use crate::model::Error;
 use crate::model::config::{ModelConfig, TensorRole};
 use crate::rng::Stream;
 
 /// Values drawn from one stream.
 const CHUNK: usize = 1 << 14;
+
+/// Refuses a model that even in 4 bits would not fit into this machine's memory; where that is not known, none.
+pub(super) fn check_memory(path: &Path, config: &ModelConfig) -> Result<(), Error> {
+    let Some(memory) = memory_bytes() else { return Ok(()) };
+    let weights = config.num_parameters() as u64;
+    if weights / 2 <= memory {
+        return Ok(());
+    }
+    Err(Error::Key {
+        path: path.into(),
+        key: "init_random".into(),
+        found: format!("true for {weights} weights, which are {} bytes in 4 bits", weights / 2),
+        expected: format!("a model that fits into the {memory} bytes of this machine; check the sizes in config.json"),
+    })
+}
+
+/// The memory of this machine, as Linux says it.
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
 
 /// Fresh weights, as transformers initialises these models: matrices normal with standard deviation
 /// `initializer_range`, norms one, biases zero.

@@ -191,6 +191,7 @@ fn read(floats: &Tensor, flags: &Tensor, rows: usize) -> Result<Output, Error> {
         entropies: part(1),
         log_sums: part(2),
         is_argmax: download_u8(flags)?.into_iter().map(|f| f != 0).collect(),
+        mean_logprobs: vec![],
     })
 }
 
