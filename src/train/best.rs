@@ -113,23 +113,27 @@ impl<'a> BestTracker<'a> {
 
     /// Notes that the checkpoint of `step` is about to be written; returns what it is to keep.
     pub(super) fn saving(&mut self, step: u64) -> Best {
-        if let Some(best) = self.best.step {
-            let name = PathBuf::from(format!("checkpoint-{best}"));
-            if best == step || checkpoint::is_written(&self.output_dir.join(&name)) {
-                self.best.checkpoint = Some(name);
-            }
+        if self.best.step == Some(step) {
+            self.best.checkpoint = Some(name_of(step));
         }
+        self.best.checkpoint = self.found();
         self.best.clone()
+    }
+
+    /// The best checkpoint as it is noted: that of the best step, once it is there.
+    fn found(&self) -> Option<PathBuf> {
+        let newest = self.best.step.map(name_of).filter(|name| checkpoint::is_written(&self.output_dir.join(name)));
+        newest.or_else(|| self.best.checkpoint.clone())
     }
 
     /// The step of the best checkpoint, if it lies in `output_dir`: no limit on their number deletes it.
     pub(super) fn kept_step(&self) -> Option<u64> {
-        self.best.checkpoint.as_deref()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
+        self.found()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
     }
 
     /// The best checkpoint, if there is one.
     pub(super) fn checkpoint(&self) -> Option<PathBuf> {
-        Some(self.output_dir.join(self.best.checkpoint.as_ref()?))
+        Some(self.output_dir.join(self.found()?))
     }
 
     /// Whether its model is what the run is to leave.
@@ -147,6 +151,10 @@ impl<'a> BestTracker<'a> {
         };
         Some(format!("{}{value}", checkpoint.display()))
     }
+}
+
+fn name_of(step: u64) -> PathBuf {
+    format!("checkpoint-{step}").into()
 }
 
 /// Where the best checkpoint is now: beside the one that names it, or in `output_dir`.
@@ -246,6 +254,10 @@ mod tests {
         let kept = tracker.saving(4);
         assert_eq!((kept.step, tracker.kept_step()), (Some(3), Some(2)));
         assert!(!tracker.describe().unwrap().contains("eval_x"));
+        // A run that was stopped before its evaluation had the step saved, and evaluates it when it goes on.
+        save(3);
+        assert_eq!((tracker.kept_step(), tracker.checkpoint()), (Some(3), Some(folder.path().join("checkpoint-3"))));
+        std::fs::remove_dir_all(folder.path().join("checkpoint-3")).unwrap();
         save(4);
 
         let resumed = |output_dir: &Path| {
