@@ -11,6 +11,8 @@ use std::io::{Read, Write};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use hf_hub::{Cache, Repo, RepoType};
+
 use super::Error;
 use super::http::{Answer, Client, encoded};
 
@@ -70,7 +72,7 @@ impl Access {
             || PathBuf::from(set("HOME").unwrap_or_else(|| ".".into())).join(".cache/huggingface"),
             PathBuf::from,
         );
-        let token_file = || std::fs::read_to_string(home.join("token")).ok();
+        let token_file = || Cache::new(home.join("hub")).token();
         let is_yes = |value: String| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on");
         Self {
             cache: set("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
@@ -203,7 +205,7 @@ impl Access {
     }
 
     fn repo_folder(&self, repo: &str, kind: Kind) -> PathBuf {
-        self.cache.join(format!("{}--{}", kind.folder(), repo.replace('/', "--")))
+        self.cache.join(Repo::new(repo.into(), kind.repo_type()).folder_name())
     }
 
     /// Brings one file into the cache: its content under `blobs`, a link to it under `snapshots`.
@@ -436,7 +438,14 @@ struct Listing {
 }
 
 impl Kind {
-    /// The name of the cache's folders and of the hub's lists.
+    fn repo_type(self) -> RepoType {
+        match self {
+            Self::Model => RepoType::Model,
+            Self::Dataset => RepoType::Dataset,
+        }
+    }
+
+    /// The name of the hub's lists.
     fn folder(self) -> &'static str {
         match self {
             Self::Model => "models",
