@@ -4,11 +4,11 @@
 //! Words are read as transformers' `HfArgumentParser` reads them: a truth value may be left out, a list is several words,
 //! a map is JSON, and everything else is one word that the key's type makes sense of, never YAML.
 
+use super::emit;
 use super::field::{Command, Key};
 use super::foreign;
 use super::keys;
 use super::value::{Parse, as_bool};
-use super::write;
 use super::yaml::{self, Value};
 
 /// The words that follow a key on a command line.
@@ -73,7 +73,7 @@ fn value(key: Option<&Key>, word: &str) -> String {
         return "null".into();
     }
     if is_text {
-        return write::quoted(word);
+        return emit::quoted(word);
     }
     if key.is_some_and(|key| key.kind == bool::KIND)
         && let Some(truth) = truth(word)
@@ -83,7 +83,7 @@ fn value(key: Option<&Key>, word: &str) -> String {
     let is_collection = word.starts_with(['[', '{'])
         && yaml::parse(word).is_ok_and(|node| matches!(node.value, Value::List(_) | Value::Map(_)));
     let is_plain = as_bool(word).is_some() || super::value::as_float(word).is_some();
-    if is_collection || is_plain { word.to_owned() } else { write::quoted(word) }
+    if is_collection || is_plain { word.to_owned() } else { emit::quoted(word) }
 }
 
 #[cfg(test)]

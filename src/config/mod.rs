@@ -16,8 +16,8 @@
 //! | `entries` | file and `--set` to entries of keys, each once |
 //! | `launcher` | files of accelerate and DeepSpeed |
 //! | `load` | the way from these to settings |
-//! | `resolve`, `resolve_grpo`, `schedule` | checks across keys, and the settings |
-//! | `write`, `reference`, `hub` | settings back to YAML; the reference page; the command that uploads a result |
+//! | `resolve`, `resolve_grpo`, `resolve_rewards`, `services`, `schedule` | checks across keys, and the settings |
+//! | `write`, `emit`, `reference`, `hub` | settings back to YAML; the reference page; the command that uploads a result |
 //! | `diagnose` | problems and their report |
 
 mod arguments;
@@ -25,6 +25,7 @@ mod best;
 mod builtin_rewards;
 mod choices;
 mod diagnose;
+mod emit;
 mod entries;
 mod field;
 mod foreign;
@@ -38,8 +39,10 @@ mod nested;
 mod reference;
 mod resolve;
 mod resolve_grpo;
+mod resolve_rewards;
 mod rewards;
 mod schedule;
+mod services;
 pub mod settings;
 mod special;
 mod value;
