@@ -331,6 +331,8 @@ fn modules_are_found_as_peft_finds_them() {
             &["lm_head", "1.q_proj"],
         ),
         (json!({"target_modules": ["q_proj"], "exclude_modules": r"model\.layers\.0.*"}), &["1.q_proj"]),
+        // The whole path of a module is meant whatever its layer.
+        (json!({"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [1]}), &["lm_head", "1.q_proj"]),
         (
             json!({"target_modules": "all-linear", "exclude_modules": ".*_proj(?<!up_proj)"}),
             &["0.up_proj", "1.up_proj"],
@@ -351,7 +353,6 @@ fn modules_are_found_as_peft_finds_them() {
         json!({"target_modules": []}),
         json!({"target_modules": ["q_proj"], "layers_to_transform": [7]}),
         json!({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "h"}),
-        json!({"target_modules": ["lm_head"], "layers_to_transform": [1]}),
         json!({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}),
         json!({"target_modules": ".*", "layers_to_transform": [1]}),
     ] {

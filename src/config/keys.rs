@@ -237,7 +237,7 @@ keys! {
     }
     "Optimizer and schedule" for Both {
         /// Peak learning rate.
-        learning_rate: f64 = PerCommand { sft: "2.0e-5", grpo: "1.0e-6" }, Bounds::between(0.0, 10.0), "";
+        learning_rate: f64 = PerCommand { sft: "2.0e-5", grpo: "1.0e-6" }, Bounds::between(0.0, f64::INFINITY), "";
         /// Course of the learning rate after the warm-up.
         lr_scheduler_type: LrSchedulerType = Text("linear"), ANY, "";
         /// Arguments of the schedule, by transformers' names, e.g. `{min_lr_rate: 0.1}` for `cosine_with_min_lr`.
@@ -461,19 +461,19 @@ keys! {
         multi_objective_aggregation: RewardAggregation = Text("sum_then_normalize"), ANY, "";
         /// `cosine`: what a wrong answer of no length is worth. This key and the next eight are open-r1's, for the
         /// rewards that have a parameter of that name; a parameter given with the reward itself goes first.
-        cosine_min_value_wrong: Option<f64> = Text("null"), ANY, "";
+        cosine_min_value_wrong: Option<f64> = Text("null"), Bounds::between(-1e6, 1e6), "";
         /// `cosine`: what a wrong answer of `cosine_max_len` is worth.
-        cosine_max_value_wrong: Option<f64> = Text("null"), ANY, "";
+        cosine_max_value_wrong: Option<f64> = Text("null"), Bounds::between(-1e6, 1e6), "";
         /// `cosine`: what a right answer of `cosine_max_len` is worth.
-        cosine_min_value_correct: Option<f64> = Text("null"), ANY, "";
+        cosine_min_value_correct: Option<f64> = Text("null"), Bounds::between(-1e6, 1e6), "";
         /// `cosine`: what a right answer of no length is worth.
-        cosine_max_value_correct: Option<f64> = Text("null"), ANY, "";
+        cosine_max_value_correct: Option<f64> = Text("null"), Bounds::between(-1e6, 1e6), "";
         /// `cosine`: the length at which the curve ends; in tokens for `cosine_scaled`.
         cosine_max_len: Option<usize> = Text("null"), FROM_1, "characters";
         /// `repetition_penalty`: words of an n-gram; tokens for `token_repetition_penalty`.
         repetition_n_grams: Option<usize> = Text("null"), FROM_1, "words";
         /// `repetition_penalty`: what a completion that only repeats itself is worth.
-        repetition_max_penalty: Option<f64> = Text("null"), ANY, "";
+        repetition_max_penalty: Option<f64> = Text("null"), Bounds::between(-1e6, 1e6), "";
         /// `soft_overlong_punishment`: the length beyond which a completion is worth -1.
         max_completion_len: Option<usize> = Text("null"), FROM_1, "tokens";
         /// `soft_overlong_punishment`: tokens before that length over which the worth falls from 0.

@@ -276,7 +276,7 @@ mod tests {
     fn keys_of_others_are_explained_too() {
         for (name, part) in [
             ("vllm_device", "without effect: the rollout"),
-            ("use_dora", "only false is accepted"),
+            ("load_in_8bit", "only false is accepted"),
             ("max_seq_length", "Read as max_length."),
             ("generation_kwargs", "stop (stop_strings)"),
         ] {

@@ -20,7 +20,7 @@ const ALL_LINEAR: &str = "all-linear";
 pub(super) struct TargetModules(pub(super) ModuleSet);
 
 impl Parse for TargetModules {
-    const KIND: &'static str = "`all-linear`, module names or a regular expression";
+    const KIND: &'static str = "`all-linear`, a list of module names or a regular expression";
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         let items = match &node.value {

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use serde_json::Value;
 
 use super::emit::{
-    entries, float, is_inside, json, map, optional, optional_float, optional_path, optional_string, quoted, string,
+    entries, float, is_inside, map, optional, optional_float, optional_path, optional_string, quoted, string,
 };
 use super::field::Command;
 use super::keys::KEYS;

@@ -201,7 +201,8 @@ fn values(source: &WeightSource, name: &str) -> Result<Vec<f32>, Error> {
 
 /// The block a weight belongs to: 0 the embedding, then the layers, last the head.
 fn block_of(name: &str, config: &ModelConfig) -> usize {
-    if name == EMBEDDING {
+    // And its adapter.
+    if name.starts_with("model.embed_tokens") {
         return 0;
     }
     let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());

@@ -141,6 +141,18 @@ const COURSE: &[&str] = &[
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    "code_language",
+    "code_eval_test_batch_size",
+    "code_eval_scoring_mode",
+    "cosine_min_value_wrong",
+    "cosine_max_value_wrong",
+    "cosine_min_value_correct",
+    "cosine_max_value_correct",
+    "cosine_max_len",
+    "repetition_n_grams",
+    "repetition_max_penalty",
+    "max_completion_len",
+    "soft_punish_cache",
 ];
 
 /// Those of `MEANING` that name a file or folder, which may have moved since.
@@ -279,6 +291,10 @@ mod tests {
         "generation_batch_size",
         "optim",
         "disable_dropout",
+        "reward_python",
+        "reward_path",
+        "code_sandbox",
+        "parallel_code_exec_per_proc",
     ];
 
     #[test]

@@ -33,10 +33,17 @@ fn adapter(run: &TestRun, step: u64) -> Vec<u8> {
 
 #[test]
 fn the_model_at_the_end_is_that_of_the_best_checkpoint() {
-    let run = evaluated();
-    let ended = run.run(&[]).expect(0);
-    let best = best_step(&values(&run, "eval_loss"));
-    assert!(best > 0 && best < 16, "the best is the last: {:?}", values(&run, "eval_loss"));
+    // One of these rates is so high that the last evaluation is not the best.
+    let (rate, run, ended, best) = ["0.2", "0.05", "0.1", "0.5", "0.02"]
+        .into_iter()
+        .find_map(|rate| {
+            let run = evaluated().set("learning_rate", rate);
+            let ended = run.run(&[]).expect(0);
+            let best = best_step(&values(&run, "eval_loss"));
+            (best < 16).then_some((rate, run, ended, best))
+        })
+        .expect("the last evaluation is the best whatever the rate");
+    let evaluated = || evaluated().set("learning_rate", rate);
     assert!(run.weights() == adapter(&run, best) && run.weights() != adapter(&run, 16));
     let summary = format!("checkpoint-{best} (eval_loss ");
     assert!(ended.out.contains(&summary) && ended.out.contains("(of the best checkpoint)"), "{}", ended.out);
@@ -52,10 +59,12 @@ fn the_model_at_the_end_is_that_of_the_best_checkpoint() {
 
 #[test]
 fn no_limit_on_their_number_deletes_the_best_checkpoint() {
-    // By what goes down from the start, the first evaluation is the best.
+    // By what goes down, one of the first evaluations is the best.
     let evaluated = || evaluated().set("greater_is_better", "true");
     let all = evaluated().done();
-    let best = 2;
+    let negated: Vec<_> = values(&all, "eval_loss").into_iter().map(|(step, value)| (step, -value)).collect();
+    let best = best_step(&negated);
+    assert!(best < 12, "one of the last: {negated:?}");
     let run = evaluated().set("save_total_limit", 2).done();
     assert_eq!(run.checkpoints(), [best, 16]);
     assert!(run.weights() == all.weights());
@@ -77,7 +86,9 @@ fn saving_the_best_saves_whenever_there_is_a_new_one() {
         }
     }
     // The end of a run is always saved.
-    expected.push(16);
+    if expected.last() != Some(&16) {
+        expected.push(16);
+    }
     assert_eq!(run.checkpoints(), expected);
     assert!(run.weights() == evaluated().done().weights());
 }

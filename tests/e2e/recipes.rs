@@ -93,6 +93,9 @@ impl Recipe {
             write_rows(&place(&id), part["config"].as_str(), &text(part.get("split"), "train"), &id);
             part["id"] = json!(place(&id));
         }
+        if mixture.get("test_split_size").is_some_and(|size| size.as_f64() >= Some(1.0)) {
+            mixture["test_split_size"] = json!(2);
+        }
         vec![format!("dataset_mixture={mixture}")]
     }
 }
@@ -177,6 +180,12 @@ fn train(recipe: &Recipe) {
     sets.push(format!("model_name_or_path={}", tiny_model(folder.path()).display()));
     let length = if recipe.task() == "grpo" { "max_completion_length=8" } else { "max_length=512" };
     sets.extend(["max_steps=2", "bf16=false", "disable_tqdm=true", length].map(str::to_owned));
+    // The models that recipes name have a template of their own.
+    if recipe.values().get("chat_template").is_none_or(Value::is_null) {
+        let template = folder.path().join("template.jinja");
+        fs::write(&template, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").unwrap();
+        sets.push(format!("chat_template_path={}", template.display()));
+    }
     sets.extend(recipe.replaced.iter().map(ToString::to_string));
     let run = sets.iter().fold(TestRun::of(recipe.task(), recipe.path()), |run, set| {
         let (key, value) = set.split_once('=').unwrap();

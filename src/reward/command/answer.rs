@@ -237,7 +237,7 @@ mod tests {
             ("-Infinity", "the score -Infinity"),
             ("inf", "the score inf"),
             ("1e999", "the score 1e999"),
-            ("1e39", "the score 1e39"),
+            ("1e39", "the score 1e+39"),
             ("\"high\"", "the score \"high\""),
             ("\"\"", "the score \"\""),
             ("\"inf\"", "the score inf"),
