@@ -19,6 +19,7 @@ pub use super::choices::{
 
 /// Settings of `trainer sft`.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "one field a key")]
 pub struct SftSettings {
     /// The base model and its adapter.
     pub model: ModelSettings,

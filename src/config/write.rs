@@ -516,7 +516,7 @@ fn rewards(specs: &[RewardSpec]) -> String {
             }
             RewardSpec::Python { target, name, parameters, timeout_secs } => {
                 let name = name.as_ref().map(|name| format!(", name: {}", quoted(name))).unwrap_or_default();
-                let _ = write!(text, "\n  - {{kind: {}{name}, timeout_secs: {}", quoted(target), float(*timeout_secs),);
+                let _ = write!(text, "\n  - {{kind: {}{name}, timeout_secs: {}", quoted(target), float(*timeout_secs));
                 if !parameters.is_empty() {
                     let _ = write!(text, ", {}", entries(parameters));
                 }

@@ -40,6 +40,7 @@ use crate::zero::ShardedAdamW;
 ///
 /// # Errors
 /// If the input is unusable, a reward fails, the loss stops being finite, or a file cannot be written.
+#[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;

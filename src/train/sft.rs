@@ -44,6 +44,7 @@ struct Split {
 ///
 /// # Errors
 /// If the input is unusable, the loss stops being finite, or a file cannot be written.
+#[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;

@@ -92,6 +92,10 @@ impl Recipe {
             let id = part["id"].as_str().unwrap().to_owned();
             write_rows(&place(&id), part["config"].as_str(), &text(part.get("split"), "train"), &id);
             part["id"] = json!(place(&id));
+            // Of eight rows a thousandth is none.
+            if part.get("weight").and_then(Value::as_f64).is_some_and(|weight| weight < 0.125) {
+                part["weight"] = json!(0.25);
+            }
         }
         if mixture.get("test_split_size").is_some_and(|size| size.as_f64() >= Some(1.0)) {
             mixture["test_split_size"] = json!(2);
@@ -122,6 +126,7 @@ fn write_rows(folder: &Path, config: Option<&str>, split: &str, id: &str) {
                 "time_limit": 1.0,
                 "memory_limit": 64,
                 "official_tests": [{"input": "1\n", "output": "2\n"}],
+                "test_cases": [{"input": "1\n", "output": "2\n"}],
             }),
             "org/text" => json!({"text": format!("{question} {answer}"), "label": 0}),
             _ => json!({

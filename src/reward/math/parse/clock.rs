@@ -73,7 +73,7 @@ pub(super) fn is_date(tokens: &[Token]) -> bool {
     for (at, token) in tokens.iter().enumerate() {
         match &token.kind {
             Kind::Number(text) if at % 2 == 0 && text.bytes().all(|b| b.is_ascii_digit()) => {
-                numbers.push(text.as_str())
+                numbers.push(text.as_str());
             }
             Kind::Sign(sign @ ('-' | '/')) if at % 2 == 1 && separator.is_none_or(|s| s == *sign) => {
                 separator = Some(*sign);

@@ -209,7 +209,6 @@ fn interpret(value: &Expression, pieces: &[Piece]) -> Result<Expression, Failure
                 at += 1;
                 unit.multiply(scale, 1);
                 is_measured = true;
-                continue;
             }
             "square" | "sq" => next_power = 2,
             "cubic" => next_power = 3,
