@@ -9,12 +9,12 @@ const FLOORS: &[(&str, u32)] = &[
     ("fs", 0),
     ("rng", 0),
     ("config", 1),
-    ("dist", 1),
     ("kernels", 1),
     ("telemetry", 1),
     ("data", 2),
     ("ops", 2),
     ("quant", 2),
+    ("ranks", 2),
     ("reward", 2),
     ("algo", 3),
     ("model", 3),
@@ -28,11 +28,11 @@ const FLOORS: &[(&str, u32)] = &[
 ];
 /// What the floors alone do not say: the first room does not name the second.
 const FORBIDDEN: &[(&str, &str)] =
-    &[("algo", "dist"), ("algo", "kernels"), ("model", "dist"), ("reward", "dist"), ("reward", "kernels")];
+    &[("algo", "ranks"), ("algo", "kernels"), ("model", "ranks"), ("reward", "ranks"), ("reward", "kernels")];
 /// Rooms of one floor of which the first may name the second.
 const SAME_FLOOR: &[(&str, &str)] = &[("telemetry", "config"), ("ops", "quant"), ("rollout", "engine")];
 /// Files, or folders ending in `/`, that may contain `unsafe`.
-const UNSAFE: &[&str] = &["src/dist/nccl.rs", "src/kernels/", "src/zero/offload.rs"];
+const UNSAFE: &[&str] = &["src/ranks/nccl.rs", "src/kernels/", "src/zero/offload.rs"];
 /// Names that say nothing about what is in a file.
 const EMPTY_NAMES: &[&str] = &["common.rs", "helpers.rs", "misc.rs", "types.rs", "utils.rs"];
 /// Lines of a file, without its tests, beyond which it is split.
@@ -83,8 +83,8 @@ fn unsafe_stays_in_its_rooms_and_says_why_it_is_sound() {
 fn only_one_file_names_nccl() {
     let broken: Vec<String> = sources()
         .iter()
-        .filter(|file| file.name != "src/dist/nccl.rs" && bare(&file.text).contains("cudarc::nccl"))
-        .map(|file| format!("{} names NCCL, which is for src/dist/nccl.rs", file.name))
+        .filter(|file| file.name != "src/ranks/nccl.rs" && bare(&file.text).contains("cudarc::nccl"))
+        .map(|file| format!("{} names NCCL, which is for src/ranks/nccl.rs", file.name))
         .collect();
     assert!(broken.is_empty(), "\n{}", broken.join("\n"));
 }
@@ -346,12 +346,12 @@ fn raw_string_end(text: &[char], start: usize) -> usize {
 fn the_rules_find_what_breaks_them() {
     let named = rooms_named(&bare(
         "use crate::fs::{self, io_error};\nuse crate::{config::settings::{A, data}, /* crate::zero */ rng::Stream,\n model};\n\
-         // crate::train::sft\nlet x = \"crate::cli\"; my_crate::engine::y(); crate :: dist; crate::ops::z(r#\"crate::reward\"#);",
+         // crate::train::sft\nlet x = \"crate::cli\"; my_crate::engine::y(); crate :: ranks; crate::ops::z(r#\"crate::reward\"#);",
     ));
     assert_eq!(named, ["config", "fs", "model", "ops", "rng"]);
     assert!(wrong_import("model", "engine").is_some());
     assert!(wrong_import("model", "optim").is_some(), "rooms of one floor do not name each other");
-    assert!(wrong_import("model", "dist").is_some());
+    assert!(wrong_import("model", "ranks").is_some());
     assert!(wrong_import("telemetry", "kernels").is_some());
     for fine in [("model", "ops"), ("telemetry", "config"), ("telemetry", "telemetry"), ("main", "cli")] {
         assert_eq!(wrong_import(fine.0, fine.1), None);
@@ -360,7 +360,7 @@ fn the_rules_find_what_breaks_them() {
     let block = "fn f() {\n    let x = unsafe { g() };\n}\n";
     assert_eq!(
         unsafe_problems("src/model/a.rs", block),
-        ["src/model/a.rs:2: `unsafe` is for src/dist/nccl.rs, src/kernels/, src/zero/offload.rs"]
+        ["src/model/a.rs:2: `unsafe` is for src/ranks/nccl.rs, src/kernels/, src/zero/offload.rs"]
     );
     assert_eq!(unsafe_problems("src/kernels/a.rs", block).len(), 1);
     let explained = "fn f() {\n    // SAFETY: g has no conditions.\n    let x =\n        unsafe { g() };\n}\n";

@@ -1,6 +1,6 @@
 //! What can go wrong between ranks.
 
-/// An error of the room `dist`.
+/// An error of the room `ranks`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not every rank came to a collective in time.

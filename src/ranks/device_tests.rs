@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::dist::local::Threads;
+use crate::ranks::local::Threads;
 
 fn node(count: usize) -> Vec<Gpu> {
     (0..count).map(|index| Gpu { index, uuid: format!("GPU-{index}a{index}b-77") }).collect()
