@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 
 use super::{Activations, Error};
 #[cfg(feature = "cuda")]
-use crate::kernels::cuda::{Parked, Parking, Returning};
+use crate::device::{Parked, Parking, Returning};
 
 /// A retained tensor.
 #[derive(Debug)]

@@ -93,7 +93,7 @@ impl Rates {
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "without the feature there is no GPU"))]
     fn of(device: &Device, compute: DType) -> Self {
         #[cfg(feature = "cuda")]
-        let capability = crate::kernels::cuda::compute_capability(device).unwrap_or((9, 0));
+        let capability = crate::device::compute_capability(device).unwrap_or((9, 0));
         #[cfg(not(feature = "cuda"))]
         let capability = (9, 0);
         let (flops, bus) = match capability {

@@ -14,7 +14,7 @@ use super::{Error, shape_error};
 pub fn to_vec(buffer: &Tensor) -> Result<Vec<f32>, Error> {
     #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
-        return Ok(crate::kernels::cuda::download(buffer)?);
+        return Ok(crate::device::download(buffer)?);
     }
     Ok(view("read a buffer", buffer)?.to_vec())
 }

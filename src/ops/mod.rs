@@ -66,9 +66,8 @@ pub enum Error {
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
     /// A kernel of the GPU failed.
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] crate::kernels::cuda::Error),
+    Cuda(#[from] crate::device::Error),
     /// The GPU has no kernel for this.
     #[error("{op}: {what} is not there on the GPU; {instead}")]
     Unsupported {

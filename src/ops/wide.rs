@@ -36,7 +36,7 @@ impl Wide {
         room: usize,
         dtype: candle_core::DType,
     ) -> Result<Self, Error> {
-        Ok(Self { buffer: crate::kernels::cuda::empty(device, (rows, cols + room), dtype)?, cols })
+        Ok(Self { buffer: crate::device::empty(device, (rows, cols + room), dtype)?, cols })
     }
 
     /// The first `cols` columns of a buffer.

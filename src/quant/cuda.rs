@@ -15,10 +15,8 @@ use super::double_quant::Maxima;
 use super::multiply::RowSource as _;
 use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
-use crate::kernels::cuda::{
-    GgufKind, Matrix, Nf4Absmax, Nf4View, Pinned, array, axpby, dequantize_gguf, dequantize_nf4, empty, matrix,
-    upload_f32, upload_u8,
-};
+use crate::device::{Matrix, Pinned, array, empty, matrix, upload_f32, upload_u8};
+use crate::kernels::cuda::{GgufKind, Nf4Absmax, Nf4View, axpby, dequantize_gguf, dequantize_nf4};
 pub use quantize::Quantizer;
 
 /// A matrix `[N, K]` where a GPU can read it.

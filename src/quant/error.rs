@@ -88,9 +88,8 @@ pub enum Error {
         problem: String,
     },
     /// A kernel of the GPU failed.
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] crate::kernels::cuda::Error),
+    Cuda(#[from] crate::device::Error),
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

@@ -9,7 +9,7 @@ use super::Error;
 use super::decode_model::StepBatch;
 use super::kv_cache::{KvShape, sequences};
 use super::pages::{PAGE_TOKENS, PageId};
-use crate::kernels::cuda::free_memory;
+use crate::device::free_memory;
 use crate::ops;
 use crate::ops::Wide;
 use crate::ops::cuda::paged_attention::{Pages, PagesShape, Step};

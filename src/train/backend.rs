@@ -59,10 +59,10 @@ impl Backend {
         let types = match precision {
             Precision::No => Types::F32,
             Precision::Fp16 => Types::F16,
-            Precision::Bf16 if crate::kernels::cuda::has_bf16(ordinal) => Types::BF16,
+            Precision::Bf16 if crate::device::has_bf16(ordinal) => Types::BF16,
             Precision::Bf16 => bail!("`bf16: true`, but GPU {ordinal} has no bfloat16; set `fp16: true` instead"),
         };
-        let device = crate::kernels::cuda::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
+        let device = crate::device::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
         Ok(Self { device, types })
     }
 
@@ -94,8 +94,8 @@ impl Backend {
     pub fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
-            let pool = crate::kernels::cuda::memory_use(&self.device)?;
-            return Ok(Some((pool.peak, crate::kernels::cuda::device_memory_used()?)));
+            let pool = crate::device::memory_use(&self.device)?;
+            return Ok(Some((pool.peak, crate::device::device_memory_used()?)));
         }
         Ok(None)
     }
@@ -122,7 +122,7 @@ impl Backend {
 /// Whether the program was built for GPUs and this one is there.
 pub fn has_gpu(ordinal: usize) -> bool {
     #[cfg(feature = "cuda")]
-    return crate::kernels::cuda::is_cuda_device(ordinal);
+    return crate::device::is_cuda_device(ordinal);
     #[cfg(not(feature = "cuda"))]
     {
         let _ = ordinal;
@@ -133,14 +133,14 @@ pub fn has_gpu(ordinal: usize) -> bool {
 /// Whether the GPU that `auto` takes computes in bfloat16.
 pub fn has_bf16() -> bool {
     #[cfg(feature = "cuda")]
-    return has_gpu(0) && crate::kernels::cuda::has_bf16(0);
+    return has_gpu(0) && crate::device::has_bf16(0);
     #[cfg(not(feature = "cuda"))]
     false
 }
 
 fn name_of(device: &Device) -> String {
     #[cfg(feature = "cuda")]
-    if let Ok(name) = crate::kernels::cuda::device_name(device) {
+    if let Ok(name) = crate::device::device_name(device) {
         return name;
     }
     format!("{:?}", device.location())

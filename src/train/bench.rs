@@ -301,7 +301,7 @@ impl Bench {
     #[cfg(feature = "cuda")]
     fn reset_peak(&self) -> anyhow::Result<()> {
         if self.engine.device().is_cuda() {
-            crate::kernels::cuda::reset_peak(self.engine.device())?;
+            crate::device::reset_peak(self.engine.device())?;
         }
         Ok(())
     }
@@ -317,8 +317,8 @@ impl Bench {
         if !self.engine.device().is_cuda() {
             return Ok((0, 0));
         }
-        let pool = crate::kernels::cuda::memory_use(self.engine.device())?;
-        Ok((pool.peak, crate::kernels::cuda::device_memory_used()?))
+        let pool = crate::device::memory_use(self.engine.device())?;
+        Ok((pool.peak, crate::device::device_memory_used()?))
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -329,7 +329,7 @@ impl Bench {
 
     #[cfg(feature = "cuda")]
     fn phases(&mut self, batch: &Batch, work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
-        use crate::kernels::cuda::profile;
+        use crate::device::timers;
         let device = self.engine.device().clone();
         if !device.is_cuda() {
             return Ok(BTreeMap::new());
@@ -337,9 +337,9 @@ impl Bench {
         let mut timed = || {
             self.synchronize()?;
             let started = Instant::now();
-            profile::start();
+            timers::start();
             self.step(batch, work)?;
-            let by_phase = profile::stop(&device)?;
+            let by_phase = timers::stop(&device)?;
             Ok::<_, anyhow::Error>((started.elapsed().as_secs_f64(), by_phase))
         };
         // The shortest of three, for others may hold a trial of algorithms.

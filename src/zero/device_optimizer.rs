@@ -3,10 +3,9 @@
 use candle_core::{DType, Tensor};
 
 use super::{Error, FlatBlock, ParamStore};
-use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{
-    AdamWFactors, adamw, array, download_f64, empty, sums_of_squares, sums_of_squares_workspace, upload_u32,
-};
+use crate::device::timers::{Phase, span};
+use crate::device::{array, download_f64, empty, upload_u32};
+use crate::kernels::cuda::{AdamWFactors, adamw, sums_of_squares, sums_of_squares_workspace};
 use crate::optim::{AdamWStep, Factors, ParamGroup};
 
 /// The norm of every parameter's gradient in the order of the store, each rounded to f32. Waits for the device once.

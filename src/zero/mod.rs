@@ -30,9 +30,8 @@ pub enum Error {
     #[error(transparent)]
     Optimizer(#[from] crate::optim::Error),
     /// A kernel of the GPU failed.
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] crate::kernels::cuda::Error),
+    Cuda(#[from] crate::device::Error),
     /// The same name stands twice in a block.
     #[error("parameter `{name}` stands twice in one block")]
     Duplicate {

@@ -1,7 +1,8 @@
 //! Matrices put together from parts against plain loops.
 
 use candle_core::{DType, Device};
-use trainer::kernels::cuda::{Matrix, Part, assemble, axpby, empty, fill, matrix};
+use trainer::device::{Matrix, empty, matrix};
+use trainer::kernels::cuda::{Part, assemble, axpby, fill};
 
 use crate::padded::{MARGINS, Padded, TYPES, print_bandwidth, rounded};
 use crate::support::{device, random};

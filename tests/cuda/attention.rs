@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use trainer::device::{Matrix, array, empty, matrix, synchronize};
 use trainer::kernels::cuda::{
-    AttentionPlan, AttentionVariant, Matrix, SegmentRange, array, attention_backward_with, attention_forward_with,
-    empty, matrix, synchronize,
+    AttentionPlan, AttentionVariant, SegmentRange, attention_backward_with, attention_forward_with,
 };
 
 use crate::support::{assert_close, device, download, random, upload};

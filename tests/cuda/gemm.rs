@@ -4,7 +4,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{Accumulate, Matrix, Side, array, empty, gemm, matrix, synchronize, tune};
+use trainer::device::{Matrix, array, empty, matrix, synchronize};
+use trainer::kernels::cuda::{Accumulate, Side, gemm, tune};
 
 use crate::support::{assert_close, device, download, random, upload};
 

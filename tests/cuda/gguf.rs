@@ -5,8 +5,9 @@ use std::time::Instant;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
+use trainer::device::{array, empty, matrix, synchronize, upload_u8};
 use trainer::fs::Bytes;
-use trainer::kernels::cuda::{GgufKind, array, dequantize_gguf, empty, matrix, synchronize, upload_u8};
+use trainer::kernels::cuda::{GgufKind, dequantize_gguf};
 use trainer::quant::{GgufMatrix, Weight};
 use trainer::rng::Stream;
 

@@ -3,10 +3,8 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{
-    HeadState, Matrix, array, empty, head_backward_chunk, head_finish, head_forward_chunk, head_start, matrix,
-    synchronize, upload_f32, upload_u8, upload_u32,
-};
+use trainer::device::{Matrix, array, empty, matrix, synchronize, upload_f32, upload_u8, upload_u32};
+use trainer::kernels::cuda::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 
 use crate::support::{device, download, random, upload};
 

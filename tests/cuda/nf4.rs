@@ -5,10 +5,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use trainer::config::settings::{QuantType, Quantization, WeightDtype};
-use trainer::kernels::cuda::{
-    Nf4Absmax, Nf4View, array, dequantize_nf4, empty, matrix, quantize_maxima, quantize_nf4, synchronize, upload_f32,
-    upload_u8,
-};
+use trainer::device::{array, empty, matrix, synchronize, upload_f32, upload_u8};
+use trainer::kernels::cuda::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 use trainer::model::config::TensorRole;
 use trainer::model::source::{LinearStorage, WeightSource};
 use trainer::ops::Wide;

@@ -1,9 +1,8 @@
 //! Norms of rows and heads against plain loops in f64.
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{
-    array, empty, fill, matrix, rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace,
-};
+use trainer::device::{array, empty, matrix};
+use trainer::kernels::cuda::{fill, rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 
 use crate::padded::{MARGINS, Padded, RESIDUALS, print_bandwidth, tolerance};
 use crate::support::{assert_close, device, download, random, upload};

@@ -1,10 +1,8 @@
 //! AdamW against the CPU's, to the bit, and sums of squares in f64.
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{
-    AdamWFactors, adamw, array, download_f64, empty, fill, matrix, sums_of_squares, sums_of_squares_workspace,
-    upload_u32,
-};
+use trainer::device::{array, download_f64, empty, matrix, upload_u32};
+use trainer::kernels::cuda::{AdamWFactors, adamw, fill, sums_of_squares, sums_of_squares_workspace};
 use trainer::optim::{AdamWStep, Factors, adamw_step};
 
 use crate::padded::print_bandwidth;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{Matrix, matrix, synchronize};
+use trainer::device::{Matrix, matrix, synchronize};
 
 use crate::support::{download, upload};
 

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use trainer::device::{array, empty, matrix, synchronize, upload_u32};
 use trainer::kernels::cuda::{
-    NO_SLOT, PagedCache, PagedRows, array, copy_pages, empty, matrix, page_stores, paged_attention,
-    paged_attention_workspace, synchronize, upload_u32, write_pages,
+    NO_SLOT, PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
 };
 
 use crate::support::{assert_close, device, download, random, upload};

@@ -1,10 +1,8 @@
 //! Sums, casts, copies, dropout, sums of columns and the check for infinities against plain loops.
 
 use candle_core::{DType, Tensor};
-use trainer::kernels::cuda::{
-    array, axpby, column_sums, column_sums_workspace, count_non_finite, download_u32, dropout, empty, fill, matrix,
-    upload_u64,
-};
+use trainer::device::{array, download_u32, empty, matrix, upload_u64};
+use trainer::kernels::cuda::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 use trainer::rng::{Stream, is_kept, mix};
 
 use crate::padded::{MARGINS, Padded, TYPES, print_bandwidth, rounded, tolerance};

@@ -1,7 +1,8 @@
 //! Rotations against plain loops in f64.
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{array, empty, fill, matrix, rope, rope_table, upload_f32, upload_u32};
+use trainer::device::{array, empty, matrix, upload_f32, upload_u32};
+use trainer::kernels::cuda::{fill, rope, rope_table};
 
 use crate::padded::{MARGINS, Padded, TYPES, print_bandwidth, tolerance};
 use crate::support::{assert_close, device, download, random, upload};

@@ -1,9 +1,8 @@
 //! Picked rows and their sums against plain loops.
 
 use candle_core::{DType, Device, Tensor};
-use trainer::kernels::cuda::{
-    Matrix, RowGroups, array, empty, fill, gather_rows, group_rows, matrix, sum_rows, upload_u32,
-};
+use trainer::device::{Matrix, array, empty, matrix, upload_u32};
+use trainer::kernels::cuda::{RowGroups, fill, gather_rows, group_rows, sum_rows};
 use trainer::rng::Stream;
 
 use crate::padded::{MARGINS, Padded, TYPES, print_bandwidth, rounded, tolerance};

@@ -13,8 +13,7 @@ pub(crate) fn device() -> Device {
     thread_local! {
         static DEVICE: OnceCell<Device> = const { OnceCell::new() };
     }
-    DEVICE
-        .with(|device| device.get_or_init(|| trainer::kernels::cuda::open(0).expect("these tests need a GPU")).clone())
+    DEVICE.with(|device| device.get_or_init(|| trainer::device::open(0).expect("these tests need a GPU")).clone())
 }
 
 /// The seed of this run: `TRAINER_TEST_SEED`, or the time; printed once, to repeat a failure.

@@ -1,7 +1,8 @@
 //! The gated activation against plain loops in f64.
 
 use candle_core::{DType, Tensor};
-use trainer::kernels::cuda::{empty, fill, matrix, swiglu, swiglu_backward};
+use trainer::device::{empty, matrix};
+use trainer::kernels::cuda::{fill, swiglu, swiglu_backward};
 
 use crate::padded::{MARGINS, Padded, TYPES, print_bandwidth, tolerance};
 use crate::support::{assert_close, device, random};

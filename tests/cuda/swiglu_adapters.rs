@@ -1,9 +1,10 @@
 //! The gradients of the gated activation with the products of the adapters around it, against plain loops in f64.
 
 use candle_core::{DType, Device, Tensor};
+use trainer::device::{Matrix, array, empty, matrix};
 use trainer::kernels::cuda::{
-    DownAdapter, Matrix, MlpAdapters, OutAdapter, array, empty, fill, matrix, swiglu_adapters_fit, swiglu_backward,
-    swiglu_backward_adapters, swiglu_backward_adapters_workspace,
+    DownAdapter, MlpAdapters, OutAdapter, fill, swiglu_adapters_fit, swiglu_backward, swiglu_backward_adapters,
+    swiglu_backward_adapters_workspace,
 };
 
 use crate::padded::{Padded, print_bandwidth, rounded, tolerance};

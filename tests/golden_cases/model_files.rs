@@ -107,7 +107,7 @@ pub(crate) fn device() -> anyhow::Result<Device> {
             if let Some(device) = DEVICE.get() {
                 return Ok(device.clone());
             }
-            let device = trainer::kernels::cuda::open(0)?;
+            let device = trainer::device::open(0)?;
             Ok(DEVICE.get_or_init(|| device).clone())
         }
         Ok(other) => anyhow::bail!("TRAINER_GOLDEN_DEVICE={other}: this build has cpu, and cuda with that feature"),

@@ -4,9 +4,8 @@ use candle_core::Device;
 use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_shape;
-use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, type_code};
-use super::{Error, argument};
+use super::launch::{RawMatrix, launched, stream, type_code};
+use crate::device::{Error, Matrix, argument};
 
 /// Most parts of one launch.
 const MOST_PARTS: usize = 8;

@@ -9,8 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use super::launch::{RawMatrix, address_or_none, launched, stream};
-use super::memory::{Matrix, Pointer, array, cuda, empty, upload_i32};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument, array, cuda, empty, failed, upload_i32};
 pub use work::SegmentRange;
 use work::{KEY_TILE, KeySplit, WorkLists, has_long_key_tiles};
 
@@ -167,7 +166,7 @@ impl AttentionPlan {
         let words: Vec<i32> = lists.query_tiles.iter().flatten().chain(tiles).copied().collect();
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = cuda(device)?.cuda_stream().context().attribute(attribute);
-        let asked = |source| Error::Driver { what: "asking for the number of multiprocessors", source };
+        let asked = failed("asking for the number of multiprocessors");
         Ok(Self {
             words: upload_i32(device, &words)?,
             work: lists.work,

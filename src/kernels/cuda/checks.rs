@@ -2,8 +2,7 @@
 
 use candle_core::DType;
 
-use super::memory::{Matrix, Pointer};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument};
 
 /// That a matrix has a shape, and that the kernels can count its rows and columns.
 pub(super) fn expect_shape(

@@ -21,8 +21,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use self::choice::{Key, MAX_CANDIDATES, SUMMANDS, Tuned};
 use self::descriptors::Descriptors;
-use super::memory::{Matrix, Pointer, cuda, matrix};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument, cuda, failed, matrix};
 
 /// How an operand stands in a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,7 +90,7 @@ pub fn gemm(
         return Ok(());
     }
     let stream = cuda(device)?.cuda_stream();
-    stream.context().bind_to_thread().map_err(|source| Error::Driver { what: "using the device", source })?;
+    stream.context().bind_to_thread().map_err(failed("using the device"))?;
     if k == 0 {
         return match (bias, kind) {
             (Some(bias), _) => add_to_rows(device, d, bias, accumulate),
@@ -211,7 +210,7 @@ fn library(device: &Device) -> Result<Arc<Library>, Error> {
     if let Some(library) = libraries.get(&key) {
         return Ok(Arc::clone(library));
     }
-    let driver = |source| Error::Driver { what: "preparing matrix products", source };
+    let driver = failed("preparing matrix products");
     context.bind_to_thread().map_err(driver)?;
     let (major, _) = context.compute_capability().map_err(driver)?;
     let workspace_mib = if major >= 9 { 32 } else { 8 };
@@ -365,7 +364,7 @@ impl Product {
                 blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
         };
-        done.map_err(|source| Error::Blas { m, n, k, source })
+        done.map_err(|source| Error::Product { m, n, k, reason: source.to_string() })
     }
 }
 
@@ -475,7 +474,7 @@ fn zero(stream: &Arc<CudaStream>, d: Matrix) -> Result<(), Error> {
     let pitch = d.stride.max(d.cols) * size;
     // SAFETY: the rows of a live device tensor; the stream orders the writes.
     let done = unsafe { cuMemsetD2D8Async(d.address, pitch, 0, d.cols * size, d.rows, stream.cu_stream()) };
-    done.result().map_err(|source| Error::Driver { what: "clearing a matrix", source })
+    done.result().map_err(failed("clearing a matrix"))
 }
 
 /// Copies `from` to `to`; both have one shape and type.
@@ -501,5 +500,5 @@ fn copy(stream: &Arc<CudaStream>, to: Matrix, from: Matrix) -> Result<(), Error>
     };
     // SAFETY: the rows of two live device tensors; the stream orders reads and writes.
     let done = unsafe { cuMemcpy2DAsync_v2(&raw const rows, stream.cu_stream()) };
-    done.result().map_err(|source| Error::Driver { what: "copying a matrix", source })
+    done.result().map_err(failed("copying a matrix"))
 }

@@ -4,8 +4,7 @@ use candle_core::Device;
 use cudarc::driver::sys::CUstream;
 
 use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument};
 pub use crate::kernels::cpu::BlockFormat as GgufKind;
 
 // SAFETY: these are the signatures of `gguf.cu`.

@@ -9,8 +9,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
 use super::launch::{RawMatrix, address_or_none, launched, stream};
-use super::memory::{Matrix, Pointer};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument};
 
 // SAFETY: these are the signatures of `head.cu`.
 unsafe extern "C" {

@@ -2,11 +2,10 @@
 
 use std::ffi::{CStr, c_char};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use cudarc::driver::sys::CUstream;
 
-use super::Error;
-use super::memory::{Matrix, Pointer, cuda, type_code};
+use crate::device::{Error, Matrix, Pointer, cuda};
 
 /// `Matrix` of `common.cuh`.
 #[repr(C)]
@@ -39,6 +38,15 @@ impl RawMatrix {
 
     pub(super) fn or_none(matrix: Option<Matrix>) -> Self {
         matrix.map_or(Self::NONE, Self::from)
+    }
+}
+
+/// The number of a type in the kernels' interface.
+pub(super) fn type_code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        _ => 2,
     }
 }
 

@@ -4,9 +4,8 @@ use candle_core::{DType, Device};
 use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
-use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer, type_code};
-use super::{Error, argument};
+use super::launch::{RawMatrix, launched, stream, type_code};
+use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
 /// Maxima that share one nested maximum.

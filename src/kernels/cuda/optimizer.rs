@@ -7,8 +7,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
 use super::launch::{launched, stream};
-use super::memory::Pointer;
-use super::{Error, argument};
+use crate::device::{Error, Pointer, argument};
 
 /// Elements whose squares one block adds.
 const CHUNK: usize = 32 * 1024;

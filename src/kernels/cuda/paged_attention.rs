@@ -7,9 +7,8 @@ use std::f32::consts::LOG2_E;
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::sys::CUstream;
 
-use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer, type_code, upload_u64};
-use super::{Error, argument};
+use super::launch::{RawMatrix, launched, stream, type_code};
+use crate::device::{Error, Matrix, Pointer, argument, upload_u64};
 
 // SAFETY: these are the signatures of `paged_attention.cu`.
 unsafe extern "C" {

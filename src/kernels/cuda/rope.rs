@@ -7,8 +7,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_length, expect_shape};
 use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument};
 
 // SAFETY: these are the signatures of `rope.cu`.
 unsafe extern "C" {

@@ -5,8 +5,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_shape, expect_type};
 use super::launch::{RawMatrix, launched, stream};
-use super::memory::Matrix;
-use super::{Error, argument};
+use crate::device::{Error, Matrix, argument};
 
 // SAFETY: these are the signatures of `swiglu.cu`.
 unsafe extern "C" {

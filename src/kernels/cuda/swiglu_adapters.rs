@@ -8,8 +8,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_length, expect_shape, expect_type};
 use super::launch::{RawMatrix, launched, stream};
-use super::memory::{Matrix, Pointer, cuda};
-use super::{Error, argument};
+use crate::device::{Error, Matrix, Pointer, argument, cuda};
 
 // SAFETY: this is the signature of `swiglu_adapters.cu`.
 unsafe extern "C" {

@@ -4,10 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{
-    AttentionPlan, SegmentRange, array, attention_backward, attention_forward, empty, is_tuned, matrix,
-};
+use crate::device::timers::{Phase, span};
+use crate::device::{array, empty, matrix};
+use crate::kernels::cuda::{AttentionPlan, SegmentRange, attention_backward, attention_forward, is_tuned};
 use crate::ops::attention::{Heads, Layout, Saved};
 use crate::ops::{Error, Wide, shape_error};
 

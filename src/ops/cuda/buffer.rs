@@ -3,9 +3,8 @@
 use candle_core::{DType, Tensor};
 
 use super::row;
-use crate::kernels::cuda::{
-    array, axpby, count_non_finite, download_u32, empty, fill as fill_matrix, matrix, overwrite,
-};
+use crate::device::{array, download_u32, empty, matrix, overwrite};
+use crate::kernels::cuda::{axpby, count_non_finite, fill as fill_matrix};
 use crate::ops::Error;
 
 pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool, Error> {

@@ -3,10 +3,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
+use crate::device::timers::{Phase, span};
+use crate::device::{Matrix, array, download, download_u8, empty, matrix, upload_f32, upload_u32};
 use crate::kernels::cuda::{
-    Accumulate, HeadState, Matrix, Side, array, axpby, download, download_u8, empty, fill, gemm, head_backward_chunk,
-    head_finish, head_forward_chunk, head_start, matrix, upload_f32, upload_u32,
+    Accumulate, HeadState, Side, axpby, fill, gemm, head_backward_chunk, head_finish, head_forward_chunk, head_start,
 };
 use crate::ops::Error;
 use crate::ops::head::Output;
@@ -161,7 +161,7 @@ pub(crate) fn forward_backward(
     let scale = temperature.recip() as f32;
     for first in (0..rows).step_by(height) {
         let count = height.min(rows - first);
-        let part = |array: &Tensor| crate::kernels::cuda::array(&array.narrow(0, first, count)?);
+        let part = |array: &Tensor| crate::device::array(&array.narrow(0, first, count)?);
         let line = |index: usize| array(&floats.narrow(0, index, 1)?.narrow(1, first, count)?);
         let (logits, d_logits) = (matrix(&logits)?.rows(0, count), matrix(&d_logits)?.rows(0, count));
         let x = (x.rows(first, count), Side::Plain);

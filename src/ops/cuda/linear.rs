@@ -10,10 +10,10 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
+use crate::device::timers::{Phase, span};
+use crate::device::{Matrix, array, empty, matrix, upload_u64};
 use crate::kernels::cuda::{
-    Accumulate, Matrix, Part, Side, array, assemble, axpby, column_sums, column_sums_workspace, dropout, empty, fill,
-    gemm, matrix, upload_u64,
+    Accumulate, Part, Side, assemble, axpby, column_sums, column_sums_workspace, dropout, fill, gemm,
 };
 use crate::ops::linear::{
     Adapter, CarriedGroup, Dropout, InputGradient, Linear, Mode, Outputs, SavedGroup, TokenKeys, room,

@@ -16,7 +16,7 @@ pub(crate) mod swiglu;
 use candle_core::Tensor;
 
 use super::{Error, shape_error};
-use crate::kernels::cuda::{Matrix, matrix};
+use crate::device::{Matrix, matrix};
 
 /// A vector as a single row.
 fn row(x: &Tensor) -> Result<Matrix, Error> {

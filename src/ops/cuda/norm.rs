@@ -3,10 +3,9 @@
 use candle_core::{DType, Tensor};
 
 use super::row;
-use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{
-    array, empty, matrix, rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace,
-};
+use crate::device::timers::{Phase, span};
+use crate::device::{array, empty, matrix};
+use crate::kernels::cuda::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 use crate::ops::rms_norm::Saved;
 use crate::ops::{Error, Param, Wide};
 

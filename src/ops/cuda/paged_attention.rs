@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
+use crate::device::timers::{Phase, span};
+use crate::device::{Matrix, array, empty, matrix, upload_u32};
 use crate::kernels::cuda::{
-    Matrix, PagedCache, PagedRows, array, copy_pages, empty, matrix, page_stores, paged_attention,
-    paged_attention_workspace, upload_u32, write_pages,
+    PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
 };
 use crate::ops::paged_attention::{PagedSequence, check_sequences};
 use crate::ops::{Error, Wide, shape_error};

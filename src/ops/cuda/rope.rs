@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{array, empty, matrix, rope, rope_table, upload_f32, upload_u32};
+use crate::device::timers::{Phase, span};
+use crate::device::{array, empty, matrix, upload_f32, upload_u32};
+use crate::kernels::cuda::{rope, rope_table};
 use crate::ops::{Error, shape_error};
 
 /// Cosines and sines of positions: f32 `[N, d / 2, 2]`.

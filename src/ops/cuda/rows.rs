@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
-use crate::kernels::cuda::{Matrix, array, empty, fill, gather_rows, group_rows, matrix, sum_rows, upload_u32};
+use crate::device::timers::{Phase, span};
+use crate::device::{Matrix, array, empty, matrix, upload_u32};
+use crate::kernels::cuda::{fill, gather_rows, group_rows, sum_rows};
 use crate::ops::{Error, shape_error};
 use crate::quant::Weight;
 

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::kernels::cuda::profile::{Phase, span};
+use crate::device::timers::{Phase, span};
+use crate::device::{array, empty, matrix};
 use crate::kernels::cuda::{
-    DownAdapter, MOST_SHARE_RANKS, MlpAdapters, OutAdapter, array, axpby, empty, matrix, swiglu, swiglu_adapters_fit,
-    swiglu_backward, swiglu_backward_adapters, swiglu_backward_adapters_workspace,
+    DownAdapter, MOST_SHARE_RANKS, MlpAdapters, OutAdapter, axpby, swiglu, swiglu_adapters_fit, swiglu_backward,
+    swiglu_backward_adapters, swiglu_backward_adapters_workspace,
 };
 use crate::ops::linear::InputGradient;
 use crate::ops::swiglu::Around;

@@ -6,11 +6,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{DeviceMatrix, DeviceMaxima, Storage};
 use crate::config::settings::{QuantType, Quantization};
+use crate::device::{Pinned, array, download, download_u32, empty, matrix, overwrite_from_pinned, upload_f32};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
-use crate::kernels::cuda::{
-    Pinned, array, count_non_finite, download, download_u32, empty, matrix, overwrite_from_pinned, quantize_maxima,
-    quantize_nf4, upload_f32,
-};
+use crate::kernels::cuda::{count_non_finite, quantize_maxima, quantize_nf4};
 use crate::quant::double_quant::{NESTED_BLOCK, dynamic_map, mean};
 use crate::quant::nf4::codebook_of;
 use crate::quant::{Error, Weight};

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::iter;
 
-use crate::kernels::cuda::{Error, argument};
+use crate::device::{Error, argument};
 
 /// Queries of a tile and keys of a tile; `attention.cuh` has the same numbers.
 const QUERY_TILE: usize = 128;

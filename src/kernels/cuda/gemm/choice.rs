@@ -15,8 +15,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use super::descriptors::{Descriptors, Preference};
 use super::{FULL_ALIGNMENT, Kind, Library, Product, Side, alignment, is_refusal};
-use crate::kernels::cuda::Error;
-use crate::kernels::cuda::memory::{Matrix, cuda};
+use crate::device::{Error, Matrix, cuda, failed};
 
 /// Algorithms that a trial compares. The library's order is of little use at the power limit: of 8 none may be among the best.
 pub(super) const MAX_CANDIDATES: usize = 24;
@@ -323,7 +322,7 @@ impl<'a> Trial<'a> {
 
     /// Milliseconds of one of some runs; waits for them.
     fn time(&self, algorithm: &sys::cublasLtMatmulAlgo_t, times: usize) -> Result<f32, Error> {
-        let driver = |source| Error::Driver { what: "timing a matrix product", source };
+        let driver = failed("timing a matrix product");
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
         let start = event()?;
         self.run(algorithm, times)?;

@@ -3,8 +3,8 @@
 use candle_core::DType;
 use cudarc::cublaslt::{result, sys};
 
-use super::super::memory::Matrix;
 use super::{Product, Side};
+use crate::device::Matrix;
 
 /// What the library is told about a product. It counts by columns: the rows of a row-major matrix are its columns, so
 /// the product is asked for as `dᵀ = op(b)ᵀ op(a)ᵀ`, `b` being its first operand, and row strides are its leading

@@ -14,11 +14,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::memory::{array, cuda, empty};
 use super::pinned::Pinned;
-use super::{Error, argument};
-
-fn failed(what: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
-    move |source| Error::Driver { what, source }
-}
+use super::{Error, argument, failed};
 
 /// The size of the host memory for so many bytes, an eighth more at most: batches are ragged, and a little more than the last
 /// one is not to be locked anew.

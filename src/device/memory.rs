@@ -6,13 +6,13 @@ use candle_core::cuda_backend::{CudaStorageSlice, cudarc::driver::DevicePtr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 
 use super::pinned::Pinned;
-use super::{Error, argument};
+use super::{Error, argument, failed};
 
 /// A matrix on the device: contiguous columns, rows `stride` elements apart.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
-    pub(super) address: u64,
-    pub(super) dtype: DType,
+    pub(crate) address: u64,
+    pub(crate) dtype: DType,
     /// Number of rows.
     pub rows: usize,
     /// Number of columns.
@@ -69,19 +69,10 @@ impl Matrix {
     }
 }
 
-/// The number of a type in the kernels' interface.
-pub(super) fn type_code(dtype: DType) -> i32 {
-    match dtype {
-        DType::F32 => 0,
-        DType::F16 => 1,
-        _ => 2,
-    }
-}
-
 /// A flat array on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct Pointer {
-    pub(super) address: u64,
+    pub(crate) address: u64,
     /// Number of elements.
     pub len: usize,
 }
@@ -140,7 +131,7 @@ fn address(tensor: &Tensor) -> Result<u64, Error> {
 }
 
 /// The CUDA device of `device`.
-pub(super) fn cuda(device: &Device) -> Result<&CudaDevice, Error> {
+pub(crate) fn cuda(device: &Device) -> Result<&CudaDevice, Error> {
     match device {
         Device::Cuda(device) => Ok(device),
         other => Err(argument("device", "device", other.location(), "a GPU")),
@@ -242,7 +233,7 @@ pub fn overwrite(tensor: &Tensor, values: &[f32]) -> Result<(), Error> {
         return Err(argument("overwrite", "values", (values.len(), tensor.dtype()), (target.len, DType::F32)));
     }
     let stream = cuda(tensor.device())?.cuda_stream();
-    let copied = |source| Error::Driver { what: "copying to the device", source };
+    let copied = failed("copying to the device");
     // SAFETY: the address and length are those of a live tensor, and the host's values outlive the copy, which is waited for.
     unsafe { cudarc::driver::result::memcpy_htod_async(target.address, values, stream.cu_stream()) }.map_err(copied)?;
     stream.synchronize().map_err(copied)
@@ -263,7 +254,7 @@ pub fn overwrite_from_pinned(tensor: &Tensor, from: &Pinned) -> Result<(), Error
     // SAFETY: the target is a live tensor of that size; the source is page-locked memory that long, which the caller leaves
     // alone until the copy is done.
     unsafe { cudarc::driver::result::memcpy_htod_async(target.address, from.bytes(bytes), stream.cu_stream()) }
-        .map_err(|source| Error::Driver { what: "copying to the device", source })
+        .map_err(failed("copying to the device"))
 }
 
 /// The values of a tensor as floats on the host; waits for the device.

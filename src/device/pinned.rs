@@ -7,8 +7,8 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, cuMemFreeHost, cuMemHostAlloc};
 use rayon::prelude::*;
 
-use super::Error;
 use super::memory::{Matrix, cuda};
+use super::{Error, failed};
 
 /// A block of page-locked memory; its address is the same for the host and for every GPU.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl Pinned {
     /// If the system does not allow it.
     pub fn new(device: &Device, bytes: usize) -> Result<Self, Error> {
         let context = cuda(device)?.cuda_stream().context().clone();
-        let driver = |source| Error::Driver { what: "locking host memory", source };
+        let driver = failed("locking host memory");
         context.bind_to_thread().map_err(driver)?;
         let mut memory = std::ptr::null_mut();
         let flags = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP;

@@ -10,8 +10,8 @@ use candle_core::Device;
 use cudarc::driver::CudaEvent;
 use cudarc::driver::sys::CUevent_flags;
 
-use super::Error;
 use super::memory::cuda;
+use super::{Error, failed};
 
 /// What a piece of work is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,7 +69,7 @@ pub fn span(device: &Device, phase: Phase) -> Result<Span<'_>, Error> {
 fn record(device: &Device) -> Result<CudaEvent, Error> {
     let stream = cuda(device)?.cuda_stream();
     let event = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-    event.map_err(|source| Error::Driver { what: "recording an event", source })
+    event.map_err(failed("recording an event"))
 }
 
 impl Drop for Span<'_> {
@@ -97,8 +97,7 @@ pub fn stop(device: &Device) -> Result<BTreeMap<Phase, f64>, Error> {
     let spans = SPANS.lock().map(|mut spans| std::mem::take(&mut *spans)).unwrap_or_default();
     let mut seconds = BTreeMap::new();
     for (phase, begin, end) in spans {
-        let milliseconds =
-            begin.elapsed_ms(&end).map_err(|source| Error::Driver { what: "reading an event", source })?;
+        let milliseconds = begin.elapsed_ms(&end).map_err(failed("reading an event"))?;
         *seconds.entry(phase).or_insert(0.0) += f64::from(milliseconds) / 1e3;
     }
     Ok(seconds)

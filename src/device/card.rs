@@ -7,7 +7,7 @@ use cudarc::driver::sys::{
 };
 
 use super::memory::cuda;
-use super::{Error, argument};
+use super::{Error, argument, failed};
 
 /// Bytes of the stream-ordered pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub fn has_bf16(ordinal: usize) -> bool {
 /// If `device` is no GPU or the driver refuses.
 pub fn compute_capability(device: &Device) -> Result<(i32, i32), Error> {
     let capability = cuda(device)?.cuda_stream().context().compute_capability();
-    capability.map_err(|source| Error::Driver { what: "asking for the GPU's compute capability", source })
+    capability.map_err(failed("asking for the GPU's compute capability"))
 }
 
 /// The name of an open GPU.
@@ -46,7 +46,7 @@ pub fn compute_capability(device: &Device) -> Result<(i32, i32), Error> {
 /// If `device` is no GPU.
 pub fn device_name(device: &Device) -> Result<String, Error> {
     let name = cuda(device)?.cuda_stream().context().name();
-    name.map_err(|source| Error::Driver { what: "asking for the name of the GPU", source })
+    name.map_err(failed("asking for the name of the GPU"))
 }
 
 /// Opens GPU `ordinal` with a stream of its own and a pool that keeps what is freed.
@@ -64,7 +64,7 @@ pub fn open(ordinal: usize) -> Result<Device, Error> {
     let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the attribute is a 64-bit number, and `threshold` is one.
     let result = unsafe { cuMemPoolSetAttribute(pool(&device)?, attribute, (&raw mut threshold).cast()) };
-    result.result().map_err(|source| Error::Driver { what: "keeping freed device memory", source })?;
+    result.result().map_err(failed("keeping freed device memory"))?;
     Ok(device)
 }
 
@@ -73,7 +73,7 @@ fn pool(device: &Device) -> Result<CUmemoryPool, Error> {
     let mut pool = std::ptr::null_mut();
     // SAFETY: the device handle comes from an open context, and `pool` outlives the call.
     let result = unsafe { cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()) };
-    result.result().map_err(|source| Error::Driver { what: "finding the device's memory pool", source })?;
+    result.result().map_err(failed("finding the device's memory pool"))?;
     Ok(pool)
 }
 
@@ -81,7 +81,7 @@ fn attribute(device: &Device, attribute: CUmemPool_attribute) -> Result<u64, Err
     let mut value = 0u64;
     // SAFETY: the attributes asked for are 64-bit numbers, and `value` is one.
     let result = unsafe { cuMemPoolGetAttribute(pool(device)?, attribute, (&raw mut value).cast()) };
-    result.result().map_err(|source| Error::Driver { what: "reading the memory pool's use", source })?;
+    result.result().map_err(failed("reading the memory pool's use"))?;
     Ok(value)
 }
 
@@ -102,8 +102,7 @@ pub fn memory_use(device: &Device) -> Result<MemoryUse, Error> {
 /// # Errors
 /// If the driver refuses.
 pub fn device_memory_used() -> Result<u64, Error> {
-    let (free, total) = cudarc::driver::result::mem_get_info()
-        .map_err(|source| Error::Driver { what: "reading the device's memory", source })?;
+    let (free, total) = cudarc::driver::result::mem_get_info().map_err(failed("reading the device's memory"))?;
     Ok((total - free) as u64)
 }
 
@@ -112,9 +111,9 @@ pub fn device_memory_used() -> Result<u64, Error> {
 /// # Errors
 /// If `device` is no GPU or the driver refuses.
 pub fn free_memory(device: &Device) -> Result<u64, Error> {
-    let failed = |source| Error::Driver { what: "reading the device's memory", source };
-    cuda(device)?.cuda_stream().context().bind_to_thread().map_err(failed)?;
-    let (free, _) = cudarc::driver::result::mem_get_info().map_err(failed)?;
+    let refused = failed("reading the device's memory");
+    cuda(device)?.cuda_stream().context().bind_to_thread().map_err(refused)?;
+    let (free, _) = cudarc::driver::result::mem_get_info().map_err(refused)?;
     let MemoryUse { used, reserved, .. } = memory_use(device)?;
     Ok(free as u64 + reserved.saturating_sub(used))
 }
@@ -128,7 +127,7 @@ pub fn reset_peak(device: &Device) -> Result<(), Error> {
     let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
     // SAFETY: the attribute is a 64-bit number that may only be set to 0, and `zero` is that.
     let result = unsafe { cuMemPoolSetAttribute(pool(device)?, attribute, (&raw mut zero).cast()) };
-    result.result().map_err(|source| Error::Driver { what: "resetting the memory peak", source })
+    result.result().map_err(failed("resetting the memory peak"))
 }
 
 /// Waits until the device has done everything that was asked of it.

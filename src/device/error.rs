@@ -1,0 +1,67 @@
+//! What can go wrong on a device.
+
+/// What went wrong on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A kernel could not be launched, or an earlier one failed.
+    #[error("{kernel}: CUDA error {code} ({meaning})")]
+    Launch {
+        /// Which kernel.
+        kernel: &'static str,
+        /// CUDA's error number.
+        code: i32,
+        /// What it means.
+        meaning: &'static str,
+    },
+    /// The driver or one of its libraries reported an error.
+    #[error("{what}: {reason}")]
+    Driver {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        reason: String,
+    },
+    /// The library of matrix products reported an error.
+    #[error("matrix product [{m}, {k}] x [{k}, {n}]: {reason}")]
+    Product {
+        /// Rows of the result.
+        m: usize,
+        /// Columns of the result.
+        n: usize,
+        /// Length of the sums.
+        k: usize,
+        /// Its answer.
+        reason: String,
+    },
+    /// An argument has the wrong shape, type or place.
+    #[error("{operation}: `{argument}` is {got}, expected {expected}")]
+    Argument {
+        /// Which kernel or operation.
+        operation: &'static str,
+        /// Which argument.
+        argument: &'static str,
+        /// What was given.
+        got: String,
+        /// What fits.
+        expected: String,
+    },
+    /// The tensor library failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn argument(
+    operation: &'static str,
+    argument: &'static str,
+    got: impl std::fmt::Debug,
+    expected: impl std::fmt::Debug,
+) -> Error {
+    Error::Argument { operation, argument, got: format!("{got:?}"), expected: format!("{expected:?}") }
+}
+
+/// A driver's error with what was asked of it.
+#[cfg(feature = "cuda")]
+pub(crate) fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> Error + Copy {
+    move |source: E| Error::Driver { what, reason: source.to_string() }
+}
