@@ -10,7 +10,7 @@ use trainer::checkpoint::{self, Error, Writer};
 mod kill;
 
 fn save(output_dir: &Path, step: u64, limit: Option<usize>) -> checkpoint::Committed {
-    let mut writer = Writer::begin(output_dir, step).unwrap().world_size(2);
+    let mut writer = Writer::begin(output_dir, step, 2).unwrap();
     writer.add_json("state.json", &json!({"step": step, "seed": u64::MAX})).unwrap();
     let values: Vec<f32> = (0..6).map(|i| i as f32 + step as f32 / 3.0).collect();
     writer
@@ -58,7 +58,7 @@ fn what_is_saved_comes_back_bit_for_bit() {
 fn a_writer_that_is_dropped_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     save(folder.path(), 1, None);
-    let mut writer = Writer::begin(folder.path(), 2).unwrap();
+    let mut writer = Writer::begin(folder.path(), 2, 1).unwrap();
     writer.add_json("state.json", &1).unwrap();
     drop(writer);
     assert_eq!(names(folder.path()), set(&["checkpoint-1"]));
@@ -69,7 +69,7 @@ fn a_writer_that_is_dropped_leaves_nothing() {
 fn a_full_disk_loses_no_earlier_checkpoint_and_says_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     save(folder.path(), 1, Some(1));
-    let mut writer = Writer::begin(folder.path(), 2).unwrap();
+    let mut writer = Writer::begin(folder.path(), 2, 1).unwrap();
     // Every write through this link fails as on a full disk.
     std::os::unix::fs::symlink("/dev/full", writer.path().join("state.json")).unwrap();
     let message = writer.add_json("state.json", &json!({"step": 2})).unwrap_err().to_string();
@@ -87,7 +87,7 @@ fn a_full_disk_loses_no_earlier_checkpoint_and_says_what_to_do() {
 fn tensors_that_do_not_fit_lose_no_earlier_checkpoint() {
     const CHILD: &str = "TRAINER_TEST_OUTPUT_DIR";
     if let Some(output_dir) = std::env::var_os(CHILD) {
-        let mut writer = Writer::begin(Path::new(&output_dir), 2).unwrap();
+        let mut writer = Writer::begin(Path::new(&output_dir), 2, 1).unwrap();
         let values = vec![1.0; 1 << 20];
         let tensors = [("x".to_string(), &values[..], vec![1 << 20])];
         // The message is the child's result, read by its parent below.
@@ -130,7 +130,7 @@ fn the_oldest_go_when_there_are_more_than_the_limit() {
 fn a_checkpoint_of_the_same_step_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     save(folder.path(), 3, None);
-    let mut writer = Writer::begin(folder.path(), 3).unwrap();
+    let mut writer = Writer::begin(folder.path(), 3, 1).unwrap();
     writer.add_json("other.json", &true).unwrap();
     writer.commit(None).unwrap();
     assert_eq!(names(folder.path()), set(&["checkpoint-3"]));
@@ -241,7 +241,7 @@ fn the_best_checkpoint_and_folders_of_others_are_never_deleted() {
         std::fs::write(folder.path().join(foreign).join("model.bin"), "mine").unwrap();
     }
     let save = |step: u64, best: u64, limit: usize| {
-        let mut writer = Writer::begin(folder.path(), step).unwrap().keeping(Some(best));
+        let mut writer = Writer::begin(folder.path(), step, 1).unwrap().keeping(Some(best));
         writer.add_json("state.json", &step).unwrap();
         writer.commit(Some(limit)).unwrap();
         let foreign = ["checkpoint-1", "checkpoint-07", "checkpoint-+8", "checkpoint-best"];
@@ -459,7 +459,7 @@ fn a_run_without_checkpoints_has_no_latest() {
 #[test]
 fn names_and_shapes_that_cannot_be_right_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = Writer::begin(folder.path(), 1).unwrap();
+    let mut writer = Writer::begin(folder.path(), 1, 1).unwrap();
     for name in ["", "../x.json", "/tmp/x.json", "manifest.json"] {
         assert!(matches!(writer.add_json(name, &1), Err(Error::Name { .. })), "{name}");
     }

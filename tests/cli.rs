@@ -42,6 +42,23 @@ fn bad_usage_is_exit_code_2_and_names_the_mistake() {
 }
 
 #[test]
+fn a_run_of_several_ranks_is_refused_before_anything_is_read() {
+    for subcommand in ["sft", "grpo"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_trainer"))
+            .args([subcommand, "no-such-file.yaml"])
+            .envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")])
+            .output()
+            .unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(
+            message.starts_with("error: torchrun (RANK, WORLD_SIZE) started this process as rank 1 of 2"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn a_wrong_log_filter_is_bad_usage() {
     let output = Command::new(env!("CARGO_BIN_EXE_trainer"))
         .args(["config", "--reference"])

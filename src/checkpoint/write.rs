@@ -36,25 +36,18 @@ pub struct Committed {
 }
 
 impl Writer {
-    /// Begins the checkpoint of `step` in `output_dir`, written by one process.
+    /// Begins the checkpoint of `step` in `output_dir`, which will hold the state of `world_size` ranks.
     ///
     /// # Errors
     /// If the folder cannot be created.
-    pub fn begin(output_dir: &Path, step: u64) -> Result<Self, Error> {
+    pub fn begin(output_dir: &Path, step: u64, world_size: usize) -> Result<Self, Error> {
         std::fs::create_dir_all(output_dir).map_err(io_error("create the folder", output_dir))?;
         let mut builder = tempfile::Builder::new();
         let partial = fs::shared(&mut builder, 0o777)
             .prefix(&format!(".{PREFIX}{step}.partial-"))
             .tempdir_in(output_dir)
             .map_err(io_error("create a checkpoint in", output_dir))?;
-        Ok(Self { output_dir: output_dir.into(), partial, step, world_size: 1, best: None })
-    }
-
-    /// Sets the number of processes that the state in the checkpoint comes from.
-    #[must_use]
-    pub fn world_size(mut self, world_size: usize) -> Self {
-        self.world_size = world_size;
-        self
+        Ok(Self { output_dir: output_dir.into(), partial, step, world_size, best: None })
     }
 
     /// Names the step of a checkpoint that [`Writer::commit`] does not delete, however old it is.

@@ -1,11 +1,13 @@
 //! The arguments that `sft` and `grpo` share.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Context, Diagnostics, Exit, Interrupt, UsageError};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
+use crate::ranks;
 use crate::reward;
 use crate::train::{self, Outcome};
 
@@ -79,16 +81,19 @@ pub(super) fn run<S>(
     shared: impl Fn(&S) -> &TrainingSettings,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
+    let text = |text: OsString| text.to_string_lossy().into_owned();
+    let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let ranks = ranks::join(&environment).map_err(|error| UsageError(error.to_string()))?;
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
     let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
     let surroundings = config::Context {
+        world_size: ranks.world_size(),
         config_folder: config_folder.as_deref(),
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
         has_bf16: train::has_bf16(),
-        ..config::Context::default()
     };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
     let interrupt = Interrupt::listen()?;
@@ -97,6 +102,7 @@ pub(super) fn run<S>(
         &loaded.settings,
         train::Context {
             terminal: context.terminal.clone(),
+            ranks,
             ready: &|| interrupt.ready(),
             is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Collective;
+use super::Ranks;
 
 /// What is wrong with the devices of a run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -317,14 +317,14 @@ pub fn check_duplicates(devices: &[RankDevice]) -> Result<(), Error> {
 ///
 /// # Errors
 /// If the exchange fails, or as [`check_duplicates`], on every rank alike.
-pub fn exchange(collective: &dyn Collective, own: &RankDevice) -> Result<Vec<RankDevice>, Error> {
+pub fn exchange(ranks: &dyn Ranks, own: &RankDevice) -> Result<Vec<RankDevice>, Error> {
     let unreadable = |peer: usize, problem: serde_json::Error| super::Error::Message {
         peer,
         what: "its GPU",
         problem: problem.to_string(),
     };
     let message = serde_json::to_vec(own).map_err(|problem| unreadable(own.rank, problem))?;
-    let all = collective.all_gather_bytes(&message)?;
+    let all = ranks.all_gather_bytes(&message)?;
     let devices: Vec<RankDevice> = all
         .iter()
         .enumerate()

@@ -1,5 +1,7 @@
 //! What can go wrong between ranks.
 
+use super::launch::{self, Launcher};
+
 /// An error of the room `ranks`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -75,6 +77,22 @@ pub enum Error {
     /// A group needs at least one rank.
     #[error("a group of 0 ranks has no collective; `num_processes` must be 1 or more")]
     NoRanks,
+    /// The launch environment cannot be read.
+    #[error(transparent)]
+    Launch(#[from] launch::Error),
+    /// More than one rank.
+    #[error(
+        "{launcher} started this process as rank {rank} of {world_size}, and a run is one process; start one, and for the \
+         same batch multiply `gradient_accumulation_steps` by {world_size}"
+    )]
+    Several {
+        /// Who started them.
+        launcher: Launcher,
+        /// This one.
+        rank: usize,
+        /// How many there are.
+        world_size: usize,
+    },
     /// A message of another rank cannot be read.
     #[error("rank {peer} sent `{what}` that cannot be read: {problem}; check that all ranks run the same version")]
     Message {

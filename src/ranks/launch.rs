@@ -124,13 +124,13 @@ pub fn place(environment: &BTreeMap<String, String>) -> Result<Option<Place>, Er
     let srun = if mpirun.is_some() { None } else { srun(&variables)? };
     let outer = mpirun.or(srun);
     match (torchrun, outer) {
-        (Some(torchrun), Some(outer)) => join(torchrun, outer).map(Some),
+        (Some(torchrun), Some(outer)) => agreed(torchrun, outer).map(Some),
         (torchrun, outer) => Ok(torchrun.or(outer)),
     }
 }
 
 /// Two descriptions of one place: both must say the same. What only one knows is kept.
-fn join(torchrun: Place, outer: Place) -> Result<Place, Error> {
+fn agreed(torchrun: Place, outer: Place) -> Result<Place, Error> {
     for (what, left, right) in [
         ("rank", torchrun.rank, outer.rank),
         ("world size", torchrun.world_size, outer.world_size),

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::collective::{check_root, check_shards};
-use super::{Collective, Error};
+use super::collective::check_shards;
+use super::control::check_root;
+use super::{Collective, Error, Ranks};
 
 /// One rank of a group of threads.
 #[derive(Debug)]
@@ -166,7 +167,7 @@ impl Drop for Threads {
     }
 }
 
-impl Collective for Threads {
+impl Ranks for Threads {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -175,6 +176,26 @@ impl Collective for Threads {
         self.world_size
     }
 
+    fn broadcast(&self, bytes: &mut Vec<u8>, root: usize) -> Result<(), Error> {
+        check_root(self.world_size, root)?;
+        let own = if self.rank == root { bytes.clone() } else { Vec::new() };
+        let all = self.exchange("broadcast", Payload::Bytes(own))?;
+        bytes.clear();
+        bytes.extend_from_slice(all[root].bytes());
+        Ok(())
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        let all = self.exchange("all_gather_bytes", Payload::Bytes(bytes.to_vec()))?;
+        Ok(all.iter().map(|contribution| contribution.bytes().to_vec()).collect())
+    }
+
+    fn barrier(&self) -> Result<(), Error> {
+        self.exchange("barrier", Payload::Bytes(Vec::new())).map(drop)
+    }
+}
+
+impl Collective for Threads {
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
         let all = self.exchange("all_reduce_sum", Payload::Floats(values.to_vec()))?;
         add_in_order(values, &all, 0);
@@ -195,24 +216,6 @@ impl Collective for Threads {
         let all = self.exchange("reduce_scatter_sum", Payload::Floats(full.to_vec()))?;
         add_in_order(shard, &all, self.rank * shard.len());
         Ok(())
-    }
-
-    fn broadcast(&self, bytes: &mut Vec<u8>, root: usize) -> Result<(), Error> {
-        check_root(self.world_size, root)?;
-        let own = if self.rank == root { bytes.clone() } else { Vec::new() };
-        let all = self.exchange("broadcast", Payload::Bytes(own))?;
-        bytes.clear();
-        bytes.extend_from_slice(all[root].bytes());
-        Ok(())
-    }
-
-    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        let all = self.exchange("all_gather_bytes", Payload::Bytes(bytes.to_vec()))?;
-        Ok(all.iter().map(|contribution| contribution.bytes().to_vec()).collect())
-    }
-
-    fn barrier(&self) -> Result<(), Error> {
-        self.exchange("barrier", Payload::Bytes(Vec::new())).map(drop)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Ranks: what they say to each other, where they run, which device each one has.
 //!
-//! [`Collective`] is what the rooms above talk to; [`Solo`] is one rank, [`local::Threads`] are several in one process,
-//! `nccl` (feature) several GPUs. [`launch`] reads a rank's place from the environment of `srun`, `torchrun` or
+//! [`Ranks`] is the control plane that the rooms above talk to, for what is small and on the host; [`Collective`] is for
+//! values. [`Alone`] is one rank, [`local::Threads`] are several in one process, `nccl` (feature) several GPUs. [`launch`] reads a rank's place from the environment of `srun`, `torchrun` or
 //! `mpirun`; [`device`] finds out which GPU a rank has and that no two have the same one. Both are pure functions over
 //! what they are given: only the command line reads the environment of the process.
 //!
@@ -9,6 +9,7 @@
 //! ranks hold the same bits; every wait has a deadline; a failure names the rank, the operation and what to do.
 
 mod collective;
+mod control;
 pub mod device;
 mod error;
 pub mod hostlist;
@@ -17,5 +18,6 @@ pub mod local;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 
-pub use collective::{Collective, Solo};
+pub use collective::Collective;
+pub use control::{Alone, Ranks, join};
 pub use error::Error;

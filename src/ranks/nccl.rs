@@ -1,8 +1,8 @@
 //! Ranks with a GPU each, through NCCL.
 //!
-//! The host-slice operations of [`Collective`] copy to the device and back; what lives on the device goes through
-//! [`Nccl::comm`] on the stream given at the start. A wait for the device has the deadline of the group: NCCL itself
-//! would wait for a lost rank for ever.
+//! The operations of [`Collective`] copy to the device and back, on the stream given at the start. A wait for the device has
+//! the deadline of the group: NCCL itself would wait for a lost rank for ever. What is small goes over [`Ranks`], which is
+//! also how the group is made.
 //!
 //! NCCL adds in an order of its own. It is the same on every rank and for every call with the same number of ranks and
 //! elements, so all ranks hold the same bits, but they are not those of the CPU implementations.
@@ -16,8 +16,8 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use cudarc::nccl::result::NcclError;
 use cudarc::nccl::{Comm, Id, ReduceOp};
 
-use super::collective::{check_root, check_shards};
-use super::{Collective, Error};
+use super::collective::check_shards;
+use super::{Collective, Error, Ranks};
 
 /// First wait between two looks at the device; doubled up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_micros(5);
@@ -42,7 +42,7 @@ impl Nccl {
     ///
     /// # Errors
     /// If the transport or NCCL fails.
-    pub fn connect(over: &dyn Collective, stream: Arc<CudaStream>, deadline: Duration) -> Result<Self, Error> {
+    pub fn connect(over: &dyn Ranks, stream: Arc<CudaStream>, deadline: Duration) -> Result<Self, Error> {
         let (rank, world_size) = (over.rank(), over.world_size());
         let failed = |operation| move |error: NcclError| device_error(rank, operation, error.0);
         let mut bytes = Vec::new();
@@ -59,16 +59,6 @@ impl Nccl {
         let id = Id::uninit(internal.map(|b| b as c_char));
         let comm = Comm::from_rank(Arc::clone(&stream), rank, world_size, id).map_err(failed("ncclCommInitRank"))?;
         Ok(Self { comm, stream, rank, world_size, deadline })
-    }
-
-    /// The communicator, for collectives on device memory in the order of its stream. Call [`Self::wait`] to bound them.
-    pub fn comm(&self) -> &Comm {
-        &self.comm
-    }
-
-    /// The stream of the collectives.
-    pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
     }
 
     /// Waits until the device has done everything that was put on the stream.
@@ -117,15 +107,6 @@ impl Nccl {
         self.wait(operation)?;
         self.stream.memcpy_dtoh(device, host).map_err(|error| device_error(self.rank, operation, error))
     }
-
-    fn gather_bytes(&self, operation: &'static str, bytes: &[u8]) -> Result<Vec<u8>, Error> {
-        let own = self.upload(operation, bytes)?;
-        let mut all = self.zeros::<u8>(operation, bytes.len() * self.world_size)?;
-        self.comm.all_gather(&own, &mut all).map_err(|error| device_error(self.rank, operation, error.0))?;
-        let mut host = vec![0; bytes.len() * self.world_size];
-        self.download(operation, &all, &mut host)?;
-        Ok(host)
-    }
 }
 
 fn device_error(rank: usize, operation: &'static str, problem: impl std::fmt::Debug) -> Error {
@@ -133,14 +114,6 @@ fn device_error(rank: usize, operation: &'static str, problem: impl std::fmt::De
 }
 
 impl Collective for Nccl {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn world_size(&self) -> usize {
-        self.world_size
-    }
-
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
         let operation = "all_reduce_sum";
         if values.is_empty() {
@@ -175,33 +148,5 @@ impl Collective for Nccl {
         let reduced = self.comm.reduce_scatter(&all, &mut own, &ReduceOp::Sum);
         reduced.map_err(|error| device_error(self.rank, operation, error.0))?;
         self.download(operation, &own, shard)
-    }
-
-    fn broadcast(&self, bytes: &mut Vec<u8>, root: usize) -> Result<(), Error> {
-        check_root(self.world_size, root)?;
-        let own: &[u8] = if self.rank == root { bytes } else { &[] };
-        let mut all = self.all_gather_bytes(own)?;
-        *bytes = all.swap_remove(root);
-        Ok(())
-    }
-
-    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        let operation = "all_gather_bytes";
-        let lengths = self.gather_bytes(operation, &(bytes.len() as u64).to_le_bytes())?;
-        let lengths: Vec<usize> =
-            lengths.as_chunks::<8>().0.iter().map(|length| u64::from_le_bytes(*length) as usize).collect();
-        // NCCL gathers equal parts only.
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest == 0 {
-            return Ok(vec![Vec::new(); self.world_size]);
-        }
-        let mut padded = bytes.to_vec();
-        padded.resize(longest, 0);
-        let all = self.gather_bytes(operation, &padded)?;
-        Ok(all.chunks(longest).zip(lengths).map(|(part, length)| part[..length].to_vec()).collect())
-    }
-
-    fn barrier(&self) -> Result<(), Error> {
-        self.gather_bytes("barrier", &[0]).map(drop)
     }
 }

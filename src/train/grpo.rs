@@ -1,5 +1,7 @@
 //! Group relative policy optimisation (`DeepSeekMath`, 2402.03300, algorithm 1).
 
+use std::sync::Arc;
+
 use anyhow::bail;
 use serde_json::Value;
 
@@ -78,7 +80,8 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session, rewards)?;
 
-    let batches = prompt_batches(settings, prompts.len())?;
+    let ranks = Arc::clone(&context.ranks);
+    let batches = prompt_batches(settings, prompts.len(), ranks.world_size())?;
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
@@ -206,13 +209,13 @@ impl Source {
 }
 
 /// The counts of a run over so many prompts; says which an epoch leaves out.
-fn prompt_batches(settings: &GrpoSettings, num_prompts: usize) -> anyhow::Result<PromptBatches> {
+fn prompt_batches(settings: &GrpoSettings, num_prompts: usize, world_size: usize) -> anyhow::Result<PromptBatches> {
     let training = &settings.training;
     let batches = PromptBatches::new(
         num_prompts,
         (settings.generation_batch_size, settings.num_generations),
         training.per_device_train_batch_size,
-        1,
+        world_size,
         settings.num_iterations,
         training.gradient_accumulation_steps,
     )?;
@@ -246,7 +249,7 @@ fn gradients(
     run: &mut Run<'_>,
 ) -> anyhow::Result<(f64, Metrics, (f64, f64))> {
     let training = &settings.training;
-    let (step, batches) = (run.step, source.batches);
+    let (step, batches, ranks) = (run.step, source.batches, run.ranks());
     let place = batches.epoch().place(step);
     let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize;
     session.engine.store().zero_gradients()?;
@@ -262,10 +265,17 @@ fn gradients(
             source.generation = Some(generate(settings, generator, session, prompts, &groups, (key, life), run)?);
         }
         let Some(batch) = &mut source.generation else { bail!("a generation batch was just made") };
-        let start = slice.index * training.per_device_train_batch_size;
-        let samples = &batch.samples[start..(start + training.per_device_train_batch_size).min(batch.samples.len())];
+        // Every rank has the whole batch and takes its own share.
+        let first = (slice.index * ranks.world_size() + ranks.rank()) * training.per_device_train_batch_size;
+        let place = |sample: usize| sample.min(batch.samples.len());
+        let samples = &batch.samples[place(first)..place(first + training.per_device_train_batch_size)];
         let micro_batch = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
-        let parts = Parts { num_items: batch.num_items, micro_steps, slices: batches.slices() };
+        let parts = Parts {
+            num_items: batch.num_items,
+            num_processes: ranks.world_size(),
+            micro_steps,
+            slices: batches.slices(),
+        };
         let output = policy_gradient(settings, session, samples, &micro_batch, parts, step, scale)?;
         batch.micro_steps = slice.micro_steps_before + 1;
         run.num_tokens += micro_batch.batch.tokens.len() as u64;
@@ -406,6 +416,8 @@ fn temperature(settings: &GrpoSettings) -> f64 {
 struct Parts {
     /// Unmasked tokens of its generation batch.
     num_items: usize,
+    /// Ranks, each with a part of its own.
+    num_processes: usize,
     /// Micro-batches of its optimizer step.
     micro_steps: usize,
     /// Micro-batches of its generation batch.
@@ -456,7 +468,7 @@ fn policy_gradient(
                 entropy_threshold: None,
                 batch: GrpoBatch {
                     num_items_in_batch: parts.num_items,
-                    num_processes: 1,
+                    num_processes: parts.num_processes,
                     gradient_accumulation_steps: parts.micro_steps,
                     steps_per_generation: parts.slices,
                     is_training: true,

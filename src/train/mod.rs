@@ -31,13 +31,18 @@ pub use backend::{Backend, has_bf16, has_gpu};
 pub use cadence::{Cadence, Due};
 pub use plan::downloads;
 
+use std::sync::Arc;
+
 use crate::engine::IsInterrupted;
+use crate::ranks::Ranks;
 use crate::telemetry::Terminal;
 
 /// What a loop is given by the command line.
 pub struct Context<'a> {
     /// Where to print.
     pub terminal: Terminal,
+    /// The ranks of the run.
+    pub ranks: Arc<dyn Ranks>,
     /// Called when the run has prepared: from here on there is something to save, before a signal may end the process.
     pub ready: &'a dyn Fn(),
     /// Whether a signal asked the run to save and stop.

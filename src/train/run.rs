@@ -1,6 +1,7 @@
 //! What a run keeps beside the algorithm: metrics, console, and the cadence of logging, evaluation and saving.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -20,6 +21,7 @@ use super::state::{LoopState, RunState, State, write_checkpoint};
 use super::{Context, Outcome};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
+use crate::ranks::Ranks;
 use crate::telemetry::{Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
 use crate::zero::ShardedAdamW;
 
@@ -135,6 +137,11 @@ impl<'a> Run<'a> {
             Some(state) => Due { evaluate: state.is_evaluation_due, save: state.is_evaluation_due, log: false },
             None => Due { evaluate: self.settings.eval_on_start, ..Due::default() },
         }
+    }
+
+    /// The ranks of the run.
+    pub(super) fn ranks(&self) -> Arc<dyn Ranks> {
+        Arc::clone(&self.context.ranks)
     }
 
     /// Whether all steps are taken, or the results of evaluations no longer get better.
@@ -254,6 +261,7 @@ impl<'a> Run<'a> {
             kept_step: self.best.kept_step(),
             step: self.step,
             num_tokens: self.num_tokens,
+            world_size: self.context.ranks.world_size(),
             accumulator: &self.accumulator,
         };
         let done = write_checkpoint(self.settings, session, optimizer, state, own)?;

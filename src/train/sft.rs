@@ -1,5 +1,7 @@
 //! Supervised fine-tuning.
 
+use std::sync::Arc;
+
 use anyhow::bail;
 use serde_json::Value;
 
@@ -76,10 +78,11 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
     let (train, eval) = prepare(settings, &mut session, &splits)?;
 
+    let ranks = Arc::clone(&context.ranks);
     let batches = RowBatches::new(
         train.bins.len(),
         training.per_device_train_batch_size,
-        1,
+        ranks.world_size(),
         settings.dataloader_drop_last,
         training.gradient_accumulation_steps,
     )?;
@@ -130,7 +133,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         run.begin_step();
         let place = epoch.place(step);
         let micro_batches: Vec<Batch> = (place.micro_steps)
-            .map(|micro_step| train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, 0)), smoothing > 0.0))
+            .map(|micro_step| {
+                train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, ranks.rank())), smoothing > 0.0)
+            })
             .collect::<anyhow::Result<_>>()?;
         let loss = gradients(settings, &session, &micro_batches, plan::loss_scale(scaler.as_ref()), &mut run);
         due = match run.unless_interrupted(loss)? {
@@ -167,7 +172,8 @@ fn gradients(
 ) -> anyhow::Result<Option<(f64, Metrics)>> {
     let training = &settings.training;
     let step = run.step;
-    let num_targets: usize = micro_batches.iter().map(|b| b.targets.len()).sum();
+    let ranks = run.ranks();
+    let num_targets = ranks.sum_of_counts(micro_batches.iter().map(|b| b.targets.len()).sum())?;
     run.num_tokens += micro_batches.iter().map(|b| b.tokens.len() as u64).sum::<u64>();
     if num_targets == 0 {
         let sequences = micro_batches.iter().flat_map(|b| &b.positions).filter(|&&position| position == 0).count();
@@ -188,7 +194,7 @@ fn gradients(
                 entropies: Some(&head.entropies),
                 is_correct: Some(&head.is_argmax),
                 num_items_in_batch: num_targets,
-                num_processes: 1,
+                num_processes: ranks.world_size(),
             };
             let output = sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?;
             plan::check_loss(output.loss, step + 1, session, batch, &training.output_dir)?;
@@ -201,7 +207,7 @@ fn gradients(
             Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
         };
         let engine = &session.engine;
-        let output = match known_gradient(settings, batch, num_targets) {
+        let output = match known_gradient(settings, batch, num_targets, ranks.world_size()) {
             Some(gradient) => {
                 let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
                 engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
@@ -216,9 +222,14 @@ fn gradients(
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
 /// depends on the output.
-fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> Option<HeadGradient> {
+fn known_gradient(
+    settings: &SftSettings,
+    batch: &Batch,
+    num_targets: usize,
+    world_size: usize,
+) -> Option<HeadGradient> {
     let (smoothing, count) = (settings.label_smoothing_factor, batch.targets.len());
-    let each = |weight: f64| (-weight / num_targets as f64) as f32;
+    let each = |weight: f64| (-weight * world_size as f64 / num_targets as f64) as f32;
     (settings.loss_type != SftLossType::Dft).then(|| HeadGradient {
         d_logprobs: vec![each(1.0 - smoothing); count],
         d_entropies: vec![],
@@ -314,6 +325,7 @@ fn evaluate(
             mask: None,
             entropies: Some(&head.entropies),
             is_correct: Some(&head.is_argmax),
+            // The sum over the targets, which are counted below.
             num_items_in_batch: 1,
             num_processes: 1,
         };

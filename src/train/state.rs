@@ -268,6 +268,7 @@ pub(super) struct RunState<'a> {
     pub(super) kept_step: Option<u64>,
     pub(super) step: u64,
     pub(super) num_tokens: u64,
+    pub(super) world_size: usize,
     pub(super) accumulator: &'a Accumulator,
 }
 
@@ -279,7 +280,7 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
     run: RunState<'_>,
     own: LoopState<B>,
 ) -> anyhow::Result<checkpoint::Committed> {
-    let mut writer = checkpoint::Writer::begin(&settings.output_dir, run.step)?.keeping(run.kept_step);
+    let mut writer = checkpoint::Writer::begin(&settings.output_dir, run.step, run.world_size)?.keeping(run.kept_step);
     save::write_model(writer.path(), session)?;
     let state = State {
         version: STATE_VERSION,
