@@ -4,6 +4,9 @@
 //! tensor, a layer or a configuration. Every function that leaves this room is safe to call: it checks its lengths
 //! first, and the `unsafe` inside carries the reason why that is enough.
 
+mod adamw;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+
+pub use adamw::AdamWFactors;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Error;
+use crate::kernels::AdamWFactors;
 
 /// Elements that one task updates; small enough to stay in the second-level cache (4 slices of 64 KiB).
 const CHUNK: usize = 16 * 1024;
@@ -58,7 +59,7 @@ pub fn adamw_step(
     hyper: &AdamWStep,
 ) -> Result<(), Error> {
     check(params.len(), grads.len(), first_moment.len(), second_moment.len(), hyper)?;
-    update(params, grads, first_moment, second_moment, &Factors::new(hyper));
+    update(params, grads, first_moment, second_moment, &AdamWFactors::new(hyper));
     Ok(())
 }
 
@@ -96,7 +97,7 @@ pub fn adamw_step_groups(
         return Err(gap(groups.len(), &(total..total), covered));
     }
     for group in groups {
-        let factors = Factors::new(&AdamWStep { weight_decay: group.weight_decay, ..*hyper });
+        let factors = AdamWFactors::new(&AdamWStep { weight_decay: group.weight_decay, ..*hyper });
         let range = group.range.clone();
         update(
             &mut params[range.clone()],
@@ -109,28 +110,7 @@ pub fn adamw_step_groups(
     Ok(())
 }
 
-/// The scalars of a step, computed in f64 and rounded once, as torch does.
-#[derive(Clone, Copy, Debug)]
-pub struct Factors {
-    /// Multiplies the gradient.
-    pub grad_scale: f32,
-    /// `1 - lr * weight_decay`.
-    pub keep: f32,
-    /// `1 - beta1`.
-    pub first_weight: f32,
-    /// `beta2`.
-    pub second_decay: f32,
-    /// `1 - beta2`.
-    pub second_weight: f32,
-    /// `lr / (1 - beta1^step)`.
-    pub step_size: f32,
-    /// `sqrt(1 - beta2^step)`.
-    pub root_correction: f32,
-    /// Added to the root of the second moment.
-    pub eps: f32,
-}
-
-impl Factors {
+impl AdamWFactors {
     /// The scalars of a step whose settings are within their ranges.
     ///
     /// # Errors
@@ -155,7 +135,7 @@ impl Factors {
     }
 }
 
-fn update(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: &Factors) {
+fn update(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: &AdamWFactors) {
     params
         .par_chunks_mut(CHUNK)
         .zip(grads.par_chunks(CHUNK))
@@ -165,7 +145,7 @@ fn update(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f3
 }
 
 /// One chunk; a plain loop over four slices of one length, which the compiler turns into vector instructions.
-fn update_chunk(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: &Factors) {
+fn update_chunk(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: &AdamWFactors) {
     let f = *factors;
     for (((param, &grad), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
         let grad = grad * f.grad_scale;

@@ -13,8 +13,10 @@ mod loss_scale;
 mod progress;
 mod schedule;
 
-pub use adamw::{AdamWStep, Factors, ParamGroup, adamw_step, adamw_step_groups};
-pub use clip::{clip_coefficient, clip_gradients, global_norm, scale_gradients, sum_of_squares, tensor_norm};
+pub use adamw::{AdamWStep, ParamGroup, adamw_step, adamw_step_groups};
+pub use clip::{
+    NORM_CHUNK, clip_coefficient, clip_gradients, global_norm, norm_of_parts, scale_gradients, sums_of_squares,
+};
 pub use error::Error;
 pub use loss_scale::{LossScaler, LossScalerSettings, ScaleUpdate};
 pub use progress::OptimizerProgress;

@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use super::{Error, FlatBlock, ParamStore};
 use crate::config::settings::OptimizerSettings;
 use crate::ops::buffer;
-use crate::optim::{AdamWStep, ParamGroup, adamw_step_groups, clip_coefficient, global_norm, tensor_norm};
+use crate::optim::{AdamWStep, ParamGroup, adamw_step_groups, clip_coefficient, norm_of_parts, sums_of_squares};
 
 /// Optimizer state of this rank.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl ShardedAdamW {
         max_grad_norm: f64,
         loss_scale: f64,
     ) -> Result<StepReport, Error> {
-        let grad_norm = (f64::from(gradient_norm(store)?) / loss_scale) as f32;
+        let grad_norm = (norm_of_parts(&gradient_parts(store)?) / loss_scale) as f32;
         if !grad_norm.is_finite() {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
@@ -197,18 +197,17 @@ impl ShardedAdamW {
     }
 }
 
-/// The L2 norm of all gradients: the norm of the tensors' norms, each rounded to f32, as torch computes it.
-fn gradient_norm(store: &ParamStore) -> Result<f32, Error> {
-    let mut norms = Vec::new();
+/// The gradients' parts of their norm, in the order of the store.
+fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
     #[cfg(feature = "cuda")]
     if store.device().is_cuda() {
-        let norms = super::device_optimizer::norms(store)?;
-        return Ok(global_norm([norms.as_slice()], 2.0));
+        return super::device_optimizer::gradient_parts(store);
     }
+    let mut parts = Vec::new();
     for flat in store.flats().filter(|f| !f.is_empty()) {
         buffer::read(flat.grads(), |grads| {
-            norms.extend(flat.entries().iter().map(|e| tensor_norm(&grads[e.range.clone()], 2.0)));
+            parts.extend(flat.entries().iter().flat_map(|e| sums_of_squares(&grads[e.range.clone()])));
         })?;
     }
-    Ok(global_norm([norms.as_slice()], 2.0))
+    Ok(parts)
 }

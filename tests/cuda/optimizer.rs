@@ -2,16 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 use trainer::device::{array, download_f64, empty, matrix, upload_u32};
-use trainer::kernels::cuda::{AdamWFactors, adamw, fill, sums_of_squares, sums_of_squares_workspace};
-use trainer::optim::{AdamWStep, Factors, adamw_step};
+use trainer::kernels::AdamWFactors;
+use trainer::kernels::cuda::{adamw, fill, sums_of_squares};
+use trainer::optim::{AdamWStep, adamw_step};
 
 use crate::padded::print_bandwidth;
 use crate::support::{device, download, random, upload};
 
 fn factors(hyper: &AdamWStep) -> AdamWFactors {
-    let Factors { grad_scale, keep, first_weight, second_decay, second_weight, step_size, root_correction, eps } =
-        Factors::checked(hyper).unwrap();
-    AdamWFactors { grad_scale, keep, first_weight, second_decay, second_weight, step_size, root_correction, eps }
+    AdamWFactors::checked(hyper).unwrap()
 }
 
 /// Gradients of all sizes, down to where their squares are denormal or nothing.
@@ -81,12 +80,10 @@ fn infinities_and_what_is_no_number_stay_what_they_are() {
 
 fn sums(device: &Device, values: &Tensor, offsets: &[u32]) -> Vec<f64> {
     let entries = offsets.len() - 1;
-    let poisoned = |length: usize| Tensor::from_vec(vec![f64::NAN; length], length, device).unwrap();
-    let sums = poisoned(entries);
-    let workspace = poisoned(sums_of_squares_workspace(entries, values.elem_count()));
+    let sums = Tensor::from_vec(vec![f64::NAN; entries], entries, device).unwrap();
     let offsets = upload_u32(device, offsets).unwrap();
-    let [sums_array, values, offsets, workspace] = [&sums, values, &offsets, &workspace].map(|t| array(t).unwrap());
-    sums_of_squares(device, sums_array, values, offsets, workspace).unwrap();
+    let [sums_array, values, offsets] = [&sums, values, &offsets].map(|t| array(t).unwrap());
+    sums_of_squares(device, sums_array, values, offsets).unwrap();
     download_f64(&sums).unwrap()
 }
 
@@ -125,6 +122,9 @@ fn sums_of_squares_of_short_long_and_empty_entries() {
             let got = sums(&device, &shifted, &[0, (end - 1) as u32]);
             let want: f64 = values[1..].iter().map(|&v| f64::from(v) * f64::from(v)).sum();
             assert!((got[0] - want).abs() <= 1e-12 * want, "{lengths:?} from 1: {got:?}, expected {want}");
+            // The bits of a sum are those of its values alone: shards of several ranks begin elsewhere.
+            let alone = upload(&device, &values[1..], end - 1, DType::F32);
+            assert_eq!(got, sums(&device, &alone, &[0, (end - 1) as u32]), "{lengths:?} from 1");
         }
     }
 }
@@ -162,15 +162,13 @@ fn bench_optimizer() {
     let [v, g, m, s] = [0, 1, 2, 3].map(|i| array(&tensors[i]).unwrap());
     let hyper = AdamWStep { lr: 1e-4, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 1.0 };
     print_bandwidth(&device, "adamw", 28 * count, || adamw(&device, v, g, m, s, 0..count, factors(&hyper)).unwrap());
-    for entries in [12, 2048] {
-        let length = count / entries;
-        let offsets: Vec<u32> = (0..=entries).map(|i| (i * length) as u32).collect();
+    for length in [32 * 1024, 1000] {
+        let offsets: Vec<u32> = (0..=count / length).map(|i| (i * length) as u32).collect();
+        let sums = empty(&device, offsets.len() - 1, DType::F64).unwrap();
         let offsets = upload_u32(&device, &offsets).unwrap();
-        let sums = empty(&device, entries, DType::F64).unwrap();
-        let workspace = empty(&device, sums_of_squares_workspace(entries, count), DType::F64).unwrap();
-        let [sums, offsets, workspace] = [&sums, &offsets, &workspace].map(|t| array(t).unwrap());
-        print_bandwidth(&device, &format!("sums_of_squares of {entries}"), 4 * count, || {
-            sums_of_squares(&device, sums, g, offsets, workspace).unwrap();
+        let [sums, offsets] = [&sums, &offsets].map(|t| array(t).unwrap());
+        print_bandwidth(&device, &format!("sums_of_squares of {length}"), 4 * count, || {
+            sums_of_squares(&device, sums, g, offsets).unwrap();
         });
     }
 }

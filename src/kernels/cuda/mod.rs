@@ -32,7 +32,7 @@ pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
-pub use optimizer::{AdamWFactors, adamw, sums_of_squares, sums_of_squares_workspace};
+pub use optimizer::{adamw, sums_of_squares};
 pub use paged_attention::{
     NO_SLOT, PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
 };

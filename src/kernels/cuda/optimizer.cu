@@ -10,9 +10,8 @@
 // Layout: values, gradients and moments f32; sums f64, offsets u32 [E + 1] of the entries' elements.
 //
 // Launch: AdamW one thread for 4 elements, 16 bytes of each of the four arrays in flight; value by value where the four
-// do not lie alike. Sums of squares in two stages of fixed order: block b squares and adds elements b chunk .. (b + 1)
-// chunk, entry by entry, and writes the part of entry e at workspace[b + e], which no other pair has, because along the
-// array every new chunk and every new entry raises the sum by one; then a block for each entry adds its parts.
+// do not lie alike. Sums of squares one block for an entry, of some ten thousand elements; the thread and the place in its
+// sums that an element has depend on its place in the entry alone, so that the bits do not depend on where the entry lies.
 //
 // Bound: bytes. AdamW 28 an element (16 read, 12 written); sums of squares 4 an element.
 #include "elementwise.cuh"
@@ -75,59 +74,31 @@ __device__ __forceinline__ double square(float x) {
   return wide * wide;
 }
 
-// The sum of squares of elements `begin .. end`, which begin where 4 are read at once if `is_aligned` says so of
-// element 0.
-__device__ __forceinline__ double thread_squares(const float *values, int64_t begin, int64_t end, bool is_aligned) {
-  int64_t main_begin = end, main_end = end;
-  if (is_aligned && end - begin >= 8) {
-    main_begin = (begin + 3) / 4 * 4;
-    main_end = end / 4 * 4;
-  }
+// This thread's part of the sum of squares of `count` elements.
+__device__ __forceinline__ double thread_squares(const float *values, int64_t count) {
+  bool is_aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0;
   double sums[4] = {};
 #pragma unroll 4
-  for (int64_t at = main_begin + threadIdx.x * 4; at < main_end; at += THREADS * 4) {
-    float v[4];
-    unpack(v, load_raw<4>(values + at));
+  for (int64_t at = threadIdx.x * 4; at < count; at += THREADS * 4) {
+    float v[4] = {};
+    if (is_aligned && at + 4 <= count) {
+      unpack(v, load_raw<4>(values + at));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (at + i < count) v[i] = values[at + i];
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[i] += square(v[i]);
   }
-  for (int64_t at = begin + threadIdx.x; at < main_begin; at += THREADS) sums[0] += square(values[at]);
-  for (int64_t at = main_end + threadIdx.x; at < end; at += THREADS) sums[1] += square(values[at]);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 __global__ void __launch_bounds__(THREADS)
-    chunk_squares(double *parts, const float *values, int64_t count, const uint32_t *offsets, int entries,
-                  int64_t chunk, bool is_aligned) {
-  int64_t begin = blockIdx.x * chunk, end = min(begin + chunk, count);
-  // The first entry that ends behind `begin`.
-  int entry = 0, above = entries;
-  while (entry < above) {
-    int middle = entry + (above - entry) / 2;
-    if (offsets[middle + 1] > begin)
-      above = middle;
-    else
-      entry = middle + 1;
-  }
-  for (; entry < entries && offsets[entry] < end; entry++) {
-    int64_t from = max(static_cast<int64_t>(offsets[entry]), begin);
-    int64_t to = min(static_cast<int64_t>(offsets[entry + 1]), end);
-    double sum = block_sum_f64(thread_squares(values, from, to, is_aligned));
-    if (threadIdx.x == 0) parts[blockIdx.x + static_cast<int64_t>(entry)] = sum;
-  }
-}
-
-__global__ void __launch_bounds__(THREADS)
-    entry_squares(double *sums, const double *parts, int64_t count, const uint32_t *offsets, int64_t chunk) {
-  int64_t entry = blockIdx.x, begin = offsets[entry], end = min(static_cast<int64_t>(offsets[entry + 1]), count);
-  double sum = 0.0;
-  if (begin < end) {
-    int64_t last = (end - 1) / chunk;
-#pragma unroll 4
-    for (int64_t block = begin / chunk + threadIdx.x; block <= last; block += THREADS) sum += parts[block + entry];
-  }
-  sum = block_sum_f64(sum);
-  if (threadIdx.x == 0) sums[entry] = sum;
+    entry_squares(double *sums, const float *values, int64_t count, const uint32_t *offsets) {
+  int64_t begin = offsets[blockIdx.x], end = min(static_cast<int64_t>(offsets[blockIdx.x + 1]), count);
+  double sum = block_sum_f64(thread_squares(values + begin, end - begin));
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 bool is_aligned_array(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -148,13 +119,8 @@ extern "C" int trainer_adamw(float *values, const float *grads, float *first, fl
 }
 
 extern "C" int trainer_sums_of_squares(double *sums, const float *values, int64_t count, const uint32_t *offsets,
-                                       int entries, double *workspace, int64_t chunk, cudaStream_t stream) {
+                                       int entries, cudaStream_t stream) {
   if (entries == 0) return 0;
-  if (count > 0) {
-    unsigned blocks = static_cast<unsigned>((count + chunk - 1) / chunk);
-    chunk_squares<<<blocks, THREADS, 0, stream>>>(workspace, values, count, offsets, entries, chunk,
-                                                  is_aligned_array(values));
-  }
-  entry_squares<<<entries, THREADS, 0, stream>>>(sums, workspace, count, offsets, chunk);
+  entry_squares<<<entries, THREADS, 0, stream>>>(sums, values, count, offsets);
   return LAUNCHED();
 }

@@ -8,31 +8,7 @@ use cudarc::driver::sys::CUstream;
 use super::checks::expect_length;
 use super::launch::{launched, stream};
 use crate::device::{Error, Pointer, argument};
-
-/// Elements whose squares one block adds.
-const CHUNK: usize = 32 * 1024;
-
-/// The scalars of a step of AdamW.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWFactors {
-    /// Multiplies the gradient.
-    pub grad_scale: f32,
-    /// `1 - lr * weight_decay`.
-    pub keep: f32,
-    /// `1 - beta1`.
-    pub first_weight: f32,
-    /// `beta2`.
-    pub second_decay: f32,
-    /// `1 - beta2`.
-    pub second_weight: f32,
-    /// `lr / (1 - beta1^step)`.
-    pub step_size: f32,
-    /// `sqrt(1 - beta2^step)`.
-    pub root_correction: f32,
-    /// Added to the corrected root of the second moment.
-    pub eps: f32,
-}
+use crate::kernels::AdamWFactors;
 
 // SAFETY: these are the signatures of `optimizer.cu`.
 unsafe extern "C" {
@@ -45,16 +21,8 @@ unsafe extern "C" {
         factors: AdamWFactors,
         stream: CUstream,
     ) -> i32;
-    fn trainer_sums_of_squares(
-        sums: u64,
-        values: u64,
-        count: i64,
-        offsets: u64,
-        entries: i32,
-        workspace: u64,
-        chunk: i64,
-        stream: CUstream,
-    ) -> i32;
+    fn trainer_sums_of_squares(sums: u64, values: u64, count: i64, offsets: u64, entries: i32, stream: CUstream)
+    -> i32;
 }
 
 /// Moves the elements `range` of `values` by one step of AdamW and updates both moments in place. Operations and their
@@ -103,34 +71,22 @@ pub fn adamw(
     launched(KERNEL, code)
 }
 
-/// Length of the workspace, in f64, of [`sums_of_squares`] for `entries` entries of `len` elements together.
-pub fn sums_of_squares_workspace(entries: usize, len: usize) -> usize {
-    len.div_ceil(CHUNK) + entries
-}
-
-/// The sum of squares of each entry of a flat array, accumulated in f64. The order of the sums depends on the lengths
-/// alone.
+/// The sum of squares of each entry of a flat array, accumulated in f64. The order of a sum depends on the entry's length
+/// alone, not on where it lies.
 ///
 /// # Shapes
 /// `sums`: f64 `[E]` or longer; `values`: f32 `[n]`; `offsets`: u32 `[E + 1]`, where the entries begin and the last
-/// ends; `workspace`: f64 of [`sums_of_squares_workspace`].
+/// ends.
 ///
 /// # Errors
 /// If the shapes do not fit, or the array is too long for its offsets.
-pub fn sums_of_squares(
-    device: &Device,
-    sums: Pointer,
-    values: Pointer,
-    offsets: Pointer,
-    workspace: Pointer,
-) -> Result<(), Error> {
+pub fn sums_of_squares(device: &Device, sums: Pointer, values: Pointer, offsets: Pointer) -> Result<(), Error> {
     const KERNEL: &str = "sums_of_squares";
     let entries = offsets.len.saturating_sub(1);
     if u32::try_from(values.len).is_err() || i32::try_from(entries).is_err() {
         return Err(argument(KERNEL, "values", values.len, "less than 2^32 elements"));
     }
     expect_length(KERNEL, "sums", sums, entries)?;
-    expect_length(KERNEL, "workspace", workspace, sums_of_squares_workspace(entries, values.len))?;
     // SAFETY: as in `adamw`; the kernel keeps the entries inside the array.
     let code = unsafe {
         trainer_sums_of_squares(
@@ -139,8 +95,6 @@ pub fn sums_of_squares(
             values.len as i64,
             offsets.address,
             entries as i32,
-            workspace.address,
-            CHUNK as i64,
             stream(device)?,
         )
     };
