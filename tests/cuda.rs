@@ -43,3 +43,5 @@ mod swiglu;
 mod swiglu_adapters;
 #[path = "cuda/tiny.rs"]
 mod tiny;
+#[path = "cuda/tuning.rs"]
+mod tuning;

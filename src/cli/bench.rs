@@ -162,7 +162,9 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         let park = if activations == ActivationsArg::Offload { &args.park[..] } else { &[ParkArg::Auto] };
         for (&work, &park) in args.work.iter().flat_map(|work| park.iter().map(move |park| (work, park))) {
             bench.force_parked(park.into());
-            let measured = bench.measure(work)?;
+            // A reader that went away is found at the next row.
+            let say = |text: &str| context.print(&format!("{text}\n")).unwrap_or_default();
+            let measured = bench.measure(work, &say)?;
             context.print(&row(&measured))?;
             if let Some(path) = &args.json {
                 append(path, &record(args, activations, &backend, &bench, &measured))?;

@@ -281,9 +281,9 @@ keys! {
         /// page-locked host memory while they are not needed: less device memory, and less to recompute. Small models park less,
         /// which is said. Only on a GPU, with `gradient_checkpointing`.
         activation_offloading: bool = Text("false"), ANY, "";
-        /// On a GPU, take the library's first choice for each product instead of timing several, and add up attention's
-        /// gradients in a fixed order: repeated runs then have the same bits, and are a few percent slower. On the CPU they
-        /// always have.
+        /// On a GPU, take the library's first choice for each product instead of timing several, or what `choices.json` of an
+        /// earlier run in `output_dir` says, and add up attention's gradients in a fixed order: repeated runs then have the same
+        /// bits, and are a few percent slower. On the CPU they always have.
         full_determinism: bool = Text("false"), ANY, "";
         /// Where to compute: `auto` takes a GPU if there is one and the build can use it. Not in TRL.
         device: DeviceChoice = Text("auto"), ANY, "";

@@ -72,20 +72,6 @@ impl Backend {
         Ok(Self::on_cpu(precision))
     }
 
-    /// Lets a GPU's products be chosen by timing and attention's gradients be added up in any order, or not; the CPU has one
-    /// way.
-    ///
-    /// # Errors
-    /// If the device refuses.
-    pub fn tune(&self, is_on: bool) -> anyhow::Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            crate::kernels::cuda::tune(&self.device, is_on)?;
-        }
-        debug_assert!(self.device.is_cuda() || self.device.is_cpu(), "tuning {is_on}");
-        Ok(())
-    }
-
     /// The most bytes of a GPU's memory that tensors took, and what is in use of it now, by libraries and others too; `None`
     /// on the CPU.
     ///

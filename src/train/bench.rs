@@ -11,6 +11,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 
 use super::Backend;
+use super::tuning::Tuning;
 use crate::config::settings::{LoraSettings, ModuleSet, OptimizerSettings};
 use crate::engine::{self, Activations, Engine, Parked};
 use crate::model::HeadGradient;
@@ -194,6 +195,9 @@ pub struct Bench {
     engine: Engine,
     optimizer: ShardedAdamW,
     settings: Settings,
+    tuning: Option<Tuning>,
+    /// Steps made so far, measured or not.
+    num_steps: u64,
     /// FLOP/s of a large product.
     pub peak_flops: f64,
 }
@@ -209,12 +213,12 @@ impl Bench {
         if !backend.device.is_cpu() {
             loaded.keep_embedding_on_host();
         }
-        backend.tune(settings.tune)?;
+        let tuning = Tuning::new(backend, !settings.tune)?;
         let store = ParamStore::new(loaded.blocks, &backend.device)?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedAdamW::new(OPTIMIZER, engine.store())?;
         let peak_flops = peak_flops(backend)?;
-        Ok(Self { engine, optimizer, settings, peak_flops })
+        Ok(Self { engine, optimizer, settings, tuning, num_steps: 0, peak_flops })
     }
 
     /// The model's sizes.
@@ -233,11 +237,11 @@ impl Bench {
         self.engine.force_parked(parked);
     }
 
-    /// Measures steps of `work`.
+    /// Measures steps of `work`. Algorithms of new products are tried before, which `say` announces.
     ///
     /// # Errors
     /// If a step fails.
-    pub fn measure(&mut self, work: Work) -> anyhow::Result<Measured> {
+    pub fn measure(&mut self, work: Work, say: &dyn Fn(&str)) -> anyhow::Result<Measured> {
         let config = self.engine.config();
         let longest = match work {
             Work::Sequences { tokens, .. } => tokens,
@@ -247,8 +251,13 @@ impl Bench {
             bail!("`{work}`: the model holds {} tokens", config.max_position_embeddings);
         }
         let batch = work.batch(config.vocab_size, self.settings.seed)?;
-        for _ in 0..self.settings.warmup {
+        // Without a step no product is known.
+        let warmup = self.settings.warmup.max(usize::from(self.tuning.is_some() && self.settings.tune));
+        for _ in 0..warmup {
             self.step(&batch, work)?;
+            if let Some(tuning) = &mut self.tuning {
+                tuning.after_step(self.num_steps, say, &|| false)?;
+            }
         }
         self.synchronize()?;
         self.reset_peak()?;
@@ -268,6 +277,7 @@ impl Bench {
 
     /// One optimizer step: what the loops do, with a loss whose gradient is `-1 / R` for every target.
     fn step(&mut self, batch: &Batch, work: Work) -> anyhow::Result<()> {
+        self.num_steps += 1;
         self.engine.store().zero_gradients()?;
         let count = batch.targets.len();
         let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], ..HeadGradient::default() };
@@ -342,7 +352,7 @@ impl Bench {
             let by_phase = timers::stop(&device)?;
             Ok::<_, anyhow::Error>((started.elapsed().as_secs_f64(), by_phase))
         };
-        // The shortest of three, for others may hold a trial of algorithms.
+        // The shortest of three, for another process may have been at work in the others.
         let mut shortest = timed()?;
         for _ in 1..3 {
             let next = timed()?;

@@ -46,7 +46,6 @@ use crate::zero::ShardedAdamW;
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
-    backend.tune(!training.full_determinism)?;
     let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));
     let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
@@ -101,7 +100,10 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, &batches, total));
+    run.open(
+        &backend,
+        show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, &batches, total),
+    )?;
 
     let mut due = run.due_at_first(resumed.as_ref());
     loop {

@@ -4,7 +4,8 @@
 //! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's metrics and console,
 //! `cadence.rs` says when it logs, evaluates and saves, `notices.rs` what it says of steps that teach nothing,
 //! `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
-//! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `save.rs` writes models,
+//! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
+//! products are made, `save.rs` writes models,
 //! `generation.rs` samples, rewards and scores a generation batch.
 
 mod backend;
@@ -25,6 +26,7 @@ mod save;
 pub mod session;
 pub mod sft;
 mod state;
+mod tuning;
 mod turns;
 
 pub use backend::{Backend, has_bf16, has_gpu};

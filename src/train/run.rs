@@ -1,6 +1,6 @@
 //! What a run keeps beside the algorithm: metrics, console, and the cadence of logging, evaluation and saving.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,8 @@ use super::plan::Memory;
 use super::results;
 use super::session::Session;
 use super::state::{LoopState, RunState, State, write_checkpoint};
-use super::{Context, Outcome};
+use super::tuning::Tuning;
+use super::{Backend, Context, Outcome};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
 use crate::ranks::Ranks;
@@ -57,6 +58,9 @@ pub(super) struct Run<'a> {
     first_step: u64,
     first_tokens: u64,
     last_saved: Option<u64>,
+    /// The checkpoint that the run goes on from.
+    resumed_from: Option<PathBuf>,
+    tuning: Option<Tuning>,
 }
 
 impl<'a> Run<'a> {
@@ -113,11 +117,20 @@ impl<'a> Run<'a> {
             first_tokens: num_tokens,
             // A checkpoint that still waits for its evaluation is written again after it.
             last_saved: resumed.filter(|state| !state.is_evaluation_due).map(|state| state.step),
+            resumed_from: resumed.map(|state| state.place.clone()),
+            tuning: None,
         })
     }
 
-    /// Prints the plan and starts the clock.
-    pub(super) fn open(&mut self, mut sections: Vec<Section>) {
+    /// Prints the plan and starts the clock; `backend` makes its products as they were made by the run that this one goes on
+    /// from.
+    pub(super) fn open(&mut self, backend: &Backend, mut sections: Vec<Section>) -> anyhow::Result<()> {
+        self.tuning = Tuning::new(backend, self.settings.full_determinism)?;
+        if let Some(tuning) = &mut self.tuning {
+            let from = self.resumed_from.as_deref().and_then(Path::parent);
+            let folder = &self.settings.output_dir;
+            tuning.keep(from.unwrap_or(folder), folder, self.resumed_from.is_some().then_some(self.step))?;
+        }
         sections.push(self.memory.planned());
         self.console.sections(&sections);
         for warning in self.context.warnings {
@@ -129,6 +142,7 @@ impl<'a> Run<'a> {
         self.console.start_steps(self.step, self.cadence.total);
         self.started = Instant::now();
         self.step_started = self.started;
+        Ok(())
     }
 
     /// What is due before the first step: an evaluation of the start, or the one that a signal cut short.
@@ -209,7 +223,19 @@ impl<'a> Run<'a> {
                 self.console.completions(self.step, &samples);
             }
         }
+        self.tune()?;
         Ok(due)
+    }
+
+    /// Tries algorithms for the products that were new in the step, if any were and there are steps left to gain by it.
+    fn tune(&mut self) -> anyhow::Result<()> {
+        let Some(tuning) = self.tuning.as_mut().filter(|_| self.step < self.cadence.total) else { return Ok(()) };
+        let should_stop = || (self.context.is_interrupted)();
+        if tuning.after_step(self.step, &|text| self.console.note(text), &should_stop)?.is_some() {
+            // Trials are no part of the next step's time.
+            self.step_started = Instant::now();
+        }
+        Ok(())
     }
 
     /// Writes a row outside of the cadence.

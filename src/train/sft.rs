@@ -56,7 +56,6 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
             settings.label_smoothing_factor
         );
     }
-    backend.tune(!training.full_determinism)?;
     let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
     let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
@@ -101,7 +100,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let memory = plan::Memory::new(&session, &optimizer, 0);
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
-    run.open(show_plan(settings, &session, &train, eval.as_ref(), &batches, total));
+    run.open(&backend, show_plan(settings, &session, &train, eval.as_ref(), &batches, total))?;
 
     let mut due = run.due_at_first(resumed.as_ref());
     loop {

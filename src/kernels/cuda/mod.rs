@@ -27,7 +27,10 @@ pub use attention::{
     AttentionPlan, AttentionVariant, SegmentRange, attention_backward, attention_backward_with, attention_forward,
     attention_forward_with,
 };
-pub use gemm::{Accumulate, Side, gemm, is_tuned, tune};
+pub use gemm::{
+    Accumulate, Side, Taken, Tried, begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic,
+    start_choices, take_choices, try_noted,
+};
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::device::timers::{Phase, span};
 use crate::device::{array, empty, matrix};
-use crate::kernels::cuda::{AttentionPlan, SegmentRange, attention_backward, attention_forward, is_tuned};
+use crate::kernels::cuda::{AttentionPlan, SegmentRange, attention_backward, attention_forward, is_deterministic};
 use crate::ops::attention::{Heads, Layout, Saved};
 use crate::ops::{Error, Wide, shape_error};
 
@@ -26,7 +26,7 @@ impl Layout {
             })
             .collect();
         let mut plan = AttentionPlan::new(device, &ranges)?;
-        plan.set_deterministic(!is_tuned(device)?);
+        plan.set_deterministic(is_deterministic(device)?);
         Ok(self.plan.get_or_init(|| Arc::new(plan)).clone())
     }
 }

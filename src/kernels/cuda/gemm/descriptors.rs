@@ -3,7 +3,7 @@
 use candle_core::DType;
 use cudarc::cublaslt::{result, sys};
 
-use super::{Product, Side};
+use super::product::{Product, Side};
 use crate::device::Matrix;
 
 /// What the library is told about a product. It counts by columns: the rows of a row-major matrix are its columns, so
