@@ -103,6 +103,11 @@ impl Bytes {
         let start = self.range.start + range.start;
         Some(Self { owner: self.owner.clone(), range: start..start + range.len() })
     }
+
+    /// Whether others hold the same memory.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.owner) > 1
+    }
 }
 
 impl Deref for Bytes {

@@ -10,15 +10,15 @@ use candle_transformers::models::{qwen2, qwen3};
 use trainer::config::settings::{
     LoraSettings, ModelSettings, ModuleSet, QuantType, Quantization, SamplingSettings, WeightDtype,
 };
-use trainer::engine::{self, Activations, DropoutKey, Engine, Speaker, Types, neftune_noise};
+use trainer::engine::{self, Activations, DropoutKey, Engine, Order, Speaker, Types, neftune_noise};
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{Purpose, load};
-use trainer::ops::buffer;
+use trainer::ops::{buffer, head};
 use trainer::rng::Stream;
 use trainer::rollout::forward::EngineModel;
 use trainer::rollout::{Caller, Request, Rollout, RolloutSettings};
-use trainer::zero::ParamStore;
+use trainer::zero::{Needs, ParamStore, Slots, Visit};
 
 /// Sums of f32 products in another order, relative to the largest gradient of a block.
 const REORDERED: f32 = 1e-4;
@@ -54,6 +54,11 @@ fn lora(dropout: f64, target_modules: ModuleSet, modules_to_save: &[&str]) -> Lo
 
 /// An engine with random weights; with an adapter on NF4, else every weight is trained.
 fn engine_of(architecture: &str, lora: Option<LoraSettings>, recompute: bool) -> Engine {
+    engine_in(architecture, lora, recompute, None)
+}
+
+/// As [`engine_of`], with its layers in slots if some are named.
+fn engine_in(architecture: &str, lora: Option<LoraSettings>, recompute: bool, slots: Option<Slots>) -> Engine {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config(architecture, true)).unwrap();
     let settings = ModelSettings {
@@ -70,10 +75,14 @@ fn engine_of(architecture: &str, lora: Option<LoraSettings>, recompute: bool) ->
         adapter_name_or_path: None,
     };
     let loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
+    let store = match slots {
+        Some(slots) => ParamStore::with_slots(loaded.blocks, &Device::Cpu, slots).unwrap(),
+        None => ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
+    };
     let engine = Engine::new(
         loaded.config,
         loaded.adapter,
-        ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
+        store,
         Types::F32,
         if recompute { Activations::Recompute } else { Activations::Keep },
     );
@@ -94,18 +103,18 @@ fn sequence(length: usize, item: u64) -> Vec<u32> {
 
 /// Gradients of the sum of all asked log-probabilities (and a little entropy), over `batches`.
 fn gradients(engine: &Engine, batches: &[Batch]) -> Vec<Vec<f32>> {
-    engine.store().zero_gradients().unwrap();
-    for batch in batches {
-        let dropout = Some(DropoutKey { seed: 9, step: 2 });
-        engine
-            .forward_backward(batch, 0.9, dropout, |head| {
-                let d_logprobs = vec![1.0; head.logprobs.len()];
-                let d_entropies = vec![0.1; head.logprobs.len()];
-                Ok::<_, engine::Error>((HeadGradient { d_logprobs, d_entropies, ..HeadGradient::default() }, ()))
-            })
-            .unwrap();
-    }
+    let dropout = Some(DropoutKey { seed: 9, step: 2 });
+    let mut loss = |_: usize, head: &head::Output| {
+        let d_logprobs = vec![1.0; head.logprobs.len()];
+        let d_entropies = vec![0.1; head.logprobs.len()];
+        Ok::<_, engine::Error>(HeadGradient { d_logprobs, d_entropies, ..HeadGradient::default() })
+    };
+    engine.accumulate(batches, 0.9, dropout, &mut loss).unwrap();
     engine.store().flats().map(|flat| buffer::to_vec(flat.grads()).unwrap()).collect()
+}
+
+fn logprobs(engine: &Engine, batch: &Batch, speaker: Speaker, temperature: f64) -> head::Output {
+    engine.logprobs(std::slice::from_ref(batch), speaker, temperature).unwrap().remove(0)
 }
 
 #[track_caller]
@@ -186,13 +195,13 @@ fn noise_on_embeddings_has_its_size_and_does_not_depend_on_the_cut_of_a_batch() 
 
     let mut engine = engine("qwen2", Some(0.1), false);
     let (batch, plain) = (packed(&sequences), gradients(&engine, &[packed(&sequences)]));
-    let before = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    let before = logprobs(&engine, &batch, Speaker::Policy, 1.0);
     engine.set_neftune_noise_alpha(Some(alpha));
     let noisy = gradients(&engine, &[packed(&sequences)]);
     assert_ne!(noisy, plain);
     let alone: Vec<Batch> = sequences.chunks(1).map(packed).collect();
     assert_close(&gradients(&engine, &alone), &noisy);
-    assert_eq!(engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap(), before, "without training there is no noise");
+    assert_eq!(logprobs(&engine, &batch, Speaker::Policy, 1.0), before, "without training there is no noise");
     engine.set_neftune_noise_alpha(None);
     assert_eq!(gradients(&engine, &[packed(&sequences)]), plain);
 }
@@ -215,8 +224,8 @@ fn a_shared_prompt_gives_the_gradients_of_repeated_prompts() {
     }
     let (shared, repeated) = (shared.build().unwrap(), repeated.build().unwrap());
     assert!(shared.tokens.len() < repeated.tokens.len());
-    let left = engine.logprobs(&shared, Speaker::Policy, 1.0).unwrap();
-    let right = engine.logprobs(&repeated, Speaker::Policy, 1.0).unwrap();
+    let left = logprobs(&engine, &shared, Speaker::Policy, 1.0);
+    let right = logprobs(&engine, &repeated, Speaker::Policy, 1.0);
     assert!(left.logprobs.iter().zip(&right.logprobs).all(|(l, r)| (l - r).abs() < DECODER));
     assert_close(&gradients(&engine, &[shared]), &gradients(&engine, &[repeated]));
 }
@@ -238,34 +247,151 @@ fn recomputation_and_threads_change_no_bit() {
     }
 }
 
+/// Micro-batches of several lengths, one of them without a target.
+fn step_of(micro_steps: u64) -> Vec<Batch> {
+    let batch = |i: u64| packed(&[(2 * i, sequence(5 + 11 * i as usize % 37, 2 * i)), (2 * i + 1, sequence(9, i))]);
+    let mut step: Vec<Batch> = (0..micro_steps).map(batch).collect();
+    if micro_steps > 2 {
+        step[1] = packed(&[(90, sequence(1, 90))]);
+        assert!(step[1].targets.is_empty());
+    }
+    step
+}
+
+/// What is trained: everything (with a tied table), adapters, adapters and whole weights on both ends.
+fn kinds() -> Vec<(&'static str, Option<LoraSettings>)> {
+    let ends = ModuleSet::Pattern(r".*(q_proj|down_proj|lm_head|embed_tokens)".into());
+    vec![
+        ("qwen2", None),
+        ("qwen3", Some(lora(0.2, ModuleSet::AllLinear, &[]))),
+        ("qwen2", Some(lora(0.3, ends, &["norm"]))),
+        ("qwen2", Some(lora(0.0, ModuleSet::AllLinear, &["embed_tokens"]))),
+    ]
+}
+
+#[test]
+fn both_orders_of_a_step_give_the_same_bits() {
+    for (architecture, lora) in kinds() {
+        for recompute in [false, true] {
+            for micro_steps in [1, 3, 4, 6, 8] {
+                let step = step_of(micro_steps);
+                let in_order = |order| {
+                    let mut engine = engine_of(architecture, lora.clone(), recompute);
+                    engine.force_order(Some(order));
+                    assert_eq!(engine.order_of(&step), order);
+                    let first = gradients(&engine, &step);
+                    assert_eq!(gradients(&engine, &step), first, "a second step starts at zero");
+                    first
+                };
+                let depth_first = in_order(Order::DepthFirst);
+                assert!(depth_first.iter().flatten().any(|&g| g != 0.0));
+                assert_eq!(in_order(Order::BreadthFirst), depth_first, "{architecture} {lora:?} {micro_steps}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_over_a_step_are_those_of_ranks_that_share_it() {
+    for (architecture, lora) in kinds() {
+        let (engine, step) = (engine_of(architecture, lora, true), step_of(8));
+        let whole = gradients(&engine, &step);
+        for ranks in [2, 4] {
+            let mut sums: Vec<_> = step.chunks(8 / ranks).map(|own| gradients(&engine, own)).collect();
+            while sums.len() > 1 {
+                let add = |pair: &[Vec<Vec<f32>>]| -> Vec<Vec<f32>> {
+                    let blocks = pair[0].iter().zip(&pair[1]);
+                    blocks.map(|(left, right)| left.iter().zip(right).map(|(l, r)| l + r).collect()).collect()
+                };
+                sums = sums.chunks(2).map(add).collect();
+            }
+            // A tied table is added up in two parts, each over all ranks.
+            let tied = usize::from(!engine.store().at_rest(0).unwrap().iter().any(|(_, slot)| slot.grad.is_none()));
+            assert_eq!(sums[0][tied..], whole[tied..], "{architecture} over {ranks}");
+            assert_close(&sums[0], &whole);
+        }
+    }
+}
+
+#[test]
+fn a_block_in_a_slot_is_read_while_it_is_lent_and_no_longer() {
+    let slots = Some(Slots { most_live: 1, is_spoiled: true });
+    for (architecture, lora) in kinds() {
+        for recompute in [false, true] {
+            let resident = engine_of(architecture, lora.clone(), recompute);
+            let mut lent = engine_in(architecture, lora.clone(), recompute, slots);
+            let (step, layers, blocks) = (step_of(4), 3, 5);
+            for order in [Order::DepthFirst, Order::BreadthFirst] {
+                lent.force_order(Some(order));
+                let before = lent.store().fetches();
+                assert_eq!(gradients(&lent, &step), gradients(&resident, &step), "{architecture} {lora:?} {order:?}");
+                let sweeps = if order == Order::DepthFirst { step.len() } else { 1 };
+                let visits = sweeps * (2 * (layers + 1) + 1);
+                assert_eq!(lent.store().fetches() - before, visits as u64, "{order:?}");
+            }
+            let before = lent.store().fetches();
+            let outputs = lent.logprobs(&step, Speaker::Policy, 0.7).unwrap();
+            assert_eq!(outputs, resident.logprobs(&step, Speaker::Policy, 0.7).unwrap());
+            assert_eq!(lent.store().fetches() - before, blocks, "all batches in one walk");
+            lent.force_order(None);
+            assert_eq!(lent.order_of(&step), Order::BreadthFirst);
+        }
+    }
+}
+
+#[test]
+fn a_slot_is_refused_while_all_are_lent_and_a_walk_ends() {
+    let engine = engine_in("qwen2", None, false, Some(Slots { most_live: 1, is_spoiled: true }));
+    let visit = |block| Visit { block, needs: Needs::Values };
+    let mut walk = engine.store().walk((0..4).map(visit).collect(), Speaker::Policy, engine.sums(1));
+    // The embedding has no slot.
+    let (_embedding, first) = (walk.next().unwrap(), walk.next().unwrap());
+    assert!(walk.next().unwrap_err().to_string().contains("no slot"));
+    assert!(first.end_micro_step(0).unwrap_err().to_string().contains("without gradients"));
+    drop(first);
+    assert_eq!(walk.next().unwrap().block(), 3);
+    assert!(walk.next().unwrap_err().to_string().contains("is over"));
+}
+
+#[test]
+fn a_step_takes_the_order_that_needs_less_memory() {
+    let step: Vec<Batch> = (0..4).map(|i| packed(&[(i, sequence(8, i))])).collect();
+    // All weights are trained: sums laid aside are larger than the inputs of a few tokens.
+    assert_eq!(engine("qwen2", None, true).order_of(&step), Order::BreadthFirst);
+    assert_eq!(engine("qwen2", None, false).order_of(&step), Order::DepthFirst, "activations that stay are more");
+    assert_eq!(engine("qwen2", None, true).order_of(&step[..1]), Order::DepthFirst);
+    let long: Vec<Batch> = (0..4).map(|i| packed(&[(i, sequence(250, i)), (9, sequence(250, 9))])).collect();
+    assert_eq!(engine("qwen2", Some(0.0), true).order_of(&long), Order::DepthFirst);
+}
+
 #[test]
 fn without_its_adapter_the_model_is_the_base() {
     let (adapted, batch) = (engine("qwen2", Some(0.0), false), packed(&[(1, sequence(20, 3))]));
-    let with = adapted.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
-    let without = adapted.logprobs(&batch, Speaker::Reference, 1.0).unwrap();
+    let with = logprobs(&adapted, &batch, Speaker::Policy, 1.0);
+    let without = logprobs(&adapted, &batch, Speaker::Reference, 1.0);
     assert_ne!(with, without);
     for flat in adapted.store().flats().filter(|flat| !flat.is_empty()) {
         buffer::fill(flat.values(), 0.0).unwrap();
     }
-    assert_eq!(adapted.logprobs(&batch, Speaker::Policy, 1.0).unwrap().logprobs, without.logprobs);
+    assert_eq!(logprobs(&adapted, &batch, Speaker::Policy, 1.0).logprobs, without.logprobs);
 }
 
 #[test]
 fn a_kept_reference_is_exchanged_and_moved_without_touching_the_policy() {
     let mut engine = engine("qwen2", None, false);
     let batch = packed(&[(1, sequence(20, 3))]);
-    let start = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    let start = logprobs(&engine, &batch, Speaker::Policy, 1.0);
     engine.store_mut().keep_reference().unwrap();
     for flat in engine.store().flats() {
         let moved: Vec<f32> = buffer::to_vec(flat.values()).unwrap().iter().map(|v| v * 1.1).collect();
         buffer::write(flat.values(), &moved).unwrap();
     }
-    let policy = engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap();
+    let policy = logprobs(&engine, &batch, Speaker::Policy, 1.0);
     assert_ne!(policy, start);
-    assert_eq!(engine.logprobs(&batch, Speaker::Reference, 1.0).unwrap(), start);
-    assert_eq!(engine.logprobs(&batch, Speaker::Policy, 1.0).unwrap(), policy);
+    assert_eq!(logprobs(&engine, &batch, Speaker::Reference, 1.0), start);
+    assert_eq!(logprobs(&engine, &batch, Speaker::Policy, 1.0), policy);
     engine.store().mix_reference(1.0).unwrap();
-    assert_eq!(engine.logprobs(&batch, Speaker::Reference, 1.0).unwrap(), policy);
+    assert_eq!(logprobs(&engine, &batch, Speaker::Reference, 1.0), policy);
 }
 
 #[test]
@@ -295,7 +421,7 @@ fn the_cached_decoder_says_what_the_trainer_says() {
             let mut builder = BatchBuilder::new();
             let whole = builder.push(&[request.prompt_ids.as_slice(), &completion.token_ids].concat(), 0);
             builder.predict_within(whole.start + request.prompt_ids.len() - 1..whole.end);
-            let trainer = engine.logprobs(&builder.build().unwrap(), Speaker::Policy, 0.8).unwrap();
+            let trainer = logprobs(&engine, &builder.build().unwrap(), Speaker::Policy, 0.8);
             assert_eq!(trainer.logprobs.len(), completion.logprobs.len());
             for (trainer, rollout) in trainer.logprobs.iter().zip(&completion.logprobs) {
                 assert!((trainer - rollout).abs() < DECODER, "trainer {trainer}, rollout {rollout}");
@@ -350,7 +476,7 @@ fn logits_are_those_of_candles_own_qwen_models() {
         );
         let mut weights: HashMap<String, Tensor> = HashMap::new();
         for block in 0..engine.store().num_blocks() {
-            for (name, slot) in engine.store().fetch(block).iter() {
+            for (name, slot) in engine.store().at_rest(block).unwrap().iter() {
                 let dense = match &slot.weight {
                     trainer::quant::Weight::Dense(tensor) => tensor.copy().unwrap(),
                     packed => packed.dequantize().unwrap(),

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Context, Exit};
 use crate::config::settings::{DeviceChoice, Precision};
-use crate::engine::{Activations, Parked};
+use crate::engine::{Activations, Order, Parked};
 use crate::telemetry::units;
 use crate::train::bench::{Bench, Measured, Settings, Work, lora};
 use crate::train::{self, Backend};
@@ -16,6 +16,7 @@ const EXAMPLES: &str = "\
 Examples:
   trainer bench configs/bench/qwen2-7b --work 1x2048 --work 4x2048 --work 1x8192
   trainer bench configs/bench/qwen2-7b --work 4x4x128+256          # GRPO: 4 prompts, 4 completions each
+  trainer bench configs/bench/qwen2-7b --work 1x2048 --micro-batches 16 --order depth-first --order breadth-first
   trainer bench configs/bench/qwen2-7b --work 4x2048 --activations keep --activations offload --json bench.jsonl";
 
 /// What becomes of activations.
@@ -76,6 +77,27 @@ impl From<ParkArg> for Option<Parked> {
     }
 }
 
+/// The order of a step's micro-batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OrderArg {
+    /// As runs do: the one that takes less memory
+    Auto,
+    /// One micro-batch after the other
+    DepthFirst,
+    /// One block after the other
+    BreadthFirst,
+}
+
+impl From<OrderArg> for Option<Order> {
+    fn from(arg: OrderArg) -> Self {
+        match arg {
+            OrderArg::Auto => None,
+            OrderArg::DepthFirst => Some(Order::DepthFirst),
+            OrderArg::BreadthFirst => Some(Order::BreadthFirst),
+        }
+    }
+}
+
 /// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
@@ -96,6 +118,14 @@ pub struct Args {
     /// least estimated time; may be given several times
     #[arg(long = "park", value_name = "HOW MUCH", value_enum, default_values = ["auto"])]
     pub park: Vec<ParkArg>,
+
+    /// Micro-batches of a step (`gradient_accumulation_steps`)
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub micro_batches: u32,
+
+    /// The order in which they pass through the blocks; may be given several times
+    #[arg(long = "order", value_name = "ORDER", value_enum, default_values = ["auto"])]
+    pub order: Vec<OrderArg>,
 
     /// Rank of the adapter
     #[arg(long, value_name = "RANK", default_value_t = 16)]
@@ -142,6 +172,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         warmup: args.warmup as usize,
         steps: args.steps as usize,
         activations: Activations::Recompute,
+        micro_batches: args.micro_batches as usize,
         tune: !args.no_tune,
         seed: 42,
     };
@@ -160,8 +191,10 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         context.print(&format!("activations: {activations}\n"))?;
         // Only offloading parks anything.
         let park = if activations == ActivationsArg::Offload { &args.park[..] } else { &[ParkArg::Auto] };
-        for (&work, &park) in args.work.iter().flat_map(|work| park.iter().map(move |park| (work, park))) {
+        let ways = || args.order.iter().flat_map(|order| park.iter().map(move |park| (order, park)));
+        for (&work, (&order, &park)) in args.work.iter().flat_map(|work| ways().map(move |way| (work, way))) {
             bench.force_parked(park.into());
+            bench.force_order(order.into());
             // A reader that went away is found at the next row.
             let say = |text: &str| context.print(&format!("{text}\n")).unwrap_or_default();
             let measured = bench.measure(work, &say)?;
@@ -190,6 +223,9 @@ fn row(m: &Measured) -> String {
         let (peak, device) = (units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
         let _ = write!(text, "   peak {peak}, device {device}");
     }
+    if m.micro_batches > 1 {
+        let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order.name());
+    }
     if let Some(parked) = m.parked {
         let _ = write!(text, "   in host memory: {}", parked.name());
     }
@@ -214,6 +250,8 @@ fn record(
         "commit": option_env!("TRAINER_GIT_COMMIT"),
         "work": m.work.to_string(),
         "activations": activations.to_string(),
+        "micro_batches": m.micro_batches,
+        "order": m.order.name(),
         "lora_r": args.lora_r,
         "tokens_per_second": m.tokens as f64 / m.median_secs(),
         "step_secs": m.step_secs,

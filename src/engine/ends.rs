@@ -7,6 +7,7 @@ use super::{DropoutKey, Engine, Error, in_block};
 use crate::config::settings::Projection;
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
+use crate::model::params::BlockParams;
 use crate::model::{Embedding, Head, Question};
 use crate::ops::linear::{Dropout, TokenKeys};
 use crate::rng::{self, Stream};
@@ -15,31 +16,20 @@ use crate::rng::{self, Stream};
 pub(super) struct HeadDropout(f64, u64, TokenKeys);
 
 impl Engine {
-    /// The start of the residual stream; without `use_adapter` that of the base model.
-    ///
-    /// # Errors
-    /// If a token is outside the vocabulary.
-    pub fn embed(&self, tokens: &[u32], use_adapter: bool) -> Result<Tensor, Error> {
-        let embedding = self.embedding(use_adapter)?;
-        embedding.forward(tokens, self.device(), self.types.residual).map_err(in_block("embedding"))
-    }
-
-    /// The embedding block; without `use_adapter` that of the base model.
+    /// Binds the embedding to its lent parameters; without `use_adapter` that of the base model.
     ///
     /// # Errors
     /// If a parameter is missing.
-    pub fn embedding(&self, use_adapter: bool) -> Result<Embedding, Error> {
-        Embedding::bind(&self.store.fetch(0), self.adapter_if(use_adapter)).map_err(in_block("embedding"))
+    pub fn bind_embedding<'l>(&self, params: &'l BlockParams, use_adapter: bool) -> Result<Embedding<'l>, Error> {
+        Embedding::bind(params, self.adapter_if(use_adapter)).map_err(in_block("embedding"))
     }
 
-    /// The final norm and the head; without `use_adapter` those of the base model.
+    /// Binds the final norm and the head to their lent parameters; without `use_adapter` those of the base model.
     ///
     /// # Errors
     /// If a parameter is missing.
-    pub fn head(&self, use_adapter: bool) -> Result<Head, Error> {
-        let params = self.store.fetch(1 + self.config.num_hidden_layers);
-        let embedding = self.store.fetch(0);
-        Head::bind(&params, &embedding, &self.config, self.adapter_if(use_adapter)).map_err(in_block("head"))
+    pub fn bind_head<'l>(&self, params: &'l BlockParams, use_adapter: bool) -> Result<Head<'l>, Error> {
+        Head::bind(params, &self.config, self.adapter_if(use_adapter)).map_err(in_block("head"))
     }
 
     fn adapter_if(&self, use_adapter: bool) -> Option<&AdapterSettings> {
@@ -63,7 +53,13 @@ impl Engine {
     }
 
     /// Dropout of the head's adapter, if it has one and drops; `key` is that of the pass.
-    pub(super) fn head_dropout(&self, head: &Head, batch: &Batch, probability: f64, key: u64) -> Option<HeadDropout> {
+    pub(super) fn head_dropout(
+        &self,
+        head: &Head<'_>,
+        batch: &Batch,
+        probability: f64,
+        key: u64,
+    ) -> Option<HeadDropout> {
         (head.has_adapter() && probability > 0.0).then(|| {
             let keys: Vec<u64> = batch.head_rows.iter().map(|&row| batch.token_keys[row as usize]).collect();
             // After the projections of the last layer.

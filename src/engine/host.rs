@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::{Activations, Error};
+use super::Error;
 #[cfg(feature = "cuda")]
 use crate::device::{Parked, Parking, Returning};
 
@@ -27,18 +27,17 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Host memory where the device is a GPU and activations are to be offloaded.
+    /// Host memory, if it `is_wanted` and the device is a GPU.
     #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "a GPU may refuse"))]
-    pub(super) fn new(device: &Device, activations: Activations) -> Result<Self, Error> {
+    pub(super) fn new(device: &Device, is_wanted: bool) -> Result<Self, Error> {
         #[cfg(feature = "cuda")]
         {
-            let is_wanted = device.is_cuda() && activations == Activations::Offload;
-            let parking = is_wanted.then(|| Parking::new(device)).transpose();
+            let parking = (is_wanted && device.is_cuda()).then(|| Parking::new(device)).transpose();
             Ok(Self { parking: parking.map_err(crate::ops::Error::from)? })
         }
         #[cfg(not(feature = "cuda"))]
         {
-            debug_assert!(device.is_cpu(), "without the feature every device is the CPU: {activations:?}");
+            debug_assert!(device.is_cpu(), "without the feature every device is the CPU: {is_wanted}");
             Ok(Self {})
         }
     }

@@ -1,36 +1,38 @@
 //! The walk over the blocks: forward, head, backward, with recomputation and activations in host memory.
 //!
-//! Called by the training loops for gradients and log-probabilities. Parameters come from the store block by block; a
-//! block's gradients are final when its backward returns. With recomputation only the blocks' inputs and low-rank products
-//! are kept (the last block keeps everything where that costs nothing) and each block runs forward again just before its
-//! backward, which on the CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
+//! Called by the training loops for gradients and log-probabilities. A walk announces its order to the store and borrows one
+//! block's parameters after the other. With recomputation only the blocks' inputs and low-rank products are kept (the last
+//! block keeps everything where that costs nothing) and each block runs forward again just before its backward, which on the
+//! CPU changes no bit of the result. (On a GPU a product of fewer rows may be summed in another order.)
 
 mod ends;
 mod host;
 mod interrupt;
+mod kept;
 mod retention;
+mod step;
+mod values;
 
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
+use crate::model;
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
-use crate::model::layer::{self, DecoderLayer, Pass, PassDropout, Retained, Retaining};
+use crate::model::layer::{DecoderLayer, Pass, PassDropout};
 use crate::model::params::BlockParams;
-use crate::model::{self, Head, HeadGradient, Question};
-use crate::ops::linear::TokenKeys;
 use crate::ops::rope::Rotation;
-use crate::ops::{buffer, head, rows};
+pub use crate::zero::Speaker;
 use crate::zero::{self, ParamStore};
 pub use ends::neftune_noise;
-use host::{Held, Host};
+use host::Host;
 use interrupt::Interrupt;
 pub use interrupt::IsInterrupted;
-use retention::LAST_LAYER_KEPT_TOKENS;
 pub use retention::{ComputedAgain, Parked};
+pub use step::{Order, StepLoss};
 
 /// What went wrong in a pass.
 #[derive(Debug, thiserror::Error)]
@@ -49,18 +51,12 @@ pub enum Error {
     /// The parameter store failed.
     #[error(transparent)]
     Store(#[from] zero::Error),
+    /// A backward pass asked for more than its forward pass kept.
+    #[error("nothing was kept for this backward pass")]
+    NothingKept,
     /// The run is to stop.
     #[error("given up between two blocks: the run was asked to stop")]
     Interrupted,
-}
-
-/// Who speaks: the policy that is trained, or the reference it is held against.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaker {
-    /// The model as trained so far.
-    Policy,
-    /// The frozen base (adapters off), or the kept copy if the store has one.
-    Reference,
 }
 
 /// Dropout and noise of a training pass; they depend on these and on each token's sample and position only.
@@ -104,10 +100,16 @@ pub struct Engine {
     neftune_noise_alpha: Option<f64>,
     /// What waits in host memory, if that is not to be estimated.
     forced: Option<Parked>,
+    /// The order of a step's micro-batches, if that is not to be chosen by what it takes.
+    forced_order: Option<Order>,
+    /// Whether the sums over a step's micro-batches do not depend on the number of ranks.
+    has_fixed_sums: bool,
     /// Whether the run was told that little is offloaded.
     has_said_little: AtomicBool,
     /// Made by the first pass that needs it and kept: locking host memory takes longer than a step.
     host: OnceLock<Host>,
+    /// As `host`, for passes that park nothing.
+    nowhere: OnceLock<Host>,
     interrupt: Interrupt,
     frequencies: Vec<f32>,
     rotation_scale: f32,
@@ -124,25 +126,6 @@ pub enum Activations {
     /// of gate and up, wait in page-locked host memory, so that they are not computed again. On the CPU the same as
     /// `Recompute`.
     Offload,
-}
-
-/// What may come back from host memory while the MLP before it still needs its own: with few tokens a layer is done before a
-/// copy that starts later.
-const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
-
-/// What a layer leaves for backward.
-enum Kept {
-    Everything(Box<layer::Saved>),
-    Retained(Box<KeptRetained>),
-}
-
-/// What was retained of a layer, in the order in which backward needs it.
-struct KeptRetained {
-    /// Gate and up of the first rows. Large, they come back once the layer after has given back its own.
-    mlp_outputs: Option<Held>,
-    most: Retained<Held>,
-    /// The products before attention, which come back in the middle of the layer's own MLP.
-    products: Option<Held>,
 }
 
 impl Engine {
@@ -164,8 +147,11 @@ impl Engine {
             recomputed_layers: usize::MAX,
             neftune_noise_alpha: None,
             forced: None,
+            forced_order: None,
+            has_fixed_sums: types.compute == DType::F32,
             has_said_little: AtomicBool::new(false),
             host: OnceLock::new(),
+            nowhere: OnceLock::new(),
             interrupt: Interrupt::default(),
             frequencies,
             rotation_scale,
@@ -188,17 +174,29 @@ impl Engine {
         self.forced = parked;
     }
 
+    /// Takes a step's micro-batches in this order, instead of the one that takes less memory.
+    pub fn force_order(&mut self, order: Option<Order>) {
+        self.forced_order = order;
+    }
+
+    /// Adds a step's micro-batches so that the sums do not depend on the number of ranks, whatever the types; f32 always does.
+    pub fn fix_sums(&mut self) {
+        self.has_fixed_sums = true;
+    }
+
     /// Adds noise to the embeddings of training passes that have a key for it; `None`: none.
     pub fn set_neftune_noise_alpha(&mut self, alpha: Option<f64>) {
         self.neftune_noise_alpha = alpha;
     }
 
-    fn host(&self) -> Result<&Host, Error> {
-        if let Some(host) = self.host.get() {
+    /// Where activations wait; in host memory if a pass parks some.
+    fn host(&self, is_parked: bool) -> Result<&Host, Error> {
+        let host = if is_parked { &self.host } else { &self.nowhere };
+        if let Some(host) = host.get() {
             return Ok(host);
         }
-        let host = Host::new(self.device(), self.activations)?;
-        Ok(self.host.get_or_init(|| host))
+        let made = Host::new(self.device(), is_parked)?;
+        Ok(host.get_or_init(|| made))
     }
 
     /// Where blocks compute.
@@ -239,298 +237,23 @@ impl Engine {
         Ok(Rotation::on(self.device(), positions, &self.frequencies, self.rotation_scale)?)
     }
 
-    /// Decoder layer `index`.
+    /// Binds decoder layer `index` to its lent parameters.
     ///
     /// # Errors
     /// If a parameter is missing.
-    pub fn layer(&self, index: usize) -> Result<DecoderLayer, Error> {
-        let params: Arc<BlockParams> = self.store.fetch(1 + index);
-        DecoderLayer::bind(&params, index, &self.config, self.adapter.as_ref()).map_err(in_layer(index))
+    pub fn bind_layer<'l>(&self, params: &'l BlockParams, index: usize) -> Result<DecoderLayer<'l>, Error> {
+        DecoderLayer::bind(params, index, &self.config, self.adapter.as_ref()).map_err(in_layer(index))
     }
 
-    /// Log-probabilities and entropies of the batch's targets, without gradients. Logits are divided by `temperature`.
-    ///
-    /// # Errors
-    /// If a block fails.
-    pub fn logprobs(&self, batch: &Batch, speaker: Speaker, temperature: f64) -> Result<head::Output, Error> {
-        self.speak(speaker, |use_adapter| {
-            let rotation = self.rotation(&batch.positions)?;
-            let pass = Pass {
-                layout: &batch.layout,
-                rotation: &rotation,
-                use_adapter,
-                compute: self.types.compute,
-                dropout: None,
-            };
-            let hidden = self.walk_only(batch, &pass)?;
-            let picked = rows::gather(&hidden, &batch.head_rows)?;
-            let question = self.question(batch, temperature, None);
-            let (output, _) = self.head(use_adapter)?.forward(&picked, &question).map_err(in_block("head"))?;
-            Ok(output)
-        })
-    }
-
-    /// The logits after every token of the batch: f32 `[N, V]`. For tests and short prompts only: it holds them all.
-    ///
-    /// # Errors
-    /// If a block fails.
-    pub fn logits(&self, batch: &Batch, speaker: Speaker) -> Result<Tensor, Error> {
-        self.speak(speaker, |use_adapter| {
-            let rotation = self.rotation(&batch.positions)?;
-            let pass = Pass {
-                layout: &batch.layout,
-                rotation: &rotation,
-                use_adapter,
-                compute: self.types.compute,
-                dropout: None,
-            };
-            let hidden = self.walk_only(batch, &pass)?;
-            self.head(use_adapter)?.logits(&hidden, self.types.compute).map_err(in_block("head"))
-        })
-    }
-
-    /// Runs `work` with the speaker's parameters in place; tells it whether adapters take part.
-    ///
-    /// # Errors
-    /// If `work` fails or the store does.
-    pub fn speak<T>(&self, speaker: Speaker, work: impl FnOnce(bool) -> Result<T, Error>) -> Result<T, Error> {
-        match speaker {
-            Speaker::Policy => work(true),
-            Speaker::Reference if self.store.has_reference() => {
-                self.store.swap_reference()?;
-                let result = work(true);
-                self.store.swap_reference()?;
-                result
-            }
-            Speaker::Reference => work(false),
-        }
-    }
-
-    /// Runs the batch forward, asks `loss` how the loss depends on each target, and adds the gradients of every trained
-    /// parameter to the store. Returns what `loss` returned.
-    ///
-    /// # Errors
-    /// If a block or `loss` fails.
-    pub fn forward_backward<T, E: From<Error>>(
+    /// What a pass over a batch needs to know.
+    fn pass<'a>(
         &self,
-        batch: &Batch,
-        temperature: f64,
-        dropout: Option<DropoutKey>,
-        loss: impl FnOnce(&head::Output) -> Result<(HeadGradient, T), E>,
-    ) -> Result<T, E> {
-        self.pass(batch, temperature, dropout, |head, picked, question| {
-            let (output, saved) = head.forward(picked, question).map_err(in_block("head"))?;
-            let (gradient, result) = loss(&output)?;
-            let d_picked = head.backward(&gradient, question, &output, &saved).map_err(in_block("head"))?;
-            Ok((d_picked, result))
-        })
-    }
-
-    /// As [`Self::forward_backward`] where `gradient`, how the loss depends on each target, is known before the forward pass:
-    /// the head's logits are then made once instead of twice. `look` sees the head's output.
-    ///
-    /// # Errors
-    /// If a block or `look` fails.
-    pub fn forward_backward_known<T, E: From<Error>>(
-        &self,
-        batch: &Batch,
-        temperature: f64,
-        dropout: Option<DropoutKey>,
-        gradient: &HeadGradient,
-        look: impl FnOnce(&head::Output) -> Result<T, E>,
-    ) -> Result<T, E> {
-        self.pass(batch, temperature, dropout, |head, picked, question| {
-            let (output, d_picked) = head.forward_backward(picked, question, gradient).map_err(in_block("head"))?;
-            Ok((d_picked, look(&output)?))
-        })
-    }
-
-    /// Forward through the layers, `at_head` with the rows that predict, backward from the gradient it returns.
-    fn pass<T, E: From<Error>>(
-        &self,
-        batch: &Batch,
-        temperature: f64,
-        key: Option<DropoutKey>,
-        at_head: impl FnOnce(&Head, &Tensor, &Question<'_>) -> Result<(Tensor, T), E>,
-    ) -> Result<T, E> {
-        let rotation = self.rotation(&batch.positions)?;
-        let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
-        let token_keys = TokenKeys::from(batch.token_keys.as_slice());
-        let dropout = key.filter(|_| probability > 0.0).map(|DropoutKey { seed, step }| PassDropout {
-            probability,
-            key: crate::rng::Stream::new(seed, "dropout", step, 0).bits(),
-            token_keys: &token_keys,
-        });
-        let pass = Pass {
-            layout: &batch.layout,
-            rotation: &rotation,
-            use_adapter: true,
-            compute: self.types.compute,
-            dropout,
-        };
-        let host = self.host()?;
-        let with = self.park(batch).map_or(Retaining::Input, |parked| parked.retaining(batch.tokens.len()));
-        let mut kept = Vec::with_capacity(self.config.num_hidden_layers);
-        let start = self.with_noise(self.embed(&batch.tokens, true)?, batch, key)?;
-        let hidden = self.walk(start, |layer, index, hidden| {
-            let (output, left) = self.forward_keeping(layer, index, hidden, with, &pass, host)?;
-            kept.push(left);
-            Ok(output)
-        })?;
-        // The head needs the memory of what is still on its way out, and it is out by now.
-        host.settle()?;
-        let head_block = self.head(true)?;
-        let head_dropout = dropout.and_then(|d| self.head_dropout(&head_block, batch, probability, d.key));
-        let question = self.question(batch, temperature, head_dropout.as_ref());
-        let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
-        let (d_picked, result) = at_head(&head_block, &picked, &question)?;
-        drop((picked, hidden));
-        let mut gradient = rows::scatter_add(&d_picked, &batch.head_rows, batch.tokens.len()).map_err(Error::from)?;
-        let mut next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
-        for index in (0..self.config.num_hidden_layers).rev() {
-            let Some(current) = next.take() else { break };
-            self.interrupt.check()?;
-            let layer = self.layer(index)?;
-            gradient = match current {
-                Kept::Everything(saved) => {
-                    next = kept.pop().map(|kept| kept.bring_back(host)?.bring_back_mlp(host)).transpose()?;
-                    layer.backward(&gradient, *saved, &pass).map_err(in_layer(index))?
-                }
-                Kept::Retained(retained) => {
-                    let KeptRetained { mlp_outputs, most, products } = *retained;
-                    let most = most.map(|held| host.take(held))?;
-                    let mlp_outputs = mlp_outputs.map(|held| host.take(held)).transpose()?;
-                    // The layer before comes back while this one computes: from the start, or, where that is much memory,
-                    // once the MLP has given back its own.
-                    let is_large = most.size_bytes() > MOST_BESIDE_MLP_BYTES;
-                    if !is_large {
-                        next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
-                    }
-                    let inside = layer.backward_down(&gradient, most, mlp_outputs, &pass).map_err(in_layer(index))?;
-                    let products = products.map(|held| host.bring_back(held)).transpose()?;
-                    let halfway = layer.backward_mlp(&gradient, inside, &pass).map_err(in_layer(index))?;
-                    let products = products.map(|held| host.take(held)).transpose()?;
-                    if is_large {
-                        next = kept.pop().map(|kept| kept.bring_back(host)).transpose()?;
-                    }
-                    next = next.map(|kept| kept.bring_back_mlp(host)).transpose()?;
-                    layer.backward_attention(halfway, products, &pass).map_err(in_layer(index))?
-                }
-            };
-        }
-        let embedding = self.embedding(true)?;
-        if embedding.is_trained() {
-            embedding.backward(&gradient, &batch.tokens).map_err(in_block("embedding"))?;
-        }
-        Ok(result)
-    }
-
-    /// The output of layer `index`, and what it leaves for backward: `with` if it is computed again.
-    fn forward_keeping(
-        &self,
-        layer: &DecoderLayer,
-        index: usize,
-        hidden: &Tensor,
-        with: Retaining,
-        pass: &Pass<'_>,
-        host: &Host,
-    ) -> Result<(Tensor, Kept), Error> {
-        let tokens = hidden.dims()[0];
-        let is_last = index + 1 == self.config.num_hidden_layers;
-        let is_whole = self.activations == Activations::Keep
-            || index >= self.recomputed_layers
-            || (is_last && LAST_LAYER_KEPT_TOKENS.contains(&tokens));
-        if is_whole {
-            let (output, saved) = layer.forward(hidden, pass).map_err(in_layer(index))?;
-            return Ok((output, Kept::Everything(Box::new(saved))));
-        }
-        let (output, mut retained) = layer.forward_retaining(hidden, with, pass).map_err(in_layer(index))?;
-        // The last layer is needed again at once.
-        let place = |tensor| if is_last { Ok(Held::Here(tensor)) } else { host.park(tensor) };
-        let (products, mlp_outputs) = (retained.take_products(), retained.take_mlp_outputs());
-        let kept = KeptRetained {
-            mlp_outputs: mlp_outputs.map(place).transpose()?,
-            most: retained.map(place)?,
-            products: products.map(place).transpose()?,
-        };
-        host.end_layer()?;
-        Ok((output, Kept::Retained(Box::new(kept))))
-    }
-
-    /// The hidden states after the last layer, from the embeddings; `forward` runs a layer and keeps what it wants of it.
-    fn walk(
-        &self,
-        mut hidden: Tensor,
-        mut forward: impl FnMut(&DecoderLayer, usize, &Tensor) -> Result<Tensor, Error>,
-    ) -> Result<Tensor, Error> {
-        for index in 0..self.config.num_hidden_layers {
-            self.interrupt.check()?;
-            hidden = forward(&self.layer(index)?, index, &hidden)?;
-        }
-        self.interrupt.check()?;
-        Ok(hidden)
-    }
-
-    /// [`Self::walk`] that keeps nothing.
-    fn walk_only(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Tensor, Error> {
-        self.walk(self.embed(&batch.tokens, pass.use_adapter)?, |layer, index, hidden| {
-            let (output, _) = layer.forward_retaining(hidden, Retaining::Input, pass).map_err(in_layer(index))?;
-            Ok(output)
-        })
-    }
-
-    /// Where this batch's values first stop being finite, if they do: the block and the tensor in it.
-    ///
-    /// # Errors
-    /// If a block fails.
-    pub fn first_non_finite(&self, batch: &Batch) -> Result<Option<String>, Error> {
-        let rotation = self.rotation(&batch.positions)?;
-        let compute = self.types.compute;
-        let pass = Pass { layout: &batch.layout, rotation: &rotation, use_adapter: true, compute, dropout: None };
-        let mut hidden = self.embed(&batch.tokens, true)?;
-        if !buffer::is_finite(&hidden)? {
-            return Ok(Some("the token embedding".into()));
-        }
-        for index in 0..self.config.num_hidden_layers {
-            let (output, saved) = self.layer(index)?.forward(&hidden, &pass).map_err(in_layer(index))?;
-            for (name, tensor) in saved.tensors() {
-                if !buffer::is_finite(&tensor)? {
-                    return Ok(Some(format!("decoder layer {index}, {name}")));
-                }
-            }
-            if !buffer::is_finite(&output)? {
-                return Ok(Some(format!("decoder layer {index}, mlp.down_proj")));
-            }
-            hidden = output;
-        }
-        let picked = rows::gather(&hidden, &batch.head_rows)?;
-        let question = self.question(batch, 1.0, None);
-        let (output, _) = self.head(true)?.forward(&picked, &question).map_err(in_block("head"))?;
-        Ok(output.logprobs.iter().any(|p| !p.is_finite()).then(|| "the head's log-probabilities".into()))
-    }
-}
-
-impl Kept {
-    /// Starts the way back of most that was retained.
-    fn bring_back(self, host: &Host) -> Result<Self, Error> {
-        self.change(|KeptRetained { mlp_outputs, most, products }| {
-            Ok(KeptRetained { mlp_outputs, most: most.map(|held| host.bring_back(held))?, products })
-        })
-    }
-
-    /// Starts the way back of gate and up.
-    fn bring_back_mlp(self, host: &Host) -> Result<Self, Error> {
-        self.change(|KeptRetained { mlp_outputs, most, products }| {
-            let mlp_outputs = mlp_outputs.map(|held| host.bring_back(held)).transpose()?;
-            Ok(KeptRetained { mlp_outputs, most, products })
-        })
-    }
-
-    fn change(self, change: impl FnOnce(KeptRetained) -> Result<KeptRetained, Error>) -> Result<Self, Error> {
-        match self {
-            Self::Retained(retained) => Ok(Self::Retained(Box::new(change(*retained)?))),
-            everything @ Self::Everything(_) => Ok(everything),
-        }
+        batch: &'a Batch,
+        rotation: &'a Rotation,
+        use_adapter: bool,
+        dropout: Option<PassDropout<'a>>,
+    ) -> Pass<'a> {
+        Pass { layout: &batch.layout, rotation, use_adapter, compute: self.types.compute, dropout }
     }
 }
 

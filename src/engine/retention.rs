@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device};
 
-use super::{Activations, Engine, Types};
+use super::{Activations, Engine, Order, Types};
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
 use crate::model::layer::Retaining;
@@ -172,6 +172,17 @@ fn best(layer: &Layer, tokens: usize, rates: Rates) -> Parked {
     candidates.min_by(|&a, &b| layer.secs(a, rates).total_cmp(&layer.secs(b, rates))).unwrap_or(Parked::Input)
 }
 
+/// Bytes of the device's memory that are free; `None` where nobody knows.
+#[cfg(feature = "cuda")]
+fn free_bytes(device: &Device) -> Option<u64> {
+    crate::kernels::cuda::free_memory(device).ok()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn free_bytes(_device: &Device) -> Option<u64> {
+    None
+}
+
 impl Engine {
     /// How much of a layer waits in host memory in a pass of the batch; `None` if nothing does.
     pub fn parked(&self, batch: &Batch) -> Option<Parked> {
@@ -205,10 +216,37 @@ impl Engine {
         Some(parked)
     }
 
-    /// What is computed again for the backward of a batch.
-    pub fn computed_again(&self, batch: &Batch) -> ComputedAgain {
+    /// Whether the inputs of all layers of batches with so many tokens together have room where blocks compute: half of what is
+    /// free there. On the CPU they always have.
+    pub(super) fn has_room_for_inputs(&self, tokens: usize) -> bool {
+        if self.activations == Activations::Keep || self.device().is_cpu() {
+            return true;
+        }
+        free_bytes(self.device()).is_none_or(|free| self.input_bytes(tokens) as u64 <= free / 2)
+    }
+
+    /// Bytes of the inputs of all layers.
+    fn input_bytes(&self, tokens: usize) -> usize {
+        let ModelConfig { num_hidden_layers, hidden_size, .. } = self.config;
+        tokens * num_hidden_layers * hidden_size * self.types.residual.size_in_bytes()
+    }
+
+    /// The order of a step: breadth first where blocks come one at a time, and where the sums that are laid aside in the other
+    /// order take more memory than the inputs of the layers; else depth first.
+    pub fn order_of(&self, step: &[Batch]) -> Order {
+        if let Some(order) = self.forced_order {
+            return order;
+        }
+        let tokens = step.iter().map(|batch| batch.tokens.len()).sum();
+        let is_less = self.activations != Activations::Keep
+            && self.store.bytes_aside(self.sums(step.len())) > self.input_bytes(tokens);
+        if !self.store.holds_all() || is_less { Order::BreadthFirst } else { Order::DepthFirst }
+    }
+
+    /// What is computed again for the backward of a batch, which follows its own forward (`is_alone`) or that of others.
+    pub fn computed_again(&self, batch: &Batch, is_alone: bool) -> ComputedAgain {
         let layers = self.config.num_hidden_layers;
-        let is_last_kept = LAST_LAYER_KEPT_TOKENS.contains(&batch.tokens.len());
+        let is_last_kept = is_alone && LAST_LAYER_KEPT_TOKENS.contains(&batch.tokens.len());
         let kept = usize::from(is_last_kept).max(layers.saturating_sub(self.recomputed_layers));
         let all = (layers - kept.min(layers)) as f64 / layers.max(1) as f64;
         let parked = match self.activations {

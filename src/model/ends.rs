@@ -17,20 +17,20 @@ pub const LM_HEAD: &str = "lm_head.weight";
 /// Name of the final norm.
 pub const FINAL_NORM: &str = "model.norm.weight";
 
-/// The token embedding.
+/// The token embedding, for as long as its parameters are lent.
 #[derive(Clone, Debug)]
-pub struct Embedding {
-    table: Slot,
+pub struct Embedding<'l> {
+    table: &'l Slot,
     adapter: Option<Adapter>,
 }
 
-impl Embedding {
+impl<'l> Embedding<'l> {
     /// Binds the table, and its adapter if `adapter` has one for it.
     ///
     /// # Errors
     /// If one is missing.
-    pub fn bind(params: &BlockParams, adapter: Option<&AdapterSettings>) -> Result<Self, Error> {
-        Ok(Self { table: params.slot(EMBEDDING)?.clone(), adapter: bind_adapter(params, EMBED_TOKENS, adapter)? })
+    pub fn bind(params: &'l BlockParams, adapter: Option<&AdapterSettings>) -> Result<Self, Error> {
+        Ok(Self { table: params.slot(EMBEDDING)?, adapter: bind_adapter(params, EMBED_TOKENS, adapter)? })
     }
 
     /// The embeddings of `tokens` on `device`, the start of the residual stream: `[N, D]` of type `dtype` (on the CPU
@@ -66,11 +66,11 @@ impl Embedding {
     }
 }
 
-/// The final norm and the head.
+/// The final norm and the head, for as long as their parameters are lent.
 #[derive(Clone, Debug)]
-pub struct Head {
+pub struct Head<'l> {
     norm: Param,
-    table: Slot,
+    table: &'l Slot,
     adapter: Option<Adapter>,
     eps: f64,
 }
@@ -122,24 +122,19 @@ impl HeadGradient {
     }
 }
 
-impl Head {
-    /// Binds the norm and the head, which a tied model takes from the embedding's parameters, and its adapter if `adapter` has
-    /// one for it.
+impl<'l> Head<'l> {
+    /// Binds the norm, the head (in a tied model the embedding's table, which the block shares), and its adapter if `adapter`
+    /// has one for it.
     ///
     /// # Errors
     /// If one is missing.
     pub fn bind(
-        params: &BlockParams,
-        embedding: &BlockParams,
+        params: &'l BlockParams,
         config: &ModelConfig,
         adapter: Option<&AdapterSettings>,
     ) -> Result<Self, Error> {
-        let table = match params.get(LM_HEAD) {
-            Some(slot) => slot,
-            None => embedding.slot(EMBEDDING)?,
-        };
-        let adapter = bind_adapter(params, HEAD_MODULE, adapter)?;
-        Ok(Self { norm: params.dense(FINAL_NORM)?, table: table.clone(), adapter, eps: config.rms_norm_eps })
+        let (table, adapter) = (params.slot(LM_HEAD)?, bind_adapter(params, HEAD_MODULE, adapter)?);
+        Ok(Self { norm: params.dense(FINAL_NORM)?, table, adapter, eps: config.rms_norm_eps })
     }
 
     /// Whether it has an adapter, whose dropout a training pass needs.

@@ -14,6 +14,8 @@
 mod backward;
 mod retained;
 
+use std::marker::PhantomData;
+
 use candle_core::{DType, Tensor};
 
 use super::adapter::AdapterSettings;
@@ -55,9 +57,10 @@ pub struct PassDropout<'a> {
     pub token_keys: &'a TokenKeys,
 }
 
-/// A decoder layer with its parameters.
+/// A decoder layer with its parameters, for as long as they are lent.
 #[derive(Clone, Debug)]
-pub struct DecoderLayer {
+pub struct DecoderLayer<'l> {
+    lent: PhantomData<&'l BlockParams>,
     index: usize,
     eps: f64,
     heads: Heads,
@@ -167,13 +170,13 @@ const OUTPUT: [Projection; 1] = [Projection::OProj];
 const GATE_UP: [Projection; 2] = [Projection::GateProj, Projection::UpProj];
 const DOWN: [Projection; 1] = [Projection::DownProj];
 
-impl DecoderLayer {
+impl<'l> DecoderLayer<'l> {
     /// Binds the parameters of layer `index`.
     ///
     /// # Errors
     /// If one is missing.
     pub fn bind(
-        params: &BlockParams,
+        params: &'l BlockParams,
         index: usize,
         config: &ModelConfig,
         adapter: Option<&AdapterSettings>,
@@ -183,6 +186,7 @@ impl DecoderLayer {
         let projection = |p: Projection| adapter::bind_linear(params, &format!("{prefix}.{}", p.path()), adapter);
         let qk_norm = |name| config.has_qk_norm.then(|| dense(name)).transpose();
         Ok(Self {
+            lent: PhantomData,
             index,
             eps: config.rms_norm_eps,
             heads: Heads { query: config.num_attention_heads, kv: config.num_key_value_heads },

@@ -10,7 +10,7 @@ use super::Error;
 use super::adapter::AdapterSettings;
 use super::config::{ModelConfig, TensorRole, TensorShape};
 use super::ends::{EMBEDDING, LM_HEAD};
-use super::params::{BlockInit, Trainable};
+use super::params::{BlockInit, SharedParam, Trainable};
 use super::peft::{AdapterConfig, AdapterSpec, ModuleAdapter, factor_names};
 use super::source::{LinearStorage, WeightSource};
 use crate::config::settings::{LoraSettings, ModelSettings};
@@ -47,11 +47,10 @@ impl LoadedModel {
     pub fn keep_embedding_on_host(&mut self) {
         let Some((first, rest)) = self.blocks.split_first_mut() else { return };
         let Some(table) = first.frozen.get(EMBEDDING) else { return };
-        let is_tied = |last: &BlockInit| {
-            self.config.tie_word_embeddings && !last.trainable.iter().any(|parameter| parameter.name == LM_HEAD)
-        };
-        if let Some(last) = rest.last_mut().filter(|last| is_tied(last)) {
-            last.frozen.entry(LM_HEAD.into()).or_insert_with(|| table.clone());
+        for block in rest {
+            for SharedParam { name, .. } in block.shared.extract_if(.., |s| s.of_block == 0 && s.of_name == EMBEDDING) {
+                block.frozen.insert(name, table.clone());
+            }
         }
         first.stays_on_host.insert(EMBEDDING.into());
     }
@@ -134,6 +133,7 @@ pub fn load(
         None => None,
         Some(spec) => Some(attach(spec, &config, &mut blocks, purpose)?),
     };
+    tie(&config, &mut blocks);
     if let Some(spec) = spec.as_mut().filter(|_| purpose == Purpose::Training) {
         // Their values are in the blocks now, and change there.
         spec.full_replacements.clear();
@@ -192,6 +192,7 @@ pub fn random_packed(path: &Path, lora: &LoraSettings, seed: u64) -> Result<Load
         blocks[block_of(&shape.name, &config)].frozen.insert(shape.name, weight);
     }
     let adapter = Some(attach(&spec, &config, &mut blocks, Purpose::Training)?);
+    tie(&config, &mut blocks);
     Ok(LoadedModel { config, adapter, adapter_spec: Some(spec), blocks })
 }
 
@@ -207,6 +208,15 @@ fn block_of(name: &str, config: &ModelConfig) -> usize {
     }
     let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
     layer.map_or(config.num_hidden_layers + 1, |layer| layer + 1)
+}
+
+/// Lets the head of a tied model read the embedding's table, unless it has one of its own.
+fn tie(config: &ModelConfig, blocks: &mut [BlockInit]) {
+    let Some(head) = blocks.last_mut().filter(|_| config.tie_word_embeddings) else { return };
+    let has_own = head.frozen.contains_key(LM_HEAD) || head.trainable.iter().any(|t| t.name == LM_HEAD);
+    if !has_own {
+        head.shared.push(SharedParam { name: LM_HEAD.into(), of_block: 0, of_name: EMBEDDING.into() });
+    }
 }
 
 /// Puts the adapter's tensors, and weights that it replaces whole, into the blocks.

@@ -34,6 +34,19 @@ pub struct BlockInit {
     pub stays_on_host: BTreeSet<String>,
     /// Trained parameters in the order of the flat buffers.
     pub trainable: Vec<Trainable>,
+    /// Parameters of blocks before that this one reads too, under a name of its own.
+    pub shared: Vec<SharedParam>,
+}
+
+/// A parameter of another block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedParam {
+    /// Its name in the block that reads it.
+    pub name: String,
+    /// The block that has it.
+    pub of_block: usize,
+    /// Its name there.
+    pub of_name: String,
 }
 
 /// One parameter as a block sees it.
@@ -80,6 +93,11 @@ impl BlockParams {
             Weight::Dense(value) => Ok(Param { value: value.clone(), grad: slot.grad.clone() }),
             _ => Err(Error::NotDense { name: name.into() }),
         }
+    }
+
+    /// Takes the slots out.
+    pub fn into_slots(self) -> BTreeMap<String, Slot> {
+        self.slots
     }
 
     /// All names and slots, sorted by name.

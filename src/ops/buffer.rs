@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use super::view::{change, view};
 use super::{Error, shape_error};
+use crate::kernels::cpu::vector;
 
 /// The values of a float buffer, copied to the host as f32. On a GPU this waits.
 ///
@@ -66,18 +67,20 @@ pub fn write(buffer: &Tensor, from: &[f32]) -> Result<(), Error> {
     change("write a buffer", buffer, |values| values.copy_from_slice(from))
 }
 
-/// Exchanges the values of two buffers.
+/// `buffer += other`.
 ///
 /// # Errors
 /// If the lengths differ.
-pub fn swap(left: &Tensor, right: &Tensor) -> Result<(), Error> {
-    #[cfg(feature = "cuda")]
-    if left.device().is_cuda() {
-        return super::cuda::buffer::swap(left, right);
-    }
-    let kept = to_vec(left)?;
-    write(left, &to_vec(right)?)?;
-    write(right, &kept)
+pub fn add(buffer: &Tensor, other: &Tensor) -> Result<(), Error> {
+    combine("add to a buffer", buffer, other, (1.0, 1.0))
+}
+
+/// `to = from`.
+///
+/// # Errors
+/// If the lengths differ.
+pub fn copy(from: &Tensor, to: &Tensor) -> Result<(), Error> {
+    combine("copy a buffer", to, from, (0.0, 1.0))
 }
 
 /// `buffer = alpha * other + (1 - alpha) * buffer`.
@@ -85,15 +88,23 @@ pub fn swap(left: &Tensor, right: &Tensor) -> Result<(), Error> {
 /// # Errors
 /// If the lengths differ.
 pub fn mix(buffer: &Tensor, other: &Tensor, alpha: f32) -> Result<(), Error> {
+    combine("mix", buffer, other, (1.0 - alpha, alpha))
+}
+
+/// `buffer = keep * buffer + take * other`; with `keep` 0 what was there is not read.
+fn combine(op: &'static str, buffer: &Tensor, other: &Tensor, (keep, take): (f32, f32)) -> Result<(), Error> {
+    if buffer.elem_count() != other.elem_count() {
+        return Err(shape_error(op, "other", other.elem_count(), buffer.elem_count()));
+    }
     #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
-        return super::cuda::buffer::mix(buffer, other, alpha);
+        return super::cuda::buffer::combine(buffer, other, (keep, take));
     }
-    let other = view("mix", other)?;
-    change("mix", buffer, |values| {
-        for (value, &other) in values.iter_mut().zip(other.iter()) {
-            *value = alpha * other + (1.0 - alpha) * *value;
-        }
+    let other = view(op, other)?;
+    change(op, buffer, |values| match (keep, take) {
+        (0.0, 1.0) => values.copy_from_slice(&other),
+        (1.0, 1.0) => vector::add_scaled(values, 1.0, &other),
+        _ => values.iter_mut().zip(other.iter()).for_each(|(value, &other)| *value = take * other + keep * *value),
     })
 }
 

@@ -12,6 +12,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::dense::DenseValues;
 use super::double_quant::Maxima;
+use super::lend::fill;
 use super::multiply::RowSource as _;
 use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
@@ -120,6 +121,16 @@ impl DeviceMatrix {
         match &self.storage {
             Storage::Pinned(memory, dtype) => Some(memory.matrix(*dtype, self.rows, self.cols)),
             _ => None,
+        }
+    }
+
+    /// Makes its values NaN for whoever still reads them; page-locked memory is not lent.
+    pub(super) fn spoil(self) -> Result<(), Error> {
+        match &self.storage {
+            Storage::Nf4 { maxima: DeviceMaxima::Plain(maxima), .. } => fill(maxima, f64::NAN),
+            Storage::Nf4 { maxima: DeviceMaxima::Nested { absmax, .. }, .. } => fill(absmax, f64::NAN),
+            Storage::Gguf { blocks, .. } => fill(blocks, f64::NAN),
+            Storage::Pinned(..) => Ok(()),
         }
     }
 

@@ -87,6 +87,12 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// Lent bytes that are still held after their loan.
+    #[error("the bytes of a {kind} matrix are still held")]
+    Shared {
+        /// The storage's name.
+        kind: String,
+    },
     /// A kernel of the GPU failed.
     #[error(transparent)]
     Cuda(#[from] crate::device::Error),

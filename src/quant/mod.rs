@@ -14,6 +14,7 @@ pub mod dense;
 mod double_quant;
 mod error;
 pub mod gguf;
+mod lend;
 mod multiply;
 pub mod nf4;
 #[cfg(test)]

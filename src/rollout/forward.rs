@@ -4,20 +4,29 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::decode_model::{DecodeModel, StepBatch};
-use super::kv_cache::{KvCache, KvShape};
-use crate::engine::{self, Engine};
-use crate::model::Head;
+use super::kv_cache::{CacheStep, KvCache, KvShape};
+use crate::engine::{self, Engine, Speaker, Types};
 use crate::model::layer::{DecoderLayer, Pass};
+use crate::model::params::BlockParams;
+use crate::model::{Embedding, Head};
 use crate::ops::attention::Layout;
 use crate::ops::rows;
 
-/// An engine's model with its blocks bound for the length of a rollout.
+/// An engine's model with its blocks bound for the length of a rollout, or, where they are not all there at a time, for the
+/// length of each one's part of a step.
 #[derive(Debug)]
 pub struct EngineModel<'a> {
     engine: &'a Engine,
-    layers: Vec<DecoderLayer>,
-    head: Head,
+    bound: Option<Bound<'a>>,
     use_adapter: bool,
+}
+
+/// All blocks of a model.
+#[derive(Debug)]
+struct Bound<'a> {
+    embedding: Embedding<'a>,
+    layers: Vec<DecoderLayer<'a>>,
+    head: Head<'a>,
 }
 
 impl<'a> EngineModel<'a> {
@@ -26,9 +35,31 @@ impl<'a> EngineModel<'a> {
     /// # Errors
     /// If a parameter is missing.
     pub fn new(engine: &'a Engine, use_adapter: bool) -> Result<Self, engine::Error> {
-        let layers =
-            (0..engine.config().num_hidden_layers).map(|index| engine.layer(index)).collect::<Result<_, _>>()?;
-        Ok(Self { engine, layers, head: engine.head(use_adapter)?, use_adapter })
+        let bind = |blocks: Vec<&'a BlockParams>| {
+            let layers = engine.config().num_hidden_layers;
+            let bound: Result<Vec<_>, _> =
+                (0..layers).map(|index| engine.bind_layer(blocks[1 + index], index)).collect();
+            Ok::<_, engine::Error>(Bound {
+                embedding: engine.bind_embedding(blocks[0], use_adapter)?,
+                layers: bound?,
+                head: engine.bind_head(blocks[1 + layers], use_adapter)?,
+            })
+        };
+        Ok(Self { engine, bound: engine.store().hold().map(bind).transpose()?, use_adapter })
+    }
+
+    fn attend(
+        &self,
+        layer: &DecoderLayer<'_>,
+        index: usize,
+        hidden: &Tensor,
+        (cache, cached): (&mut KvCache, &CacheStep<'_>),
+        pass: &Pass<'_>,
+    ) -> Result<Tensor, Error> {
+        self.engine.check_interrupt()?;
+        let (q, k, v, _) = layer.attention_inputs(hidden, pass)?;
+        let attended = cache.attention(index, cached, [&q, &k, &v], layer.attended_room(pass))?;
+        Ok(layer.after_attention(hidden, &attended, 0, pass)?.0)
     }
 }
 
@@ -61,23 +92,35 @@ impl DecodeModel for EngineModel<'_> {
     }
 
     fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {
-        let rotation = self.engine.rotation(&batch.positions)?;
-        let compute = self.engine.types().compute;
+        let (engine, use_adapter) = (self.engine, self.use_adapter);
+        let rotation = engine.rotation(&batch.positions)?;
+        let Types { compute, residual } = engine.types();
         // The halves of a layer around attention read no layout: attention runs over the cache.
         let layout = Layout::default();
-        let pass = Pass { layout: &layout, rotation: &rotation, use_adapter: self.use_adapter, compute, dropout: None };
+        let pass = Pass { layout: &layout, rotation: &rotation, use_adapter, compute, dropout: None };
         let cached = cache.begin_step(batch)?;
-        let mut hidden = self.engine.embed(&batch.tokens, self.use_adapter)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.engine.check_interrupt()?;
-            let (q, k, v, _) = layer.attention_inputs(&hidden, &pass)?;
-            let attended = cache.attention(index, &cached, [&q, &k, &v], layer.attended_room(&pass))?;
-            hidden = layer.after_attention(&hidden, &attended, 0, &pass)?.0;
-        }
-        if batch.logit_rows.is_empty() {
-            return Ok(Tensor::zeros((0, self.vocab_size()), DType::F32, &Device::Cpu)?);
-        }
         let logit_rows: Vec<u32> = batch.logit_rows.iter().map(|&row| row as u32).collect();
-        Ok(self.head.logits(&rows::gather(&hidden, &logit_rows)?, compute)?)
+        let none = || Ok(Tensor::zeros((0, engine.config().vocab_size), DType::F32, &Device::Cpu)?);
+        if let Some(Bound { embedding, layers, head }) = &self.bound {
+            let mut hidden = embedding.forward(&batch.tokens, engine.device(), residual)?;
+            for (index, layer) in layers.iter().enumerate() {
+                hidden = self.attend(layer, index, &hidden, (cache, &cached), &pass)?;
+            }
+            let picked = if logit_rows.is_empty() { return none() } else { rows::gather(&hidden, &logit_rows)? };
+            return Ok(head.logits(&picked, compute)?);
+        }
+        let mut walk = engine.walk_once(Speaker::Policy);
+        let lease = walk.next().map_err(engine::Error::from)?;
+        let embedding = engine.bind_embedding(lease.params(), use_adapter)?;
+        let mut hidden = embedding.forward(&batch.tokens, engine.device(), residual)?;
+        drop(lease);
+        for index in 0..engine.config().num_hidden_layers {
+            let lease = walk.next().map_err(engine::Error::from)?;
+            let layer = engine.bind_layer(lease.params(), index)?;
+            hidden = self.attend(&layer, index, &hidden, (cache, &cached), &pass)?;
+        }
+        let picked = if logit_rows.is_empty() { return none() } else { rows::gather(&hidden, &logit_rows)? };
+        let lease = walk.next().map_err(engine::Error::from)?;
+        Ok(engine.bind_head(lease.params(), use_adapter)?.logits(&picked, compute)?)
     }
 }

@@ -13,11 +13,12 @@ use anyhow::{Context as _, bail};
 use super::Backend;
 use super::tuning::Tuning;
 use crate::config::settings::{LoraSettings, ModuleSet, OptimizerSettings};
-use crate::engine::{self, Activations, Engine, Parked};
+use crate::engine::{self, Activations, Engine, Order, Parked, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::random_packed;
+use crate::ops::head;
 use crate::rng::Stream;
 use crate::zero::{ParamStore, ShardedAdamW};
 
@@ -141,6 +142,8 @@ pub struct Settings {
     pub steps: usize,
     /// What becomes of activations between forward and backward.
     pub activations: Activations,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
     /// Try several algorithms for each product and keep the fastest.
     pub tune: bool,
     /// Seed of weights and tokens.
@@ -163,8 +166,12 @@ pub fn lora(r: usize) -> LoraSettings {
 /// What was measured.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// The work of a step.
+    /// The work of a micro-batch.
     pub work: Work,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
+    /// The order in which they pass through the blocks.
+    pub order: Order,
     /// Seconds of each step.
     pub step_secs: Vec<f64>,
     /// Tokens of a step, as users count them.
@@ -237,6 +244,11 @@ impl Bench {
         self.engine.force_parked(parked);
     }
 
+    /// The order of a step's micro-batches; `None` leaves it to the engine.
+    pub fn force_order(&mut self, order: Option<Order>) {
+        self.engine.force_order(order);
+    }
+
     /// Measures steps of `work`. Algorithms of new products are tried before, which `say` announces.
     ///
     /// # Errors
@@ -250,11 +262,13 @@ impl Bench {
         if longest > config.max_position_embeddings {
             bail!("`{work}`: the model holds {} tokens", config.max_position_embeddings);
         }
-        let batch = work.batch(config.vocab_size, self.settings.seed)?;
+        let micro_batches = self.settings.micro_batches;
+        let batch = |index: usize| work.batch(config.vocab_size, self.settings.seed + index as u64);
+        let step: Vec<Batch> = (0..micro_batches).map(batch).collect::<anyhow::Result<_>>()?;
         // Without a step no product is known.
         let warmup = self.settings.warmup.max(usize::from(self.tuning.is_some() && self.settings.tune));
         for _ in 0..warmup {
-            self.step(&batch, work)?;
+            self.step(&step, work)?;
             if let Some(tuning) = &mut self.tuning {
                 tuning.after_step(self.num_steps, say, &|| false)?;
             }
@@ -264,32 +278,36 @@ impl Bench {
         let mut step_secs = Vec::with_capacity(self.settings.steps);
         for _ in 0..self.settings.steps {
             let started = Instant::now();
-            self.step(&batch, work)?;
+            self.step(&step, work)?;
             self.synchronize()?;
             step_secs.push(started.elapsed().as_secs_f64());
         }
         let (peak_bytes, device_bytes) = self.memory()?;
-        let phases = self.phases(&batch, work)?;
-        let floor_secs = floor_flops(&self.engine, &batch, work) / self.peak_flops;
-        let parked = self.engine.parked(&batch);
-        Ok(Measured { work, step_secs, tokens: work.tokens(), phases, floor_secs, peak_bytes, device_bytes, parked })
+        let phases = self.phases(&step, work)?;
+        let order = self.engine.order_of(&step);
+        let floor: f64 = step.iter().map(|batch| floor_flops(&self.engine, batch, (step.len(), order), work)).sum();
+        let floor_secs = floor / self.peak_flops;
+        let parked = step.first().and_then(|batch| self.engine.parked(batch));
+        let tokens = micro_batches * work.tokens();
+        Ok(Measured {
+            work,
+            micro_batches,
+            order,
+            step_secs,
+            tokens,
+            phases,
+            floor_secs,
+            peak_bytes,
+            device_bytes,
+            parked,
+        })
     }
 
     /// One optimizer step: what the loops do, with a loss whose gradient is `-1 / R` for every target.
-    fn step(&mut self, batch: &Batch, work: Work) -> anyhow::Result<()> {
+    fn step(&mut self, step: &[Batch], work: Work) -> anyhow::Result<()> {
         self.num_steps += 1;
-        self.engine.store().zero_gradients()?;
-        let count = batch.targets.len();
-        let gradient = HeadGradient { d_logprobs: vec![-1.0 / count as f32; count], ..HeadGradient::default() };
-        match work {
-            // As the loops do: cross-entropy's gradient is known before the forward pass, the policy loss's is not.
-            Work::Sequences { .. } => {
-                self.engine.forward_backward_known(batch, 1.0, None, &gradient, |_| Ok::<_, engine::Error>(()))?;
-            }
-            Work::Groups { .. } => {
-                self.engine.forward_backward(batch, 1.0, None, |_| Ok::<_, engine::Error>((gradient, ())))?;
-            }
-        }
+        let loss = &mut Known { work, counts: step.iter().map(|batch| batch.targets.len()).collect() };
+        self.engine.accumulate::<engine::Error>(step, 1.0, None, loss)?;
         let report = self.optimizer.step(self.engine.store(), 1e-5, 1.0, 1.0)?;
         if report.is_skipped {
             bail!("a gradient of the measured step is not finite (norm {})", report.grad_norm);
@@ -338,7 +356,7 @@ impl Bench {
     }
 
     #[cfg(feature = "cuda")]
-    fn phases(&mut self, batch: &Batch, work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
+    fn phases(&mut self, step: &[Batch], work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
         use crate::device::timers;
         let device = self.engine.device().clone();
         if !device.is_cuda() {
@@ -348,7 +366,7 @@ impl Bench {
             self.synchronize()?;
             let started = Instant::now();
             timers::start();
-            self.step(batch, work)?;
+            self.step(step, work)?;
             let by_phase = timers::stop(&device)?;
             Ok::<_, anyhow::Error>((started.elapsed().as_secs_f64(), by_phase))
         };
@@ -369,14 +387,14 @@ impl Bench {
 
     #[cfg(not(feature = "cuda"))]
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has events")]
-    fn phases(&mut self, _batch: &Batch, _work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
+    fn phases(&mut self, _step: &[Batch], _work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
         Ok(BTreeMap::new())
     }
 }
 
 /// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
 /// the projections and the head, what is computed again, and attention's.
-fn floor_flops(engine: &Engine, batch: &Batch, work: Work) -> f64 {
+fn floor_flops(engine: &Engine, batch: &Batch, (micro_batches, order): (usize, Order), work: Work) -> f64 {
     let config = engine.config();
     let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
     let layers = config.num_hidden_layers as f64;
@@ -385,7 +403,7 @@ fn floor_flops(engine: &Engine, batch: &Batch, work: Work) -> f64 {
     let attention_width = (config.num_attention_heads * config.head_dim) as f64;
     let output = hidden * attention_width;
     let qkv = output + 2.0 * hidden * (config.num_key_value_heads * config.head_dim) as f64;
-    let again = engine.computed_again(batch);
+    let again = engine.computed_again(batch, micro_batches == 1 || order == Order::DepthFirst);
     let projections =
         2.0 * (qkv + output + 3.0 * down) + again.gate_up * 2.0 * down + again.qkv * qkv + again.attention * output;
     let pairs = batch.layout.num_pairs() as f64;
@@ -419,6 +437,31 @@ fn peak_flops(backend: &Backend) -> anyhow::Result<f64> {
         best = best.min(started.elapsed().as_secs_f64() / f64::from(repeats));
     }
     Ok(2.0 * (size as f64).powi(3) / best)
+}
+
+/// A loss whose gradient is `-1 / R` for every target; as in the loops, cross-entropy's gradient is known before the forward
+/// pass and the policy loss's is not.
+struct Known {
+    work: Work,
+    /// Targets of each micro-batch.
+    counts: Vec<usize>,
+}
+
+impl Known {
+    fn of(&self, micro_step: usize) -> HeadGradient {
+        let (count, all) = (self.counts[micro_step], self.counts.iter().sum::<usize>());
+        HeadGradient { d_logprobs: vec![-1.0 / all as f32; count], ..HeadGradient::default() }
+    }
+}
+
+impl StepLoss<engine::Error> for Known {
+    fn known(&self, micro_step: usize) -> Option<HeadGradient> {
+        matches!(self.work, Work::Sequences { .. }).then(|| self.of(micro_step))
+    }
+
+    fn gradient(&mut self, micro_step: usize, _head: &head::Output) -> Result<HeadGradient, engine::Error> {
+        Ok(self.of(micro_step))
+    }
 }
 
 #[cfg(test)]

@@ -25,10 +25,12 @@ use crate::config::settings::{GrpoSettings, Interval};
 use crate::data::{
     self, Dataset, Findings, Part, PromptBatches, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics,
 };
-use crate::engine::{DropoutKey, Speaker};
+use crate::engine::{DropoutKey, Speaker, StepLoss};
 use crate::model::HeadGradient;
+use crate::model::batch::Batch;
 use crate::model::load::Purpose;
 use crate::model::peft::AdapterSpec;
+use crate::ops::head;
 use crate::reward::{self, Rewards};
 use crate::telemetry::Section;
 use crate::zero::ShardedAdamW;
@@ -65,6 +67,9 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
+    if training.full_determinism {
+        session.engine.fix_sums();
+    }
     let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
     drop(progress);
@@ -97,7 +102,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
         entropy = entropy.map(|fresh| state.entropy_control.unwrap_or(fresh));
     }
-    let memory = plan::Memory::new(&session, &optimizer, generator.most_cache_bytes(&session, &prompts));
+    let memory = plan::Memory::new(
+        &session,
+        &optimizer,
+        training.gradient_accumulation_steps,
+        generator.most_cache_bytes(&session, &prompts),
+    );
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
     run.open(
@@ -239,8 +249,8 @@ fn prompt_batches(settings: &GrpoSettings, num_prompts: usize, world_size: usize
     Ok(batches)
 }
 
-/// Sums the gradients of a step's micro-batches, for which generation batches are made as they are needed; returns the loss
-/// and its metrics.
+/// Sums the gradients of a step's micro-batches, for which generation batches are made as they are needed (the policy does not
+/// move within a step); returns the loss and its metrics.
 fn gradients(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
@@ -254,8 +264,7 @@ fn gradients(
     let (step, batches, ranks) = (run.step, source.batches, run.ranks());
     let place = batches.epoch().place(step);
     let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize;
-    session.engine.store().zero_gradients()?;
-    let (mut loss, mut metrics, mut attended_entropy) = (0.0, Metrics::default(), (0.0, 0.0));
+    let mut drawn: Vec<Drawn> = Vec::with_capacity(micro_steps);
     for (index, micro_step) in place.micro_steps.enumerate() {
         let slice = batches.slice(micro_step);
         if slice.micro_steps_before == 0 || source.generation.is_none() {
@@ -271,21 +280,28 @@ fn gradients(
         let first = (slice.index * ranks.world_size() + ranks.rank()) * training.per_device_train_batch_size;
         let place = |sample: usize| sample.min(batch.samples.len());
         let samples = &batch.samples[place(first)..place(first + training.per_device_train_batch_size)];
-        let micro_batch = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
-        let parts = Parts {
-            num_items: batch.num_items,
-            num_processes: ranks.world_size(),
-            micro_steps,
-            slices: batches.slices(),
-        };
-        let output = policy_gradient(settings, session, samples, &micro_batch, parts, step, scale)?;
+        let micro = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
+        run.num_tokens += micro.batch.tokens.len() as u64;
+        drawn.push(Drawn::new(settings, samples, micro, batch.num_items)?);
         batch.micro_steps = slice.micro_steps_before + 1;
-        run.num_tokens += micro_batch.batch.tokens.len() as u64;
-        loss += output.0;
-        metrics.merge(&output.1);
-        attended_entropy = (attended_entropy.0 + output.2.0, attended_entropy.1 + output.2.1);
     }
-    Ok((loss, metrics, attended_entropy))
+    let step_batches: Vec<Batch> = drawn.iter_mut().map(|drawn| std::mem::take(&mut drawn.micro.batch)).collect();
+    let parts = Parts { num_processes: ranks.world_size(), micro_steps, slices: batches.slices() };
+    let mut loss = StepSum {
+        settings,
+        session,
+        batches: &step_batches,
+        drawn: &drawn,
+        parts,
+        scale,
+        step,
+        loss: 0.0,
+        metrics: Metrics::default(),
+        attended_entropy: (0.0, 0.0),
+    };
+    let dropout = Some(DropoutKey { seed: training.seed, step });
+    session.engine.accumulate(&step_batches, temperature(settings), dropout, &mut loss)?;
+    Ok((loss.loss, loss.metrics, loss.attended_entropy))
 }
 
 fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
@@ -387,23 +403,29 @@ fn add_logprobs(
     // As TRL: the batch stays on policy if it is used up within whole optimizer steps that each see it once.
     let needs_old = !accumulation.is_multiple_of(life) || settings.rollout_importance_sampling.is_some();
     let needs_ref = settings.beta != 0.0;
-    for samples in batch.samples.chunks_mut(settings.training.per_device_train_batch_size) {
-        if !needs_old && !needs_ref {
-            break;
-        }
-        let micro = GenerationBatch::micro_batch(samples, prompts, false)?;
-        let speak = |speaker: Speaker| -> anyhow::Result<Vec<Vec<f32>>> {
-            let output = session.engine.logprobs(&micro.batch, speaker, temperature(settings))?;
-            Ok(micro.row_starts.windows(2).map(|w| output.logprobs[w[0]..w[1]].to_vec()).collect())
+    if !needs_old && !needs_ref {
+        return Ok(());
+    }
+    let size = settings.training.per_device_train_batch_size;
+    let micros: Vec<MicroBatch> = (batch.samples.chunks(size))
+        .map(|samples| GenerationBatch::micro_batch(samples, prompts, false))
+        .collect::<Result<_, _>>()?;
+    let row_starts: Vec<Vec<usize>> = micros.iter().map(|micro| micro.row_starts.clone()).collect();
+    let batches: Vec<Batch> = micros.into_iter().map(|micro| micro.batch).collect();
+    let speak = |speaker: Speaker| -> anyhow::Result<Vec<Vec<f32>>> {
+        let outputs = session.engine.logprobs(&batches, speaker, temperature(settings))?;
+        let rows = |(output, starts): (&head::Output, &Vec<usize>)| -> Vec<Vec<f32>> {
+            starts.windows(2).map(|w| output.logprobs[w[0]..w[1]].to_vec()).collect()
         };
-        if needs_old {
-            let rows = speak(Speaker::Policy)?;
-            samples.iter_mut().zip(rows).for_each(|(sample, row)| sample.old_logprobs = Some(row));
-        }
-        if needs_ref {
-            let rows = speak(Speaker::Reference)?;
-            samples.iter_mut().zip(rows).for_each(|(sample, row)| sample.ref_logprobs = Some(row));
-        }
+        Ok(outputs.iter().zip(&row_starts).flat_map(rows).collect())
+    };
+    if needs_old {
+        let rows = speak(Speaker::Policy)?;
+        batch.samples.iter_mut().zip(rows).for_each(|(sample, row)| sample.old_logprobs = Some(row));
+    }
+    if needs_ref {
+        let rows = speak(Speaker::Reference)?;
+        batch.samples.iter_mut().zip(rows).for_each(|(sample, row)| sample.ref_logprobs = Some(row));
     }
     Ok(())
 }
@@ -413,84 +435,110 @@ fn temperature(settings: &GrpoSettings) -> f64 {
     if settings.sampling.temperature > 0.0 { settings.sampling.temperature } else { 1.0 }
 }
 
-/// What a micro-batch is a part of.
+/// What a step's micro-batches are parts of.
 #[derive(Clone, Copy)]
 struct Parts {
-    /// Unmasked tokens of its generation batch.
-    num_items: usize,
     /// Ranks, each with a part of its own.
     num_processes: usize,
-    /// Micro-batches of its optimizer step.
+    /// Micro-batches of the optimizer step.
     micro_steps: usize,
-    /// Micro-batches of its generation batch.
+    /// Micro-batches of a generation batch.
     slices: usize,
 }
 
-/// Adds the policy gradient of one micro-batch; returns its loss and metrics.
-fn policy_gradient(
-    settings: &GrpoSettings,
-    session: &Session,
-    samples: &[Sampled],
-    micro: &MicroBatch,
+/// A micro-batch of a step, and what its loss needs.
+struct Drawn {
+    micro: MicroBatch,
+    samples: usize,
+    /// Unmasked tokens of its generation batch.
+    num_items: usize,
+    old: Option<Vec<f32>>,
+    reference: Option<Vec<f32>>,
+    sampling: Option<Vec<f32>>,
+    correction: Option<RolloutCorrectionOutput>,
+}
+
+impl Drawn {
+    fn new(settings: &GrpoSettings, samples: &[Sampled], micro: MicroBatch, num_items: usize) -> anyhow::Result<Self> {
+        let joined = |pick: fn(&Sampled) -> Option<&Vec<f32>>| -> Option<Vec<f32>> {
+            let rows = samples.iter().map(pick).collect::<Option<Vec<_>>>()?;
+            Some(rows.into_iter().flatten().copied().collect())
+        };
+        let old = joined(|s| s.old_logprobs.as_ref());
+        let sampling = joined(|s| Some(&s.sampling_logprobs));
+        let correction = match (&settings.rollout_importance_sampling, &old, &sampling) {
+            (Some(correction), Some(old), Some(sampling)) => {
+                Some(rollout_correction(&micro.row_starts, old, sampling, &micro.mask, None, correction)?)
+            }
+            _ => None,
+        };
+        let reference = joined(|s| s.ref_logprobs.as_ref());
+        Ok(Self { micro, samples: samples.len(), num_items, old, reference, sampling, correction })
+    }
+}
+
+/// The policy loss of a step, summed over its micro-batches.
+struct StepSum<'a> {
+    settings: &'a GrpoSettings,
+    session: &'a Session,
+    batches: &'a [Batch],
+    drawn: &'a [Drawn],
     parts: Parts,
-    step: u64,
     scale: Scale,
-) -> anyhow::Result<(f64, Metrics, (f64, f64))> {
-    let training = &settings.training;
-    let joined = |pick: fn(&Sampled) -> Option<&Vec<f32>>| -> Option<Vec<f32>> {
-        samples.iter().map(pick).collect::<Option<Vec<_>>>().map(|rows| rows.into_iter().flatten().copied().collect())
-    };
-    let old = joined(|s| s.old_logprobs.as_ref());
-    let reference = joined(|s| s.ref_logprobs.as_ref());
-    let sampling = joined(|s| Some(&s.sampling_logprobs));
-    let correction: Option<RolloutCorrectionOutput> = match (&settings.rollout_importance_sampling, &old, &sampling) {
-        (Some(correction), Some(old), Some(sampling)) => {
-            Some(rollout_correction(&micro.row_starts, old, sampling, &micro.mask, None, correction)?)
-        }
-        _ => None,
-    };
-    let mut loss_settings = GrpoLossSettings::from(settings);
-    loss_settings.entropy_coef = scale.entropy_coef.unwrap_or(loss_settings.entropy_coef);
-    let dropout = Some(DropoutKey { seed: training.seed, step });
-    session.engine.forward_backward(&micro.batch, temperature(settings), dropout, |head| {
+    step: u64,
+    loss: f64,
+    metrics: Metrics,
+    attended_entropy: (f64, f64),
+}
+
+impl StepLoss<anyhow::Error> for StepSum<'_> {
+    fn gradient(&mut self, micro_step: usize, head: &head::Output) -> anyhow::Result<HeadGradient> {
+        let (settings, drawn) = (self.settings, &self.drawn[micro_step]);
+        let Drawn { micro, correction, .. } = drawn;
+        let mut loss_settings = GrpoLossSettings::from(settings);
+        loss_settings.entropy_coef = self.scale.entropy_coef.unwrap_or(loss_settings.entropy_coef);
+        let sampling = drawn.sampling.as_deref().filter(|_| settings.off_policy_mask_threshold.is_some());
         let output = grpo_loss(
             &GrpoInputs {
                 row_starts: &micro.row_starts,
                 logprobs: &head.logprobs,
-                old_logprobs: old.as_deref(),
-                ref_logprobs: reference.as_deref(),
-                sampling_logprobs: sampling.as_deref().filter(|_| settings.off_policy_mask_threshold.is_some()),
+                old_logprobs: drawn.old.as_deref(),
+                ref_logprobs: drawn.reference.as_deref(),
+                sampling_logprobs: sampling,
                 entropies: Some(&head.entropies),
                 mask: &micro.mask,
                 tool_mask: None,
                 advantages: &micro.advantages,
                 importance_ratio: correction
                     .as_ref()
-                    .and_then(|c| c.importance_ratio(0..samples.len(), 0..micro.mask.len())),
+                    .and_then(|c| c.importance_ratio(0..drawn.samples, 0..micro.mask.len())),
                 entropy_threshold: None,
                 batch: GrpoBatch {
-                    num_items_in_batch: parts.num_items,
-                    num_processes: parts.num_processes,
-                    gradient_accumulation_steps: parts.micro_steps,
-                    steps_per_generation: parts.slices,
+                    num_items_in_batch: drawn.num_items,
+                    num_processes: self.parts.num_processes,
+                    gradient_accumulation_steps: self.parts.micro_steps,
+                    steps_per_generation: self.parts.slices,
                     is_training: true,
                 },
             },
             &loss_settings,
         )?;
-        plan::check_loss(output.loss, step + 1, session, &micro.batch, &training.output_dir)?;
-        let mut metrics = output.metrics;
-        if let Some(correction) = &correction {
-            metrics.merge(&correction.metrics);
+        let batch = &self.batches[micro_step];
+        plan::check_loss(output.loss, self.step + 1, self.session, batch, &settings.training.output_dir)?;
+        self.loss += output.loss;
+        self.metrics.merge(&output.metrics);
+        if let Some(correction) = correction {
+            self.metrics.merge(&correction.metrics);
         }
+        let (sum, count) = output.attended_entropy;
+        self.attended_entropy = (self.attended_entropy.0 + sum, self.attended_entropy.1 + count);
         let gradient = HeadGradient {
             d_logprobs: output.d_logprobs,
             d_entropies: output.d_entropies.unwrap_or_default(),
             d_mean_logprobs: vec![],
         };
-        let gradient = gradient.scaled(scale.loss_scale);
-        Ok::<_, anyhow::Error>((gradient, (output.loss, metrics, output.attended_entropy)))
-    })
+        Ok(gradient.scaled(self.scale.loss_scale))
+    }
 }
 
 /// Rewards of the evaluation prompts, `num_generations_eval` completions each.

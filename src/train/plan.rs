@@ -138,10 +138,11 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
     let config = session.engine.config();
     let store = session.engine.store();
     let trained = store.num_trainable();
-    let kind = match store.fetch(1).get("model.layers.0.mlp.up_proj.weight").map(|slot| &slot.weight) {
-        Some(weight) => weight.kind_name(),
-        None => String::new(),
-    };
+    let kind = store
+        .at_rest(1)
+        .ok()
+        .and_then(|first| first.get("model.layers.0.mlp.up_proj.weight").map(|slot| slot.weight.kind_name()));
+    let kind = kind.unwrap_or_default();
     let mut section = Section::new("Model")
         .row("base", &settings.model_name_or_path)
         .row(
@@ -216,10 +217,14 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Registers the session's parameters and the optimizer's state; `kv_cache_bytes` is what the rollout may need.
-    pub(super) fn new(session: &Session, optimizer: &ShardedAdamW, kv_cache_bytes: u64) -> Self {
+    /// Registers the session's parameters, the gradients of steps of so many micro-batches, and the optimizer's state;
+    /// `kv_cache_bytes` is what the rollout may need.
+    pub(super) fn new(session: &Session, optimizer: &ShardedAdamW, micro_steps: usize, kv_cache_bytes: u64) -> Self {
         let store = session.engine.store();
         let trained = 4 * store.num_trainable() as u64;
+        // Sums of all weights are laid aside block by block, which is little.
+        let aside = session.adapter_spec.as_ref().map_or(0, |_| store.bytes_aside(session.engine.sums(micro_steps)));
+        let gradients = (store.gradient_bytes() + aside) as u64;
         let copies = if store.has_reference() { 2 } else { 1 };
         let (weights, adapters) = match session.adapter_spec {
             Some(_) => (store.frozen_bytes() as u64, copies * trained),
@@ -229,7 +234,7 @@ impl Memory {
         let kinds = [
             (Kind::Weights, weights),
             (Kind::Adapters, adapters),
-            (Kind::Gradients, trained),
+            (Kind::Gradients, gradients),
             (Kind::Optimizer, optimizer.size_bytes() as u64),
         ];
         let held = kinds.into_iter().filter(|&(_, bytes)| bytes > 0).map(|(kind, bytes)| {

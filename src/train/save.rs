@@ -51,7 +51,8 @@ fn write_whole_model(folder: &Path, session: &Session) -> anyhow::Result<()> {
     }
     let config = &config;
     let dtype = config.torch_dtype.unwrap_or(DType::F32);
-    let blocks: Vec<_> = (0..engine.store().num_blocks()).map(|block| engine.store().fetch(block)).collect();
+    let blocks: Vec<_> =
+        (0..engine.store().num_blocks()).map(|block| engine.store().at_rest(block)).collect::<Result<_, _>>()?;
     save_model(folder, config, dtype, SHARD_BYTES, |name| {
         let slot: Option<&Slot> = blocks.iter().find_map(|block| block.get(name));
         match slot.map(|slot| &slot.weight) {

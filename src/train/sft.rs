@@ -20,7 +20,7 @@ use crate::config::settings::{Interval, SftLossType, SftSettings};
 use crate::data::{
     self, Bin, Dataset, IGNORE, Part, RowBatches, Sampler, SftData, SftOptions, Splits, TokenStatistics,
 };
-use crate::engine::{DropoutKey, Speaker};
+use crate::engine::{DropoutKey, Speaker, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
@@ -70,6 +70,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
+    if training.full_determinism {
+        session.engine.fix_sums();
+    }
     let smoothing = settings.label_smoothing_factor;
     let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
     let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
@@ -97,7 +100,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         state.check_place(batches.state_after(state.step), train.bins.len())?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
-    let memory = plan::Memory::new(&session, &optimizer, 0);
+    let memory = plan::Memory::new(&session, &optimizer, training.gradient_accumulation_steps, 0);
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
     run.open(&backend, show_plan(settings, &session, &train, eval.as_ref(), &batches, total))?;
@@ -181,42 +184,62 @@ fn gradients(
         }
         return Ok(None);
     }
-    session.engine.store().zero_gradients()?;
-    let (mut loss, mut metrics) = (0.0, Metrics::default());
-    for batch in micro_batches.iter().filter(|batch| !batch.targets.is_empty()) {
-        let dropout = Some(DropoutKey { seed: training.seed, step });
-        let look = |head: &head::Output| {
-            let inputs = SftInputs {
-                logprobs: &head.logprobs,
-                mean_logprobs: Some(&head.mean_logprobs),
-                mask: None,
-                entropies: Some(&head.entropies),
-                is_correct: Some(&head.is_argmax),
-                num_items_in_batch: num_targets,
-                num_processes: ranks.world_size(),
-            };
-            let output = sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?;
-            plan::check_loss(output.loss, step + 1, session, batch, &training.output_dir)?;
-            let gradient = HeadGradient {
-                d_logprobs: output.d_logprobs,
-                d_entropies: vec![],
-                d_mean_logprobs: output.d_mean_logprobs,
-            };
-            let gradient = gradient.scaled(scale);
-            Ok::<_, anyhow::Error>((gradient, (output.loss, output.metrics)))
-        };
-        let engine = &session.engine;
-        let output = match known_gradient(settings, batch, num_targets, ranks.world_size()) {
-            Some(gradient) => {
-                let look = |head: &head::Output| Ok::<_, anyhow::Error>(look(head)?.1);
-                engine.forward_backward_known(batch, 1.0, dropout, &gradient.scaled(scale), look)?
-            }
-            None => engine.forward_backward(batch, 1.0, dropout, look)?,
-        };
-        loss += output.0;
-        metrics.merge(&output.1);
+    let mut loss = StepSum {
+        settings,
+        session,
+        micro_batches,
+        num_targets,
+        num_processes: ranks.world_size(),
+        scale,
+        step,
+        loss: 0.0,
+        metrics: Metrics::default(),
+    };
+    let dropout = Some(DropoutKey { seed: training.seed, step });
+    session.engine.accumulate(micro_batches, 1.0, dropout, &mut loss)?;
+    Ok(Some((loss.loss, loss.metrics)))
+}
+
+/// The loss of a step, summed over its micro-batches.
+struct StepSum<'a> {
+    settings: &'a SftSettings,
+    session: &'a Session,
+    micro_batches: &'a [Batch],
+    /// Of the whole step.
+    num_targets: usize,
+    num_processes: usize,
+    /// Of fp16's gradients.
+    scale: f64,
+    step: u64,
+    loss: f64,
+    metrics: Metrics,
+}
+
+impl StepLoss<anyhow::Error> for StepSum<'_> {
+    fn known(&self, micro_step: usize) -> Option<HeadGradient> {
+        let gradient =
+            known_gradient(self.settings, &self.micro_batches[micro_step], self.num_targets, self.num_processes);
+        gradient.map(|gradient| gradient.scaled(self.scale))
     }
-    Ok(Some((loss, metrics)))
+
+    fn gradient(&mut self, micro_step: usize, head: &head::Output) -> anyhow::Result<HeadGradient> {
+        let inputs = SftInputs {
+            logprobs: &head.logprobs,
+            mean_logprobs: Some(&head.mean_logprobs),
+            mask: None,
+            entropies: Some(&head.entropies),
+            is_correct: Some(&head.is_argmax),
+            num_items_in_batch: self.num_targets,
+            num_processes: self.num_processes,
+        };
+        let output = sft_loss(&inputs, self.settings.loss_type, self.settings.label_smoothing_factor)?;
+        let batch = &self.micro_batches[micro_step];
+        plan::check_loss(output.loss, self.step + 1, self.session, batch, &self.settings.training.output_dir)?;
+        self.loss += output.loss;
+        self.metrics.merge(&output.metrics);
+        let (d_logprobs, d_mean_logprobs) = (output.d_logprobs, output.d_mean_logprobs);
+        Ok(HeadGradient { d_logprobs, d_entropies: vec![], d_mean_logprobs }.scaled(self.scale))
+    }
 }
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
@@ -317,7 +340,8 @@ fn evaluate(
         if batch.targets.is_empty() {
             continue;
         }
-        let head = session.engine.logprobs(&batch, Speaker::Policy, 1.0)?;
+        let head = session.engine.logprobs(std::slice::from_ref(&batch), Speaker::Policy, 1.0)?;
+        let Some(head) = head.first() else { continue };
         let inputs = SftInputs {
             logprobs: &head.logprobs,
             mean_logprobs: Some(&head.mean_logprobs),

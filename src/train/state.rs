@@ -234,7 +234,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         }
         buffer::write(flat.values(), &values)?;
     }
-    for (flat, reference) in store.flats().zip(store.reference().into_iter().flatten()) {
+    for (flat, reference) in store.flats().zip(store.references()) {
         let mut values = buffer::to_vec(reference)?;
         for entry in flat.entries() {
             let name = format!("{}{REFERENCE_SUFFIX}", entry.name);
@@ -316,7 +316,7 @@ fn add_tensors(writer: &mut checkpoint::Writer, session: &Session, optimizer: &S
     };
     let values = copies(&mut store.flats().map(FlatBlock::values))?;
     let moments = optimizer.to_host()?;
-    let references = copies(&mut store.reference().into_iter().flatten())?;
+    let references = copies(&mut store.references())?;
     let tensors = named(store, &values, "")
         .into_iter()
         .chain(named(store, &references, REFERENCE_SUFFIX))

@@ -74,13 +74,16 @@ impl FlatBlock {
         self.entries.is_empty()
     }
 
-    /// The value and the gradient of `entry`, sharing this buffer's memory.
+    /// The parameter `name`, if it is one of them.
+    pub fn entry(&self, name: &str) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.name == name)
+    }
+
+    /// The part of a buffer of `[n]` that is `entry`'s, in its shape, sharing the buffer's memory.
     ///
     /// # Errors
     /// If the entry is of another buffer.
-    pub fn views(&self, entry: &Entry) -> Result<(Tensor, Tensor), Error> {
-        let view =
-            |flat: &Tensor| flat.narrow(0, entry.range.start, entry.range.len())?.reshape(entry.shape.as_slice());
-        Ok((view(&self.values)?, view(&self.grads)?))
+    pub fn view(flat: &Tensor, entry: &Entry) -> Result<Tensor, Error> {
+        Ok(flat.narrow(0, entry.range.start, entry.range.len())?.reshape(entry.shape.as_slice())?)
     }
 }

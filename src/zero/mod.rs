@@ -1,18 +1,24 @@
 //! Where parameters, gradients and optimizer state live: the `ParamStore` between the engine and the blocks.
 //!
-//! The engine asks for the parameters of a block and says when its gradients are final; which rank or memory holds them
-//! in between is decided here and nowhere else. No layer type is named in this room: a block is a set of named
-//! parameters. Trained parameters of a block lie in one flat f32 buffer, its gradients in another of the same layout.
+//! The engine announces the order in which it will visit the blocks, borrows each one's parameters for as long as it needs
+//! them, and says when its gradients are final; which rank or memory holds them in between is decided here and nowhere else.
+//! No layer type is named in this room: a block is a set of named parameters. Trained parameters of a block lie in one flat
+//! f32 buffer, its gradients in another of the same layout.
 
 #[cfg(feature = "cuda")]
 mod device_optimizer;
 mod flat;
+mod gradients;
+mod lease;
 mod optimizer;
 mod store;
+mod sums;
 
 pub use flat::{Entry, FlatBlock};
+pub use lease::{Lease, Needs, Speaker, Visit, Walk};
 pub use optimizer::{ShardedAdamW, StepReport};
-pub use store::ParamStore;
+pub use store::{ParamStore, Slots};
+pub use sums::{Next, Sums};
 
 /// What went wrong with parameters or optimizer state.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +43,56 @@ pub enum Error {
     Duplicate {
         /// The name.
         name: String,
+    },
+    /// A block reads a parameter of another that has none of that name.
+    #[error("a block shares the parameter `{name}` of another block, which has none of that name")]
+    NotShared {
+        /// The name.
+        name: String,
+    },
+    /// A walk was announced for other blocks than there are.
+    #[error("there is no block {block} in a model of {blocks}")]
+    NoBlock {
+        /// Which was asked for.
+        block: usize,
+        /// How many there are.
+        blocks: usize,
+    },
+    /// More was asked of a walk than was announced.
+    #[error("the walk over {visits} blocks is over")]
+    WalkIsOver {
+        /// Length of the announced order.
+        visits: usize,
+    },
+    /// Gradients were told of in a visit that was announced without.
+    #[error("the visit of block {block} was announced without gradients")]
+    UnannouncedGradients {
+        /// Which block.
+        block: usize,
+    },
+    /// More blocks were asked for at a time than there are slots.
+    #[error("block {block} has no slot: all {slots} are lent")]
+    NoSlot {
+        /// Which block.
+        block: usize,
+        /// How many slots there are.
+        slots: usize,
+    },
+    /// Something of a slot outlived its lease.
+    #[error("block {block} was given back while `{name}` was still held: {source}")]
+    StillRead {
+        /// Which block.
+        block: usize,
+        /// Which parameter.
+        name: String,
+        /// What is shared.
+        source: crate::quant::Error,
+    },
+    /// Micro-batches of a step ended in another order than they count.
+    #[error("micro-batch {index} of the step ended before one that is before it")]
+    MicroStepsOutOfOrder {
+        /// Which.
+        index: usize,
     },
     /// Saved state does not fit this model.
     #[error(

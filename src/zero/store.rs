@@ -1,44 +1,120 @@
-//! The parameter store: hands out the parameters of a block and keeps the flat buffers behind them.
+//! Owns every block's parameters, lends them to the walk and gathers their gradients.
 //!
-//! This is the resident policy: everything lies on the device of this rank. Blocks hold the parameters they fetched only
-//! while they compute, so a policy that shards or offloads them changes this file alone.
+//! A store either keeps all blocks where blocks compute, or keeps the layers at rest and copies each into one of a few slots
+//! for as long as it is lent. Both answer the same calls.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
-use super::{Error, FlatBlock};
-use crate::model::params::{BlockInit, BlockParams, Slot};
+use super::gradients::Bucket;
+use super::lease::Lent;
+use super::{Error, FlatBlock, Speaker, Sums, Visit, Walk};
+use crate::model::params::{BlockInit, BlockParams, SharedParam, Slot};
 use crate::ops::buffer;
 use crate::quant::Weight;
 
-/// Parameters of all blocks, resident on this rank's device.
+/// How many layers are where blocks compute at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// Most layers at a time.
+    pub most_live: usize,
+    /// Whether a slot's values are overwritten with NaN when it is given back, so that a late read is seen.
+    pub is_spoiled: bool,
+}
+
+/// Parameters of all blocks.
 #[derive(Debug)]
 pub struct ParamStore {
     device: Device,
     blocks: Vec<Block>,
-    /// A second set of trained values that can be exchanged for the current ones: the reference policy.
-    reference: Option<Vec<Tensor>>,
+    /// `None`: all blocks stay where blocks compute.
+    slots: Option<Slots>,
+    live: AtomicUsize,
+    fetches: AtomicU64,
+    /// What went wrong when a slot was given back, told by the next call.
+    spoiled: Mutex<Option<Error>>,
 }
 
 #[derive(Debug)]
 struct Block {
+    frozen: BTreeMap<String, Weight>,
     flat: FlatBlock,
-    params: Arc<BlockParams>,
+    bucket: Bucket,
+    /// Parameters of other blocks that this one reads too.
+    shared: Vec<Shared>,
+    /// Bound to the trained values; `None` where the block is at rest.
+    policy: Option<BlockParams>,
+    reference: Option<Reference>,
+}
+
+/// A parameter of another block, with gradients of its own.
+#[derive(Debug)]
+struct Shared {
+    param: SharedParam,
+    /// f32, as many as the parameter has, if that is trained.
+    bucket: Option<Bucket>,
+}
+
+/// A second set of trained values.
+#[derive(Debug)]
+struct Reference {
+    /// f32 `[n]`
+    values: Tensor,
+    params: Option<BlockParams>,
 }
 
 impl ParamStore {
     /// Takes the loaded blocks in the order of the walk to `device`; one block at a time is in both memories.
     ///
     /// # Errors
-    /// If a name stands twice in a block or memory runs out.
+    /// If a name stands twice in a block, a shared parameter is not there, or memory runs out.
     pub fn new(blocks: impl IntoIterator<Item = BlockInit>, device: &Device) -> Result<Self, Error> {
-        let blocks = blocks.into_iter().map(|init| Block::new(init, device)).collect::<Result<_, _>>()?;
-        Ok(Self { device: device.clone(), blocks, reference: None })
+        Self::build(blocks, device, None)
     }
 
-    /// Where the parameters lie and blocks compute.
+    /// As [`Self::new`], but the frozen weights of all blocks between the first and the last stay in host memory, and their
+    /// values are copied to `device` for each visit.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_slots(
+        blocks: impl IntoIterator<Item = BlockInit>,
+        device: &Device,
+        slots: Slots,
+    ) -> Result<Self, Error> {
+        Self::build(blocks, device, Some(slots))
+    }
+
+    fn build(inits: impl IntoIterator<Item = BlockInit>, device: &Device, slots: Option<Slots>) -> Result<Self, Error> {
+        let mut inits = inits.into_iter().peekable();
+        let mut blocks: Vec<Block> = Vec::new();
+        while let Some(init) = inits.next() {
+            // What others share stays where it is.
+            let is_end = blocks.is_empty() || inits.peek().is_none();
+            let block = Block::new(init, &blocks, device, slots.is_some() && !is_end)?;
+            blocks.push(block);
+        }
+        let mut store = Self {
+            device: device.clone(),
+            blocks,
+            slots,
+            live: AtomicUsize::new(0),
+            fetches: AtomicU64::new(0),
+            spoiled: Mutex::new(None),
+        };
+        for block in 0..store.blocks.len() {
+            if store.is_resident(block) {
+                store.blocks[block].policy =
+                    Some(store.bind(block, Speaker::Policy, &mut |weight| Ok(weight.clone()))?);
+            }
+        }
+        Ok(store)
+    }
+
+    /// Where blocks compute.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -48,12 +124,117 @@ impl ParamStore {
         self.blocks.len()
     }
 
-    /// The parameters of a block, ready to compute with for as long as they are held.
+    /// Whether all blocks are where blocks compute.
+    pub fn holds_all(&self) -> bool {
+        self.slots.is_none()
+    }
+
+    fn is_resident(&self, block: usize) -> bool {
+        self.slots.is_none() || block == 0 || block + 1 == self.blocks.len()
+    }
+
+    /// Announces a walk: the blocks in the order in which they will be asked for, and how the gradients of the step's
+    /// micro-batches are added.
+    pub fn walk(&self, order: Arc<[Visit]>, speaker: Speaker, sums: Sums) -> Walk<'_> {
+        Walk::new(self, order, speaker, sums)
+    }
+
+    /// The policy's parameters of all blocks, for as long as the store is borrowed; `None` where they are not all there at a
+    /// time.
+    pub fn hold(&self) -> Option<Vec<&BlockParams>> {
+        self.blocks.iter().map(|block| block.policy.as_ref()).collect()
+    }
+
+    /// Blocks that were asked for so far.
+    pub fn fetches(&self) -> u64 {
+        self.fetches.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn lend(&self, block: usize, speaker: Speaker) -> Result<Lent<'_>, Error> {
+        if let Some(error) = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Err(error);
+        }
+        self.fetches.fetch_add(1, Ordering::Relaxed);
+        let own = self.blocks.get(block).ok_or(Error::NoBlock { block, blocks: self.blocks.len() })?;
+        let resident = match (speaker, &own.reference) {
+            (Speaker::Reference, Some(reference)) => reference.params.as_ref(),
+            _ => own.policy.as_ref(),
+        };
+        let (Some(slots), None) = (self.slots, resident) else {
+            return resident.map(Lent::Resident).ok_or(Error::NoBlock { block, blocks: self.blocks.len() });
+        };
+        if self.live.fetch_add(1, Ordering::Relaxed) >= slots.most_live {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            return Err(Error::NoSlot { block, slots: slots.most_live });
+        }
+        let params = self.bind(block, speaker, &mut |weight| Ok(weight.copy_to(&self.device)?));
+        if params.is_err() {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+        }
+        Ok(Lent::Slot(Some(params?)))
+    }
+
+    /// Ends the use of a slot.
+    pub(super) fn take_back(&self, block: usize, params: BlockParams) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        if self.slots.is_some_and(|slots| slots.is_spoiled) {
+            for (name, slot) in params.into_slots() {
+                if let Err(source) = slot.weight.spoil() {
+                    let mut spoiled = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner);
+                    *spoiled = Some(Error::StillRead { block, name, source });
+                }
+            }
+        }
+    }
+
+    /// The parameters of a block with every weight given out by `place`.
+    fn bind(
+        &self,
+        block: usize,
+        speaker: Speaker,
+        place: &mut dyn FnMut(&Weight) -> Result<Weight, Error>,
+    ) -> Result<BlockParams, Error> {
+        let own = &self.blocks[block];
+        let mut slots: BTreeMap<String, Slot> = BTreeMap::new();
+        let mut add = |name: &str, weight: Weight, grad: Option<Tensor>| match slots
+            .insert(name.to_string(), Slot { weight, grad })
+        {
+            None => Ok(()),
+            Some(_) => Err(Error::Duplicate { name: name.into() }),
+        };
+        for (name, weight) in &own.frozen {
+            add(name, place(weight)?, None)?;
+        }
+        let (values, trains) = own.values_of(speaker);
+        for entry in own.flat.entries() {
+            let value = FlatBlock::view(values, entry)?;
+            let grad = trains.then(|| FlatBlock::view(own.bucket.grads(), entry)).transpose()?;
+            add(&entry.name, place(&Weight::Dense(value))?, grad)?;
+        }
+        for Shared { param, bucket } in &own.shared {
+            let source = &self.blocks[param.of_block];
+            if let Some(weight) = source.frozen.get(&param.of_name) {
+                add(&param.name, weight.clone(), None)?;
+                continue;
+            }
+            let entry =
+                source.flat.entry(&param.of_name).ok_or_else(|| Error::NotShared { name: param.of_name.clone() })?;
+            let (values, trains) = source.values_of(speaker);
+            let grad = bucket.as_ref().filter(|_| trains).map(|bucket| bucket.grads().reshape(entry.shape.as_slice()));
+            add(&param.name, Weight::Dense(FlatBlock::view(values, entry)?), grad.transpose()?)?;
+        }
+        Ok(BlockParams::new(slots))
+    }
+
+    /// The parameters of a block where they rest, to be read and not computed with.
     ///
-    /// # Panics
+    /// # Errors
     /// If there is no such block.
-    pub fn fetch(&self, block: usize) -> Arc<BlockParams> {
-        Arc::clone(&self.blocks[block].params)
+    pub fn at_rest(&self, block: usize) -> Result<BlockParams, Error> {
+        if block >= self.blocks.len() {
+            return Err(Error::NoBlock { block, blocks: self.blocks.len() });
+        }
+        self.bind(block, Speaker::Policy, &mut |weight| Ok(weight.clone()))
     }
 
     /// The flat buffers of every block.
@@ -66,12 +247,27 @@ impl ParamStore {
         self.flats().map(FlatBlock::len).sum()
     }
 
+    /// Bytes of all buckets of gradients.
+    pub fn gradient_bytes(&self) -> usize {
+        let shared = |block: &Block| -> usize {
+            block
+                .shared
+                .iter()
+                .filter_map(|shared| shared.bucket.as_ref())
+                .map(|bucket| bucket.grads().elem_count())
+                .sum()
+        };
+        size_of::<f32>() * (self.num_trainable() + self.blocks.iter().map(shared).sum::<usize>())
+    }
+
+    /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
+    pub fn bytes_aside(&self, sums: Sums) -> usize {
+        size_of::<f32>() * sums.most_aside() * self.num_trainable()
+    }
+
     /// Bytes of frozen weights over all blocks.
     pub fn frozen_bytes(&self) -> usize {
-        let frozen = |block: &Block| -> usize {
-            block.params.iter().filter(|(_, slot)| slot.grad.is_none()).map(|(_, slot)| slot.weight.size_bytes()).sum()
-        };
-        self.blocks.iter().map(frozen).sum()
+        self.blocks.iter().flat_map(|block| block.frozen.values()).map(Weight::size_bytes).sum()
     }
 
     /// Sets all gradients to zero.
@@ -79,7 +275,29 @@ impl ParamStore {
     /// # Errors
     /// If the device fails.
     pub fn zero_gradients(&self) -> Result<(), Error> {
-        self.flats().filter(|f| !f.is_empty()).try_for_each(|flat| Ok(buffer::fill(flat.grads(), 0.0)?))
+        self.blocks.iter().try_for_each(|block| {
+            block.bucket.clear()?;
+            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).try_for_each(Bucket::clear)
+        })
+    }
+
+    pub(super) fn end_micro_step(&self, block: usize, sums: Sums, index: usize) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        own.bucket.end_micro_step(sums, index)?;
+        own.shared.iter().filter_map(|s| s.bucket.as_ref()).try_for_each(|bucket| bucket.end_micro_step(sums, index))
+    }
+
+    /// Adds what other blocks gathered for this one's parameters. They are before it in the order of backward.
+    pub(super) fn finish_gradients(&self, block: usize) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        let sharers = self.blocks.iter().flat_map(|other| &other.shared).filter(|s| s.param.of_block == block);
+        for Shared { param, bucket } in sharers {
+            if let (Some(bucket), Some(entry)) = (bucket, own.flat.entry(&param.of_name)) {
+                let grads = own.bucket.grads().narrow(0, entry.range.start, entry.range.len())?;
+                buffer::add(&grads, bucket.grads())?;
+            }
+        }
+        Ok(())
     }
 
     /// Keeps a copy of the trained values as the reference policy.
@@ -87,31 +305,28 @@ impl ParamStore {
     /// # Errors
     /// If memory runs out.
     pub fn keep_reference(&mut self) -> Result<(), Error> {
-        self.reference = Some(self.flats().map(|flat| flat.values().copy()).collect::<Result<_, _>>()?);
+        for block in &mut self.blocks {
+            block.reference = Some(Reference { values: block.flat.values().copy()?, params: None });
+        }
+        for block in 0..self.blocks.len() {
+            if self.is_resident(block) {
+                let params = self.bind(block, Speaker::Reference, &mut |weight| Ok(weight.clone()))?;
+                if let Some(reference) = &mut self.blocks[block].reference {
+                    reference.params = Some(params);
+                }
+            }
+        }
         Ok(())
     }
 
     /// Whether a reference was kept.
     pub fn has_reference(&self) -> bool {
-        self.reference.is_some()
+        self.references().next().is_some()
     }
 
-    /// The reference's flat values by block, if one was kept.
-    pub fn reference(&self) -> Option<&[Tensor]> {
-        self.reference.as_deref()
-    }
-
-    /// Exchanges the trained values and the reference's. Calling it twice restores both.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn swap_reference(&self) -> Result<(), Error> {
-        for (flat, reference) in self.flats().zip(self.reference.iter().flatten()) {
-            if !flat.is_empty() {
-                buffer::swap(flat.values(), reference)?;
-            }
-        }
-        Ok(())
+    /// The reference's flat values by block; none if no reference was kept.
+    pub fn references(&self) -> impl Iterator<Item = &Tensor> {
+        self.blocks.iter().filter_map(|block| block.reference.as_ref()).map(|reference| &reference.values)
     }
 
     /// Moves the reference towards the trained values: `ref = alpha * policy + (1 - alpha) * ref` (TRL's
@@ -120,7 +335,7 @@ impl ParamStore {
     /// # Errors
     /// If the device fails.
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
-        for (flat, reference) in self.flats().zip(self.reference.iter().flatten()) {
+        for (flat, reference) in self.flats().zip(self.references()) {
             if !flat.is_empty() {
                 buffer::mix(reference, flat.values(), alpha as f32)?;
             }
@@ -130,21 +345,33 @@ impl ParamStore {
 }
 
 impl Block {
-    fn new(init: BlockInit, device: &Device) -> Result<Self, Error> {
+    fn new(init: BlockInit, before: &[Self], device: &Device, is_at_rest: bool) -> Result<Self, Error> {
         let flat = FlatBlock::new(init.trainable, device)?;
-        let mut slots: BTreeMap<String, Slot> = BTreeMap::new();
-        for (name, weight) in init.frozen {
+        let place = |(name, weight): (String, Weight)| {
             let stays = init.stays_on_host.contains(&name);
-            let weight = if stays { weight.to_pinned(device)? } else { weight.to_device(device)? };
-            slots.insert(name, Slot { weight, grad: None });
+            let weight = match (is_at_rest, stays) {
+                (true, _) => weight,
+                (false, true) => weight.to_pinned(device)?,
+                (false, false) => weight.to_device(device)?,
+            };
+            Ok::<_, Error>((name, weight))
+        };
+        let frozen = init.frozen.into_iter().map(place).collect::<Result<_, _>>()?;
+        let shared = |param: SharedParam| {
+            let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
+            let bucket = trained.map(|entry| Bucket::zeros(entry.range.len(), device)).transpose()?;
+            Ok::<_, Error>(Shared { param, bucket })
+        };
+        let shared = init.shared.into_iter().map(shared).collect::<Result<_, _>>()?;
+        let bucket = Bucket::new(flat.grads().clone());
+        Ok(Self { frozen, flat, bucket, shared, policy: None, reference: None })
+    }
+
+    /// The trained values as a speaker has them, and whether gradients are gathered for them.
+    fn values_of(&self, speaker: Speaker) -> (&Tensor, bool) {
+        match (speaker, &self.reference) {
+            (Speaker::Reference, Some(reference)) => (&reference.values, false),
+            _ => (self.flat.values(), true),
         }
-        for entry in flat.entries() {
-            let (value, grad) = flat.views(entry)?;
-            let slot = Slot { weight: Weight::Dense(value), grad: Some(grad) };
-            if slots.insert(entry.name.clone(), slot).is_some() {
-                return Err(Error::Duplicate { name: entry.name.clone() });
-            }
-        }
-        Ok(Self { flat, params: Arc::new(BlockParams::new(slots)) })
     }
 }

@@ -3,11 +3,11 @@
 
 use candle_core::Device;
 use trainer::config::settings::Projection;
-use trainer::engine::{self, Activations, DropoutKey, Engine, Types};
+use trainer::engine::{self, Activations, DropoutKey, Engine, StepLoss, Types};
 use trainer::kernels::cuda::{set_deterministic, start_choices, try_noted};
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
-use trainer::ops::buffer;
+use trainer::ops::{buffer, head};
 use trainer::rng::Stream;
 
 use crate::support::{assert_close, device, seed};
@@ -48,13 +48,25 @@ pub(crate) fn gradients(engine: &Engine, batch: &Batch, scale: f64) -> [Vec<Vec<
         let unscaled = |grads: Vec<f32>| grads.into_iter().map(|g| (f64::from(g) / scale) as f32).collect();
         engine.store().flats().map(|flat| unscaled(buffer::to_vec(flat.grads()).unwrap())).collect()
     };
-    engine.store().zero_gradients().unwrap();
-    let look = |_: &_| Ok::<_, engine::Error>(());
-    engine.forward_backward_known(batch, 0.9, dropout, &gradient(), look).unwrap();
+    let step = std::slice::from_ref(batch);
+    engine.accumulate(step, 0.9, dropout, &mut Known(gradient())).unwrap();
     let known = read();
-    engine.store().zero_gradients().unwrap();
-    engine.forward_backward(batch, 0.9, dropout, |_| Ok::<_, engine::Error>((gradient(), ()))).unwrap();
+    let mut asked = |_: usize, _: &head::Output| Ok::<_, engine::Error>(gradient());
+    engine.accumulate(step, 0.9, dropout, &mut asked).unwrap();
     [known, read()]
+}
+
+/// A loss whose gradient is known before the forward pass.
+struct Known(HeadGradient);
+
+impl StepLoss<engine::Error> for Known {
+    fn known(&self, _micro_step: usize) -> Option<HeadGradient> {
+        Some(self.0.clone())
+    }
+
+    fn gradient(&mut self, _micro_step: usize, _output: &head::Output) -> Result<HeadGradient, engine::Error> {
+        Ok(self.0.clone())
+    }
 }
 
 #[test]

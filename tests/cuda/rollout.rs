@@ -132,7 +132,7 @@ pub(crate) fn trainer_logprobs(
     let mut builder = BatchBuilder::new();
     let whole = builder.push(&[request.prompt_ids.as_slice(), &completion.token_ids].concat(), 0);
     builder.predict_within(whole.start + request.prompt_ids.len() - 1..whole.end);
-    engine.logprobs(&builder.build().unwrap(), Speaker::Policy, temperature).unwrap().logprobs
+    engine.logprobs(&[builder.build().unwrap()], Speaker::Policy, temperature).unwrap().remove(0).logprobs
 }
 
 #[test]

@@ -10,8 +10,8 @@ use trainer::config::settings::{
 };
 use trainer::engine::Engine;
 use trainer::model::HeadGradient;
-use trainer::model::batch::BatchBuilder;
-use trainer::ops::buffer;
+use trainer::model::batch::{Batch, BatchBuilder};
+use trainer::ops::{buffer, head};
 use trainer::optim::LrSchedule;
 use trainer::zero::ShardedAdamW;
 
@@ -109,14 +109,23 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store())?;
     let logs = run["logs"].as_array().context("logs")?;
     for step in 0..config.steps {
-        engine.store().zero_gradients()?;
         let slack = 1.0 + step as f64;
-        for micro in step * config.accumulation..(step + 1) * config.accumulation {
-            let (logps, output) = micro_batch(&engine, &io, micro, &config)?;
-            let (logp_error, label) = (logps, format!("{case} micro {micro}"));
+        let micro_steps = step * config.accumulation..(step + 1) * config.accumulation;
+        let recorded: Vec<Recorded> =
+            micro_steps.clone().map(|micro| Recorded::read(&io, micro)).collect::<anyhow::Result<_>>()?;
+        let batches: Vec<Batch> = recorded.iter().map(|one| one.batch.clone()).collect();
+        let mut found = Vec::new();
+        engine.accumulate(&batches, config.temperature, None, &mut |index: usize, head: &head::Output| {
+            let output = recorded[index].loss(head, &config)?;
+            let gradient = HeadGradient { d_logprobs: output.d_logprobs.clone(), ..HeadGradient::default() };
+            found.push((max_difference(&head.logprobs, &recorded[index].expected), output.loss));
+            Ok::<_, anyhow::Error>(gradient)
+        })?;
+        for (micro, (logp_error, loss)) in micro_steps.zip(found) {
+            let label = format!("{case} micro {micro}");
             report.check(&format!("{label} logps"), logp_error, LOGPS * slack);
             let expected = f64::from(io.floats(&format!("micro{micro}.loss"))?[0]);
-            report.check(&format!("{label} loss"), (output.loss - expected).abs(), LOSS * slack);
+            report.check(&format!("{label} loss"), (loss - expected).abs(), LOSS * slack);
         }
         let lr = config.schedule.lr(step as u64);
         let expected = logs[step]["learning_rate"].as_f64().context("learning_rate")?;
@@ -139,64 +148,79 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Adds the gradients of a recorded micro-batch; returns the largest difference of its log-probabilities, and the loss.
-fn micro_batch(engine: &Engine, io: &Tensors, micro: usize, config: &Config) -> anyhow::Result<(f64, GrpoOutput)> {
-    let field = |part: &str| format!("micro{micro}.{part}");
-    let (prompts, prompt_mask) = (io.integers(&field("prompt_ids"))?, io.integers(&field("prompt_mask"))?);
-    let (completions, mask) = (io.integers(&field("completion_ids"))?, io.integers(&field("completion_mask"))?);
-    let unmasked = |ids: &[i64], mask: &[i64]| -> Vec<u32> {
-        ids.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(i, _)| *i as u32).collect()
-    };
-    // The values of unmasked completion tokens, row by row.
-    let tokens_of = |part: &str| -> anyhow::Result<Option<Vec<f32>>> {
-        if !io.has(&field(part)) {
-            return Ok(None);
+/// A recorded micro-batch.
+struct Recorded {
+    batch: Batch,
+    row_starts: Vec<usize>,
+    old: Option<Vec<f32>>,
+    reference: Option<Vec<f32>>,
+    /// Log-probabilities.
+    expected: Vec<f32>,
+    num_items: usize,
+    advantages: Vec<f32>,
+}
+
+impl Recorded {
+    fn read(io: &Tensors, micro: usize) -> anyhow::Result<Self> {
+        let field = |part: &str| format!("micro{micro}.{part}");
+        let (prompts, prompt_mask) = (io.integers(&field("prompt_ids"))?, io.integers(&field("prompt_mask"))?);
+        let (completions, mask) = (io.integers(&field("completion_ids"))?, io.integers(&field("completion_mask"))?);
+        let unmasked = |ids: &[i64], mask: &[i64]| -> Vec<u32> {
+            ids.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(i, _)| *i as u32).collect()
+        };
+        // The values of unmasked completion tokens, row by row.
+        let tokens_of = |part: &str| -> anyhow::Result<Option<Vec<f32>>> {
+            if !io.has(&field(part)) {
+                return Ok(None);
+            }
+            let values = io.floats(&field(part))?;
+            Ok(Some(values.iter().zip(mask.iter().flatten()).filter(|(_, m)| **m == 1).map(|(v, _)| *v).collect()))
+        };
+        let mut builder = BatchBuilder::new();
+        let mut row_starts = vec![0];
+        for row in 0..prompts.len() {
+            let prompt = unmasked(&prompts[row], &prompt_mask[row]);
+            let completion = unmasked(&completions[row], &mask[row]);
+            let sequence = [prompt.as_slice(), &completion].concat();
+            let rows = builder.push(&sequence, row as u64);
+            for (index, &token) in completion.iter().enumerate() {
+                builder.predict(rows.start + prompt.len() - 1 + index, token);
+            }
+            row_starts.push(row_starts[row] + completion.len());
         }
-        let values = io.floats(&field(part))?;
-        Ok(Some(values.iter().zip(mask.iter().flatten()).filter(|(_, m)| **m == 1).map(|(v, _)| *v).collect()))
-    };
-    let mut builder = BatchBuilder::new();
-    let mut row_starts = vec![0];
-    for row in 0..prompts.len() {
-        let prompt = unmasked(&prompts[row], &prompt_mask[row]);
-        let completion = unmasked(&completions[row], &mask[row]);
-        let sequence = [prompt.as_slice(), &completion].concat();
-        let rows = builder.push(&sequence, row as u64);
-        for (index, &token) in completion.iter().enumerate() {
-            builder.predict(rows.start + prompt.len() - 1 + index, token);
-        }
-        row_starts.push(row_starts[row] + completion.len());
+        Ok(Self {
+            batch: builder.build()?,
+            row_starts,
+            old: tokens_of("old_per_token_logps")?,
+            reference: tokens_of("ref_per_token_logps")?,
+            expected: tokens_of("logps")?.context("logps")?,
+            num_items: io.integers(&field("num_items_in_batch"))?[0][0] as usize,
+            advantages: io.floats(&field("advantages"))?,
+        })
     }
-    let batch = builder.build()?;
-    let (old, reference) = (tokens_of("old_per_token_logps")?, tokens_of("ref_per_token_logps")?);
-    let expected = tokens_of("logps")?.context("logps")?;
-    let ones = vec![1; expected.len()];
-    let num_items = io.integers(&field("num_items_in_batch"))?[0][0] as usize;
-    let advantages = io.floats(&field("advantages"))?;
-    engine.forward_backward(&batch, config.temperature, None, |head| {
+
+    fn loss(&self, head: &head::Output, config: &Config) -> anyhow::Result<GrpoOutput> {
+        let ones = vec![1; self.expected.len()];
         let inputs = GrpoInputs {
-            row_starts: &row_starts,
+            row_starts: &self.row_starts,
             logprobs: &head.logprobs,
-            old_logprobs: old.as_deref(),
-            ref_logprobs: reference.as_deref(),
+            old_logprobs: self.old.as_deref(),
+            ref_logprobs: self.reference.as_deref(),
             sampling_logprobs: None,
             entropies: Some(&head.entropies),
             mask: &ones,
             tool_mask: None,
-            advantages: &advantages,
+            advantages: &self.advantages,
             importance_ratio: None,
             entropy_threshold: None,
             batch: GrpoBatch {
-                num_items_in_batch: num_items,
+                num_items_in_batch: self.num_items,
                 num_processes: 1,
                 gradient_accumulation_steps: config.accumulation,
                 steps_per_generation: config.steps_per_generation,
                 is_training: true,
             },
         };
-        let output = grpo_loss(&inputs, &config.loss)?;
-        let error = max_difference(&head.logprobs, &expected);
-        let gradient = HeadGradient { d_logprobs: output.d_logprobs.clone(), ..HeadGradient::default() };
-        Ok::<_, anyhow::Error>((gradient, (error, output)))
-    })
+        Ok(grpo_loss(&inputs, &config.loss)?)
+    }
 }

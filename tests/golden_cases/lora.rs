@@ -8,7 +8,7 @@ use trainer::algo::{SftInputs, SftOutput, sft_loss};
 use trainer::config::settings::SftLossType;
 use trainer::engine::{Engine, Speaker};
 use trainer::model::HeadGradient;
-use trainer::ops::buffer;
+use trainer::ops::{buffer, head};
 
 use crate::model_files::{Tensors, Unpadded, device, engine, name, unpad};
 use crate::report::{Report, max_difference};
@@ -74,7 +74,6 @@ fn check(base: &Path, variant: &Path, report: &mut Report) -> anyhow::Result<()>
     if io.has("loss_smoothed") {
         let smoothing = f64::from(io.floats("smoothing")?[0]);
         unpadded.batch.wants_means = true;
-        adapted.store().zero_gradients()?;
         let loss = self::loss(&adapted, &unpadded, &is_target, smoothing)?;
         let error = (loss - f64::from(io.floats("loss_smoothed")?[0])).abs();
         report.check(&format!("{case} smoothed loss"), error, LOSS);
@@ -83,11 +82,12 @@ fn check(base: &Path, variant: &Path, report: &mut Report) -> anyhow::Result<()>
     Ok(())
 }
 
-/// The mean loss of the targets with smoothed labels; its gradients are added to the store.
+/// The mean loss of the targets with smoothed labels; its gradients are in the store.
 fn loss(engine: &Engine, unpadded: &Unpadded, is_target: &[bool], smoothing: f64) -> anyhow::Result<f64> {
     let mask: Vec<u8> = is_target.iter().map(|&t| u8::from(t)).collect();
     let count = is_target.iter().filter(|&&t| t).count();
-    engine.forward_backward(&unpadded.batch, 1.0, None, |output| {
+    let mut mean = f64::NAN;
+    engine.accumulate(std::slice::from_ref(&unpadded.batch), 1.0, None, &mut |_: usize, output: &head::Output| {
         let inputs = SftInputs {
             logprobs: &output.logprobs,
             mean_logprobs: Some(&output.mean_logprobs),
@@ -98,8 +98,10 @@ fn loss(engine: &Engine, unpadded: &Unpadded, is_target: &[bool], smoothing: f64
             num_processes: 1,
         };
         let SftOutput { loss, d_logprobs, d_mean_logprobs, .. } = sft_loss(&inputs, SftLossType::Nll, smoothing)?;
-        Ok((HeadGradient { d_logprobs, d_entropies: vec![], d_mean_logprobs }, loss))
-    })
+        mean = loss;
+        Ok::<_, anyhow::Error>(HeadGradient { d_logprobs, d_entropies: vec![], d_mean_logprobs })
+    })?;
+    Ok(mean)
 }
 
 /// Holds the store's gradients against those of the file whose names begin with `prefix`, where it has some.

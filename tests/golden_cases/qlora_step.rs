@@ -7,7 +7,7 @@ use serde_json::Value;
 use trainer::config::settings::{LrSchedulerType, OptimizerSettings, QuantType, Quantization};
 use trainer::engine::{self, Engine};
 use trainer::model::HeadGradient;
-use trainer::ops::buffer;
+use trainer::ops::{buffer, head};
 use trainer::optim::LrSchedule;
 use trainer::zero::ShardedAdamW;
 
@@ -51,9 +51,9 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
     let mut optimizer = ShardedAdamW::new(settings, engine.store())?;
     let max_grad_norm = run["max_grad_norm"].as_f64().context("max_grad_norm")?;
     for (step, expected) in run["steps"].as_array().context("steps")?.iter().enumerate() {
-        engine.store().zero_gradients()?;
         let losses = expected["losses"].as_array().context("losses")?;
-        for (micro, expected_loss) in losses.iter().enumerate() {
+        let (mut batches, mut targets) = (Vec::new(), Vec::new());
+        for micro in 0..losses.len() {
             let prefix = format!("step{step}.micro{micro}");
             let unpadded = unpad(
                 &io.integers(&format!("{prefix}.input_ids"))?,
@@ -61,15 +61,21 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
             )?;
             let labels = io.integers(&format!("{prefix}.labels"))?;
             let is_target: Vec<bool> = unpadded.target_places.iter().map(|&(r, c)| labels[r][c] != -100).collect();
+            batches.push(unpadded.batch);
+            targets.push(is_target);
+        }
+        let mut found = Vec::new();
+        engine.accumulate(&batches, 1.0, None, &mut |micro: usize, output: &head::Output| {
+            let is_target = &targets[micro];
             let tokens = is_target.iter().filter(|&&t| t).count() as f64;
             let share = -1.0 / (tokens * losses.len() as f64);
-            let loss = engine.forward_backward(&unpadded.batch, 1.0, None, |output| {
-                let taken = output.logprobs.iter().zip(&is_target).filter(|(_, t)| **t);
-                let loss: f64 = taken.map(|(l, _)| -f64::from(*l)).sum();
-                let d_logprobs = is_target.iter().map(|&t| if t { share as f32 } else { 0.0 }).collect();
-                Ok::<_, engine::Error>((HeadGradient { d_logprobs, ..HeadGradient::default() }, loss / tokens))
-            })?;
-            let error = (loss - expected_loss.as_f64().context("loss")?).abs();
+            let taken = output.logprobs.iter().zip(is_target).filter(|(_, t)| **t);
+            found.push(taken.map(|(l, _)| -f64::from(*l)).sum::<f64>() / tokens);
+            let d_logprobs = is_target.iter().map(|&t| if t { share as f32 } else { 0.0 }).collect();
+            Ok::<_, engine::Error>(HeadGradient { d_logprobs, ..HeadGradient::default() })
+        })?;
+        for (loss, expected) in found.iter().zip(losses) {
+            let error = (loss - expected.as_f64().context("loss")?).abs();
             report.check(&format!("{label} step {step} loss"), error, LOSS * (1.0 + step as f64));
         }
         check_tensors(

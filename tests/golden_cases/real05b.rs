@@ -84,7 +84,7 @@ fn check_prompt(engine: &Engine, prompt: &Value, logits: &Tensors, report: &mut 
     builder.predict_within(rows);
     let batch = builder.build()?;
     if let Some(expected) = prompt["mean_nll"].as_f64() {
-        let output = engine.logprobs(&batch, Speaker::Policy, 1.0)?;
+        let output = engine.logprobs(std::slice::from_ref(&batch), Speaker::Policy, 1.0)?.remove(0);
         let sum: f64 = output.logprobs.iter().map(|&l| -f64::from(l)).sum();
         let error = (sum / output.logprobs.len() as f64 - expected).abs();
         report.check(&format!("prompt {index} mean NLL"), error, MEAN_NLL);

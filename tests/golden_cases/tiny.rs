@@ -6,7 +6,7 @@ use anyhow::Context;
 use trainer::engine::{self, Engine, Speaker};
 use trainer::model::HeadGradient;
 use trainer::model::batch::BatchBuilder;
-use trainer::ops::buffer;
+use trainer::ops::{buffer, head};
 
 use crate::model_files::{Tensors, Unpadded, engine, folders, name, unpad};
 use crate::report::{Report, max_difference};
@@ -53,12 +53,14 @@ fn check_model(model: &Path, case: &str, report: &mut Report) -> anyhow::Result<
         report.check(&format!("{case} logits"), logit_error(&got, &io.get("logits")?.to_vec3()?, &places), LOGITS);
         let is_target: Vec<bool> = target_places.iter().map(|&(r, c)| labels[r][c] != -100).collect();
         let count = is_target.iter().filter(|&&t| t).count() as f64;
-        let (loss, logps) = engine.forward_backward(&batch, 1.0, None, |output| {
-            let loss: f64 =
-                output.logprobs.iter().zip(&is_target).filter(|(_, t)| **t).map(|(l, _)| -f64::from(*l)).sum();
+        let (mut loss, mut logps) = (0.0, vec![]);
+        let step = std::slice::from_ref(&batch);
+        engine.accumulate(step, 1.0, None, &mut |_: usize, output: &head::Output| {
+            let taken = output.logprobs.iter().zip(&is_target).filter(|(_, t)| **t);
+            loss = taken.map(|(l, _)| -f64::from(*l)).sum::<f64>() / count;
+            logps.clone_from(&output.logprobs);
             let d_logprobs = is_target.iter().map(|&t| if t { (-1.0 / count) as f32 } else { 0.0 }).collect();
-            let gradient = HeadGradient { d_logprobs, ..HeadGradient::default() };
-            Ok::<_, engine::Error>((gradient, (loss / count, output.logprobs.clone())))
+            Ok::<_, engine::Error>(HeadGradient { d_logprobs, ..HeadGradient::default() })
         })?;
         let wanted: Vec<f32> = target_places.iter().map(|&(r, c)| expected_logps[r][c - 1]).collect();
         report.check(&format!("{case} token_logps"), max_difference(&logps, &wanted), LOGITS);
@@ -104,7 +106,7 @@ fn check_generation(engine: &Engine, io: &Tensors, case: &str, report: &mut Repo
         let rows = builder.push(&sequence, 0);
         builder.predict_within(rows);
         let batch = builder.build()?;
-        let output = engine.logprobs(&batch, Speaker::Policy, 1.0)?;
+        let output = engine.logprobs(std::slice::from_ref(&batch), Speaker::Policy, 1.0)?.remove(0);
         let safe = margins[row].iter().position(|&m| m <= MARGIN).unwrap_or(margins[row].len());
         let first = prompt.len() - 1;
         let agrees = output.is_argmax[first..first + safe].iter().all(|&is| is);

@@ -51,7 +51,7 @@ struct MlpGradients {
     has_b_gradients: bool,
 }
 
-impl DecoderLayer {
+impl DecoderLayer<'_> {
     /// The gradient of the layer's input.
     ///
     /// # Shapes

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::row;
-use crate::device::{array, download_u32, empty, matrix, overwrite};
+use crate::device::{array, download_u32, matrix, overwrite};
 use crate::kernels::cuda::{axpby, count_non_finite, fill as fill_matrix};
 use crate::ops::Error;
 
@@ -22,15 +22,7 @@ pub(crate) fn write(buffer: &Tensor, from: &[f32]) -> Result<(), Error> {
     Ok(overwrite(buffer, from)?)
 }
 
-pub(crate) fn swap(left: &Tensor, right: &Tensor) -> Result<(), Error> {
-    let device = left.device();
-    let kept = empty(device, left.elem_count(), DType::F32)?;
-    let (kept_row, left, right) = (row(&kept)?, row(left)?, row(right)?);
-    axpby(device, kept_row, 1.0, left, 0.0)?;
-    axpby(device, left, 1.0, right, 0.0)?;
-    Ok(axpby(device, right, 1.0, kept_row, 0.0)?)
-}
-
-pub(crate) fn mix(buffer: &Tensor, other: &Tensor, alpha: f32) -> Result<(), Error> {
-    Ok(axpby(buffer.device(), row(buffer)?, alpha, row(other)?, 1.0 - alpha)?)
+/// `buffer = keep * buffer + take * other`.
+pub(crate) fn combine(buffer: &Tensor, other: &Tensor, (keep, take): (f32, f32)) -> Result<(), Error> {
+    Ok(axpby(buffer.device(), row(buffer)?, take, row(other)?, keep)?)
 }

@@ -1,0 +1,132 @@
+//! Parameters are lent: a walk announces which blocks it will visit and in which order, the store decides when they are there,
+//! and a lease is how long they are.
+//!
+//! What is bound to a lease borrows from it, so that nothing reads a slot that has been given to another block.
+
+use std::sync::Arc;
+
+use super::store::ParamStore;
+use super::{Error, Sums};
+use crate::model::params::BlockParams;
+
+/// Who speaks: the policy that is trained, or the reference it is held against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaker {
+    /// The model as trained so far.
+    Policy,
+    /// The frozen base (adapters off), or the kept copy if the store has one.
+    Reference,
+}
+
+/// What a visit does with a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// It computes with the parameters.
+    Values,
+    /// And it adds gradients to the trained ones.
+    Gradients,
+}
+
+/// One stop of a walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visit {
+    /// Which block.
+    pub block: usize,
+    /// What for.
+    pub needs: Needs,
+}
+
+/// A walk over blocks in an order that was announced.
+#[derive(Debug)]
+pub struct Walk<'s> {
+    store: &'s ParamStore,
+    order: Arc<[Visit]>,
+    at: usize,
+    speaker: Speaker,
+    sums: Sums,
+}
+
+impl<'s> Walk<'s> {
+    pub(super) fn new(store: &'s ParamStore, order: Arc<[Visit]>, speaker: Speaker, sums: Sums) -> Self {
+        Self { store, order, at: 0, speaker, sums }
+    }
+
+    /// The next block of the order, ready to compute with.
+    ///
+    /// # Errors
+    /// If the order has no more, more blocks are asked for at a time than there are slots, or the device fails.
+    pub fn next(&mut self) -> Result<Lease<'s>, Error> {
+        let visit = *self.order.get(self.at).ok_or(Error::WalkIsOver { visits: self.order.len() })?;
+        self.at += 1;
+        let params = self.store.lend(visit.block, self.speaker)?;
+        Ok(Lease { store: self.store, visit, params, sums: self.sums })
+    }
+}
+
+/// Where lent parameters are.
+#[derive(Debug)]
+pub(super) enum Lent<'s> {
+    /// In the store: they stay.
+    Resident(&'s BlockParams),
+    /// In a slot, until the lease ends.
+    Slot(Option<BlockParams>),
+}
+
+/// The parameters of a block, for as long as this lives.
+#[derive(Debug)]
+pub struct Lease<'s> {
+    store: &'s ParamStore,
+    visit: Visit,
+    params: Lent<'s>,
+    sums: Sums,
+}
+
+impl Lease<'_> {
+    /// Which block it is.
+    pub fn block(&self) -> usize {
+        self.visit.block
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &BlockParams {
+        match &self.params {
+            Lent::Resident(params) => params,
+            Lent::Slot(params) => params.as_ref().expect("a slot is emptied by the end of its lease only"),
+        }
+    }
+
+    /// Tells that the gradients of a step's micro-batch `index` are in this block's bucket. Micro-batches follow one another.
+    ///
+    /// # Errors
+    /// If the visit was announced without gradients, or the device fails.
+    pub fn end_micro_step(&self, index: usize) -> Result<(), Error> {
+        self.expect_gradients()?;
+        self.store.end_micro_step(self.visit.block, self.sums, index)
+    }
+
+    /// Tells that this block's gradients are final.
+    ///
+    /// # Errors
+    /// If the visit was announced without gradients, or the device fails.
+    pub fn finish_gradients(self) -> Result<(), Error> {
+        self.expect_gradients()?;
+        self.store.finish_gradients(self.visit.block)
+    }
+
+    fn expect_gradients(&self) -> Result<(), Error> {
+        match self.visit.needs {
+            Needs::Gradients => Ok(()),
+            Needs::Values => Err(Error::UnannouncedGradients { block: self.visit.block }),
+        }
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let Lent::Slot(params) = &mut self.params
+            && let Some(params) = params.take()
+        {
+            self.store.take_back(self.visit.block, params);
+        }
+    }
+}
