@@ -6,27 +6,24 @@ use anyhow::bail;
 use serde_json::Value;
 
 use super::continuation::Continuation;
-use super::generation::{GenerationBatch, Generator, MicroBatch, Sampled};
+use super::generation::{GenerationBatch, Generator, MicroBatch};
 use super::inputs::Inputs;
 use super::notices;
 use super::output_dir;
 use super::plan;
+use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale};
 use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
-use crate::algo::{
-    EntropyControl, GrpoBatch, GrpoInputs, GrpoLossSettings, Metrics, RolloutCorrectionOutput, grpo_loss,
-    rollout_correction,
-};
+use crate::algo::{EntropyControl, Metrics};
 use crate::config;
 use crate::config::settings::{GrpoSettings, Interval};
 use crate::data::{
     self, Dataset, Findings, Part, PromptBatches, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics,
 };
-use crate::engine::{DropoutKey, Speaker, StepLoss};
-use crate::model::HeadGradient;
+use crate::engine::{DropoutKey, Speaker};
 use crate::model::batch::Batch;
 use crate::model::load::Purpose;
 use crate::model::peft::AdapterSpec;
@@ -175,15 +172,6 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     }
 }
 
-/// What the losses of a step are multiplied by.
-#[derive(Clone, Copy)]
-struct Scale {
-    /// Of fp16's gradients.
-    loss_scale: f64,
-    /// Weight of the entropy bonus in this step, where it follows the entropy.
-    entropy_coef: Option<f64>,
-}
-
 /// Where micro-batches come from: the prompts in their order, and the generation batch that is used up now.
 struct Source {
     sampler: Sampler,
@@ -287,7 +275,7 @@ fn gradients(
     }
     let step_batches: Vec<Batch> = drawn.iter_mut().map(|drawn| std::mem::take(&mut drawn.micro.batch)).collect();
     let parts = Parts { num_processes: ranks.world_size(), micro_steps, slices: batches.slices() };
-    let mut loss = StepSum {
+    let mut loss = PolicyLoss {
         settings,
         session,
         batches: &step_batches,
@@ -433,112 +421,6 @@ fn add_logprobs(
 /// The temperature by which logits are divided in training: the sampling temperature, 1 for greedy sampling.
 fn temperature(settings: &GrpoSettings) -> f64 {
     if settings.sampling.temperature > 0.0 { settings.sampling.temperature } else { 1.0 }
-}
-
-/// What a step's micro-batches are parts of.
-#[derive(Clone, Copy)]
-struct Parts {
-    /// Ranks, each with a part of its own.
-    num_processes: usize,
-    /// Micro-batches of the optimizer step.
-    micro_steps: usize,
-    /// Micro-batches of a generation batch.
-    slices: usize,
-}
-
-/// A micro-batch of a step, and what its loss needs.
-struct Drawn {
-    micro: MicroBatch,
-    samples: usize,
-    /// Unmasked tokens of its generation batch.
-    num_items: usize,
-    old: Option<Vec<f32>>,
-    reference: Option<Vec<f32>>,
-    sampling: Option<Vec<f32>>,
-    correction: Option<RolloutCorrectionOutput>,
-}
-
-impl Drawn {
-    fn new(settings: &GrpoSettings, samples: &[Sampled], micro: MicroBatch, num_items: usize) -> anyhow::Result<Self> {
-        let joined = |pick: fn(&Sampled) -> Option<&Vec<f32>>| -> Option<Vec<f32>> {
-            let rows = samples.iter().map(pick).collect::<Option<Vec<_>>>()?;
-            Some(rows.into_iter().flatten().copied().collect())
-        };
-        let old = joined(|s| s.old_logprobs.as_ref());
-        let sampling = joined(|s| Some(&s.sampling_logprobs));
-        let correction = match (&settings.rollout_importance_sampling, &old, &sampling) {
-            (Some(correction), Some(old), Some(sampling)) => {
-                Some(rollout_correction(&micro.row_starts, old, sampling, &micro.mask, None, correction)?)
-            }
-            _ => None,
-        };
-        let reference = joined(|s| s.ref_logprobs.as_ref());
-        Ok(Self { micro, samples: samples.len(), num_items, old, reference, sampling, correction })
-    }
-}
-
-/// The policy loss of a step, summed over its micro-batches.
-struct StepSum<'a> {
-    settings: &'a GrpoSettings,
-    session: &'a Session,
-    batches: &'a [Batch],
-    drawn: &'a [Drawn],
-    parts: Parts,
-    scale: Scale,
-    step: u64,
-    loss: f64,
-    metrics: Metrics,
-    attended_entropy: (f64, f64),
-}
-
-impl StepLoss<anyhow::Error> for StepSum<'_> {
-    fn gradient(&mut self, micro_step: usize, head: &head::Output) -> anyhow::Result<HeadGradient> {
-        let (settings, drawn) = (self.settings, &self.drawn[micro_step]);
-        let Drawn { micro, correction, .. } = drawn;
-        let mut loss_settings = GrpoLossSettings::from(settings);
-        loss_settings.entropy_coef = self.scale.entropy_coef.unwrap_or(loss_settings.entropy_coef);
-        let sampling = drawn.sampling.as_deref().filter(|_| settings.off_policy_mask_threshold.is_some());
-        let output = grpo_loss(
-            &GrpoInputs {
-                row_starts: &micro.row_starts,
-                logprobs: &head.logprobs,
-                old_logprobs: drawn.old.as_deref(),
-                ref_logprobs: drawn.reference.as_deref(),
-                sampling_logprobs: sampling,
-                entropies: Some(&head.entropies),
-                mask: &micro.mask,
-                tool_mask: None,
-                advantages: &micro.advantages,
-                importance_ratio: correction
-                    .as_ref()
-                    .and_then(|c| c.importance_ratio(0..drawn.samples, 0..micro.mask.len())),
-                entropy_threshold: None,
-                batch: GrpoBatch {
-                    num_items_in_batch: drawn.num_items,
-                    num_processes: self.parts.num_processes,
-                    gradient_accumulation_steps: self.parts.micro_steps,
-                    steps_per_generation: self.parts.slices,
-                    is_training: true,
-                },
-            },
-            &loss_settings,
-        )?;
-        let batch = &self.batches[micro_step];
-        plan::check_loss(output.loss, self.step + 1, self.session, batch, &settings.training.output_dir)?;
-        self.loss += output.loss;
-        self.metrics.merge(&output.metrics);
-        if let Some(correction) = correction {
-            self.metrics.merge(&correction.metrics);
-        }
-        let (sum, count) = output.attended_entropy;
-        self.attended_entropy = (self.attended_entropy.0 + sum, self.attended_entropy.1 + count);
-        let gradient = HeadGradient {
-            d_logprobs: output.d_logprobs,
-            d_entropies: output.d_entropies.unwrap_or_default(),
-            d_mean_logprobs: vec![],
-        };
-        Ok(gradient.scaled(self.scale.loss_scale))
-    }
 }
 
 /// Rewards of the evaluation prompts, `num_generations_eval` completions each.

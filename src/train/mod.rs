@@ -20,6 +20,7 @@ mod lock;
 mod notices;
 mod output_dir;
 mod plan;
+mod policy_loss;
 mod results;
 mod run;
 mod save;

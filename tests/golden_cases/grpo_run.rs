@@ -8,7 +8,6 @@ use trainer::algo::{GrpoBatch, GrpoInputs, GrpoLossSettings, GrpoOutput, grpo_lo
 use trainer::config::settings::{
     GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, OptimizerSettings, VespoSettings,
 };
-use trainer::engine::Engine;
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::ops::{buffer, head};
