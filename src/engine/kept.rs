@@ -70,45 +70,6 @@ impl Engine {
         host.end_layer()?;
         Ok((output, Kept::Retained(Box::new(kept))))
     }
-
-    /// The gradient of the input of layer `index` from that of its output and the next of what was kept.
-    pub(super) fn backward_kept(
-        &self,
-        layer: &DecoderLayer<'_>,
-        index: usize,
-        gradient: &Tensor,
-        queue: &mut Queue<'_>,
-        pass: &Pass<'_>,
-    ) -> Result<Tensor, Error> {
-        let host = queue.host;
-        match queue.take()? {
-            Kept::Everything(saved) => {
-                queue.start()?;
-                queue.start_mlp()?;
-                layer.backward(gradient, *saved, pass).map_err(in_layer(index))
-            }
-            Kept::Retained(retained) => {
-                let KeptRetained { mlp_outputs, most, products } = *retained;
-                let most = most.map(|held| host.take(held))?;
-                let mlp_outputs = mlp_outputs.map(|held| host.take(held)).transpose()?;
-                // The layer before comes back while this one computes: from the start, or, where that is much memory, once the
-                // MLP has given back its own.
-                let is_large = most.size_bytes() > MOST_BESIDE_MLP_BYTES;
-                if !is_large {
-                    queue.start()?;
-                }
-                let inside = layer.backward_down(gradient, most, mlp_outputs, pass).map_err(in_layer(index))?;
-                let products = products.map(|held| host.bring_back(held)).transpose()?;
-                let halfway = layer.backward_mlp(gradient, inside, pass).map_err(in_layer(index))?;
-                let products = products.map(|held| host.take(held)).transpose()?;
-                if is_large {
-                    queue.start()?;
-                }
-                queue.start_mlp()?;
-                layer.backward_attention(halfway, products, pass).map_err(in_layer(index))
-            }
-        }
-    }
 }
 
 /// What was kept, in the order of backward: layers from the last to the first, of each layer the micro-batches in their order.
@@ -127,6 +88,44 @@ impl<'h> Queue<'h> {
         let mut queue = Self { host, rest, turn: 0, next: None };
         queue.start()?;
         Ok(queue)
+    }
+
+    /// The gradient of the input of layer `index` from that of its output and the next of what was kept.
+    pub(super) fn backward(
+        &mut self,
+        layer: &DecoderLayer<'_>,
+        index: usize,
+        gradient: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<Tensor, Error> {
+        let host = self.host;
+        match self.take()? {
+            Kept::Everything(saved) => {
+                self.start()?;
+                self.start_mlp()?;
+                layer.backward(gradient, *saved, pass).map_err(in_layer(index))
+            }
+            Kept::Retained(retained) => {
+                let KeptRetained { mlp_outputs, most, products } = *retained;
+                let most = most.map(|held| host.take(held))?;
+                let mlp_outputs = mlp_outputs.map(|held| host.take(held)).transpose()?;
+                // The layer before comes back while this one computes: from the start, or, where that is much memory, once the
+                // MLP has given back its own.
+                let is_large = most.size_bytes() > MOST_BESIDE_MLP_BYTES;
+                if !is_large {
+                    self.start()?;
+                }
+                let inside = layer.backward_down(gradient, most, mlp_outputs, pass).map_err(in_layer(index))?;
+                let products = products.map(|held| host.bring_back(held)).transpose()?;
+                let halfway = layer.backward_mlp(gradient, inside, pass).map_err(in_layer(index))?;
+                let products = products.map(|held| host.take(held)).transpose()?;
+                if is_large {
+                    self.start()?;
+                }
+                self.start_mlp()?;
+                layer.backward_attention(halfway, products, pass).map_err(in_layer(index))
+            }
+        }
     }
 
     /// The next, which has been started.

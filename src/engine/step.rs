@@ -137,7 +137,7 @@ impl Engine {
         let host = self.host(micros.iter().any(|micro| micro.keeping.is_parked))?;
         let layers = self.config.num_hidden_layers;
 
-        let lease = walk.next().map_err(Error::from)?;
+        let lease = walk.advance().map_err(Error::from)?;
         let embedding = self.bind_embedding(lease.params(), true)?;
         let mut hidden: Vec<Tensor> = Vec::with_capacity(micros.len());
         for Micro { batch, .. } in &micros {
@@ -148,7 +148,7 @@ impl Engine {
         let mut kept: Vec<_> = micros.iter().map(|_| Vec::with_capacity(layers)).collect();
         for index in 0..layers {
             self.interrupt.check()?;
-            let lease = walk.next().map_err(Error::from)?;
+            let lease = walk.advance().map_err(Error::from)?;
             let layer = self.bind_layer(lease.params(), index)?;
             for ((micro, hidden), kept) in micros.iter().zip(&mut hidden).zip(&mut kept) {
                 let pass = micro.pass(self, dropout);
@@ -161,7 +161,7 @@ impl Engine {
         // The head needs the memory of what is still on its way out, and it is out by now.
         host.settle()?;
 
-        let lease = walk.next().map_err(Error::from)?;
+        let lease = walk.advance().map_err(Error::from)?;
         let head = self.bind_head(lease.params(), true)?;
         let mut at = micros.iter().zip(hidden).peekable();
         let mut gradients: Vec<Tensor> = Vec::with_capacity(micros.len());
@@ -172,18 +172,15 @@ impl Engine {
                 let question = self.question(batch, temperature, head_dropout.as_ref());
                 let picked = rows::gather(&hidden, &batch.head_rows).map_err(Error::from)?;
                 drop(hidden);
-                let d_picked = match loss.known(micro_step) {
-                    Some(gradient) => {
-                        let both = head.forward_backward(&picked, &question, &gradient);
-                        let (output, d_picked) = both.map_err(in_block("head"))?;
-                        loss.gradient(micro_step, &output)?;
-                        d_picked
-                    }
-                    None => {
-                        let (output, saved) = head.forward(&picked, &question).map_err(in_block("head"))?;
-                        let gradient = loss.gradient(micro_step, &output)?;
-                        head.backward(&gradient, &question, &output, &saved).map_err(in_block("head"))?
-                    }
+                let d_picked = if let Some(gradient) = loss.known(micro_step) {
+                    let both = head.forward_backward(&picked, &question, &gradient);
+                    let (output, d_picked) = both.map_err(in_block("head"))?;
+                    loss.gradient(micro_step, &output)?;
+                    d_picked
+                } else {
+                    let (output, saved) = head.forward(&picked, &question).map_err(in_block("head"))?;
+                    let gradient = loss.gradient(micro_step, &output)?;
+                    head.backward(&gradient, &question, &output, &saved).map_err(in_block("head"))?
                 };
                 drop(picked);
                 let spread = rows::scatter_add(&d_picked, &batch.head_rows, batch.tokens.len());
@@ -197,13 +194,13 @@ impl Engine {
         let mut queue = Queue::new(kept, host)?;
         for index in (0..layers).rev() {
             self.interrupt.check()?;
-            let lease = walk.next().map_err(Error::from)?;
+            let lease = walk.advance().map_err(Error::from)?;
             let layer = self.bind_layer(lease.params(), index)?;
             let mut at = micros.iter().zip(&mut gradients).peekable();
             for micro_step in sweep.clone() {
                 if let Some((micro, gradient)) = at.next_if(|(micro, _)| micro.index == micro_step) {
                     let pass = micro.pass(self, dropout);
-                    *gradient = self.backward_kept(&layer, index, gradient, &mut queue, &pass)?;
+                    *gradient = queue.backward(&layer, index, gradient, &pass)?;
                 }
                 lease.end_micro_step(micro_step).map_err(Error::from)?;
             }
@@ -211,7 +208,7 @@ impl Engine {
             finish(lease, is_last)?;
         }
 
-        let lease = walk.next().map_err(Error::from)?;
+        let lease = walk.advance().map_err(Error::from)?;
         let embedding = self.bind_embedding(lease.params(), true)?;
         let mut at = micros.iter().zip(&gradients).peekable();
         for micro_step in sweep {

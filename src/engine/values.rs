@@ -22,7 +22,7 @@ impl Engine {
         let mut outputs = Vec::with_capacity(batches.len());
         for batches in batches.chunks(at_once) {
             let (hidden, mut walk) = self.walk_only(batches, speaker)?;
-            let lease = walk.next()?;
+            let lease = walk.advance()?;
             let head = self.bind_head(lease.params(), self.uses_adapter(speaker))?;
             for (batch, hidden) in batches.iter().zip(hidden) {
                 let picked = rows::gather(&hidden, &batch.head_rows)?;
@@ -39,7 +39,7 @@ impl Engine {
     /// If a block fails.
     pub fn logits(&self, batch: &Batch, speaker: Speaker) -> Result<Tensor, Error> {
         let (hidden, mut walk) = self.walk_only(std::slice::from_ref(batch), speaker)?;
-        let lease = walk.next()?;
+        let lease = walk.advance()?;
         let head = self.bind_head(lease.params(), self.uses_adapter(speaker))?;
         head.logits(&hidden[0], self.types.compute).map_err(in_block("head"))
     }
@@ -60,7 +60,7 @@ impl Engine {
     fn walk_only(&self, batches: &[Batch], speaker: Speaker) -> Result<(Vec<Tensor>, Walk<'_>), Error> {
         let use_adapter = self.uses_adapter(speaker);
         let mut walk = self.walk_once(speaker);
-        let lease = walk.next()?;
+        let lease = walk.advance()?;
         let embedding = self.bind_embedding(lease.params(), use_adapter)?;
         let embed = |batch: &Batch| embedding.forward(&batch.tokens, self.device(), self.types.residual);
         let mut hidden: Vec<Tensor> =
@@ -70,7 +70,7 @@ impl Engine {
             batches.iter().map(|batch| self.rotation(&batch.positions)).collect::<Result<_, _>>()?;
         for index in 0..self.config.num_hidden_layers {
             self.interrupt.check()?;
-            let lease = walk.next()?;
+            let lease = walk.advance()?;
             let layer = self.bind_layer(lease.params(), index)?;
             for ((batch, rotation), hidden) in batches.iter().zip(&rotations).zip(&mut hidden) {
                 let pass = self.pass(batch, rotation, use_adapter, None);
@@ -89,7 +89,7 @@ impl Engine {
         let mut walk = self.walk_once(Speaker::Policy);
         let rotation = self.rotation(&batch.positions)?;
         let pass = self.pass(batch, &rotation, true, None);
-        let lease = walk.next()?;
+        let lease = walk.advance()?;
         let embedding = self.bind_embedding(lease.params(), true)?;
         let start = embedding.forward(&batch.tokens, self.device(), self.types.residual);
         let mut hidden = start.map_err(in_block("embedding"))?;
@@ -98,7 +98,7 @@ impl Engine {
         }
         drop(lease);
         for index in 0..self.config.num_hidden_layers {
-            let lease = walk.next()?;
+            let lease = walk.advance()?;
             let layer = self.bind_layer(lease.params(), index)?;
             let (output, saved) = layer.forward(&hidden, &pass).map_err(in_layer(index))?;
             for (name, tensor) in saved.tensors() {
@@ -112,7 +112,7 @@ impl Engine {
             hidden = output;
         }
         let picked = rows::gather(&hidden, &batch.head_rows)?;
-        let lease = walk.next()?;
+        let lease = walk.advance()?;
         let head = self.bind_head(lease.params(), true)?;
         let question = self.question(batch, 1.0, None);
         let (output, _) = head.forward(&picked, &question).map_err(in_block("head"))?;

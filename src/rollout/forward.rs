@@ -110,17 +110,17 @@ impl DecodeModel for EngineModel<'_> {
             return Ok(head.logits(&picked, compute)?);
         }
         let mut walk = engine.walk_once(Speaker::Policy);
-        let lease = walk.next().map_err(engine::Error::from)?;
+        let lease = walk.advance().map_err(engine::Error::from)?;
         let embedding = engine.bind_embedding(lease.params(), use_adapter)?;
         let mut hidden = embedding.forward(&batch.tokens, engine.device(), residual)?;
         drop(lease);
         for index in 0..engine.config().num_hidden_layers {
-            let lease = walk.next().map_err(engine::Error::from)?;
+            let lease = walk.advance().map_err(engine::Error::from)?;
             let layer = engine.bind_layer(lease.params(), index)?;
             hidden = self.attend(&layer, index, &hidden, (cache, &cached), &pass)?;
         }
         let picked = if logit_rows.is_empty() { return none() } else { rows::gather(&hidden, &logit_rows)? };
-        let lease = walk.next().map_err(engine::Error::from)?;
+        let lease = walk.advance().map_err(engine::Error::from)?;
         Ok(engine.bind_head(lease.params(), use_adapter)?.logits(&picked, compute)?)
     }
 }

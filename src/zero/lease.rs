@@ -55,7 +55,7 @@ impl<'s> Walk<'s> {
     ///
     /// # Errors
     /// If the order has no more, more blocks are asked for at a time than there are slots, or the device fails.
-    pub fn next(&mut self) -> Result<Lease<'s>, Error> {
+    pub fn advance(&mut self) -> Result<Lease<'s>, Error> {
         let visit = *self.order.get(self.at).ok_or(Error::WalkIsOver { visits: self.order.len() })?;
         self.at += 1;
         let params = self.store.lend(visit.block, self.speaker)?;
@@ -69,7 +69,7 @@ pub(super) enum Lent<'s> {
     /// In the store: they stay.
     Resident(&'s BlockParams),
     /// In a slot, until the lease ends.
-    Slot(Option<BlockParams>),
+    Slot(BlockParams),
 }
 
 /// The parameters of a block, for as long as this lives.
@@ -91,7 +91,7 @@ impl Lease<'_> {
     pub fn params(&self) -> &BlockParams {
         match &self.params {
             Lent::Resident(params) => params,
-            Lent::Slot(params) => params.as_ref().expect("a slot is emptied by the end of its lease only"),
+            Lent::Slot(params) => params,
         }
     }
 
@@ -123,10 +123,8 @@ impl Lease<'_> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        if let Lent::Slot(params) = &mut self.params
-            && let Some(params) = params.take()
-        {
-            self.store.take_back(self.visit.block, params);
+        if let Lent::Slot(params) = &mut self.params {
+            self.store.take_back(self.visit.block, std::mem::take(params));
         }
     }
 }

@@ -171,7 +171,7 @@ impl ParamStore {
         if params.is_err() {
             self.live.fetch_sub(1, Ordering::Relaxed);
         }
-        Ok(Lent::Slot(Some(params?)))
+        Ok(Lent::Slot(params?))
     }
 
     /// Ends the use of a slot.
