@@ -7,6 +7,8 @@
 mod assemble;
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/device.rs"]
+mod device;
 #[path = "cuda/family.rs"]
 mod family;
 #[path = "cuda/gemm.rs"]

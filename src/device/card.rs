@@ -1,13 +1,12 @@
-//! Opening a GPU: its stream, its memory pool, how much of it is in use.
+//! Opening a GPU, what it is, how much of its memory is in use.
 
 use candle_core::Device;
-use cudarc::driver::CudaContext;
-use cudarc::driver::sys::{
-    CUmemPool_attribute, CUmemoryPool, cuDeviceGetDefaultMemPool, cuMemPoolGetAttribute, cuMemPoolSetAttribute,
-};
 
-use super::memory::cuda;
-use super::{Error, argument, failed};
+use super::gpu::{self, Stream};
+use super::{Error, argument};
+
+/// Whether the program was built for GPUs.
+pub const IS_BUILT_FOR_GPUS: bool = gpu::IS_BUILT;
 
 /// Bytes of the stream-ordered pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,15 +19,14 @@ pub struct MemoryUse {
     pub reserved: u64,
 }
 
-/// Whether this machine has a GPU of that number.
+/// Whether this machine has a GPU of that number, and the program was built for it.
 pub fn is_cuda_device(ordinal: usize) -> bool {
-    CudaContext::device_count().is_ok_and(|count| ordinal < count as usize)
+    ordinal < gpu::count()
 }
 
 /// Whether that GPU computes in bfloat16 (compute capability 8.0).
 pub fn has_bf16(ordinal: usize) -> bool {
-    let capability = CudaContext::new(ordinal).and_then(|context| context.compute_capability());
-    capability.is_ok_and(|(major, _)| major >= 8)
+    gpu::capability_of(ordinal).is_some_and(|(major, _)| major >= 8)
 }
 
 /// The compute capability of an open GPU, e.g. `(9, 0)`.
@@ -36,8 +34,15 @@ pub fn has_bf16(ordinal: usize) -> bool {
 /// # Errors
 /// If `device` is no GPU or the driver refuses.
 pub fn compute_capability(device: &Device) -> Result<(i32, i32), Error> {
-    let capability = cuda(device)?.cuda_stream().context().compute_capability();
-    capability.map_err(failed("asking for the GPU's compute capability"))
+    Stream::of(device)?.capability()
+}
+
+/// The multiprocessors of an open GPU.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn multiprocessors(device: &Device) -> Result<u32, Error> {
+    Stream::of(device)?.multiprocessors()
 }
 
 /// The name of an open GPU.
@@ -45,8 +50,7 @@ pub fn compute_capability(device: &Device) -> Result<(i32, i32), Error> {
 /// # Errors
 /// If `device` is no GPU.
 pub fn device_name(device: &Device) -> Result<String, Error> {
-    let name = cuda(device)?.cuda_stream().context().name();
-    name.map_err(failed("asking for the name of the GPU"))
+    Stream::of(device)?.name()
 }
 
 /// Opens GPU `ordinal` with a stream of its own and a pool that keeps what is freed.
@@ -56,33 +60,7 @@ pub fn device_name(device: &Device) -> Result<String, Error> {
 /// # Errors
 /// If there is no such GPU or the driver refuses.
 pub fn open(ordinal: usize) -> Result<Device, Error> {
-    let device = Device::new_cuda_with_stream(ordinal)?;
-    let inner = cuda(&device)?;
-    // SAFETY: tensors are used on the device's one compute stream; copies on other streams are ordered by events.
-    unsafe { inner.disable_event_tracking() };
-    let mut threshold = u64::MAX;
-    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the attribute is a 64-bit number, and `threshold` is one.
-    let result = unsafe { cuMemPoolSetAttribute(pool(&device)?, attribute, (&raw mut threshold).cast()) };
-    result.result().map_err(failed("keeping freed device memory"))?;
-    Ok(device)
-}
-
-fn pool(device: &Device) -> Result<CUmemoryPool, Error> {
-    let context = cuda(device)?.cuda_stream().context().clone();
-    let mut pool = std::ptr::null_mut();
-    // SAFETY: the device handle comes from an open context, and `pool` outlives the call.
-    let result = unsafe { cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()) };
-    result.result().map_err(failed("finding the device's memory pool"))?;
-    Ok(pool)
-}
-
-fn attribute(device: &Device, attribute: CUmemPool_attribute) -> Result<u64, Error> {
-    let mut value = 0u64;
-    // SAFETY: the attributes asked for are 64-bit numbers, and `value` is one.
-    let result = unsafe { cuMemPoolGetAttribute(pool(device)?, attribute, (&raw mut value).cast()) };
-    result.result().map_err(failed("reading the memory pool's use"))?;
-    Ok(value)
+    gpu::open(ordinal)
 }
 
 /// What the device's pool holds.
@@ -90,11 +68,7 @@ fn attribute(device: &Device, attribute: CUmemPool_attribute) -> Result<u64, Err
 /// # Errors
 /// If `device` is no GPU.
 pub fn memory_use(device: &Device) -> Result<MemoryUse, Error> {
-    Ok(MemoryUse {
-        used: attribute(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-        peak: attribute(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-        reserved: attribute(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
-    })
+    Stream::of(device)?.memory_use()
 }
 
 /// Bytes of the current GPU's memory that are in use, by this process and others: contexts and libraries included.
@@ -102,7 +76,7 @@ pub fn memory_use(device: &Device) -> Result<MemoryUse, Error> {
 /// # Errors
 /// If the driver refuses.
 pub fn device_memory_used() -> Result<u64, Error> {
-    let (free, total) = cudarc::driver::result::mem_get_info().map_err(failed("reading the device's memory"))?;
+    let (free, total) = gpu::memory_info()?;
     Ok((total - free) as u64)
 }
 
@@ -111,10 +85,10 @@ pub fn device_memory_used() -> Result<u64, Error> {
 /// # Errors
 /// If `device` is no GPU or the driver refuses.
 pub fn free_memory(device: &Device) -> Result<u64, Error> {
-    let refused = failed("reading the device's memory");
-    cuda(device)?.cuda_stream().context().bind_to_thread().map_err(refused)?;
-    let (free, _) = cudarc::driver::result::mem_get_info().map_err(refused)?;
-    let MemoryUse { used, reserved, .. } = memory_use(device)?;
+    let stream = Stream::of(device)?;
+    stream.bind()?;
+    let (free, _) = gpu::memory_info()?;
+    let MemoryUse { used, reserved, .. } = stream.memory_use()?;
     Ok(free as u64 + reserved.saturating_sub(used))
 }
 
@@ -123,11 +97,7 @@ pub fn free_memory(device: &Device) -> Result<u64, Error> {
 /// # Errors
 /// If `device` is no GPU.
 pub fn reset_peak(device: &Device) -> Result<(), Error> {
-    let mut zero = 0u64;
-    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    // SAFETY: the attribute is a 64-bit number that may only be set to 0, and `zero` is that.
-    let result = unsafe { cuMemPoolSetAttribute(pool(device)?, attribute, (&raw mut zero).cast()) };
-    result.result().map_err(failed("resetting the memory peak"))
+    Stream::of(device)?.reset_peak()
 }
 
 /// Waits until the device has done everything that was asked of it.

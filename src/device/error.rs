@@ -45,12 +45,17 @@ pub enum Error {
         /// What fits.
         expected: String,
     },
+    /// A ticket's moment has not come in time.
+    #[error("work was not done at its deadline; an earlier error of the device or of another rank is the reason")]
+    Late,
+    /// A ticket's moment will not come.
+    #[error("work was given up by the thread that did it, whose error says why")]
+    GivenUp,
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
-#[cfg(feature = "cuda")]
 pub(crate) fn argument(
     operation: &'static str,
     argument: &'static str,

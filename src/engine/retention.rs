@@ -90,12 +90,8 @@ struct Rates {
 impl Rates {
     /// By generation: large 16-bit products and the bus of the fastest cards of it. 9.0 is measured (an H200), the others are
     /// three quarters of the vendor's dense rate and nine tenths of what PCI Express 3, 4 or 5 carries in 16 lanes.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "without the feature there is no GPU"))]
     fn of(device: &Device, compute: DType) -> Self {
-        #[cfg(feature = "cuda")]
         let capability = crate::device::compute_capability(device).unwrap_or((9, 0));
-        #[cfg(not(feature = "cuda"))]
-        let capability = (9, 0);
         let (flops, bus) = match capability {
             (..=7, _) => (80e12, 12e9),
             (8, 0) => (230e12, 24e9),
@@ -173,14 +169,8 @@ fn best(layer: &Layer, tokens: usize, rates: Rates) -> Parked {
 }
 
 /// Bytes of the device's memory that are free; `None` where nobody knows.
-#[cfg(feature = "cuda")]
 fn free_bytes(device: &Device) -> Option<u64> {
-    crate::kernels::cuda::free_memory(device).ok()
-}
-
-#[cfg(not(feature = "cuda"))]
-fn free_bytes(_device: &Device) -> Option<u64> {
-    None
+    crate::device::free_memory(device).ok()
 }
 
 impl Engine {

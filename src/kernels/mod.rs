@@ -6,7 +6,6 @@
 
 mod adamw;
 pub mod cpu;
-#[cfg(feature = "cuda")]
 pub mod cuda;
 
 pub use adamw::AdamWFactors;

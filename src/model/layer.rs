@@ -236,9 +236,9 @@ impl<'l> DecoderLayer<'l> {
         norm: Option<&Param>,
         rotation: &Rotation,
     ) -> Result<(Tensor, Option<SavedNorm>), Error> {
-        let Some(norm) = norm else { return Ok((rotation.forward_rows(&x)?, None)) };
+        let Some(norm) = norm else { return Ok((rotation.forward_rows(x)?, None)) };
         let (normed, saved) = rms_norm::forward_heads(&x, norm, self.eps)?;
-        Ok((rotation.forward_rows(&normed)?, Some(SavedNorm { input: x, norm: saved })))
+        Ok((rotation.forward_rows(normed)?, Some(SavedNorm { input: x, norm: saved })))
     }
 
     /// Query heads and key-value heads.

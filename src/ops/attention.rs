@@ -37,7 +37,6 @@ pub struct Layout {
     /// Segments that share keys, by the segment that holds them; each group's gradients are independent of the others'.
     groups: Vec<Vec<usize>>,
     /// The work lists of the GPU's kernels, made when they are first needed.
-    #[cfg(feature = "cuda")]
     pub(super) plan: std::sync::OnceLock<std::sync::Arc<crate::kernels::cuda::AttentionPlan>>,
 }
 
@@ -69,12 +68,7 @@ impl Layout {
                 None => return Err(shape_error(OP, "prefix", prefix, "the beginning of an earlier segment")),
             }
         }
-        Ok(Self {
-            segments,
-            groups,
-            #[cfg(feature = "cuda")]
-            plan: std::sync::OnceLock::new(),
-        })
+        Ok(Self { segments, groups, plan: std::sync::OnceLock::new() })
     }
 
     /// Sequences without prefixes, given by their cumulative lengths (`cu_seqlens`, from 0 to `N`).
@@ -141,7 +135,6 @@ pub struct Heads {
 ///
 /// # Errors
 /// If the shapes do not fit.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the room is for the GPU"))]
 pub fn forward_rows(
     q: &Tensor,
     k: &Tensor,
@@ -150,7 +143,6 @@ pub fn forward_rows(
     heads: Heads,
     room: usize,
 ) -> Result<(Wide, Saved), Error> {
-    #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
         return super::cuda::attention::forward(q, k, v, layout, heads, room);
     }
@@ -178,7 +170,6 @@ pub fn backward_rows(
     heads: Heads,
     saved: &Saved,
 ) -> Result<[Tensor; 3], Error> {
-    #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
         return super::cuda::attention::backward(dy, q, k, v, o, layout, heads, saved);
     }

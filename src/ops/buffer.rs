@@ -13,7 +13,6 @@ use crate::kernels::cpu::vector;
 /// # Errors
 /// If it is not contiguous f32 (on the CPU) or the device failed.
 pub fn to_vec(buffer: &Tensor) -> Result<Vec<f32>, Error> {
-    #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
         return Ok(crate::device::download(buffer)?);
     }
@@ -33,7 +32,6 @@ pub fn read<T>(buffer: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T, Err
 /// # Errors
 /// If it is no float tensor with contiguous columns.
 pub fn is_finite(tensor: &Tensor) -> Result<bool, Error> {
-    #[cfg(feature = "cuda")]
     if tensor.device().is_cuda() {
         return super::cuda::buffer::is_finite(tensor);
     }
@@ -45,7 +43,6 @@ pub fn is_finite(tensor: &Tensor) -> Result<bool, Error> {
 /// # Errors
 /// If it is not contiguous f32.
 pub fn fill(buffer: &Tensor, value: f32) -> Result<(), Error> {
-    #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
         return super::cuda::buffer::fill(buffer, value);
     }
@@ -60,7 +57,6 @@ pub fn write(buffer: &Tensor, from: &[f32]) -> Result<(), Error> {
     if buffer.elem_count() != from.len() {
         return Err(shape_error("write a buffer", "from", from.len(), buffer.elem_count()));
     }
-    #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
         return super::cuda::buffer::write(buffer, from);
     }
@@ -96,7 +92,6 @@ fn combine(op: &'static str, buffer: &Tensor, other: &Tensor, (keep, take): (f32
     if buffer.elem_count() != other.elem_count() {
         return Err(shape_error(op, "other", other.elem_count(), buffer.elem_count()));
     }
-    #[cfg(feature = "cuda")]
     if buffer.device().is_cuda() {
         return super::cuda::buffer::combine(buffer, other, (keep, take));
     }

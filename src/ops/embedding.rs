@@ -16,12 +16,10 @@ use crate::quant::Weight;
 ///
 /// # Errors
 /// If a token is outside the table.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "device and type are for the GPU"))]
 pub fn forward(tokens: &[u32], table: &Weight, device: &Device, dtype: DType) -> Result<Tensor, Error> {
     if let Some(&id) = tokens.iter().find(|&&id| id as usize >= table.rows()) {
         return Err(Error::Token { op: "embedding", id, vocabulary: table.rows() });
     }
-    #[cfg(feature = "cuda")]
     if device.is_cuda() {
         return super::cuda::rows::embed(tokens, table, device, dtype);
     }
@@ -45,7 +43,6 @@ pub fn backward(dy: &Tensor, tokens: &[u32], table_grad: &Tensor) -> Result<(), 
     if let Some(&id) = tokens.iter().find(|&&id| id as usize >= rows) {
         return Err(Error::Token { op: OP, id, vocabulary: rows });
     }
-    #[cfg(feature = "cuda")]
     if dy.device().is_cuda() {
         return super::cuda::rows::embed_backward(dy, tokens, table_grad);
     }

@@ -66,7 +66,6 @@ impl Extra<'_> {
         self.adapter.is_none() && !self.has_means
     }
 
-    #[cfg(feature = "cuda")]
     fn refuse_on_gpu(&self, op: &'static str) -> Result<(), Error> {
         if self.is_none() {
             return Ok(());
@@ -113,7 +112,6 @@ pub fn forward_with(
 ) -> Result<(Output, Saved), Error> {
     const OP: &str = "head";
     let (rows, d, vocabulary) = check(OP, hidden, weight, targets)?;
-    #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         extra.refuse_on_gpu(OP)?;
         return Ok((super::cuda::head::forward(hidden, weight, targets, temperature)?, Saved::default()));
@@ -219,7 +217,6 @@ pub fn backward_with(
     if d_logprobs.len() != rows || !fits(d_entropies) || !fits(d_mean_logprobs) {
         return Err(shape_error(OP, "d_logprobs", [d_logprobs.len(), d_entropies.len(), d_mean_logprobs.len()], rows));
     }
-    #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         extra.refuse_on_gpu(OP)?;
         let gradients = (d_logprobs, d_entropies);
@@ -350,7 +347,6 @@ pub fn forward_backward(
     if d_logprobs.len() != rows || !(d_entropies.is_empty() || d_entropies.len() == rows) {
         return Err(shape_error(OP, "d_logprobs", [d_logprobs.len(), d_entropies.len()], rows));
     }
-    #[cfg(feature = "cuda")]
     if let Weight::Dense(table) = weight
         && table.device().is_cuda()
         && table.dtype() == hidden.dtype()
@@ -382,7 +378,6 @@ pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
 /// # Errors
 /// As [`logits`]; on a GPU if there is an update.
 pub fn logits_with(hidden: &Tensor, weight: &Weight, adapter: Option<&Adapter>) -> Result<Tensor, Error> {
-    #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         Extra { adapter: adapter.map(|adapter| (adapter, None)), has_means: false }.refuse_on_gpu("head")?;
         return super::cuda::head::logits(hidden, weight);

@@ -68,17 +68,12 @@ pub struct Dropout<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct TokenKeys {
     host: Vec<u64>,
-    #[cfg(feature = "cuda")]
     pub(super) on_device: std::sync::OnceLock<Tensor>,
 }
 
 impl From<&[u64]> for TokenKeys {
     fn from(keys: &[u64]) -> Self {
-        Self {
-            host: keys.to_vec(),
-            #[cfg(feature = "cuda")]
-            on_device: std::sync::OnceLock::new(),
-        }
+        Self { host: keys.to_vec(), on_device: std::sync::OnceLock::new() }
     }
 }
 

@@ -9,7 +9,6 @@
 
 pub mod attention;
 pub mod buffer;
-#[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub mod embedding;
 pub mod head;

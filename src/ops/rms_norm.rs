@@ -24,9 +24,7 @@ pub struct Saved {
 ///
 /// # Errors
 /// If the shapes do not fit.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "type and room are for the GPU"))]
 pub fn forward_wide(x: &Tensor, weight: &Param, eps: f64, dtype: DType, room: usize) -> Result<(Wide, Saved), Error> {
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return super::cuda::norm::forward(x, weight, eps, dtype, room, 1);
     }
@@ -42,7 +40,6 @@ pub fn forward_wide(x: &Tensor, weight: &Param, eps: f64, dtype: DType, room: us
 /// # Errors
 /// If the shapes do not fit.
 pub fn backward_onto(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved, other: &Tensor) -> Result<Tensor, Error> {
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return super::cuda::norm::backward(dy, x, weight, saved, Some(other));
     }
@@ -58,7 +55,6 @@ pub fn backward_onto(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved, oth
 /// If the shapes do not fit.
 pub fn forward_heads(x: &Tensor, weight: &Param, eps: f64) -> Result<(Tensor, Saved), Error> {
     let (n, heads, d) = heads_of(x, weight)?;
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         let (y, saved) = super::cuda::norm::forward(x, weight, eps, x.dtype(), 0, heads)?;
         return Ok((y.values()?, saved));
@@ -67,19 +63,17 @@ pub fn forward_heads(x: &Tensor, weight: &Param, eps: f64) -> Result<(Tensor, Sa
     Ok((y.reshape((n, heads * d))?, saved))
 }
 
-/// The gradient of [`forward_heads`]. On a GPU it takes the place of `dy`.
+/// The gradient of [`forward_heads`]. On a GPU it takes the place of `dy`, which nothing else may need.
 ///
 /// # Shapes
 /// `dy`, `x`: `[N, heads · d]`; returns the same.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn backward_heads(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved) -> Result<Tensor, Error> {
+pub fn backward_heads(dy: Tensor, x: &Tensor, weight: &Param, saved: &Saved) -> Result<Tensor, Error> {
     let (n, heads, d) = heads_of(x, weight)?;
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        super::cuda::norm::backward_heads(dy, x, weight, saved, heads)?;
-        return Ok(dy.clone());
+        return super::cuda::norm::backward_heads(dy, x, weight, saved, heads);
     }
     let dx = backward(&dy.reshape((n * heads, d))?, &x.reshape((n * heads, d))?, weight, saved)?;
     Ok(dx.reshape((n, heads * d))?)
@@ -135,7 +129,6 @@ pub fn forward(x: &Tensor, weight: &Param, eps: f64) -> Result<(Tensor, Saved), 
 /// With `r = 1 / sqrt(mean(x²) + eps)`: `dx = r (w dy - x r² mean(w dy x))`, `dw = Σ_n dy x r`.
 pub fn backward(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved) -> Result<Tensor, Error> {
     const OP: &str = "rms_norm backward";
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return super::cuda::norm::backward(dy, x, weight, saved, None);
     }

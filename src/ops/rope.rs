@@ -16,7 +16,6 @@ pub struct Rotation {
     sin: Vec<f32>,
     half: usize,
     /// On a GPU: f32 `[N, d / 2, 2]`, cosines and sines side by side.
-    #[cfg(feature = "cuda")]
     pub(super) table: Option<Tensor>,
 }
 
@@ -26,13 +25,7 @@ impl Rotation {
     pub fn new(positions: &[u32], frequencies: &[f32], scale: f32) -> Self {
         let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |&f| p as f32 * f));
         let (sin, cos) = angles.map(|a| (a.sin() * scale, a.cos() * scale)).unzip();
-        Self {
-            cos,
-            sin,
-            half: frequencies.len(),
-            #[cfg(feature = "cuda")]
-            table: None,
-        }
+        Self { cos, sin, half: frequencies.len(), table: None }
     }
 
     /// [`Self::new`] on the device that computes.
@@ -40,7 +33,6 @@ impl Rotation {
     /// # Errors
     /// If the device fails.
     pub fn on(device: &Device, positions: &[u32], frequencies: &[f32], scale: f32) -> Result<Self, Error> {
-        #[cfg(feature = "cuda")]
         if device.is_cuda() {
             let table = super::cuda::rope::table(device, positions, frequencies, scale)?;
             return Ok(Self { cos: vec![], sin: vec![], half: frequencies.len(), table: Some(table) });
@@ -49,35 +41,33 @@ impl Rotation {
         Ok(Self::new(positions, frequencies, scale))
     }
 
-    /// Rotates the heads of each row; on a GPU in place.
+    /// Rotates the heads of each row; on a GPU where they are: nothing else may need them.
     ///
     /// # Shapes
     /// `x`: `[N, heads · d]`; returns the same.
     ///
     /// # Errors
     /// If the shape is another.
-    pub fn forward_rows(&self, x: &Tensor) -> Result<Tensor, Error> {
+    pub fn forward_rows(&self, x: Tensor) -> Result<Tensor, Error> {
         self.turn_rows(x, 1.0)
     }
 
-    /// The gradient of [`Self::forward_rows`]; on a GPU in place.
+    /// The gradient of [`Self::forward_rows`]; on a GPU in the place of `dy`, which nothing else may need.
     ///
     /// # Shapes
     /// `dy`: `[N, heads · d]`; returns the same.
     ///
     /// # Errors
     /// If the shape is another.
-    pub fn backward_rows(&self, dy: &Tensor) -> Result<Tensor, Error> {
+    pub fn backward_rows(&self, dy: Tensor) -> Result<Tensor, Error> {
         self.turn_rows(dy, -1.0)
     }
 
-    fn turn_rows(&self, x: &Tensor, sign: f32) -> Result<Tensor, Error> {
-        #[cfg(feature = "cuda")]
+    fn turn_rows(&self, x: Tensor, sign: f32) -> Result<Tensor, Error> {
         if let Some(table) = &self.table {
-            super::cuda::rope::turn(x, table, 2 * self.half, sign < 0.0)?;
-            return Ok(x.clone());
+            return super::cuda::rope::turn(x, table, 2 * self.half, sign < 0.0);
         }
-        let (n, width) = super::view::dims2("rope", "x", x)?;
+        let (n, width) = super::view::dims2("rope", "x", &x)?;
         let d = 2 * self.half;
         Ok(self.turn(&x.reshape((n, width / d, d))?, sign)?.reshape((n, width))?)
     }

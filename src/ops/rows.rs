@@ -19,7 +19,6 @@ pub fn gather(x: &Tensor, rows: &[u32]) -> Result<Tensor, Error> {
     if let Some(row) = rows.iter().find(|&&row| row as usize >= n) {
         return Err(shape_error(OP, "rows", row, format!("less than {n}")));
     }
-    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         return super::cuda::rows::gather(x, rows);
     }
@@ -42,7 +41,6 @@ pub fn scatter_add(dy: &Tensor, rows: &[u32], num_rows: usize) -> Result<Tensor,
     if r != rows.len() || rows.iter().any(|&row| row as usize >= num_rows) {
         return Err(shape_error(OP, "rows", rows.len(), format!("{r} rows below {num_rows}")));
     }
-    #[cfg(feature = "cuda")]
     if dy.device().is_cuda() {
         return super::cuda::rows::scatter_add(dy, rows, num_rows);
     }

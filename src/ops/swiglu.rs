@@ -39,9 +39,7 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor, Error> {
 ///
 /// # Errors
 /// If the shapes differ.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the room is for the GPU"))]
 pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Error> {
-    #[cfg(feature = "cuda")]
     if gate.device().is_cuda() {
         return super::cuda::swiglu::forward(gate, up, room);
     }
@@ -56,9 +54,7 @@ pub fn forward_wide(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Err
 ///
 /// # Errors
 /// If the shapes differ.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "rows are copied on a GPU only"))]
 pub fn forward_over(outputs: Outputs, rows: usize) -> Result<(Wide, Option<Tensor>), Error> {
-    #[cfg(feature = "cuda")]
     if let Some(whole) = outputs.whole().cloned() {
         let [gate, up] = outputs.into_each();
         return super::cuda::swiglu::forward_over(whole, &gate, &up, rows);
@@ -95,23 +91,20 @@ pub struct Between {
 }
 
 /// The gradients with respect to `gate` and `up`, and the activation made again; or, on a GPU, in its stead what it is needed
-/// for. There the gradients take the places of `gate` and `up`, the activation that of `dy`.
+/// for. There the gradients take the places of `gate` and `up`, the activation that of `dy`: nothing else may need them.
 ///
 /// # Shapes
 /// All `[N, I]` of one type.
 ///
 /// # Errors
 /// If the shapes differ.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the GPU's kernel makes use of it"))]
-pub fn backward_between(dy: InputGradient, gate: &Tensor, up: &Tensor, around: &Around<'_>) -> Result<Between, Error> {
-    #[cfg(feature = "cuda")]
+pub fn backward_between(dy: InputGradient, gate: Tensor, up: Tensor, around: &Around<'_>) -> Result<Between, Error> {
     if gate.device().is_cuda() {
-        let activated = super::cuda::swiglu::backward(dy, gate, up, around)?.map(Wide::plain).transpose()?;
-        return Ok(Between { d_gate: gate.clone(), d_up: up.clone(), activated });
+        return super::cuda::swiglu::backward(dy, gate, up, around);
     }
     let dy = &dy.into_values()?;
-    let (d_gate, d_up) = backward(dy, gate, up)?;
-    Ok(Between { d_gate, d_up, activated: Some(Wide::plain(forward(gate, up)?)?) })
+    let (d_gate, d_up) = backward(dy, &gate, &up)?;
+    Ok(Between { d_gate, d_up, activated: Some(Wide::plain(forward(&gate, &up)?)?) })
 }
 
 /// The gradients of [`forward`] with respect to `gate` and `up`.

@@ -29,7 +29,6 @@ impl Wide {
     }
 
     /// Undefined values on a GPU with `room` more columns.
-    #[cfg(feature = "cuda")]
     pub(super) fn empty(
         device: &candle_core::Device,
         (rows, cols): (usize, usize),

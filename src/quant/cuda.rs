@@ -16,7 +16,7 @@ use super::lend::fill;
 use super::multiply::RowSource as _;
 use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
-use crate::device::{Matrix, Pinned, array, empty, matrix, upload_f32, upload_u8};
+use crate::device::{Buffer, Matrix, Queue, array, empty, matrix, upload_f32, upload_u8};
 use crate::kernels::cuda::{GgufKind, Nf4Absmax, Nf4View, axpby, dequantize_gguf, dequantize_nf4};
 pub use quantize::Quantizer;
 
@@ -42,7 +42,7 @@ enum Storage {
         blocks: Tensor,
     },
     /// In page-locked host memory, dense.
-    Pinned(Arc<Pinned>, DType),
+    Pinned(Arc<Buffer>, DType),
 }
 
 #[derive(Clone, Debug)]
@@ -117,10 +117,13 @@ impl DeviceMatrix {
     }
 
     /// The matrix as a GPU reads it where it lies dense in host memory.
-    pub(crate) fn pinned(&self) -> Option<Matrix> {
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn pinned(&self) -> Result<Option<Matrix<'_>>, Error> {
         match &self.storage {
-            Storage::Pinned(memory, dtype) => Some(memory.matrix(*dtype, self.rows, self.cols)),
-            _ => None,
+            Storage::Pinned(memory, dtype) => Ok(Some(memory.matrix(0, (self.rows, self.cols), *dtype)?)),
+            _ => Ok(None),
         }
     }
 
@@ -153,7 +156,8 @@ impl DeviceMatrix {
                 dequantize_gguf(device, out, *kind, array(blocks)?, first_row, self.cols)?;
             }
             Storage::Pinned(memory, dtype) => {
-                axpby(device, out, 1.0, memory.matrix(*dtype, self.rows, self.cols).rows(first_row, out.rows), 0.0)?;
+                let all = memory.matrix(0, (self.rows, self.cols), *dtype)?;
+                axpby(device, out, 1.0, all.rows(first_row, out.rows), 0.0)?;
             }
         }
         Ok(())
@@ -205,12 +209,12 @@ impl Weight {
             packed => packed.dequantize()?.to_dtype(DType::F16)?,
         };
         let dtype = dense.dtype();
-        let mut memory = Pinned::new(device, rows * cols * dtype.size_in_bytes())?;
+        let mut memory = Buffer::pinned(&Queue::of(device)?, rows * cols * dtype.size_in_bytes())?;
         with_dense(&dense, |values| match values {
-            DenseValues::F32(values) => memory.fill_with(values),
-            DenseValues::Bf16(values) => memory.fill_with(values),
-            DenseValues::F16(values) => memory.fill_with(values),
-        })?;
+            DenseValues::F32(values) => memory.write(0, values),
+            DenseValues::Bf16(values) => memory.write(0, values),
+            DenseValues::F16(values) => memory.write(0, values),
+        })??;
         let kind_name = format!("{} in host memory", dtype.as_str());
         let storage = Storage::Pinned(Arc::new(memory), dtype);
         Ok(Self::Device(DeviceMatrix { rows, cols, kind_name, size_bytes: 0, storage }))

@@ -32,7 +32,6 @@ impl Weight {
             Self::Gguf(matrix) => {
                 Self::Gguf(GgufMatrix::new(matrix.kind(), self.rows(), self.cols(), bytes(matrix.data()))?)
             }
-            #[cfg(feature = "cuda")]
             Self::Device(_) => self.clone(),
         })
     }
@@ -47,7 +46,6 @@ impl Weight {
             Self::Dense(tensor) => return fill(&tensor, f64::NAN),
             Self::Nf4(matrix) => matrix.packed.is_shared(),
             Self::Gguf(matrix) => matrix.data().is_shared(),
-            #[cfg(feature = "cuda")]
             Self::Device(matrix) => return matrix.spoil(),
         };
         if is_shared { Err(Error::Shared { kind }) } else { Ok(()) }

@@ -8,7 +8,6 @@
 //! what bitsandbytes and ggml compute); sums are f32, and no result depends on the number of threads.
 
 pub mod bitsandbytes;
-#[cfg(feature = "cuda")]
 mod cuda;
 pub mod dense;
 mod double_quant;
@@ -22,7 +21,6 @@ mod tests;
 mod weight;
 
 pub use bitsandbytes::BitsandbytesParts;
-#[cfg(feature = "cuda")]
 pub use cuda::{DeviceMatrix, Quantizer};
 pub use error::Error;
 pub use gguf::GgufMatrix;

@@ -23,7 +23,6 @@ pub enum Weight {
     /// A GGUF tensor as stored.
     Gguf(GgufMatrix),
     /// Where a GPU can read it.
-    #[cfg(feature = "cuda")]
     Device(super::DeviceMatrix),
 }
 
@@ -62,7 +61,6 @@ impl Weight {
             Self::Dense(tensor) => tensor.dims()[0],
             Self::Nf4(matrix) => matrix.rows(),
             Self::Gguf(matrix) => matrix.rows(),
-            #[cfg(feature = "cuda")]
             Self::Device(matrix) => matrix.rows(),
         }
     }
@@ -73,7 +71,6 @@ impl Weight {
             Self::Dense(tensor) => tensor.dims()[1],
             Self::Nf4(matrix) => matrix.cols(),
             Self::Gguf(matrix) => matrix.cols(),
-            #[cfg(feature = "cuda")]
             Self::Device(matrix) => matrix.cols(),
         }
     }
@@ -84,7 +81,6 @@ impl Weight {
             Self::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
             Self::Nf4(matrix) => matrix.size_bytes(),
             Self::Gguf(matrix) => matrix.stored_bytes(),
-            #[cfg(feature = "cuda")]
             Self::Device(matrix) => matrix.size_bytes(),
         }
     }
@@ -98,27 +94,8 @@ impl Weight {
                 if matrix.is_double_quantized() { format!("{name} double quantised") } else { name.into() }
             }
             Self::Gguf(matrix) => format!("{:?}", matrix.kind()),
-            #[cfg(feature = "cuda")]
             Self::Device(matrix) => matrix.kind_name().into(),
         }
-    }
-
-    /// The same matrix in the memory of `device`: without the feature `cuda` every device is the CPU.
-    ///
-    /// # Errors
-    /// Never.
-    #[cfg(not(feature = "cuda"))]
-    pub fn to_device(self, _device: &Device) -> Result<Self, Error> {
-        Ok(self)
-    }
-
-    /// The same matrix where `device` reads it from host memory: without the feature `cuda` every device is the CPU.
-    ///
-    /// # Errors
-    /// Never.
-    #[cfg(not(feature = "cuda"))]
-    pub fn to_pinned(self, _device: &Device) -> Result<Self, Error> {
-        Ok(self)
     }
 
     /// All values.
@@ -262,7 +239,6 @@ impl Weight {
             },
             Self::Nf4(matrix) => Ok(work(matrix)),
             Self::Gguf(matrix) => Ok(work(matrix)),
-            #[cfg(feature = "cuda")]
             Self::Device(_) => Err(Error::NoKernel {
                 operation,
                 kind: self.kind_name(),

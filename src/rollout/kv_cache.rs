@@ -12,7 +12,6 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::decode_model::{Span, StepBatch};
-#[cfg(feature = "cuda")]
 use super::device_pages::DevicePages;
 use super::pages::{PAGE_TOKENS, PageId};
 use crate::ops::paged_attention::{PagedKv, PagedSequence, PagedShape, paged_attention};
@@ -64,7 +63,6 @@ pub struct KvCache {
 #[derive(Debug)]
 enum Store {
     Host(HostPages),
-    #[cfg(feature = "cuda")]
     Device(DevicePages),
 }
 
@@ -81,7 +79,6 @@ struct HostPages {
 #[derive(Debug)]
 pub struct CacheStep<'a> {
     batch: &'a StepBatch,
-    #[cfg(feature = "cuda")]
     on_device: Option<crate::ops::cuda::paged_attention::Step>,
 }
 
@@ -115,7 +112,6 @@ impl KvCache {
     pub fn new(shape: KvShape, num_pages: usize, device: &Device) -> Result<Self, Error> {
         let store = match device {
             Device::Cpu if shape.dtype == DType::F32 => Store::Host(HostPages::new(shape, num_pages)?),
-            #[cfg(feature = "cuda")]
             Device::Cuda(_) => Store::Device(DevicePages::new(shape, num_pages, device)?),
             _ => return Err(Error::KvPlace { what: format!("{:?} pages on {:?}", shape.dtype, device.location()) }),
         };
@@ -142,26 +138,16 @@ impl KvCache {
         self.shape == shape && self.num_pages >= num_pages && self.device.same_device(device)
     }
 
-    #[cfg_attr(
-        not(feature = "cuda"),
-        expect(clippy::unnecessary_wraps, reason = "a GPU's pages are not in host memory")
-    )]
     fn host(&self) -> Result<&HostPages, Error> {
         match &self.store {
             Store::Host(pages) => Ok(pages),
-            #[cfg(feature = "cuda")]
             Store::Device(_) => Err(Error::KvPlace { what: "host slices for pages on a GPU".into() }),
         }
     }
 
-    #[cfg_attr(
-        not(feature = "cuda"),
-        expect(clippy::unnecessary_wraps, reason = "a GPU's pages are not in host memory")
-    )]
     fn host_mut(&mut self) -> Result<&mut HostPages, Error> {
         match &mut self.store {
             Store::Host(pages) => Ok(pages),
-            #[cfg(feature = "cuda")]
             Store::Device(_) => Err(Error::KvPlace { what: "host slices for pages on a GPU".into() }),
         }
     }
@@ -171,16 +157,11 @@ impl KvCache {
     /// # Errors
     /// If the pages do not fit, or the device fails.
     pub fn begin_step<'a>(&mut self, batch: &'a StepBatch) -> Result<CacheStep<'a>, Error> {
-        #[cfg(feature = "cuda")]
         let on_device = match &mut self.store {
             Store::Device(pages) => Some(pages.begin_step(batch)?),
             Store::Host(_) => None,
         };
-        Ok(CacheStep {
-            batch,
-            #[cfg(feature = "cuda")]
-            on_device,
-        })
+        Ok(CacheStep { batch, on_device })
     }
 
     /// Stores a step's keys and values in `layer`, then lets its queries attend over what is cached for their sequences,
@@ -204,7 +185,6 @@ impl KvCache {
     ) -> Result<Wide, Error> {
         let head_dim = self.shape.head_dim;
         let scale = (head_dim as f32).sqrt().recip();
-        #[cfg(feature = "cuda")]
         if let (Store::Device(pages), Some(step)) = (&self.store, &step.on_device) {
             return pages.attend(layer, step, [q, k, v], scale, room);
         }
@@ -328,7 +308,6 @@ impl KvCache {
                 }
                 Ok(())
             }
-            #[cfg(feature = "cuda")]
             Store::Device(pages) => pages.copy(from, to),
         }
     }

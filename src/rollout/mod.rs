@@ -11,7 +11,6 @@
 //! numbers. Keys and values lie where the model computes; tokens are drawn on the host.
 
 pub mod decode_model;
-#[cfg(feature = "cuda")]
 mod device_pages;
 mod error;
 mod filters;

@@ -1,9 +1,10 @@
 //! Where a run computes and in which types.
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use crate::config::settings::{DeviceChoice, Precision};
+use crate::device;
 use crate::engine::Types;
 
 /// A device and the types of the passes on it.
@@ -26,13 +27,13 @@ impl Backend {
     ///
     /// # Errors
     /// If a GPU is asked for that is not there, or a precision that it does not have.
-    pub fn open(device: DeviceChoice, precision: Precision) -> anyhow::Result<Self> {
-        match device {
+    pub fn open(choice: DeviceChoice, precision: Precision) -> anyhow::Result<Self> {
+        match choice {
             DeviceChoice::Cpu => Ok(Self::on_cpu(precision)),
             DeviceChoice::Auto if !has_gpu(0) => Ok(Self::on_cpu(precision)),
             DeviceChoice::Auto => Self::on_gpu(0, precision),
             DeviceChoice::Cuda(ordinal) if has_gpu(ordinal) => Self::on_gpu(ordinal, precision),
-            DeviceChoice::Cuda(ordinal) if cfg!(feature = "cuda") => bail!(
+            DeviceChoice::Cuda(ordinal) if device::IS_BUILT_FOR_GPUS => bail!(
                 "`device: cuda:{ordinal}` was asked for, but there is no such GPU here (`CUDA_VISIBLE_DEVICES` and the \
                  driver decide what is seen); set `device: auto` or leave it out"
             ),
@@ -53,23 +54,15 @@ impl Backend {
         Self::cpu()
     }
 
-    #[cfg(feature = "cuda")]
     fn on_gpu(ordinal: usize, precision: Precision) -> anyhow::Result<Self> {
-        use anyhow::Context as _;
         let types = match precision {
             Precision::No => Types::F32,
             Precision::Fp16 => Types::F16,
-            Precision::Bf16 if crate::device::has_bf16(ordinal) => Types::BF16,
+            Precision::Bf16 if device::has_bf16(ordinal) => Types::BF16,
             Precision::Bf16 => bail!("`bf16: true`, but GPU {ordinal} has no bfloat16; set `fp16: true` instead"),
         };
-        let device = crate::device::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
+        let device = device::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
         Ok(Self { device, types })
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    #[expect(clippy::unnecessary_wraps, reason = "a GPU may refuse")]
-    fn on_gpu(_ordinal: usize, precision: Precision) -> anyhow::Result<Self> {
-        Ok(Self::on_cpu(precision))
     }
 
     /// The most bytes of a GPU's memory that tensors took, and what is in use of it now, by libraries and others too; `None`
@@ -78,10 +71,9 @@ impl Backend {
     /// # Errors
     /// If the device refuses.
     pub fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
-        #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
-            let pool = crate::device::memory_use(&self.device)?;
-            return Ok(Some((pool.peak, crate::device::device_memory_used()?)));
+            let pool = device::memory_use(&self.device)?;
+            return Ok(Some((pool.peak, device::device_memory_used()?)));
         }
         Ok(None)
     }
@@ -107,27 +99,14 @@ impl Backend {
 
 /// Whether the program was built for GPUs and this one is there.
 pub fn has_gpu(ordinal: usize) -> bool {
-    #[cfg(feature = "cuda")]
-    return crate::device::is_cuda_device(ordinal);
-    #[cfg(not(feature = "cuda"))]
-    {
-        let _ = ordinal;
-        false
-    }
+    device::is_cuda_device(ordinal)
 }
 
 /// Whether the GPU that `auto` takes computes in bfloat16.
 pub fn has_bf16() -> bool {
-    #[cfg(feature = "cuda")]
-    return has_gpu(0) && crate::device::has_bf16(0);
-    #[cfg(not(feature = "cuda"))]
-    false
+    has_gpu(0) && device::has_bf16(0)
 }
 
 fn name_of(device: &Device) -> String {
-    #[cfg(feature = "cuda")]
-    if let Ok(name) = crate::device::device_name(device) {
-        return name;
-    }
-    format!("{:?}", device.location())
+    device::device_name(device).unwrap_or_else(|_| format!("{:?}", device.location()))
 }

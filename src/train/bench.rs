@@ -315,18 +315,10 @@ impl Bench {
         Ok(())
     }
 
-    #[cfg(feature = "cuda")]
     fn synchronize(&self) -> anyhow::Result<()> {
         Ok(self.engine.device().synchronize()?)
     }
 
-    #[cfg(not(feature = "cuda"))]
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has something to wait for")]
-    fn synchronize(&self) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
     fn reset_peak(&self) -> anyhow::Result<()> {
         if self.engine.device().is_cuda() {
             crate::device::reset_peak(self.engine.device())?;
@@ -334,13 +326,6 @@ impl Bench {
         Ok(())
     }
 
-    #[cfg(not(feature = "cuda"))]
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has a pool")]
-    fn reset_peak(&self) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    #[cfg(feature = "cuda")]
     fn memory(&self) -> anyhow::Result<(u64, u64)> {
         if !self.engine.device().is_cuda() {
             return Ok((0, 0));
@@ -349,25 +334,17 @@ impl Bench {
         Ok((pool.peak, crate::device::device_memory_used()?))
     }
 
-    #[cfg(not(feature = "cuda"))]
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has a pool")]
-    fn memory(&self) -> anyhow::Result<(u64, u64)> {
-        Ok((0, 0))
-    }
-
-    #[cfg(feature = "cuda")]
     fn phases(&mut self, step: &[Batch], work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
-        use crate::device::timers;
-        let device = self.engine.device().clone();
-        if !device.is_cuda() {
+        if !self.engine.device().is_cuda() {
             return Ok(BTreeMap::new());
         }
+        let queue = crate::device::Queue::of(self.engine.device())?;
         let mut timed = || {
             self.synchronize()?;
             let started = Instant::now();
-            timers::start();
+            queue.start_timing();
             self.step(step, work)?;
-            let by_phase = timers::stop(&device)?;
+            let by_phase = queue.stop_timing()?;
             Ok::<_, anyhow::Error>((started.elapsed().as_secs_f64(), by_phase))
         };
         // The shortest of three, for another process may have been at work in the others.
@@ -383,12 +360,6 @@ impl Bench {
             by_phase.iter().map(|(phase, &secs)| (phase.name().to_string(), secs)).collect();
         phases.insert("rest and gaps".into(), (all - by_phase.values().sum::<f64>()).max(0.0));
         Ok(phases)
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "a GPU has events")]
-    fn phases(&mut self, _step: &[Batch], _work: Work) -> anyhow::Result<BTreeMap<String, f64>> {
-        Ok(BTreeMap::new())
     }
 }
 

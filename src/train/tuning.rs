@@ -1,28 +1,21 @@
 //! How a run's matrix products are made on a GPU: the first steps try algorithms, announced, and the run's folder keeps what was
 //! chosen, so that a run which goes on makes the same products with the same bits.
 
-use std::path::Path;
-#[cfg(feature = "cuda")]
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-#[cfg(feature = "cuda")]
 use candle_core::Device;
 
 use super::Backend;
-#[cfg(feature = "cuda")]
 use crate::kernels::cuda::{
     Taken, begin_step, choices_text, num_noted, set_deterministic, start_choices, take_choices, try_noted,
 };
 
 /// File of an `output_dir` with the choices.
-#[cfg(feature = "cuda")]
 const CHOICES: &str = "choices.json";
 /// More than choices come to.
-#[cfg(feature = "cuda")]
 const MOST_BYTES: u64 = 64 << 20;
 
 /// The products of a run on a GPU.
-#[cfg(feature = "cuda")]
 #[derive(Debug)]
 pub(super) struct Tuning {
     device: Device,
@@ -30,7 +23,6 @@ pub(super) struct Tuning {
     file: Option<PathBuf>,
 }
 
-#[cfg(feature = "cuda")]
 impl Tuning {
     /// Begins to note products for trials, or with `is_deterministic` makes all sums in one order and leaves each product to the
     /// library's choice or to one that was kept; `None` on the CPU, which has one way for each.
@@ -103,34 +95,5 @@ impl Tuning {
             crate::fs::write_atomic(file, text.as_bytes())?;
         }
         Ok(Some((tried.products, tried.secs)))
-    }
-}
-
-/// The products of a run on a GPU, of which a program without the feature has none.
-#[cfg(not(feature = "cuda"))]
-#[derive(Debug)]
-pub(super) enum Tuning {}
-
-#[cfg(not(feature = "cuda"))]
-#[expect(clippy::unnecessary_wraps, reason = "a GPU may refuse")]
-impl Tuning {
-    /// `None`: the CPU has one way for each product.
-    pub(super) fn new(_backend: &Backend, _is_deterministic: bool) -> anyhow::Result<Option<Self>> {
-        Ok(None)
-    }
-
-    /// Never called.
-    pub(super) fn keep(&mut self, _from: &Path, _folder: &Path, _resumed: Option<u64>) -> anyhow::Result<()> {
-        match *self {}
-    }
-
-    /// Never called.
-    pub(super) fn after_step(
-        &mut self,
-        _step: u64,
-        _say: &dyn Fn(&str),
-        _should_stop: &dyn Fn() -> bool,
-    ) -> anyhow::Result<Option<(usize, f64)>> {
-        match *self {}
     }
 }

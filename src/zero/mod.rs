@@ -5,7 +5,6 @@
 //! No layer type is named in this room: a block is a set of named parameters. Trained parameters of a block lie in one flat
 //! f32 buffer, its gradients in another of the same layout.
 
-#[cfg(feature = "cuda")]
 mod device_optimizer;
 mod flat;
 mod gradients;

@@ -124,12 +124,9 @@ impl ShardedAdamW {
                     })?;
                     result.into_inner().unwrap_or(Ok(()))?;
                 }
-                #[cfg(feature = "cuda")]
                 Moments::Device { first, second } => {
                     super::device_optimizer::step(flat, first, second, &groups, &hyper)?;
                 }
-                #[cfg(not(feature = "cuda"))]
-                Moments::Device { .. } => unreachable!("without the feature every device is the CPU"),
             }
         }
         Ok(StepReport { grad_norm, is_skipped: false })
@@ -199,7 +196,6 @@ impl ShardedAdamW {
 
 /// The gradients' parts of their norm, in the order of the store.
 fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
-    #[cfg(feature = "cuda")]
     if store.device().is_cuda() {
         return super::device_optimizer::gradient_parts(store);
     }

@@ -41,14 +41,16 @@ impl Case {
         Self { sources, want: rounded(device, &whole, to) }
     }
 
-    fn parts(&self, places: &[Place]) -> Vec<Part> {
-        let part = |(index, (&(rows, cols, ..), source)): (usize, (&Place, &Padded))| Part {
-            rows,
-            cols,
-            source: source.matrix(),
-            factor: FACTORS[index % 3],
-        };
-        places.iter().zip(&self.sources).enumerate().map(part).collect()
+    fn parts(&self, places: &[Place]) -> Vec<Part<'_>> {
+        let parts = places.iter().zip(&self.sources).enumerate();
+        parts
+            .map(|(index, (&(rows, cols, ..), source))| Part {
+                rows,
+                cols,
+                source: source.matrix(),
+                factor: FACTORS[index % 3],
+            })
+            .collect()
     }
 }
 

@@ -120,7 +120,7 @@ impl Fused {
         self.before + self.widths[..part].iter().sum::<usize>()
     }
 
-    fn views(&self) -> [Matrix; 3] {
+    fn views(&self) -> [Matrix<'_>; 3] {
         let all = matrix(&self.tensor).unwrap();
         [0, 1, 2].map(|part| all.columns(self.first(part), self.widths[part]))
     }

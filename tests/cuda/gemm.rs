@@ -66,7 +66,7 @@ impl Operand {
         Self { wide, view, values }
     }
 
-    fn matrix(&self) -> Matrix {
+    fn matrix(&self) -> Matrix<'_> {
         matrix(&self.view).unwrap()
     }
 }
@@ -317,7 +317,8 @@ fn arguments_that_do_not_fit_are_named() {
     assert!(run(&tensor((4, 6), DType::F16), &a, &tensor((8, 6), DType::F32)).contains("F32"));
     let d = tensor((4, 6), DType::F16);
     let (left, right) = ((matrix(&a).unwrap(), Side::Plain), (matrix(&b).unwrap(), Side::Plain));
-    let bias = array(&tensor((1, 5), DType::F16)).unwrap();
+    let bias = tensor((1, 5), DType::F16);
+    let bias = array(&bias).unwrap();
     let short = gemm(&device, matrix(&d).unwrap(), left, right, 1.0, Accumulate::No, Some(bias)).unwrap_err();
     assert!(short.to_string().contains("bias"));
 }

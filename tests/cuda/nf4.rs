@@ -97,7 +97,7 @@ impl Parts {
         }
     }
 
-    fn view(&self) -> Nf4View {
+    fn view(&self) -> Nf4View<'_> {
         let absmax = match &self.absmax[..] {
             [codes, absmax, map] => Nf4Absmax::Nested {
                 codes: array(codes).unwrap(),

@@ -162,12 +162,13 @@ fn the_weights_gradient_is_added_and_repeats_its_bits() {
 #[ignore = "gpu"]
 fn arguments_that_do_not_fit_are_named() {
     let device = device();
-    let tensor = |shape: (usize, usize), dtype| matrix(&Tensor::zeros(shape, dtype, &device).unwrap()).unwrap();
+    let tensor = |shape: (usize, usize), dtype| Tensor::zeros(shape, dtype, &device).unwrap();
     let roots = Tensor::zeros(4, DType::F32, &device).unwrap();
     let roots = array(&roots).unwrap();
     let run = |y: (usize, usize), types: (DType, DType), weight: usize, heads: usize| {
-        let (y, x) = (tensor(y, types.1), tensor((4, 16), types.0));
-        rms_norm(&device, y, roots, x, tensor((1, weight), DType::F32), heads, EPS).unwrap_err().to_string()
+        let tensors = [tensor(y, types.1), tensor((4, 16), types.0), tensor((1, weight), DType::F32)];
+        let [y, x, weight] = [0, 1, 2].map(|i| matrix(&tensors[i]).unwrap());
+        rms_norm(&device, y, roots, x, weight, heads, EPS).unwrap_err().to_string()
     };
     assert!(run((4, 8), (DType::F32, DType::F32), 16, 1).contains("`y`"));
     assert!(run((4, 16), (DType::BF16, DType::F16), 16, 1).contains("`x`"));

@@ -67,7 +67,7 @@ impl Padded {
         Self::new(device, &vec![f32::NAN; shape.0 * shape.1], shape, margins, dtype)
     }
 
-    pub(crate) fn matrix(&self) -> Matrix {
+    pub(crate) fn matrix(&self) -> Matrix<'_> {
         matrix(&self.tensor).unwrap().columns(self.before, self.cols)
     }
 

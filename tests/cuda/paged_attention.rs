@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use trainer::device::{array, empty, matrix, synchronize, upload_u32};
+use trainer::device::{array, empty, matrix, synchronize};
 use trainer::kernels::cuda::{
-    NO_SLOT, PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
+    NO_SLOT, PageStores, PagedCache, PagedLists, PagedSize, PagedStep, copy_pages, paged_attention,
+    paged_attention_workspace, write_pages,
 };
 
 use crate::support::{assert_close, device, download, random, upload};
@@ -21,11 +22,19 @@ fn tolerance(types: (DType, DType)) -> f32 {
     }
 }
 
-/// The cache of a layer, poisoned, and what keeps it alive.
+/// The cache of a layer, poisoned.
 struct Cache {
     keys: Tensor,
     values: Tensor,
-    view: PagedCache,
+    shape: Shape,
+}
+
+impl Cache {
+    fn view(&self) -> PagedCache<'_> {
+        let Shape { kv_heads, head_dim, page_tokens, .. } = self.shape;
+        let (keys, values) = (array(&self.keys).unwrap(), array(&self.values).unwrap());
+        PagedCache { keys, values, dtype: self.keys.dtype(), kv_heads, head_dim, page_tokens }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -41,9 +50,7 @@ fn cache(device: &Device, shape: Shape, pages: usize, dtype: DType) -> Cache {
     let dims = (pages, page_tokens, kv_heads, head_dim);
     let poison = vec![f32::NAN; pages * page_tokens * kv_heads * head_dim];
     let (keys, values) = (upload(device, &poison, dims, dtype), upload(device, &poison, dims, dtype));
-    let (k, v) = (array(&keys).unwrap(), array(&values).unwrap());
-    let view = PagedCache { keys: k, values: v, dtype, kv_heads, head_dim, page_tokens };
-    Cache { keys, values, view }
+    Cache { keys, values, shape }
 }
 
 /// Sequences with their pages in a random order, two pages more than needed.
@@ -75,20 +82,20 @@ impl Sequences {
             .collect()
     }
 
-    /// Page lists of all sequences, and each query row's place in them with the number of keys it sees.
-    fn tables(&self) -> (Vec<u32>, Vec<u32>) {
+    /// Every token's slot, page lists of all sequences, each query row's place in them with the number of keys it sees.
+    fn lists(&self, page_tokens: usize) -> PagedLists {
         let (mut tables, mut rows) = (vec![u32::MAX], Vec::new());
         for ((context, count), pages) in self.lengths.iter().zip(&self.pages) {
             for row in 0..*count {
-                rows.extend([tables.len() as u32, (context + row + 1) as u32]);
+                rows.push([tables.len() as u32, (context + row + 1) as u32]);
             }
             tables.extend(pages);
         }
-        (tables, rows)
+        PagedLists { slots: self.slots(page_tokens), rows, tables }
     }
 
-    fn max_context(&self) -> usize {
-        self.lengths.iter().map(|(context, rows)| context + rows).max().unwrap_or(0)
+    fn size(&self, page_tokens: usize) -> PagedSize {
+        PagedSize { pages: self.num_pages, page_tokens }
     }
 }
 
@@ -98,19 +105,17 @@ fn check(device: &Device, shape: Shape, types: (DType, DType), lengths: &[(usize
     let scale = 1.3 / (head_dim as f32).sqrt();
     let sequences = Sequences::new(lengths, page_tokens);
     let cache = cache(device, shape, sequences.num_pages, types.1);
-    let slots = sequences.slots(page_tokens);
-    let (tokens, width) = (slots.len(), kv_heads * head_dim);
+    let lists = sequences.lists(page_tokens);
+    let step = PagedStep::new(device, sequences.size(page_tokens), &lists).unwrap();
+    let (tokens, width) = (lists.slots.len(), kv_heads * head_dim);
     // Keys and values side by side with something between, as a projection leaves them.
     let fused = upload(device, &random("keys and values", tokens * (2 * width + 8)), (tokens, 2 * width + 8), types.0);
     let (k, v) = (fused.narrow(1, 0, width).unwrap(), fused.narrow(1, width + 8, width).unwrap());
-    let slots = upload_u32(device, &slots).unwrap();
-    write_pages(device, cache.view, matrix(&k).unwrap(), matrix(&v).unwrap(), array(&slots).unwrap()).unwrap();
+    write_pages(device, cache.view(), matrix(&k).unwrap(), matrix(&v).unwrap(), &step).unwrap();
     let rounded = |x: &Tensor| download(&x.contiguous().unwrap().to_dtype(types.1).unwrap());
     let (k, v) = (rounded(&k), rounded(&v));
 
-    let (tables, rows) = sequences.tables();
-    let (num_rows, max_context) = (rows.len() / 2, sequences.max_context());
-    let (tables, rows) = (upload_u32(device, &tables).unwrap(), upload_u32(device, &rows).unwrap());
+    let (num_rows, max_context) = (lists.rows.len(), lists.max_context());
     let row_width = heads * head_dim;
     let queries = upload(device, &random("queries", num_rows * (row_width + 24)), (num_rows, row_width + 24), types.0);
     let q = queries.narrow(1, 16, row_width).unwrap();
@@ -118,11 +123,10 @@ fn check(device: &Device, shape: Shape, types: (DType, DType), lengths: &[(usize
     let out_view = out.narrow(1, 8, row_width).unwrap();
     let floats = paged_attention_workspace(num_rows, heads, kv_heads, head_dim, max_context);
     let workspace = upload(device, &vec![f32::NAN; floats.max(1)], floats.max(1), DType::F32);
-    let step = PagedRows { tables: array(&tables).unwrap(), rows: array(&rows).unwrap(), max_context };
     let run = || {
         let workspace = Some(array(&workspace).unwrap());
         let (out, q) = (matrix(&out_view).unwrap(), matrix(&q).unwrap());
-        paged_attention(device, out, q, cache.view, step, scale, workspace).unwrap();
+        paged_attention(device, out, q, cache.view(), &step, scale, workspace).unwrap();
         download(&out_view.contiguous().unwrap())
     };
     let got = run();
@@ -234,10 +238,9 @@ fn rows_without_keys_are_zero() {
         let cache = cache(&device, shape, 1, DType::F16);
         let q = upload(&device, &random("queries", 2 * 4 * head_dim), (2, 4 * head_dim), DType::F16);
         let out = upload(&device, &vec![f32::NAN; 2 * 4 * head_dim], (2, 4 * head_dim), DType::F16);
-        let tables = upload_u32(&device, &[0]).unwrap();
-        let rows = upload_u32(&device, &[0; 4]).unwrap();
-        let step = PagedRows { tables: array(&tables).unwrap(), rows: array(&rows).unwrap(), max_context: 0 };
-        paged_attention(&device, matrix(&out).unwrap(), matrix(&q).unwrap(), cache.view, step, 1.0, None).unwrap();
+        let lists = PagedLists { rows: vec![[0; 2]; 2], ..PagedLists::default() };
+        let step = PagedStep::new(&device, PagedSize { pages: 1, page_tokens: 16 }, &lists).unwrap();
+        paged_attention(&device, matrix(&out).unwrap(), matrix(&q).unwrap(), cache.view(), &step, 1.0, None).unwrap();
         assert!(download(&out).iter().all(|x| *x == 0.0));
     }
 }
@@ -252,9 +255,10 @@ fn tokens_land_in_their_slots() {
         let width = 2 * head_dim;
         let tensors = ["keys", "values"].map(|name| upload(&device, &random(name, 4 * width), (4, width), DType::F32));
         let slots = [7, NO_SLOT, 0, 11];
-        let on_device = upload_u32(&device, &slots).unwrap();
+        let lists = PagedLists { slots: slots.to_vec(), ..PagedLists::default() };
+        let step = PagedStep::new(&device, PagedSize { pages: 3, page_tokens: 4 }, &lists).unwrap();
         let [k, v] = [&tensors[0], &tensors[1]].map(|x| matrix(x).unwrap());
-        write_pages(&device, cache.view, k, v, array(&on_device).unwrap()).unwrap();
+        write_pages(&device, cache.view(), k, v, &step).unwrap();
         for (store, written) in [(&cache.keys, &tensors[0]), (&cache.values, &tensors[1])] {
             let (store, written) = (download(store), download(&written.to_dtype(dtype).unwrap()));
             for slot in 0..12 {
@@ -277,11 +281,9 @@ fn pages_are_copied_in_all_stores() {
         let stores: Vec<Tensor> =
             (0..4).map(|_| upload(&device, &random("store", pages * page), (pages, page), dtype)).collect();
         let before: Vec<Vec<f32>> = stores.iter().map(download).collect();
-        let addresses: Vec<_> = stores.iter().map(|store| array(store).unwrap()).collect();
-        let addresses = page_stores(&device, &addresses).unwrap();
-        let pairs = upload_u32(&device, &[6, 0, 2, 3, 6, 5]).unwrap();
-        let page_bytes = page * dtype.size_in_bytes();
-        copy_pages(&device, array(&addresses).unwrap(), array(&pairs).unwrap(), page_bytes).unwrap();
+        let all = PageStores::new(&device, &stores, pages).unwrap();
+        copy_pages(&device, &all, &[[6, 0], [2, 3], [6, 5]]).unwrap();
+        assert!(copy_pages(&device, &all, &[[6, 7]]).unwrap_err().to_string().contains("pages below 7"));
         for (store, before) in stores.iter().zip(&before) {
             let after = download(store);
             for (to, from) in [6, 1, 2, 2, 4, 6, 6].into_iter().enumerate() {
@@ -297,21 +299,24 @@ fn arguments_that_do_not_fit_are_named() {
     let device = device();
     let shape = Shape { heads: 4, kv_heads: 2, head_dim: 8, page_tokens: 16 };
     let cache = cache(&device, shape, 2, DType::F32);
-    let rows = upload_u32(&device, &[0, 1]).unwrap();
-    let step = PagedRows { tables: array(&rows).unwrap(), rows: array(&rows).unwrap(), max_context: 1 };
-    let run = |rows: usize, cols: usize, step: PagedRows| {
+    let step = |pages: usize, context: u32| {
+        let lists = PagedLists { slots: vec![0], rows: vec![[0, context]], tables: vec![0; 400] };
+        PagedStep::new(&device, PagedSize { pages, page_tokens: 16 }, &lists).unwrap()
+    };
+    let run = |rows: usize, cols: usize, step: &PagedStep| {
         let (q, out) = (empty(&device, (rows, cols), DType::F32), empty(&device, (rows, cols), DType::F32));
         let (q, out) = (q.unwrap(), out.unwrap());
         let (q, out) = (matrix(&q).unwrap(), matrix(&out).unwrap());
-        paged_attention(&device, out, q, cache.view, step, 1.0, None).map_err(|error| error.to_string())
+        paged_attention(&device, out, q, cache.view(), step, 1.0, None).map_err(|error| error.to_string())
     };
-    assert!(run(1, 40, step).unwrap_err().contains("2 heads of 8"));
-    assert!(run(2, 32, step).unwrap_err().contains("`rows`"));
-    assert!(run(1, 32, PagedRows { max_context: 5000, ..step }).unwrap_err().contains("workspace"));
+    let fitting = step(2, 1);
+    assert!(run(1, 40, &fitting).unwrap_err().contains("2 heads of 8"));
+    assert!(run(2, 32, &fitting).unwrap_err().contains("`step`"));
+    assert!(run(1, 32, &step(3, 1)).unwrap_err().contains("`step`"), "a step for a larger cache");
+    assert!(run(1, 32, &step(2, 5000)).unwrap_err().contains("workspace"));
     let k = empty(&device, (1, 15), DType::F32).unwrap();
-    let slots = upload_u32(&device, &[0]).unwrap();
-    let (k, slots) = (matrix(&k).unwrap(), array(&slots).unwrap());
-    assert!(write_pages(&device, cache.view, k, k, slots).unwrap_err().to_string().contains("`k`"));
+    let k = matrix(&k).unwrap();
+    assert!(write_pages(&device, cache.view(), k, k, &fitting).unwrap_err().to_string().contains("`k`"));
 }
 
 #[test]
@@ -339,20 +344,19 @@ fn bench_paged_attention() {
                 head_dim,
                 page_tokens: shape.page_tokens,
             };
-            let (tables, row_list) = sequences.tables();
-            let (num_rows, max_context) = (row_list.len() / 2, sequences.max_context());
-            let (tables, row_list) = (upload_u32(&device, &tables).unwrap(), upload_u32(&device, &row_list).unwrap());
+            let lists = sequences.lists(16);
+            let step = PagedStep::new(&device, sequences.size(16), &lists).unwrap();
+            let (num_rows, max_context) = (lists.rows.len(), lists.max_context());
             let width = heads * head_dim;
             let q = upload(&device, &random("bench queries", num_rows * width), (num_rows, width), DType::BF16);
             let out = empty(&device, (num_rows, width), DType::BF16).unwrap();
             let floats = paged_attention_workspace(num_rows, heads, kv_heads, head_dim, max_context);
             let workspace = empty(&device, floats.max(1), DType::F32).unwrap();
-            let step = PagedRows { tables: array(&tables).unwrap(), rows: array(&row_list).unwrap(), max_context };
             let run = |times: usize| {
                 for _ in 0..times {
                     let (out, q) = (matrix(&out).unwrap(), matrix(&q).unwrap());
                     let workspace = Some(array(&workspace).unwrap());
-                    paged_attention(&device, out, q, cache, step, 0.1, workspace).unwrap();
+                    paged_attention(&device, out, q, cache, &step, 0.1, workspace).unwrap();
                 }
                 synchronize(&device).unwrap();
             };

@@ -118,8 +118,8 @@ fn bench_rows() {
         let table = empty(&device, (rows, cols), DType::BF16).unwrap();
         let grad = empty(&device, (rows, cols), DType::F32).unwrap();
         let y = empty(&device, (count, cols), DType::BF16).unwrap();
-        let [table, grad, y] = [table, grad, y].map(|t| (matrix(&t).unwrap(), t));
-        for m in [table.0, grad.0, y.0] {
+        let [table, grad, y] = [&table, &grad, &y].map(|tensor| matrix(tensor).unwrap());
+        for m in [table, grad, y] {
             fill(&device, m, 0.0).unwrap();
         }
         let mut stream = Stream::new(29, "picked rows", 0, 0);
@@ -129,11 +129,11 @@ fn bench_rows() {
             [&picks, &groups.targets, &groups.offsets, &groups.sources].map(|v| upload_u32(&device, v).unwrap());
         let [picks, targets, offsets, sources] = [0, 1, 2, 3].map(|i| array(&on_device[i]).unwrap());
         print_bandwidth(&device, &format!("gather_rows [{count}, {cols}]"), 4 * count * cols, || {
-            gather_rows(&device, y.0, table.0, picks).unwrap();
+            gather_rows(&device, y, table, picks).unwrap();
         });
         let bytes = 2 * count * cols + 8 * groups.targets.len() * cols;
         print_bandwidth(&device, &format!("sum_rows [{count}, {cols}]"), bytes, || {
-            sum_rows(&device, grad.0, y.0, targets, offsets, sources, true).unwrap();
+            sum_rows(&device, grad, y, targets, offsets, sources, true).unwrap();
         });
     }
 }

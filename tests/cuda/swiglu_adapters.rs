@@ -90,7 +90,7 @@ impl Case {
         }
     }
 
-    fn adapters(&self) -> MlpAdapters {
+    fn adapters(&self) -> MlpAdapters<'_> {
         let out = |i: usize| {
             let grad_b = self.grads[i].matrix();
             self.ranks[i].map(|_| OutAdapter { low: self.lows[i - 1].matrix(), grad_b, factor: FACTORS[i - 1] })
@@ -106,8 +106,8 @@ impl Case {
     /// Writes `d_gate` and `d_up` beside each other.
     fn run(&self, to: Matrix) {
         let ((rows, cols), both, adapters) = (self.shape, self.both.matrix(), self.adapters());
-        let halves = |m: Matrix| (m.columns(0, cols), m.columns(cols, cols));
-        let ((d_gate, d_up), (gate, up), dy) = (halves(to), halves(both), self.dy.matrix().columns(0, cols));
+        let [(d_gate, d_up), (gate, up)] = [to, both].map(|m| (m.columns(0, cols), m.columns(cols, cols)));
+        let dy = self.dy.matrix().columns(0, cols);
         assert!(swiglu_adapters_fit(&self.device, &d_gate, &d_up, &dy, &gate, &up, &adapters));
         let count = swiglu_backward_adapters_workspace(rows, cols, adapters.most_ranks());
         let workspace = Tensor::full(f32::NAN, count, &self.device).unwrap();

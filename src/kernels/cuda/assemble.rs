@@ -1,10 +1,9 @@
 //! A matrix put together from parts of other matrices in one launch: the adapters of a group side by side.
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_shape;
-use super::launch::{RawMatrix, launched, stream, type_code};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream, type_code};
 use crate::device::{Error, Matrix, argument};
 
 /// Most parts of one launch.
@@ -24,20 +23,20 @@ struct RawPart {
     factor: f32,
 }
 
-// SAFETY: this is the signature of `assemble.cu`.
-unsafe extern "C" {
-    fn trainer_assemble(out: RawMatrix, parts: *const RawPart, count: i32, stream: CUstream) -> i32;
+kernels! {
+    // Of `assemble.cu`.
+    fn trainer_assemble(out: RawMatrix, parts: *const RawPart, count: i32, stream: RawStream) -> i32;
 }
 
 /// What [`assemble`] writes at one place.
 #[derive(Clone, Copy, Debug)]
-pub struct Part {
+pub struct Part<'b> {
     /// The first of its rows in the result.
     pub rows: usize,
     /// The first of its columns in the result.
     pub cols: usize,
     /// The values, as many rows and columns as it takes in the result.
-    pub source: Matrix,
+    pub source: Matrix<'b>,
     /// What the values are multiplied by.
     pub factor: f64,
 }

@@ -6,10 +6,9 @@
 mod work;
 
 use candle_core::{DType, Device, Tensor};
-use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
-use super::launch::{RawMatrix, address_or_none, launched, stream};
-use crate::device::{Error, Matrix, Pointer, argument, array, cuda, empty, failed, upload_i32};
+use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
+use crate::device::{Error, Matrix, Pointer, argument, array, empty, multiprocessors, upload_i32};
 pub use work::SegmentRange;
 use work::{KEY_TILE, KeySplit, WorkLists, has_long_key_tiles};
 
@@ -25,8 +24,8 @@ struct RawKeySplit {
     num_split_tiles: i32,
 }
 
-// SAFETY: these are the signatures of `attention_forward.cu` and `attention_backward.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `attention_forward.cu` and `attention_backward.cu`.
     fn trainer_attention_forward(
         o: RawMatrix,
         lse: u64,
@@ -38,7 +37,7 @@ unsafe extern "C" {
         heads: i32,
         kv_heads: i32,
         variant: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_attention_delta(
         delta: u64,
@@ -46,7 +45,7 @@ unsafe extern "C" {
         o: RawMatrix,
         heads: i32,
         variant: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_attention_backward_queries(
         dq: RawMatrix,
@@ -61,7 +60,7 @@ unsafe extern "C" {
         heads: i32,
         kv_heads: i32,
         variant: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_attention_backward_keys(
         dk: RawMatrix,
@@ -78,7 +77,7 @@ unsafe extern "C" {
         heads: i32,
         kv_heads: i32,
         variant: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_attention_backward_sums(
         dq: RawMatrix,
@@ -110,7 +109,7 @@ unsafe extern "C" {
         split: RawKeySplit,
         heads: i32,
         kv_heads: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 
@@ -164,9 +163,7 @@ impl AttentionPlan {
         let lists = WorkLists::new(segments)?;
         let tiles = lists.key_tiles.iter().chain(&lists.views).flatten().chain(&lists.work);
         let words: Vec<i32> = lists.query_tiles.iter().flatten().chain(tiles).copied().collect();
-        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = cuda(device)?.cuda_stream().context().attribute(attribute);
-        let asked = failed("asking for the number of multiprocessors");
+        let multiprocessors = multiprocessors(device)?;
         Ok(Self {
             words: upload_i32(device, &words)?,
             work: lists.work,
@@ -174,7 +171,7 @@ impl AttentionPlan {
             num_key_tiles: lists.key_tiles.len(),
             num_views: lists.views.len(),
             num_tokens: lists.num_tokens,
-            multiprocessors: u64::from(multiprocessors.map_err(asked)?.cast_unsigned()),
+            multiprocessors: multiprocessors.into(),
             is_deterministic: false,
         })
     }

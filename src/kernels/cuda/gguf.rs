@@ -1,15 +1,14 @@
 //! GGUF's block formats.
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 pub use crate::kernels::cpu::BlockFormat as GgufKind;
 
-// SAFETY: these are the signatures of `gguf.cu`.
-unsafe extern "C" {
-    fn trainer_dequantize_gguf(out: RawMatrix, kind: i32, blocks: u64, first_row: i64, stream: CUstream) -> i32;
+kernels! {
+    // Of `gguf.cu`.
+    fn trainer_dequantize_gguf(out: RawMatrix, kind: i32, blocks: u64, first_row: i64, stream: RawStream) -> i32;
 }
 
 /// The number of a format in the kernel's interface; `None` for plain floats.

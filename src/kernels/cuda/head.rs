@@ -5,16 +5,15 @@
 //! `V` vocabulary.
 
 use candle_core::{DType, Device};
-use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
-use super::launch::{RawMatrix, address_or_none, launched, stream};
+use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
-// SAFETY: these are the signatures of `head.cu`.
-unsafe extern "C" {
-    fn trainer_head_start(state: u64, rows: i64, stream: CUstream) -> i32;
-    fn trainer_head_forward_chunk(state: u64, logits: RawMatrix, first: i64, targets: u64, stream: CUstream) -> i32;
+kernels! {
+    // Of `head.cu`.
+    fn trainer_head_start(state: u64, rows: i64, stream: RawStream) -> i32;
+    fn trainer_head_forward_chunk(state: u64, logits: RawMatrix, first: i64, targets: u64, stream: RawStream) -> i32;
     fn trainer_head_finish(
         state: u64,
         rows: i64,
@@ -22,7 +21,7 @@ unsafe extern "C" {
         entropies: u64,
         log_sums: u64,
         is_argmax: u64,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_head_backward_chunk(
         d_logits: RawMatrix,
@@ -34,18 +33,18 @@ unsafe extern "C" {
         d_logprobs: u64,
         d_entropies: u64,
         scale: f32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 
 /// The running sums of all rows over the pieces of the vocabulary.
 #[derive(Clone, Copy, Debug)]
-pub struct HeadState {
-    buffer: Pointer,
+pub struct HeadState<'b> {
+    buffer: Pointer<'b>,
     rows: usize,
 }
 
-impl HeadState {
+impl<'b> HeadState<'b> {
     /// Length of the buffer for `rows` rows, in f64.
     pub const fn buffer_len(rows: usize) -> usize {
         3 * rows
@@ -58,7 +57,7 @@ impl HeadState {
     ///
     /// # Errors
     /// If the buffer is too short.
-    pub fn new(buffer: Pointer, rows: usize) -> Result<Self, Error> {
+    pub fn new(buffer: Pointer<'b>, rows: usize) -> Result<Self, Error> {
         expect_length("head state", "buffer", buffer, Self::buffer_len(rows))?;
         Ok(Self { buffer, rows })
     }

@@ -8,6 +8,10 @@
 mod assemble;
 mod attention;
 mod checks;
+#[cfg(feature = "cuda")]
+mod gemm;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_gemm.rs"]
 mod gemm;
 mod gguf;
 mod head;
@@ -16,7 +20,9 @@ mod nf4;
 mod norm;
 mod optimizer;
 mod paged_attention;
+mod paged_step;
 mod pointwise;
+mod products;
 mod rope;
 mod rows;
 mod swiglu;
@@ -28,18 +34,18 @@ pub use attention::{
     attention_forward_with,
 };
 pub use gemm::{
-    Accumulate, Side, Taken, Tried, begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic,
-    start_choices, take_choices, try_noted,
+    begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic, start_choices, take_choices,
+    try_noted,
 };
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 pub use optimizer::{adamw, sums_of_squares};
-pub use paged_attention::{
-    NO_SLOT, PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
-};
+pub use paged_attention::{PagedCache, copy_pages, paged_attention, paged_attention_workspace, write_pages};
+pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
+pub use products::{Accumulate, Side, Taken, Tried};
 pub use rope::{rope, rope_table};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
 pub use swiglu::{MOST_SHARE_RANKS, swiglu, swiglu_backward};

@@ -1,10 +1,9 @@
 //! 4-bit codes with block maxima, as bitsandbytes defines them.
 
 use candle_core::{DType, Device};
-use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
-use super::launch::{RawMatrix, launched, stream, type_code};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream, type_code};
 use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
@@ -14,8 +13,8 @@ const NESTED_BLOCK: usize = 256;
 /// Values of the map of 8-bit maxima.
 const MAP_LEN: usize = 256;
 
-// SAFETY: these are the signatures of `nf4.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `nf4.cu`.
     fn trainer_dequantize_nf4(
         out: RawMatrix,
         packed: u64,
@@ -26,7 +25,7 @@ unsafe extern "C" {
         offset: f32,
         values: u64,
         first_row: i64,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_quantize_nf4(
         packed: u64,
@@ -35,7 +34,7 @@ unsafe extern "C" {
         dtype: i32,
         count: i64,
         is_fp4: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_quantize_maxima(
         codes: u64,
@@ -44,23 +43,23 @@ unsafe extern "C" {
         map: u64,
         offset: f32,
         count: i64,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 
 /// The block maxima of a 4-bit matrix on the device.
 #[derive(Clone, Copy, Debug)]
-pub enum Nf4Absmax {
+pub enum Nf4Absmax<'b> {
     /// f32 `[blocks]`.
-    Plain(Pointer),
+    Plain(Pointer<'b>),
     /// `map[codes[i]] * absmax[i / 256] + offset`.
     Nested {
         /// u8 `[blocks]`.
-        codes: Pointer,
+        codes: Pointer<'b>,
         /// f32 `[ceil(blocks / 256)]`.
-        absmax: Pointer,
+        absmax: Pointer<'b>,
         /// f32 `[256]`.
-        map: Pointer,
+        map: Pointer<'b>,
         /// The mean that was subtracted.
         offset: f32,
     },
@@ -68,13 +67,13 @@ pub enum Nf4Absmax {
 
 /// A 4-bit matrix on the device.
 #[derive(Clone, Copy, Debug)]
-pub struct Nf4View {
+pub struct Nf4View<'b> {
     /// u8 `[ceil(rows * cols / 2)]`: two codes a byte, the first in the high nibble.
-    pub packed: Pointer,
+    pub packed: Pointer<'b>,
     /// Maxima of blocks of 64 over the flattened matrix.
-    pub absmax: Nf4Absmax,
+    pub absmax: Nf4Absmax<'b>,
     /// f32 `[16]`: value of each code.
-    pub values: Pointer,
+    pub values: Pointer<'b>,
 }
 
 /// Dequantises rows `first_row ..` of a 4-bit matrix of `cols` columns, as many as `out` has; bitwise the CPU's values,

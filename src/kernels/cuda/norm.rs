@@ -4,14 +4,13 @@
 //! stream, T that of the activations: R is T or f32.
 
 use candle_core::{DType, Device};
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{column_splits, expect_length, expect_shape, expect_type};
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
-// SAFETY: these are the signatures of `norm.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `norm.cu`.
     fn trainer_rms_norm(
         y: RawMatrix,
         reciprocals: u64,
@@ -19,7 +18,7 @@ unsafe extern "C" {
         weight: u64,
         heads: i32,
         eps: f32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_rms_norm_backward(
         dx: RawMatrix,
@@ -29,7 +28,7 @@ unsafe extern "C" {
         reciprocals: u64,
         add: RawMatrix,
         heads: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
     fn trainer_rms_norm_weight_gradient(
         grad: u64,
@@ -39,7 +38,7 @@ unsafe extern "C" {
         workspace: u64,
         splits: i32,
         heads: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 

@@ -3,15 +3,14 @@
 use std::ops::Range;
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::expect_length;
-use super::launch::{launched, stream};
+use super::launch::{RawStream, kernels, launched, stream};
 use crate::device::{Error, Pointer, argument};
 use crate::kernels::AdamWFactors;
 
-// SAFETY: these are the signatures of `optimizer.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `optimizer.cu`.
     fn trainer_adamw(
         values: u64,
         grads: u64,
@@ -19,9 +18,9 @@ unsafe extern "C" {
         second: u64,
         count: i64,
         factors: AdamWFactors,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
-    fn trainer_sums_of_squares(sums: u64, values: u64, count: i64, offsets: u64, entries: i32, stream: CUstream)
+    fn trainer_sums_of_squares(sums: u64, values: u64, count: i64, offsets: u64, entries: i32, stream: RawStream)
     -> i32;
 }
 

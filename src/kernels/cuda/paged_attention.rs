@@ -4,17 +4,17 @@
 
 use std::f32::consts::LOG2_E;
 
-use candle_core::{DType, Device, Tensor};
-use cudarc::driver::sys::CUstream;
+use candle_core::{DType, Device};
 
-use super::launch::{RawMatrix, launched, stream, type_code};
-use crate::device::{Error, Matrix, Pointer, argument, upload_u64};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream, type_code};
+use super::paged_step::{PageStores, PagedSize, PagedStep};
+use crate::device::{Error, Matrix, Pointer, argument, array, upload_u32};
 
-// SAFETY: these are the signatures of `paged_attention.cu`.
-unsafe extern "C" {
-    fn paged_write(keys: u64, values: u64, dtype: i32, k: RawMatrix, v: RawMatrix, slots: u64, stream: CUstream)
+kernels! {
+    // Of `paged_attention.cu`.
+    fn paged_write(keys: u64, values: u64, dtype: i32, k: RawMatrix, v: RawMatrix, slots: u64, stream: RawStream)
     -> i32;
-    fn paged_copy(stores: u64, num_stores: i32, pairs: u64, num_pairs: i32, page_bytes: i64, stream: CUstream) -> i32;
+    fn paged_copy(stores: u64, num_stores: i32, pairs: u64, num_pairs: i32, page_bytes: i64, stream: RawStream) -> i32;
     fn paged_attend(
         out: RawMatrix,
         q: RawMatrix,
@@ -30,23 +30,20 @@ unsafe extern "C" {
         page_tokens: i32,
         splits: i32,
         split_keys: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
-
-/// The slot of a token that is not stored.
-pub const NO_SLOT: u32 = u32::MAX;
 
 /// Largest head size.
 const MAX_HEAD_DIM: usize = 256;
 
 /// The cache of one layer.
 #[derive(Clone, Copy, Debug)]
-pub struct PagedCache {
+pub struct PagedCache<'b> {
     /// `[P, T, K, D]` of `dtype`.
-    pub keys: Pointer,
+    pub keys: Pointer<'b>,
     /// `[P, T, K, D]` of `dtype`.
-    pub values: Pointer,
+    pub values: Pointer<'b>,
     /// f32, f16 or bf16.
     pub dtype: DType,
     /// `K`.
@@ -57,8 +54,8 @@ pub struct PagedCache {
     pub page_tokens: usize,
 }
 
-impl PagedCache {
-    fn check(&self, kernel: &'static str) -> Result<(), Error> {
+impl PagedCache<'_> {
+    fn check(&self, kernel: &'static str, step: &PagedStep) -> Result<(), Error> {
         let Self { keys, values, dtype, kv_heads, head_dim, page_tokens } = *self;
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(argument(kernel, "cache", dtype, "f32, f16 or bf16"));
@@ -70,45 +67,38 @@ impl PagedCache {
         if keys.len != values.len || !keys.len.is_multiple_of(page_tokens * kv_heads * head_dim) {
             return Err(argument(kernel, "cache", [keys.len, values.len], "whole pages, as many values as keys"));
         }
+        let size = PagedSize { pages: keys.len / (page_tokens * kv_heads * head_dim), page_tokens };
+        if step.size().page_tokens != page_tokens || step.size().pages > size.pages {
+            return Err(argument(kernel, "step", step.size(), size));
+        }
         Ok(())
     }
-
-    /// Bytes of a page of keys, and of a page of values.
-    pub fn page_bytes(&self) -> usize {
-        self.page_tokens * self.kv_heads * self.head_dim * self.dtype.size_in_bytes()
-    }
-}
-
-/// The query rows of a step and the pages of their sequences.
-#[derive(Clone, Copy, Debug)]
-pub struct PagedRows {
-    /// u32: the page lists of all sequences, each in order of position.
-    pub tables: Pointer,
-    /// u32 `[N, 2]`: where the row's page list starts in `tables`, and how many keys the row sees. Neighbouring rows of
-    /// a prompt, each of which sees one key more, share their loads.
-    pub rows: Pointer,
-    /// The most keys that a row sees.
-    pub max_context: usize,
 }
 
 /// Stores new tokens; values are rounded to the cache's type.
 ///
 /// # Shapes
-/// `k`, `v`: `[N, K * D]` of any float type; `slots`: u32 `[N]`, `page * T + place` of each token, all different, or
-/// [`NO_SLOT`]. Slots inside the cache are the caller's promise.
+/// `k`, `v`: `[N, K * D]` of any float type, a row for each slot of `step`.
 ///
 /// # Errors
-/// If shapes or types do not fit, or the launch fails.
-pub fn write_pages(device: &Device, cache: PagedCache, k: Matrix, v: Matrix, slots: Pointer) -> Result<(), Error> {
-    cache.check("paged write")?;
-    let width = cache.kv_heads * cache.head_dim;
+/// If shapes or types do not fit, the step is for another cache, or the launch fails.
+pub fn write_pages(
+    device: &Device,
+    cache: PagedCache<'_>,
+    k: Matrix<'_>,
+    v: Matrix<'_>,
+    step: &PagedStep,
+) -> Result<(), Error> {
+    const KERNEL: &str = "paged write";
+    cache.check(KERNEL, step)?;
+    let (slots, width) = (step.slots()?, cache.kv_heads * cache.head_dim);
     for (name, x) in [("k", k), ("v", v)] {
         if (x.rows, x.cols) != (slots.len, width) {
-            return Err(argument("paged write", name, [x.rows, x.cols], [slots.len, width]));
+            return Err(argument(KERNEL, name, [x.rows, x.cols], [slots.len, width]));
         }
     }
-    // SAFETY: views of live device memory whose shapes were checked; the stream orders the accesses. That slots lie in
-    // the cache is the caller's promise.
+    // SAFETY: views of live device memory whose shapes were checked; the step's slots lie in caches of this size; the stream
+    // orders the accesses.
     let code = unsafe {
         paged_write(
             cache.keys.address,
@@ -120,46 +110,33 @@ pub fn write_pages(device: &Device, cache: PagedCache, k: Matrix, v: Matrix, slo
             stream(device)?,
         )
     };
-    launched("paged write", code)
-}
-
-/// The addresses of a cache's arrays, keys and values of all layers in any order, for [`copy_pages`]; i64 bits
-/// `[stores]`. Good as long as those arrays live.
-///
-/// # Errors
-/// If an array does not start at a multiple of 16 bytes, `device` is no GPU or memory runs out.
-pub fn page_stores(device: &Device, stores: &[Pointer]) -> Result<Tensor, Error> {
-    if let Some(odd) = stores.iter().find(|store| !store.address.is_multiple_of(16)) {
-        return Err(argument("page copy", "stores", odd, "arrays at multiples of 16 bytes"));
-    }
-    let addresses: Vec<u64> = stores.iter().map(|store| store.address).collect();
-    upload_u64(device, &addresses)
+    launched(KERNEL, code)
 }
 
 /// Copies pages in all of a cache's arrays at once.
 ///
 /// # Shapes
-/// `stores`: i64 bits, from [`page_stores`]; `pairs`: u32 `[C, 2]`, source and destination of each copy. No destination
-/// is another copy's source or destination. Pages inside the cache are the caller's promise.
+/// `pairs`: source and destination of each copy. No destination is another copy's source or destination.
 ///
 /// # Errors
-/// If shapes do not fit, or the launch fails.
-pub fn copy_pages(device: &Device, stores: Pointer, pairs: Pointer, page_bytes: usize) -> Result<(), Error> {
-    if !pairs.len.is_multiple_of(2) || !pairs.address.is_multiple_of(8) {
-        return Err(argument("page copy", "pairs", pairs, "pairs of pages at a multiple of 8 bytes"));
+/// If a page is not in the cache, memory runs out, or the launch fails.
+pub fn copy_pages(device: &Device, stores: &PageStores, pairs: &[[u32; 2]]) -> Result<(), Error> {
+    const KERNEL: &str = "page copy";
+    if let Some(pair) = pairs.iter().find(|pair| pair.iter().any(|&page| page as usize >= stores.pages())) {
+        return Err(argument(KERNEL, "pairs", pair, format!("pages below {}", stores.pages())));
     }
-    if pairs.len / 2 > MAX_GRID_ROWS {
-        return Err(argument("page copy", "pairs", pairs.len / 2, format!("at most {MAX_GRID_ROWS}")));
+    for pairs in pairs.chunks(MAX_GRID_ROWS) {
+        let on_device = upload_u32(device, pairs.as_flattened())?;
+        let (addresses, page_bytes) = (stores.addresses()?, stores.page_bytes() as i64);
+        let (num_stores, num_pairs, stream) = (stores.len() as i32, pairs.len() as i32, stream(device)?);
+        // SAFETY: the addresses are of live arrays, which `stores` keeps, of as many pages as was checked; the stream orders the
+        // accesses, and the freeing of the list of pairs.
+        let code = unsafe {
+            paged_copy(addresses.address, num_stores, array(&on_device)?.address, num_pairs, page_bytes, stream)
+        };
+        launched(KERNEL, code)?;
     }
-    if !page_bytes.is_multiple_of(2) {
-        return Err(argument("page copy", "page_bytes", page_bytes, "an even number"));
-    }
-    let (num_stores, num_pairs) = (stores.len as i32, (pairs.len / 2) as i32);
-    let stream = stream(device)?;
-    // SAFETY: `stores` holds addresses of live arrays, which their maker keeps alive; the stream orders the accesses.
-    // That pages lie in the cache is the caller's promise.
-    let code = unsafe { paged_copy(stores.address, num_stores, pairs.address, num_pairs, page_bytes as i64, stream) };
-    launched("page copy", code)
+    Ok(())
 }
 
 /// Blocks that a grid may have in its second dimension.
@@ -208,11 +185,10 @@ pub fn paged_attention_workspace(
 ///
 /// # Shapes
 /// `out`, `q`: `[N, H * D]` of any float type, `H` a multiple of `K`; `workspace`: f32, at least
-/// [`paged_attention_workspace`] elements, `None` for none. Pages inside the cache, page lists as long as contexts and
-/// contexts of at most `max_context` are the caller's promise.
+/// [`paged_attention_workspace`] elements, `None` for none. `step` has a row for each of `q`.
 ///
 /// # Errors
-/// If shapes or types do not fit, or the launch fails.
+/// If shapes or types do not fit, the step is for another cache, or the launch fails.
 ///
 /// # Equation
 /// `softmax(scale * q k^T) v` (Vaswani et al., 1706.03762, eq. 1), query head `h` with key-value head `h / (H / K)`
@@ -221,13 +197,14 @@ pub fn paged_attention(
     device: &Device,
     out: Matrix,
     q: Matrix,
-    cache: PagedCache,
-    step: PagedRows,
+    cache: PagedCache<'_>,
+    step: &PagedStep,
     scale: f32,
     workspace: Option<Pointer>,
 ) -> Result<(), Error> {
     const KERNEL: &str = "paged attention";
-    cache.check(KERNEL)?;
+    cache.check(KERNEL, step)?;
+    let (rows, max_context) = (step.rows()?, step.max_context());
     let PagedCache { kv_heads, head_dim, page_tokens, .. } = cache;
     if !q.cols.is_multiple_of(kv_heads * head_dim) {
         let expected = format!("a multiple of {kv_heads} heads of {head_dim}");
@@ -236,24 +213,24 @@ pub fn paged_attention(
     if (out.rows, out.cols) != (q.rows, q.cols) {
         return Err(argument(KERNEL, "out", [out.rows, out.cols], [q.rows, q.cols]));
     }
-    if step.rows.len != 2 * q.rows || !step.rows.address.is_multiple_of(8) {
-        return Err(argument(KERNEL, "rows", step.rows, format!("{} pairs at a multiple of 8 bytes", q.rows)));
+    if rows.len != 2 * q.rows || !rows.address.is_multiple_of(8) {
+        return Err(argument(KERNEL, "step", rows, format!("{} pairs at a multiple of 8 bytes", q.rows)));
     }
-    if step.max_context > i32::MAX as usize - 2 * SPLIT_KEYS {
-        return Err(argument(KERNEL, "max_context", step.max_context, "well below 2^31"));
+    if max_context > i32::MAX as usize - 2 * SPLIT_KEYS {
+        return Err(argument(KERNEL, "max_context", max_context, "well below 2^31"));
     }
     let heads = q.cols / head_dim;
     if q.rows.saturating_mul(heads) > i32::MAX as usize {
         return Err(argument(KERNEL, "q", [q.rows, q.cols], "below 2^31 rows times heads"));
     }
-    let (splits, split_keys) = split(q.rows, heads, kv_heads, head_dim, step.max_context);
-    let needed = paged_attention_workspace(q.rows, heads, kv_heads, head_dim, step.max_context);
+    let (splits, split_keys) = split(q.rows, heads, kv_heads, head_dim, max_context);
+    let needed = paged_attention_workspace(q.rows, heads, kv_heads, head_dim, max_context);
     let (address, len) = workspace.map_or((0, 0), |w| (w.address, w.len));
     if len < needed || !address.is_multiple_of(8) {
         return Err(argument(KERNEL, "workspace", workspace, format!("{needed} floats at a multiple of 8 bytes")));
     }
-    // SAFETY: views of live device memory whose shapes were checked; the stream orders the accesses. What is in
-    // `tables` and `rows` is the caller's promise.
+    // SAFETY: views of live device memory whose shapes were checked; the step's rows see keys of pages in caches of this size;
+    // the stream orders the accesses.
     let code = unsafe {
         paged_attend(
             out.into(),
@@ -261,8 +238,8 @@ pub fn paged_attention(
             cache.keys.address,
             cache.values.address,
             type_code(cache.dtype),
-            step.tables.address,
-            step.rows.address,
+            step.tables()?.address,
+            rows.address,
             address,
             scale * LOG2_E,
             kv_heads as i32,

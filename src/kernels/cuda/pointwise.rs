@@ -4,15 +4,14 @@
 //! arithmetic is f32. Results may lie on operands, value on value.
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{column_splits, expect_length, expect_shape};
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
-// SAFETY: these are the signatures of `pointwise.cu`.
-unsafe extern "C" {
-    fn trainer_axpby(y: RawMatrix, alpha: f32, x: RawMatrix, beta: f32, stream: CUstream) -> i32;
+kernels! {
+    // Of `pointwise.cu`.
+    fn trainer_axpby(y: RawMatrix, alpha: f32, x: RawMatrix, beta: f32, stream: RawStream) -> i32;
     fn trainer_dropout(
         y: RawMatrix,
         x: RawMatrix,
@@ -21,11 +20,11 @@ unsafe extern "C" {
         least_kept: u64,
         scale: f32,
         is_added: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
-    fn trainer_fill(y: RawMatrix, value: f32, stream: CUstream) -> i32;
-    fn trainer_count_non_finite(count: u64, x: RawMatrix, stream: CUstream) -> i32;
-    fn trainer_column_sums(sums: u64, x: RawMatrix, workspace: u64, splits: i32, stream: CUstream) -> i32;
+    fn trainer_fill(y: RawMatrix, value: f32, stream: RawStream) -> i32;
+    fn trainer_count_non_finite(count: u64, x: RawMatrix, stream: RawStream) -> i32;
+    fn trainer_column_sums(sums: u64, x: RawMatrix, workspace: u64, splits: i32, stream: RawStream) -> i32;
 }
 
 /// Where pieces of `cols` columns begin, and how many they have: few enough for the kernels to count, so that flat

@@ -3,14 +3,13 @@
 //! Legend: `N` tokens, `H` heads, `d` columns of a head.
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_length, expect_shape};
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
-// SAFETY: these are the signatures of `rope.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `rope.cu`.
     fn trainer_rope_table(
         table: u64,
         positions: u64,
@@ -18,9 +17,9 @@ unsafe extern "C" {
         rows: i64,
         half: i32,
         scale: f32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
-    fn trainer_rope(x: RawMatrix, table: u64, heads: i32, d: i32, is_backward: i32, stream: CUstream) -> i32;
+    fn trainer_rope(x: RawMatrix, table: u64, heads: i32, d: i32, is_backward: i32, stream: RawStream) -> i32;
 }
 
 /// Cosines and sines of the angles `position * frequency`, in f32 as the reference computes them, times `scale`

@@ -4,15 +4,14 @@
 //! f32, f16 and bf16, each its own; sums are f32.
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_length, expect_shape};
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
-// SAFETY: these are the signatures of `rows.cu`.
-unsafe extern "C" {
-    fn trainer_gather_rows(y: RawMatrix, table: RawMatrix, rows: u64, stream: CUstream) -> i32;
+kernels! {
+    // Of `rows.cu`.
+    fn trainer_gather_rows(y: RawMatrix, table: RawMatrix, rows: u64, stream: RawStream) -> i32;
     fn trainer_sum_rows(
         grad: RawMatrix,
         dy: RawMatrix,
@@ -22,7 +21,7 @@ unsafe extern "C" {
         num_sources: u32,
         num_targets: i32,
         is_added: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 

@@ -1,15 +1,14 @@
 //! The gated activation of the MLP: `silu(gate) * up` (Shazeer, 2002.05202, sec. 2).
 
 use candle_core::Device;
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_shape, expect_type};
-use super::launch::{RawMatrix, launched, stream};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, argument};
 
-// SAFETY: these are the signatures of `swiglu.cu`.
-unsafe extern "C" {
-    fn trainer_swiglu(y: RawMatrix, gate: RawMatrix, up: RawMatrix, stream: CUstream) -> i32;
+kernels! {
+    // Of `swiglu.cu`.
+    fn trainer_swiglu(y: RawMatrix, gate: RawMatrix, up: RawMatrix, stream: RawStream) -> i32;
     fn trainer_swiglu_backward(
         d_gate: RawMatrix,
         d_up: RawMatrix,
@@ -19,7 +18,7 @@ unsafe extern "C" {
         activated: RawMatrix,
         d_low: RawMatrix,
         a: RawMatrix,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 

@@ -4,14 +4,13 @@
 //! adapter's share of `dy`, the gradients of gate and up, and the sums over rows that the adapters' own gradients are.
 
 use candle_core::{DType, Device};
-use cudarc::driver::sys::CUstream;
 
 use super::checks::{expect_length, expect_shape, expect_type};
-use super::launch::{RawMatrix, launched, stream};
-use crate::device::{Error, Matrix, Pointer, argument, cuda};
+use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
+use crate::device::{Error, Matrix, Pointer, argument, compute_capability};
 
-// SAFETY: this is the signature of `swiglu_adapters.cu`.
-unsafe extern "C" {
+kernels! {
+    // Of `swiglu_adapters.cu`.
     fn trainer_swiglu_backward_adapters(
         d_gate: RawMatrix,
         d_up: RawMatrix,
@@ -29,7 +28,7 @@ unsafe extern "C" {
         up_factor: f32,
         workspace: u64,
         share: i32,
-        stream: CUstream,
+        stream: RawStream,
     ) -> i32;
 }
 
@@ -38,39 +37,39 @@ pub const MOST_SWIGLU_RANKS: usize = 32;
 
 /// The adapter of the projection that takes the activation `y`.
 #[derive(Clone, Copy, Debug)]
-pub struct DownAdapter {
+pub struct DownAdapter<'b> {
     /// `[N, R]`: the gradient of its low-rank product `y A^T`.
-    pub d_low: Matrix,
+    pub d_low: Matrix<'b>,
     /// `[R, I]`: `d_low A` is its share of the gradient of `y`.
-    pub a: Matrix,
+    pub a: Matrix<'b>,
     /// f32 `[r, I]`, r at most R: `d_low^T y` is added, without the ranks from r on.
-    pub grad_a: Option<Matrix>,
+    pub grad_a: Option<Matrix<'b>>,
 }
 
 /// The adapter of the projection that gives gate or up.
 #[derive(Clone, Copy, Debug)]
-pub struct OutAdapter {
+pub struct OutAdapter<'b> {
     /// `[N, R]`: its low-rank product.
-    pub low: Matrix,
+    pub low: Matrix<'b>,
     /// f32 `[I, r]`, r at most R: `factor d^T low` is added, where `d` is the gradient of gate or up.
-    pub grad_b: Matrix,
+    pub grad_b: Matrix<'b>,
     /// The factor of the adapter.
     pub factor: f32,
 }
 
 /// The adapters around the activation that there are.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct MlpAdapters {
+pub struct MlpAdapters<'b> {
     /// Behind the activation.
-    pub down: Option<DownAdapter>,
+    pub down: Option<DownAdapter<'b>>,
     /// Before the gate.
-    pub gate: Option<OutAdapter>,
+    pub gate: Option<OutAdapter<'b>>,
     /// Before up.
-    pub up: Option<OutAdapter>,
+    pub up: Option<OutAdapter<'b>>,
 }
 
-impl MlpAdapters {
-    fn lows(&self) -> impl Iterator<Item = Matrix> {
+impl<'b> MlpAdapters<'b> {
+    fn lows(&self) -> impl Iterator<Item = Matrix<'b>> + use<'b> {
         let lows = [self.down.map(|a| a.d_low), self.gate.map(|a| a.low), self.up.map(|a| a.low)];
         lows.into_iter().flatten()
     }
@@ -108,7 +107,7 @@ fn has_tensor_cores(device: &Device, dtype: DType) -> bool {
         DType::BF16 => (8, 0),
         _ => return false,
     };
-    let capability = cuda(device).ok().and_then(|d| d.cuda_stream().context().compute_capability().ok());
+    let capability = compute_capability(device).ok();
     capability.is_some_and(|capability| capability >= least)
 }
 

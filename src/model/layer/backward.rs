@@ -174,8 +174,8 @@ impl DecoderLayer<'_> {
         let [dq, dk, dv] =
             attention::backward_rows(&d_attended, &q, &k, &v, &attended, pass.layout, self.heads, &attention)?;
         drop((d_attended, attended, attention, q, k, v));
-        let dq = Self::heads_backward(&dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
-        let dk = Self::heads_backward(&dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
+        let dq = Self::heads_backward(dq, self.q_norm.as_ref(), inputs.q_norm.as_ref(), pass.rotation)?;
+        let dk = Self::heads_backward(dk, self.k_norm.as_ref(), inputs.k_norm.as_ref(), pass.rotation)?;
         let d_normed = self.with_group(QKV, pass, |group, mode| {
             let (dx, carried) = linear::backward_input(group, &[dq, dk, dv], &inputs.qkv, mode)?;
             linear::backward_weights(group, &carried, Some(&inputs.normed), Some(&inputs.qkv), mode)?;
@@ -198,7 +198,7 @@ impl DecoderLayer<'_> {
         let (d_gate, d_up, has_b_gradients) = self.with_group(DOWN, pass, |group, mode| {
             let (d_activated, carried) = linear::backward_input(group, std::slice::from_ref(dy), &down, mode)?;
             let around = Around { down: group[0], gate: gate_proj, up: up_proj, saved: &gate_up, mode };
-            let Between { d_gate, d_up, activated } = swiglu::backward_between(d_activated, &gate, &up, &around)?;
+            let Between { d_gate, d_up, activated } = swiglu::backward_between(d_activated, gate, up, &around)?;
             linear::backward_weights(group, &carried, activated.as_ref(), Some(&down), mode)?;
             Ok((d_gate, d_up, activated.is_none()))
         })?;
@@ -226,14 +226,14 @@ impl DecoderLayer<'_> {
     }
 
     fn heads_backward(
-        dy: &Tensor,
+        dy: Tensor,
         norm: Option<&Param>,
         saved: Option<&SavedNorm>,
         rotation: &Rotation,
     ) -> Result<Tensor, Error> {
         let turned = rotation.backward_rows(dy)?;
         match (norm, saved) {
-            (Some(norm), Some(saved)) => Ok(rms_norm::backward_heads(&turned, &saved.input, norm, &saved.norm)?),
+            (Some(norm), Some(saved)) => Ok(rms_norm::backward_heads(turned, &saved.input, norm, &saved.norm)?),
             _ => Ok(turned),
         }
     }

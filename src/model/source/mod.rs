@@ -16,7 +16,6 @@ use candle_core::{DType, Device, Tensor};
 use crate::config::settings::{Quantization, WeightDtype};
 use crate::model::Error;
 use crate::model::config::ModelConfig;
-#[cfg(feature = "cuda")]
 use crate::quant::Quantizer;
 use crate::quant::{Nf4Matrix, Weight};
 
@@ -53,7 +52,6 @@ pub struct WeightSource {
     /// Names that are stored and that no block asks for.
     unused: Vec<String>,
     /// What quantises, if it is not the CPU.
-    #[cfg(feature = "cuda")]
     quantizer: Option<Quantizer>,
 }
 
@@ -95,26 +93,14 @@ impl WeightSource {
                 (Backing::Random(RandomWeights::new(&config, seed.unwrap_or(0))), vec![])
             }
         };
-        let source = Self {
-            path: path.into(),
-            expected,
-            backing,
-            unused,
-            #[cfg(feature = "cuda")]
-            quantizer: None,
-        };
+        let source = Self { path: path.into(), expected, backing, unused, quantizer: None };
         Ok((config, source))
     }
 
     /// Lets `device` quantise: a GPU does so as fast as files are read, to the same bits, and keeps the matrices.
     #[must_use]
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "every device is the CPU"))]
     pub fn quantizing_on(self, device: &Device) -> Self {
-        Self {
-            #[cfg(feature = "cuda")]
-            quantizer: device.is_cuda().then(|| Quantizer::new(device)),
-            ..self
-        }
+        Self { quantizer: device.is_cuda().then(|| Quantizer::new(device)), ..self }
     }
 
     /// Hugging Face's names of all weights, sorted.
@@ -202,7 +188,6 @@ impl WeightSource {
             return self.dense(name, storage.dtype).map(Weight::Dense);
         };
         if let Some(stored) = self.stored(name) {
-            #[cfg(feature = "cuda")]
             if let Some(weight) = self.quantizer.as_ref().and_then(|by| stored.quantize_on(by, quantization)) {
                 return weight;
             }

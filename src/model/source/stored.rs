@@ -12,7 +12,6 @@ use super::bnb::QuantState;
 use crate::config::settings::Quantization;
 use crate::fs::Region;
 use crate::model::Error;
-#[cfg(feature = "cuda")]
 use crate::quant::Quantizer;
 use crate::quant::{GgufMatrix, Nf4Matrix, Weight};
 
@@ -93,7 +92,6 @@ impl Stored {
     }
 
     /// [`Self::quantize`] by a GPU, on which the matrix stays.
-    #[cfg(feature = "cuda")]
     pub(super) fn quantize_on(
         &self,
         quantizer: &Quantizer,

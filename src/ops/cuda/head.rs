@@ -1,10 +1,12 @@
 //! Log-probabilities and entropies, a strip of the vocabulary at a time: the strip's weights are unpacked once, its logits
 //! (f32) of all rows are made, used and dropped.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::device::timers::{Phase, span};
-use crate::device::{Matrix, array, download, download_u8, empty, matrix, upload_f32, upload_u32};
+use crate::device::{Matrix, Pointer, array, download, download_u8, empty, matrix, upload_f32, upload_u32};
 use crate::kernels::cuda::{
     Accumulate, HeadState, Side, axpby, fill, gemm, head_backward_chunk, head_finish, head_forward_chunk, head_start,
 };
@@ -161,25 +163,31 @@ pub(crate) fn forward_backward(
     let scale = temperature.recip() as f32;
     for first in (0..rows).step_by(height) {
         let count = height.min(rows - first);
-        let part = |array: &Tensor| crate::device::array(&array.narrow(0, first, count)?);
-        let line = |index: usize| array(&floats.narrow(0, index, 1)?.narrow(1, first, count)?);
+        let lines = [0, 1, 2].map(|index| index * rows + first..index * rows + first + count);
+        let [logprobs, entropies, log_sums] = lines.map(|line| part(&floats, line));
+        let (logprobs, entropies, log_sums) = (logprobs?, entropies?, log_sums?);
         let (logits, d_logits) = (matrix(&logits)?.rows(0, count), matrix(&d_logits)?.rows(0, count));
         let x = (x.rows(first, count), Side::Plain);
         gemm(device, logits, x, (table, Side::Transposed), scale, Accumulate::No, None)?;
         let state = HeadState::new(array(&buffer)?, count)?;
-        let (logprobs, entropies, log_sums) = (line(0)?, line(1)?, line(2)?);
-        let targets = part(&targets)?;
+        let rows = first..first + count;
+        let targets = part(&targets, rows.clone())?;
         head_start(device, state)?;
         head_forward_chunk(device, state, logits, 0, targets)?;
-        head_finish(device, state, logprobs, entropies, log_sums, part(&flags)?)?;
-        let d_entropies = d_entropies.as_ref().map(&part).transpose()?;
-        let d_logprobs = part(&d_logprobs)?;
+        head_finish(device, state, logprobs, entropies, log_sums, part(&flags, rows.clone())?)?;
+        let d_entropies = d_entropies.as_ref().map(|all| part(all, rows.clone())).transpose()?;
+        let d_logprobs = part(&d_logprobs, rows)?;
         head_backward_chunk(device, d_logits, logits, 0, targets, log_sums, entropies, d_logprobs, d_entropies, scale)?;
         let out = matrix(&d_hidden)?.rows(first, count);
         gemm(device, out, (d_logits, Side::Plain), (table, Side::Plain), 1.0, Accumulate::No, None)?;
     }
     drop(span);
     Ok((read(&floats, &flags, rows)?, d_hidden))
+}
+
+/// Some elements of a contiguous tensor.
+fn part(tensor: &Tensor, range: Range<usize>) -> Result<Pointer<'_>, Error> {
+    Ok(array(tensor)?.elements(range, tensor.dtype().size_in_bytes()))
 }
 
 /// The head's output on the host; waits for the device.

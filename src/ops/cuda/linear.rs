@@ -49,12 +49,21 @@ pub(crate) struct Saved {
 /// What the weights' gradients need from the input's.
 #[derive(Debug)]
 pub(crate) struct Carried {
-    /// Keeps the outputs' gradients alive.
-    held: Vec<Tensor>,
-    /// The outputs' gradients as columns of one buffer: `[N, O]`.
-    dy: Matrix,
+    dys: SideBySide,
     /// The gradient of `x Aᵀ`: `[N, R]`, columns of a wider buffer.
     d_low_rank: Option<Tensor>,
+}
+
+/// The outputs' gradients as columns of one buffer: of their own, or tensors that lie side by side.
+#[derive(Debug)]
+struct SideBySide(Vec<Tensor>);
+
+impl SideBySide {
+    /// `[N, O]`.
+    fn matrix(&self) -> Result<Matrix<'_>, Error> {
+        let parts: Vec<Matrix<'_>> = self.0.iter().map(matrix).collect::<Result<_, _>>()?;
+        Matrix::joined(&parts).ok_or_else(|| shape_error(OP, "dys", self.0.len(), "columns of one buffer"))
+    }
 }
 
 /// A group of projections and where each one's outputs and ranks begin.
@@ -157,10 +166,10 @@ impl<'a> Group<'a> {
     /// The `A`s one below the other, zero rows up to `R`: `[R, I]`.
     fn a(&self, dtype: DType) -> Result<Tensor, Error> {
         let out = empty(self.device, (self.ranks, self.inputs), dtype)?;
-        let part = |(_, adapter, _, ranks): (usize, &Adapter, Range<usize>, Range<usize>)| {
+        let parts = self.adapters().map(|(_, adapter, _, ranks)| {
             Ok(Part { rows: ranks.start, cols: 0, source: matrix(&adapter.a.value)?, factor: 1.0 })
-        };
-        assemble(self.device, matrix(&out)?, &self.adapters().map(part).collect::<Result<Vec<_>, Error>>()?)?;
+        });
+        assemble(self.device, matrix(&out)?, &parts.collect::<Result<Vec<_>, Error>>()?)?;
         Ok(out)
     }
 
@@ -287,7 +296,6 @@ pub(crate) fn forward(
         let _span = span(device, Phase::Pointwise)?;
         axpby(device, matrix(&y)?.rows(0, known_rows), 1.0, matrix(known)?, 0.0)?;
     }
-    let rows = |m: Matrix| m.rows(known_rows, m.rows - known_rows);
     // What is computed again is computed for its backward. (That of queries, keys and values comes after the MLP's.)
     let bytes = group.outputs * (group.inputs + group.ranks) * dtype.size_in_bytes();
     let is_soon_backward = first.is_some() && residual.is_none() && bytes <= most_waiting_bytes(x.rows());
@@ -298,8 +306,8 @@ pub(crate) fn forward(
             weights.push(weight.clone());
         }
         let _span = span(device, Phase::Multiply)?;
-        let x = rows(matrix(x.buffer())?.columns(0, group.inputs + group.ranks));
-        let columns = |m: Matrix| rows(m).columns(panel.start, panel.len());
+        let x = below(matrix(x.buffer())?.columns(0, group.inputs + group.ranks), known_rows);
+        let columns = |m| below(m, known_rows).columns(panel.start, panel.len());
         let onto = match onto {
             Accumulate::Onto(residual) => Accumulate::Onto(columns(residual)),
             other => other,
@@ -309,6 +317,11 @@ pub(crate) fn forward(
         gemm(device, columns(matrix(&y)?), (x, Side::Plain), weight, 1.0, onto, bias)?;
     }
     Ok((Outputs::of_whole(linears, y)?, SavedGroup::on_device(Saved { low_rank, dtype, weights })))
+}
+
+/// The rows from `first` on.
+fn below(m: Matrix<'_>, first: usize) -> Matrix<'_> {
+    m.rows(first, m.rows - first)
 }
 
 pub(crate) fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
@@ -331,7 +344,8 @@ pub(crate) fn backward_input(
     };
     let mode = Mode { use_adapter: low_rank.is_some(), ..mode };
     let group = Group::new(linears, mode, &device)?;
-    let (held, dy) = side_by_side(&group, dys, dtype)?;
+    let dys = side_by_side(&group, dys, dtype)?;
+    let dy = dys.matrix()?;
     for (_, linear, rows) in group.outputs() {
         if let Some(grad) = linear.bias.as_ref().and_then(|b| b.grad.as_ref()) {
             let part = dy.columns(rows.start, rows.len());
@@ -376,7 +390,7 @@ pub(crate) fn backward_input(
         ranks => Some(dx.narrow(1, group.inputs, ranks)?),
     };
     let values = if group.ranks == 0 { dx } else { dx.narrow(1, 0, group.inputs)? };
-    Ok((InputGradient::of(values, share), CarriedGroup::on_device(Carried { held, dy, d_low_rank })))
+    Ok((InputGradient::of(values, share), CarriedGroup::on_device(Carried { dys, d_low_rank })))
 }
 
 /// Adds `d_low A` to the gradient of the input.
@@ -387,10 +401,9 @@ pub(crate) fn add_share(values: &Tensor, (d_low, a): (&Tensor, &Tensor)) -> Resu
     Ok(gemm(device, matrix(values)?, d_low, a, 1.0, Accumulate::Into, None)?)
 }
 
-/// The outputs' gradients as columns of one buffer of type `dtype`, and the tensors that keep it alive; they are copied
-/// only if they are not that already.
-fn side_by_side(group: &Group<'_>, dys: &[Tensor], dtype: DType) -> Result<(Vec<Tensor>, Matrix), Error> {
-    let parts: Vec<Matrix> = dys.iter().map(matrix).collect::<Result<_, _>>()?;
+/// The outputs' gradients as columns of one buffer of type `dtype`; they are copied only if they are not that already.
+fn side_by_side(group: &Group<'_>, dys: &[Tensor], dtype: DType) -> Result<SideBySide, Error> {
+    let parts: Vec<Matrix<'_>> = dys.iter().map(matrix).collect::<Result<_, _>>()?;
     if parts.len() != group.linears.len() {
         return Err(shape_error(OP, "dys", parts.len(), group.linears.len()));
     }
@@ -399,16 +412,15 @@ fn side_by_side(group: &Group<'_>, dys: &[Tensor], dtype: DType) -> Result<(Vec<
             return Err(shape_error(OP, "dy", [part.rows, part.cols], [parts[0].rows, linear.weight.rows()]));
         }
     }
-    let is_one_buffer = parts.windows(2).all(|pair| pair[0].is_followed_by(&pair[1]));
-    if is_one_buffer && parts[0].dtype() == dtype {
-        return Ok((dys.to_vec(), parts[0].widened(group.outputs - parts[0].cols)));
+    if parts[0].dtype() == dtype && Matrix::joined(&parts).is_some() {
+        return Ok(SideBySide(dys.to_vec()));
     }
     let out = empty(group.device, (parts[0].rows, group.outputs), dtype)?;
     let all = matrix(&out)?;
     for ((_, _, rows), part) in group.outputs().zip(&parts) {
         axpby(group.device, all.columns(rows.start, rows.len()), 1.0, *part, 0.0)?;
     }
-    Ok((vec![out], all))
+    Ok(SideBySide(vec![out]))
 }
 
 pub(crate) fn backward_weights(
@@ -418,8 +430,10 @@ pub(crate) fn backward_weights(
     saved: Option<&SavedGroup>,
     mode: Mode<'_>,
 ) -> Result<(), Error> {
-    debug_assert!(!carried.held.is_empty(), "the gradients are kept alive by their tensors");
-    let device = carried.held[0].device();
+    let Some(device) = carried.dys.0.first().map(Tensor::device) else {
+        return Err(shape_error(OP, "dys", 0, linears.len()));
+    };
+    let all_dy = carried.dys.matrix()?;
     let mode = Mode { use_adapter: carried.d_low_rank.is_some(), ..mode };
     let group = Group::new(linears, mode, device)?;
     let _span = span(device, Phase::LowRank)?;
@@ -428,7 +442,7 @@ pub(crate) fn backward_weights(
         let low_rank = matrix(low_rank)?;
         for (_, adapter, rows, ranks) in group.adapters() {
             if let Some(grad) = &adapter.b.grad {
-                let dy = (carried.dy.columns(rows.start, rows.len()), Side::Transposed);
+                let dy = (all_dy.columns(rows.start, rows.len()), Side::Transposed);
                 let low = (low_rank.columns(ranks.start, ranks.len()), Side::Plain);
                 gemm(device, matrix(grad)?, dy, low, adapter.scaling, Accumulate::Into, None)?;
             }
@@ -442,10 +456,10 @@ pub(crate) fn backward_weights(
 
 /// The gradients of the weights and of the `A`s.
 fn backward_from_input(group: &Group<'_>, carried: &Carried, x: Matrix) -> Result<(), Error> {
-    let device = group.device;
+    let (device, all_dy) = (group.device, carried.dys.matrix()?);
     for (_, linear, rows) in group.outputs() {
         if let Some(grad) = &linear.weight_grad {
-            let dy = (carried.dy.columns(rows.start, rows.len()), Side::Transposed);
+            let dy = (all_dy.columns(rows.start, rows.len()), Side::Transposed);
             gemm(device, matrix(grad)?, dy, (x, Side::Plain), 1.0, Accumulate::Into, None)?;
         }
     }

@@ -19,7 +19,7 @@ use super::{Error, shape_error};
 use crate::device::{Matrix, matrix};
 
 /// A vector as a single row.
-fn row(x: &Tensor) -> Result<Matrix, Error> {
+fn row(x: &Tensor) -> Result<Matrix<'_>, Error> {
     let row = matrix(x)?;
     if row.rows != 1 {
         return Err(shape_error("a row", "x", x.dims(), "a vector"));

@@ -48,17 +48,18 @@ pub(crate) fn backward(
 
 /// The gradient of normed heads, in the place of `dy`.
 pub(crate) fn backward_heads(
-    dy: &Tensor,
+    dy: Tensor,
     x: &Tensor,
     weight: &Param,
     saved: &Saved,
     heads: usize,
-) -> Result<(), Error> {
+) -> Result<Tensor, Error> {
     let device = x.device();
     let _span = span(device, Phase::Pointwise)?;
-    weight_gradient(dy, x, weight, saved, heads)?;
-    let (dy, reciprocals) = (matrix(dy)?, array(&saved.reciprocals)?);
-    Ok(rms_norm_backward(device, dy, dy, matrix(x)?, row(&weight.value)?, reciprocals, None, heads)?)
+    weight_gradient(&dy, x, weight, saved, heads)?;
+    let (on_dy, reciprocals) = (matrix(&dy)?, array(&saved.reciprocals)?);
+    rms_norm_backward(device, on_dy, on_dy, matrix(x)?, row(&weight.value)?, reciprocals, None, heads)?;
+    Ok(dy)
 }
 
 fn weight_gradient(dy: &Tensor, x: &Tensor, weight: &Param, saved: &Saved, heads: usize) -> Result<(), Error> {

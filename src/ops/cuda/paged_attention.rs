@@ -3,15 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::device::timers::{Phase, span};
-use crate::device::{Matrix, array, empty, matrix, upload_u32};
+use crate::device::{Matrix, array, empty, matrix};
 use crate::kernels::cuda::{
-    PagedCache, PagedRows, copy_pages, page_stores, paged_attention, paged_attention_workspace, write_pages,
+    PageStores, PagedCache, PagedLists, PagedSize, PagedStep, copy_pages, paged_attention, paged_attention_workspace,
+    write_pages,
 };
 use crate::ops::paged_attention::{PagedSequence, check_sequences};
 use crate::ops::{Error, Wide, shape_error};
-
-/// Pages that one launch copies.
-const MOST_COPIES: usize = 4096;
 
 /// Sizes of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +34,13 @@ pub(crate) struct Pages {
     keys: Vec<Tensor>,
     /// Per layer `[P, T, K, D]`.
     values: Vec<Tensor>,
-    /// The addresses of all of them.
-    stores: Tensor,
+    /// All of them, for copies.
+    stores: PageStores,
 }
 
 /// Where a step's tokens go and what they see, on the device.
 #[derive(Debug)]
-pub(crate) struct Step {
-    /// u32 `[2 N + N + pages]`: the parts below, which thus come in one copy.
-    numbers: Tensor,
-    tokens: usize,
-    max_context: usize,
-}
+pub(crate) struct Step(PagedStep);
 
 impl Step {
     /// Copies the places of the sequences' new tokens, their page lists and contexts to the device.
@@ -55,35 +48,20 @@ impl Step {
     /// # Errors
     /// If rows or pages do not fit a cache of `shape`, or memory runs out.
     pub(crate) fn new(device: &Device, shape: PagesShape, sequences: &[PagedSequence<'_>]) -> Result<Self, Error> {
-        let page_tokens = shape.page_tokens;
-        let tokens = check_sequences(sequences, page_tokens, shape.pages)?;
-        let (mut rows, mut slots) = (Vec::with_capacity(3 * tokens), Vec::with_capacity(tokens));
-        let (mut tables, mut max_context) = (Vec::new(), 0);
+        let PagesShape { pages: num_pages, page_tokens, .. } = shape;
+        let tokens = check_sequences(sequences, page_tokens, num_pages)?;
+        let mut lists = PagedLists::default();
+        lists.rows.reserve(tokens);
+        lists.slots.reserve(tokens);
         for PagedSequence { rows: new, pages, context } in sequences {
             let end = context + new.len();
             for position in *context..end {
-                rows.extend([tables.len() as u32, position as u32 + 1]);
-                slots.push(pages[position / page_tokens] * page_tokens as u32 + (position % page_tokens) as u32);
+                lists.rows.push([lists.tables.len() as u32, position as u32 + 1]);
+                lists.slots.push(pages[position / page_tokens] * page_tokens as u32 + (position % page_tokens) as u32);
             }
-            tables.extend_from_slice(&pages[..end.div_ceil(page_tokens)]);
-            max_context = max_context.max(end);
+            lists.tables.extend_from_slice(&pages[..end.div_ceil(page_tokens)]);
         }
-        rows.append(&mut slots);
-        rows.append(&mut tables);
-        Ok(Self { numbers: upload_u32(device, &rows)?, tokens, max_context })
-    }
-
-    fn rows(&self) -> Result<Tensor, Error> {
-        Ok(self.numbers.narrow(0, 0, 2 * self.tokens)?)
-    }
-
-    fn slots(&self) -> Result<Tensor, Error> {
-        Ok(self.numbers.narrow(0, 2 * self.tokens, self.tokens)?)
-    }
-
-    fn tables(&self) -> Result<Tensor, Error> {
-        let first = 3 * self.tokens;
-        Ok(self.numbers.narrow(0, first, self.numbers.elem_count() - first)?)
+        Ok(Self(PagedStep::new(device, PagedSize { pages: num_pages, page_tokens }, &lists)?))
     }
 }
 
@@ -100,8 +78,8 @@ impl Pages {
         let store = || empty(device, (pages, page_tokens, kv_heads, head_dim), dtype);
         let keys = (0..layers).map(|_| store()).collect::<Result<Vec<_>, _>>()?;
         let values = (0..layers).map(|_| store()).collect::<Result<Vec<_>, _>>()?;
-        let stores = keys.iter().chain(&values).map(array).collect::<Result<Vec<_>, _>>()?;
-        let stores = page_stores(device, &stores)?;
+        let all: Vec<Tensor> = keys.iter().chain(&values).cloned().collect();
+        let stores = PageStores::new(device, &all, pages)?;
         Ok(Self { shape, dtype, keys, values, stores })
     }
 
@@ -109,7 +87,7 @@ impl Pages {
         self.shape
     }
 
-    fn layer(&self, layer: usize) -> Result<PagedCache, Error> {
+    fn layer(&self, layer: usize) -> Result<PagedCache<'_>, Error> {
         let (Some(keys), Some(values)) = (self.keys.get(layer), self.values.get(layer)) else {
             return Err(shape_error("key-value cache", "layer", layer, format!("below {}", self.shape.layers)));
         };
@@ -129,18 +107,8 @@ impl Pages {
     /// # Errors
     /// If a page does not exist, or the device fails.
     pub(crate) fn copy(&self, pairs: &[[u32; 2]]) -> Result<(), Error> {
-        if let Some(pair) = pairs.iter().find(|pair| pair.iter().any(|&page| page as usize >= self.shape.pages)) {
-            return Err(shape_error("copy pages", "pair", pair, format!("pages below {}", self.shape.pages)));
-        }
-        if self.shape.layers == 0 {
-            return Ok(());
-        }
-        let (device, page_bytes) = (self.stores.device(), self.layer(0)?.page_bytes());
-        for pairs in pairs.chunks(MOST_COPIES) {
-            let pairs = upload_u32(device, pairs.as_flattened())?;
-            copy_pages(device, array(&self.stores)?, array(&pairs)?, page_bytes)?;
-        }
-        Ok(())
+        let Some(first) = self.keys.first() else { return Ok(()) };
+        Ok(copy_pages(first.device(), &self.stores, pairs)?)
     }
 
     /// Stores the step's keys and values in `layer`, then lets its queries attend over what is cached for their
@@ -164,16 +132,14 @@ impl Pages {
         let PagesShape { kv_heads, head_dim, .. } = self.shape;
         let _span = span(device, Phase::Attention)?;
         let from = matrix(q)?;
-        let (rows, slots, tables) = (step.rows()?, step.slots()?, step.tables()?);
-        write_pages(device, cache, matrix(k)?, matrix(v)?, array(&slots)?)?;
+        write_pages(device, cache, matrix(k)?, matrix(v)?, &step.0)?;
         let out = Wide::empty(device, (from.rows, from.cols), room, q.dtype())?;
         let to: Matrix = matrix(out.buffer())?.columns(0, from.cols);
-        let max_context = step.max_context;
+        let max_context = step.0.max_context();
         let floats = paged_attention_workspace(from.rows, from.cols / head_dim.max(1), kv_heads, head_dim, max_context);
         let workspace = (floats > 0).then(|| empty(device, floats, DType::F32)).transpose()?;
         let workspace = workspace.as_ref().map(array).transpose()?;
-        let step = PagedRows { tables: array(&tables)?, rows: array(&rows)?, max_context };
-        paged_attention(device, to, from, cache, step, scale, workspace)?;
+        paged_attention(device, to, from, cache, &step.0, scale, workspace)?;
         Ok(out)
     }
 }

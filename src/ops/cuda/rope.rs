@@ -15,12 +15,14 @@ pub(crate) fn table(device: &Device, positions: &[u32], frequencies: &[f32], sca
     Ok(table)
 }
 
-pub(crate) fn turn(x: &Tensor, table: &Tensor, d: usize, is_backward: bool) -> Result<(), Error> {
-    let device = x.device();
+/// Turns `x` where it is.
+pub(crate) fn turn(tensor: Tensor, table: &Tensor, d: usize, is_backward: bool) -> Result<Tensor, Error> {
+    let device = tensor.device();
     let _span = span(device, Phase::Pointwise)?;
-    let x = matrix(x)?;
+    let x = matrix(&tensor)?;
     if x.cols % d != 0 || table.dims()[0] != x.rows {
         return Err(shape_error("rope", "x", [x.rows, x.cols], format!("[{}, a multiple of {d}]", table.dims()[0])));
     }
-    Ok(rope(device, x, array(table)?, x.cols / d, d, is_backward)?)
+    rope(device, x, array(table)?, x.cols / d, d, is_backward)?;
+    Ok(tensor)
 }

@@ -34,7 +34,7 @@ pub(crate) fn embed(tokens: &[u32], table: &Weight, device: &Device, dtype: DTyp
     let _span = span(device, Phase::Pointwise)?;
     let rows = match table {
         Weight::Dense(table) if table.device().is_cuda() => matrix(table)?,
-        Weight::Device(matrix) => matrix.pinned().ok_or_else(|| Error::Unsupported {
+        Weight::Device(matrix) => matrix.pinned()?.ok_or_else(|| Error::Unsupported {
             op: "embedding",
             what: format!("a table stored as {}", matrix.kind_name()),
             instead: "keep the table dense, or in host memory",

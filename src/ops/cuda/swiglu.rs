@@ -9,7 +9,7 @@ use crate::kernels::cuda::{
     swiglu_backward_adapters, swiglu_backward_adapters_workspace,
 };
 use crate::ops::linear::InputGradient;
-use crate::ops::swiglu::Around;
+use crate::ops::swiglu::{Around, Between};
 use crate::ops::{Error, Wide};
 
 pub(crate) fn forward(gate: &Tensor, up: &Tensor, room: usize) -> Result<Wide, Error> {
@@ -29,7 +29,7 @@ pub(crate) fn forward_over(
     up: &Tensor,
     rows: usize,
 ) -> Result<(Wide, Option<Tensor>), Error> {
-    let device = gate.device();
+    let device = whole.device();
     let _span = span(device, Phase::Pointwise)?;
     let from = matrix(&whole)?;
     let copy = match rows {
@@ -39,18 +39,19 @@ pub(crate) fn forward_over(
     if let Some(copy) = &copy {
         axpby(device, matrix(copy)?, 1.0, from.rows(0, rows), 0.0)?;
     }
-    let (gate, up) = (matrix(gate)?, matrix(up)?);
-    swiglu(device, gate, gate, up)?;
-    Ok((Wide::with_cols(whole, gate.cols)?, copy))
+    let (on_gate, on_up) = (matrix(gate)?, matrix(up)?);
+    swiglu(device, on_gate, on_gate, on_up)?;
+    let cols = on_gate.cols;
+    Ok((Wide::with_cols(whole, cols)?, copy))
 }
 
 /// `gate` and `up` become their gradients; where a kernel does not take the adapters along, `dy` becomes the activation.
-pub(crate) fn backward(
-    dy: InputGradient,
-    gate: &Tensor,
-    up: &Tensor,
-    around: &Around<'_>,
-) -> Result<Option<Tensor>, Error> {
+pub(crate) fn backward(dy: InputGradient, gate: Tensor, up: Tensor, around: &Around<'_>) -> Result<Between, Error> {
+    let activated = backward_onto(dy, &gate, &up, around)?.map(Wide::plain).transpose()?;
+    Ok(Between { d_gate: gate, d_up: up, activated })
+}
+
+fn backward_onto(dy: InputGradient, gate: &Tensor, up: &Tensor, around: &Around<'_>) -> Result<Option<Tensor>, Error> {
     let device = gate.device();
     let (to_gate, to_up) = (matrix(gate)?, matrix(up)?);
     if let Some(adapters) = adapters_around(&dy, around)? {
@@ -76,7 +77,7 @@ pub(crate) fn backward(
 
 /// The adapters for the kernel that takes them along; `None` where there are none, or where more than their products needs
 /// the activation: dropout, or a gradient of the whole weight.
-fn adapters_around(dy: &InputGradient, around: &Around<'_>) -> Result<Option<MlpAdapters>, Error> {
+fn adapters_around<'b>(dy: &'b InputGradient, around: &'b Around<'_>) -> Result<Option<MlpAdapters<'b>>, Error> {
     if !around.mode.dropouts.is_empty() || around.down.weight_grad.is_some() {
         return Ok(None);
     }

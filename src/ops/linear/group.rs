@@ -27,7 +27,6 @@ pub struct SavedGroup {
     /// On the CPU: of each projection.
     each: Vec<Saved>,
     /// On a GPU: of all together.
-    #[cfg(feature = "cuda")]
     pub(in crate::ops) on_device: Option<crate::ops::cuda::linear::Saved>,
 }
 
@@ -40,19 +39,11 @@ impl SavedGroup {
 
     /// Takes the low-rank products out, where they are a tensor of a GPU.
     pub fn take_low_rank(&mut self) -> Option<Tensor> {
-        #[cfg(feature = "cuda")]
-        return self.on_device.as_mut().and_then(|saved| saved.low_rank.take());
-        #[cfg(not(feature = "cuda"))]
-        None
+        self.on_device.as_mut().and_then(|saved| saved.low_rank.take())
     }
 
     /// Puts back what [`Self::take_low_rank`] took.
-    #[cfg_attr(
-        not(feature = "cuda"),
-        expect(unused_variables, clippy::needless_pass_by_value, reason = "nothing was taken")
-    )]
     pub fn put_low_rank(&mut self, low_rank: Tensor) {
-        #[cfg(feature = "cuda")]
         if let Some(saved) = &mut self.on_device {
             saved.low_rank = Some(low_rank);
         }
@@ -112,27 +103,20 @@ impl Outputs {
 pub struct InputGradient {
     values: Tensor,
     /// The gradient of the low-rank product and the `A`s: `[N, R]`, `[R, I]`.
-    #[cfg(feature = "cuda")]
     share: Option<(Tensor, Tensor)>,
 }
 
 impl InputGradient {
     /// A gradient that is whole.
     pub fn whole(values: Tensor) -> Self {
-        Self {
-            values,
-            #[cfg(feature = "cuda")]
-            share: None,
-        }
+        Self { values, share: None }
     }
 
-    #[cfg(feature = "cuda")]
     pub(in crate::ops) fn of(values: Tensor, share: Option<(Tensor, Tensor)>) -> Self {
         Self { values, share }
     }
 
     /// The values without the share, and the share.
-    #[cfg(feature = "cuda")]
     pub(in crate::ops) fn parts(&self) -> (&Tensor, Option<(&Tensor, &Tensor)>) {
         (&self.values, self.share.as_ref().map(|(d_low, a)| (d_low, a)))
     }
@@ -145,7 +129,6 @@ impl InputGradient {
     /// # Errors
     /// If the device fails.
     pub fn into_values(self) -> Result<Tensor, Error> {
-        #[cfg(feature = "cuda")]
         if let Some((d_low, a)) = &self.share {
             crate::ops::cuda::linear::add_share(&self.values, (d_low, a))?;
         }
@@ -157,18 +140,15 @@ impl InputGradient {
 #[derive(Debug)]
 pub struct CarriedGroup {
     each: Vec<Carried>,
-    #[cfg(feature = "cuda")]
     pub(in crate::ops) on_device: Option<crate::ops::cuda::linear::Carried>,
 }
 
-#[cfg(feature = "cuda")]
 impl SavedGroup {
     pub(in crate::ops) fn on_device(saved: crate::ops::cuda::linear::Saved) -> Self {
         Self { each: vec![], on_device: Some(saved) }
     }
 }
 
-#[cfg(feature = "cuda")]
 impl CarriedGroup {
     pub(in crate::ops) fn on_device(carried: crate::ops::cuda::linear::Carried) -> Self {
         Self { each: vec![], on_device: Some(carried) }
@@ -225,7 +205,6 @@ fn forward_with(
     first: Option<&SavedGroup>,
     known: Option<&Tensor>,
 ) -> Result<(Outputs, SavedGroup), Error> {
-    #[cfg(feature = "cuda")]
     if x.buffer().device().is_cuda() {
         return crate::ops::cuda::linear::forward(linears, x, mode, residual, first, known);
     }
@@ -253,7 +232,6 @@ fn forward_with(
 /// # Errors
 /// If the shapes do not fit.
 pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<SavedGroup, Error> {
-    #[cfg(feature = "cuda")]
     if x.buffer().device().is_cuda() {
         return crate::ops::cuda::linear::saved_only(linears, x, mode);
     }
@@ -269,11 +247,7 @@ pub fn saved_only(linears: &[&Linear], x: &Wide, mode: Mode<'_>) -> Result<Saved
         let low_rank = adapter.map(|a| a.low_rank(&values, (n, inputs), linear.weight.rows(), mode.dropout(index)));
         Ok(Saved { low_rank: low_rank.transpose()?, decomposed: None })
     });
-    Ok(SavedGroup {
-        each: each.collect::<Result<_, Error>>()?,
-        #[cfg(feature = "cuda")]
-        on_device: None,
-    })
+    Ok(SavedGroup { each: each.collect::<Result<_, Error>>()?, on_device: None })
 }
 
 /// The gradient of a group's input; gradients of biases go to their buckets.
@@ -289,7 +263,6 @@ pub fn backward_input(
     saved: &SavedGroup,
     mode: Mode<'_>,
 ) -> Result<(InputGradient, CarriedGroup), Error> {
-    #[cfg(feature = "cuda")]
     if dys.first().is_some_and(|dy| dy.device().is_cuda()) {
         return crate::ops::cuda::linear::backward_input(linears, dys, saved, mode);
     }
@@ -306,11 +279,7 @@ pub fn backward_input(
         each.push(carried);
     }
     let Some(dx) = sum else { return Err(shape_error(OP_BACKWARD, "linears", 0, "at least one")) };
-    let carried = CarriedGroup {
-        each,
-        #[cfg(feature = "cuda")]
-        on_device: None,
-    };
+    let carried = CarriedGroup { each, on_device: None };
     Ok((InputGradient::whole(dx), carried))
 }
 
@@ -330,7 +299,6 @@ pub fn backward_weights(
     saved: Option<&SavedGroup>,
     mode: Mode<'_>,
 ) -> Result<(), Error> {
-    #[cfg(feature = "cuda")]
     if let Some(on_device) = &carried.on_device {
         return crate::ops::cuda::linear::backward_weights(linears, on_device, x, saved, mode);
     }

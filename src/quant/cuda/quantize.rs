@@ -1,12 +1,12 @@
 //! Quantising on a GPU, for a model on its way from its files to that GPU: the bits are the CPU's.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{DeviceMatrix, DeviceMaxima, Storage};
 use crate::config::settings::{QuantType, Quantization};
-use crate::device::{Pinned, array, download, download_u32, empty, matrix, overwrite_from_pinned, upload_f32};
+use crate::device::{Buffer, Queue, Ticket, array, download, download_u32, empty, matrix, upload_f32};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 use crate::kernels::cuda::{count_non_finite, quantize_maxima, quantize_nf4};
 use crate::quant::double_quant::{NESTED_BLOCK, dynamic_map, mean};
@@ -19,7 +19,7 @@ use crate::quant::{Error, Weight};
 pub struct Quantizer {
     device: Device,
     /// As large as the largest matrix so far.
-    staging: Mutex<Option<Pinned>>,
+    staging: Mutex<Option<Arc<Buffer>>>,
 }
 
 impl Quantizer {
@@ -55,20 +55,13 @@ impl Quantizer {
             });
         }
         let values = empty(device, (rows, cols), dtype)?;
-        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let staging = match staging.as_mut().filter(|staging| staging.len() >= bytes.len()) {
-            Some(staging) => staging,
-            None => staging.insert(Pinned::new(device, bytes.len())?),
-        };
-        staging.fill_with(bytes);
-        overwrite_from_pinned(&values, staging)?;
+        self.upload(bytes, &values)?;
         let bad = Tensor::zeros(1, DType::U32, device)?;
         count_non_finite(device, array(&bad)?, matrix(&values)?)?;
         let packed = empty(device, count.div_ceil(2), DType::U8)?;
         let maxima = empty(device, count.div_ceil(BLOCK_LEN), DType::F32)?;
         let is_fp4 = quant_type == QuantType::Fp4;
         quantize_nf4(device, array(&packed)?, array(&maxima)?, array(&values)?, dtype, count, is_fp4)?;
-        // This waits for the device, so that the staging may be used again. (After an error nothing is quantised any more.)
         if download_u32(&bad)?.iter().any(|&n| n > 0) {
             return Ok(None);
         }
@@ -82,6 +75,24 @@ impl Quantizer {
             storage: Storage::Nf4 { packed, maxima, values: upload_f32(device, &codebook_of(quant_type).values)? },
         };
         Ok(Some(Weight::Device(matrix)))
+    }
+}
+
+impl Quantizer {
+    /// Starts the copy of bytes to a tensor of that size.
+    fn upload(&self, bytes: &[u8], to: &Tensor) -> Result<(), Error> {
+        let queue = Queue::of(&self.device)?;
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let staging = match staging.take().filter(|staging| staging.len() >= bytes.len()) {
+            Some(known) => staging.insert(known),
+            None => staging.insert(Arc::new(Buffer::pinned(&queue, bytes.len())?)),
+        };
+        // Nothing but a copy that failed to be asked for would still share it.
+        let memory = Arc::get_mut(staging).ok_or(crate::device::Error::GivenUp)?;
+        memory.write(0, bytes)?;
+        let to = Arc::new(Buffer::of_tensor(to.clone())?);
+        queue.copy(&staging.part(0..bytes.len())?, &to.whole(), &Ticket::done())?;
+        Ok(())
     }
 }
 

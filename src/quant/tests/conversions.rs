@@ -88,7 +88,6 @@ fn pieces_of_rows_and_columns_are_those_of_the_whole() {
             Weight::Nf4(matrix) => matrix,
             Weight::Gguf(matrix) => matrix,
             Weight::Dense(_) => continue,
-            #[cfg(feature = "cuda")]
             Weight::Device(_) => panic!("every weight here was made in host memory"),
         };
         let step = source.column_step();

@@ -10,8 +10,9 @@ use candle_core::DType;
 
 use super::descriptors::Descriptors;
 use super::lt::{Algorithm, Library};
-use super::product::{Kind, Product, Side};
+use super::product::{Kind, Product};
 use crate::device::Error;
+use crate::kernels::cuda::products::Side;
 
 /// What an algorithm is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

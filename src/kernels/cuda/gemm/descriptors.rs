@@ -3,8 +3,9 @@
 use candle_core::DType;
 use cudarc::cublaslt::{result, sys};
 
-use super::product::{Product, Side};
+use super::product::Product;
 use crate::device::Matrix;
+use crate::kernels::cuda::products::Side;
 
 /// What the library is told about a product. It counts by columns: the rows of a row-major matrix are its columns, so
 /// the product is asked for as `dᵀ = op(b)ᵀ op(a)ᵀ`, `b` being its first operand, and row strides are its leading

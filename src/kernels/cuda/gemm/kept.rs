@@ -6,21 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::choose::{Choice, Key};
 use super::lt::{Algorithm, Library, library};
-use super::product::{Kind, Side};
+use super::product::Kind;
 use crate::device::{Error, compute_capability, device_name, failed};
+use crate::kernels::cuda::products::{Side, Taken};
 
 const FORMAT: u32 = 1;
-
-/// What became of choices that were kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Taken {
-    /// So many are taken.
-    Choices(usize),
-    /// They are of another card, driver or library, in words; none is taken.
-    Foreign(String),
-    /// The text is not what [`choices_text`] wrote; none is taken.
-    Damaged(String),
-}
 
 /// Where algorithms are the same.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,9 +1,7 @@
 //! cuBLASLt on a compute stream: its handle, its workspace, what it is asked.
 //!
-//! Each stream has one, made on first use and kept for the life of the process. A process has one compute stream per GPU, so
-//! products never share a workspace while they run.
+//! The main queue of a device has one, made on first use and kept with it. So products never share a workspace while they run.
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +14,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use super::choose::{Choices, SUMMANDS};
 use super::descriptors::{Descriptors, Preference};
 use super::product::{Product, alignment};
-use crate::device::{Error, cuda, failed};
+use crate::device::{Error, Queue, cuda, failed};
 
 /// One of the library's algorithms: plain numbers, of a meaning that one version of the library has.
 pub(super) type Algorithm = sys::cublasLtMatmulAlgo_t;
@@ -51,9 +49,6 @@ pub fn set_deterministic(device: &Device, is_deterministic: bool) -> Result<(), 
     Ok(())
 }
 
-/// By GPU and stream.
-static LIBRARIES: Mutex<BTreeMap<(usize, usize), Arc<Library>>> = Mutex::new(BTreeMap::new());
-
 struct Handle(sys::cublasLtHandle_t);
 
 // SAFETY: the library's documentation allows a handle to be used from several threads at the same time.
@@ -67,33 +62,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub(super) fn library(device: &Device) -> Result<Arc<Library>, Error> {
-    let cuda = cuda(device)?;
-    let stream = cuda.cuda_stream();
-    let context = stream.context();
-    let key = (context.ordinal(), stream.cu_stream().addr());
-    let mut libraries = locked(&LIBRARIES);
-    if let Some(library) = libraries.get(&key) {
-        return Ok(Arc::clone(library));
-    }
-    let driver = failed("preparing matrix products");
-    context.bind_to_thread().map_err(driver)?;
-    let (major, _) = context.compute_capability().map_err(driver)?;
-    let workspace_mib = if major >= 9 { 32 } else { 8 };
-    // SAFETY: bytes, for which any bits are a value; the library writes what it reads. The slice keeps its stream
-    // alive, so that no other stream gets the same address.
-    let workspace = unsafe { cuda.alloc::<u8>(workspace_mib << 20)? };
-    let handle = result::create_handle().map_err(|source| {
-        let status = source.0;
-        candle_core::Error::wrap(format!("cuBLASLt cannot start on GPU {}: {status:?}", context.ordinal()))
-    })?;
-    let library = Arc::new(Library {
-        handle: Handle(handle),
-        workspace,
-        choices: Mutex::new(Choices::default()),
-        is_deterministic: AtomicBool::new(true),
-    });
-    libraries.insert(key, Arc::clone(&library));
-    Ok(library)
+    Queue::of(device)?.attached(|queue| Library::new(queue.device()))
 }
 
 /// Whether the library has no kernel for what it was asked.
@@ -121,6 +90,27 @@ fn has_all_summands(product: &Product, algorithm: &Algorithm) -> bool {
 }
 
 impl Library {
+    fn new(device: &Device) -> Result<Self, Error> {
+        let cuda = cuda(device)?;
+        let context = cuda.cuda_stream().context().clone();
+        let driver = failed("preparing matrix products");
+        context.bind_to_thread().map_err(driver)?;
+        let (major, _) = context.compute_capability().map_err(driver)?;
+        let workspace_mib = if major >= 9 { 32 } else { 8 };
+        // SAFETY: bytes, for which any bits are a value; the library writes what it reads.
+        let workspace = unsafe { cuda.alloc::<u8>(workspace_mib << 20)? };
+        let handle = result::create_handle().map_err(|source| {
+            let status = source.0;
+            candle_core::Error::wrap(format!("cuBLASLt cannot start on GPU {}: {status:?}", context.ordinal()))
+        })?;
+        Ok(Self {
+            handle: Handle(handle),
+            workspace,
+            choices: Mutex::new(Choices::default()),
+            is_deterministic: AtomicBool::new(true),
+        })
+    }
+
     pub(super) fn choices(&self) -> MutexGuard<'_, Choices> {
         locked(&self.choices)
     }

@@ -7,10 +7,11 @@ use candle_core::{DType, Device};
 use cudarc::cublas::{result as blas_result, sys as blas};
 use cudarc::driver::CudaStream;
 
-use super::product::{Kind, Product, Side, copy};
+use super::product::{Kind, Product, copy};
 use crate::device::{Error, argument, cuda};
+use crate::kernels::cuda::products::Side;
 
-impl Product {
+impl Product<'_> {
     /// Runs through cuBLAS, without the bias.
     pub(super) fn run_plain(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<(), Error> {
         let Self { m, n, k, a, b, c, d, .. } = *self;

@@ -11,26 +11,7 @@ use super::choose::{Key, SUMMANDS};
 use super::descriptors::Descriptors;
 use super::lt::{is_refusal, library};
 use crate::device::{Error, Matrix, Pointer, argument, cuda, failed, matrix};
-
-/// How an operand stands in a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// As stored.
-    Plain,
-    /// Transposed.
-    Transposed,
-}
-
-/// What a product is added to.
-#[derive(Clone, Copy, Debug)]
-pub enum Accumulate {
-    /// Nothing: the result is written over.
-    No,
-    /// The result's own old values.
-    Into,
-    /// That matrix, which has the shape and type of the result and lies elsewhere.
-    Onto(Matrix),
-}
+use crate::kernels::cuda::products::{Accumulate, Side};
 
 /// `d = alpha * op(a) op(b) + beta * c + bias`, summed in f32; `accumulate` says what `c` is and whether `beta` is 0 or
 /// 1. `d` may be of a wider type than `a` and `b`.
@@ -119,20 +100,20 @@ pub(super) enum Kind {
 
 /// A product with at least one row, column and summand whose arguments fit.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Product {
+pub(super) struct Product<'b> {
     pub(super) m: usize,
     pub(super) n: usize,
     pub(super) k: usize,
-    pub(super) d: Matrix,
+    pub(super) d: Matrix<'b>,
     /// `d` itself unless the kind is `Onto`.
-    pub(super) c: Matrix,
-    pub(super) a: Matrix,
-    pub(super) b: Matrix,
+    pub(super) c: Matrix<'b>,
+    pub(super) a: Matrix<'b>,
+    pub(super) b: Matrix<'b>,
     pub(super) a_side: Side,
     pub(super) b_side: Side,
     pub(super) alpha: f32,
     pub(super) kind: Kind,
-    pub(super) bias: Option<Pointer>,
+    pub(super) bias: Option<Pointer<'b>>,
 }
 
 /// Largest power of two that divides an address, up to what matters.
@@ -140,7 +121,7 @@ pub(super) fn alignment(address: u64) -> u32 {
     1 << address.trailing_zeros().min(FULL_ALIGNMENT.trailing_zeros())
 }
 
-impl Product {
+impl Product<'_> {
     pub(super) fn key(&self) -> Key {
         Key {
             sizes: [self.m, self.n, self.k],
@@ -218,7 +199,8 @@ impl Product {
 /// Adds `bias` to each row of what `accumulate` names, as a product with a column of ones.
 fn add_to_rows(device: &Device, d: Matrix, bias: Pointer, accumulate: Accumulate) -> Result<(), Error> {
     let ones = Tensor::ones((d.rows, 1), d.dtype(), device)?;
-    let bias = Matrix { address: bias.address, dtype: d.dtype(), rows: 1, cols: d.cols, stride: d.cols };
+    let bias =
+        Matrix { address: bias.address, dtype: d.dtype(), rows: 1, cols: d.cols, stride: d.cols, lent: bias.lent };
     gemm(device, d, (matrix(&ones)?, Side::Plain), (bias, Side::Plain), 1.0, accumulate, None)
 }
 

@@ -6,6 +6,7 @@
 //! energy is the fastest, often another one. So large products, which a step is made of, have a second trial: each algorithm that
 //! was left runs for so long that the clock follows.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,8 +17,9 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use super::choose::{Choice, Key, Waiting};
 use super::descriptors::Descriptors;
 use super::lt::{Algorithm, Library, is_refusal, library};
-use super::product::{FULL_ALIGNMENT, Kind, Product, Side};
+use super::product::{FULL_ALIGNMENT, Kind, Product};
 use crate::device::{Error, Matrix, Pointer, array, cuda, failed};
+use crate::kernels::cuda::products::{Side, Tried};
 use crate::rng::Stream;
 
 /// Runs that are timed together, in each of some rounds: the clock of a GPU changes under load, so that all must be timed
@@ -46,15 +48,6 @@ const FASTER_UNDER_LOAD: f32 = 0.995;
 
 /// Values that operands are filled with, again and again.
 const NOISE_VALUES: usize = 1 << 18;
-
-/// What a phase of trials did.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Tried {
-    /// Kinds of products that were tried.
-    pub products: usize,
-    /// How long it took.
-    pub secs: f64,
-}
 
 /// Forgets all choices of `device`. From here on kinds of products that have none are noted for [`try_noted`], or not; it is
 /// not so at first. Products whose sizes are alike are of one kind.
@@ -123,7 +116,7 @@ struct Noise<'a> {
 
 impl Noise<'_> {
     /// The values in a type.
-    fn of_type(&mut self, dtype: DType) -> Result<Pointer, Error> {
+    fn of_type(&mut self, dtype: DType) -> Result<Pointer<'_>, Error> {
         if !self.by_type.iter().any(|(known, _)| *known == dtype) {
             let mut stream = Stream::new(0, "operands of product trials", 0, 0);
             let values: Vec<f32> = (0..NOISE_VALUES).map(|_| stream.normal() as f32).collect();
@@ -141,7 +134,8 @@ impl Noise<'_> {
         elements: usize,
         alignment: u32,
     ) -> Result<Option<(CudaSlice<u8>, u64)>, Error> {
-        let values = self.of_type(dtype)?;
+        // The values live as long as `self`.
+        let values = self.of_type(dtype)?.address;
         let (bytes, step) = (elements * dtype.size_in_bytes(), NOISE_VALUES * dtype.size_in_bytes());
         // SAFETY: bytes, for which any bits are a value.
         let Ok(memory) = (unsafe { cuda(self.device)?.alloc::<u8>(bytes + FULL_ALIGNMENT as usize) }) else {
@@ -151,7 +145,7 @@ impl Noise<'_> {
         for start in (0..bytes).step_by(step) {
             let (to, length) = (address + start as u64, step.min(bytes - start));
             // SAFETY: `length` bytes of both lie inside of live device memory; the stream orders the copy.
-            let copied = unsafe { cuMemcpyDtoDAsync_v2(to, values.address, length, self.stream.cu_stream()) };
+            let copied = unsafe { cuMemcpyDtoDAsync_v2(to, values, length, self.stream.cu_stream()) };
             copied.result().map_err(failed("filling an operand"))?;
         }
         Ok(Some((memory, address)))
@@ -162,7 +156,8 @@ impl Noise<'_> {
 struct Trial<'a> {
     library: &'a Library,
     stream: &'a Arc<CudaStream>,
-    product: Product,
+    /// Of what lies in `_memory`.
+    product: Product<'a>,
     descriptors: Descriptors,
     /// What the operands lie in.
     _memory: Vec<CudaSlice<u8>>,
@@ -190,12 +185,12 @@ impl<'a> Trial<'a> {
                 return Ok(None);
             };
             memory.push(bytes);
-            matrices.push(Matrix { address, dtype, rows, cols, stride });
+            matrices.push(Matrix { address, dtype, rows, cols, stride, lent: PhantomData });
         }
         let bias = if key.has_bias {
             let Some((bytes, address)) = noise.operand(to, n, FULL_ALIGNMENT)? else { return Ok(None) };
             memory.push(bytes);
-            Some(Pointer { address, len: n })
+            Some(Pointer { address, len: n, lent: PhantomData })
         } else {
             None
         };
