@@ -124,6 +124,30 @@ impl Part {
     fn address(&self) -> u64 {
         self.buffer.address() + self.bytes.start as u64
     }
+
+    /// The address of device memory, for work of a library on `queue`, which is told to come after the memory was made. What
+    /// is asked there is to be noted by [`Self::is_used_until`] before the part is dropped.
+    ///
+    /// # Errors
+    /// If it is other memory, or the driver refuses.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn lend_to(&self, queue: &Queue) -> Result<u64, Error> {
+        if self.buffer.place() != Place::Device {
+            return Err(argument("exchange", "part", self.buffer.place(), "device memory"));
+        }
+        if !self.buffer.home.is_same(queue) {
+            queue.after(&self.buffer.born)?;
+        }
+        Ok(self.address())
+    }
+
+    /// Keeps the memory until the work of `queue` that `ticket` marks is done.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn is_used_until(&self, queue: &Queue, ticket: &Ticket) {
+        if let Some(stream) = queue.stream() {
+            self.buffer.note(queue, stream.id(), ticket);
+        }
+    }
 }
 
 impl Buffer {

@@ -104,6 +104,12 @@ impl Queue {
         self.0.is_main
     }
 
+    /// Makes its GPU the one that the thread's calls of a library are for.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn bind(&self) -> Result<(), Error> {
+        self.stream().map_or(Ok(()), Stream::bind)
+    }
+
     /// The stream of a GPU's queue.
     pub(crate) fn stream(&self) -> Option<&Stream> {
         self.0.stream.as_ref()

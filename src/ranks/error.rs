@@ -51,7 +51,7 @@ pub enum Error {
         expected: String,
     },
     /// A buffer of the wrong length for the number of ranks.
-    #[error("`{operation}` over {world_size} ranks: `{what}` has {got} elements, expected {expected}")]
+    #[error("`{operation}` over {world_size} ranks: `{what}` has {got} bytes, expected {expected}")]
     Length {
         /// Which collective.
         operation: &'static str,
@@ -59,7 +59,7 @@ pub enum Error {
         world_size: usize,
         /// Which buffer.
         what: &'static str,
-        /// Its length.
+        /// Its length in bytes.
         got: usize,
         /// The length that fits.
         expected: usize,

@@ -8,9 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::collective::check_shards;
 use super::control::check_root;
-use super::{Collective, Error, Ranks};
+use super::{Error, Ranks};
 
 /// One rank of a group of threads.
 #[derive(Debug)]
@@ -46,37 +45,7 @@ struct Round {
 #[derive(Debug)]
 struct Contribution {
     operation: &'static str,
-    payload: Payload,
-}
-
-#[derive(Debug)]
-enum Payload {
-    Floats(Vec<f32>),
-    Bytes(Vec<u8>),
-}
-
-impl Contribution {
-    /// What must agree between ranks, in words.
-    fn size(&self) -> String {
-        match &self.payload {
-            Payload::Floats(values) => format!("{} elements", values.len()),
-            Payload::Bytes(_) => "bytes".into(),
-        }
-    }
-
-    fn floats(&self) -> &[f32] {
-        match &self.payload {
-            Payload::Floats(values) => values,
-            Payload::Bytes(_) => &[],
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match &self.payload {
-            Payload::Floats(_) => &[],
-            Payload::Bytes(bytes) => bytes,
-        }
-    }
+    bytes: Vec<u8>,
 }
 
 impl Threads {
@@ -100,11 +69,11 @@ impl Threads {
     }
 
     /// Leaves a contribution and returns everybody's, in the order of the ranks.
-    fn exchange(&self, operation: &'static str, payload: Payload) -> Result<Vec<Arc<Contribution>>, Error> {
+    fn exchange(&self, operation: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Contribution>>, Error> {
         let mut next = self.round.lock().unwrap_or_else(PoisonError::into_inner);
         let number = *next;
         *next += 1;
-        let own = Arc::new(Contribution { operation, payload });
+        let own = Arc::new(Contribution { operation, bytes });
         let until = Instant::now() + self.deadline;
         let mut state = self.lock();
         let empty = || Round { contributions: vec![None; self.world_size], readers: 0 };
@@ -145,17 +114,17 @@ impl Threads {
         self.shared.changed.notify_all();
     }
 
-    /// Everybody must be in the same collective with the same size.
+    /// Everybody must be in the same collective.
     fn agree(&self, own: &Contribution, all: Vec<Arc<Contribution>>) -> Result<Vec<Arc<Contribution>>, Error> {
-        match all.iter().position(|other| other.operation != own.operation || other.size() != own.size()) {
+        match all.iter().position(|other| other.operation != own.operation) {
             None => Ok(all),
             Some(peer) => Err(Error::Mismatch {
                 rank: self.rank,
                 operation: own.operation,
-                got: own.size(),
+                got: format!("{} bytes", own.bytes.len()),
                 peer,
                 peer_operation: all[peer].operation,
-                expected: all[peer].size(),
+                expected: format!("{} bytes", all[peer].bytes.len()),
             }),
         }
     }
@@ -179,63 +148,25 @@ impl Ranks for Threads {
     fn broadcast(&self, bytes: &mut Vec<u8>, root: usize) -> Result<(), Error> {
         check_root(self.world_size, root)?;
         let own = if self.rank == root { bytes.clone() } else { Vec::new() };
-        let all = self.exchange("broadcast", Payload::Bytes(own))?;
+        let all = self.exchange("broadcast", own)?;
         bytes.clear();
-        bytes.extend_from_slice(all[root].bytes());
+        bytes.extend_from_slice(&all[root].bytes);
         Ok(())
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        let all = self.exchange("all_gather_bytes", Payload::Bytes(bytes.to_vec()))?;
-        Ok(all.iter().map(|contribution| contribution.bytes().to_vec()).collect())
+        let all = self.exchange("all_gather_bytes", bytes.to_vec())?;
+        Ok(all.iter().map(|contribution| contribution.bytes.clone()).collect())
     }
 
     fn barrier(&self) -> Result<(), Error> {
-        self.exchange("barrier", Payload::Bytes(Vec::new())).map(drop)
-    }
-}
-
-impl Collective for Threads {
-    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
-        let all = self.exchange("all_reduce_sum", Payload::Floats(values.to_vec()))?;
-        add_in_order(values, &all, 0);
-        Ok(())
-    }
-
-    fn all_gather(&self, shard: &[f32], full: &mut [f32]) -> Result<(), Error> {
-        check_shards("all_gather", self.world_size, shard.len(), full.len())?;
-        let all = self.exchange("all_gather", Payload::Floats(shard.to_vec()))?;
-        for (rank, contribution) in all.iter().enumerate() {
-            full[rank * shard.len()..(rank + 1) * shard.len()].copy_from_slice(contribution.floats());
-        }
-        Ok(())
-    }
-
-    fn reduce_scatter_sum(&self, full: &[f32], shard: &mut [f32]) -> Result<(), Error> {
-        check_shards("reduce_scatter_sum", self.world_size, shard.len(), full.len())?;
-        let all = self.exchange("reduce_scatter_sum", Payload::Floats(full.to_vec()))?;
-        add_in_order(shard, &all, self.rank * shard.len());
-        Ok(())
-    }
-}
-
-/// `values[i]` becomes the sum of element `offset + i` of all contributions, rank 0's first.
-fn add_in_order(values: &mut [f32], all: &[Arc<Contribution>], offset: usize) {
-    let count = values.len();
-    for (rank, contribution) in all.iter().enumerate() {
-        let part = &contribution.floats()[offset..offset + count];
-        if rank == 0 {
-            values.copy_from_slice(part);
-        } else {
-            values.iter_mut().zip(part).for_each(|(value, other)| *value += other);
-        }
+        self.exchange("barrier", Vec::new()).map(drop)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::Stream;
 
     const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -247,42 +178,6 @@ mod tests {
             let handles: Vec<_> = group.into_iter().map(|rank| scope.spawn(move || work(&rank))).collect();
             handles.into_iter().map(|handle| handle.join().unwrap()).collect()
         })
-    }
-
-    fn values(rank: usize, count: usize) -> Vec<f32> {
-        let mut stream = Stream::new(4, "collective", 0, rank as u64);
-        (0..count).map(|_| (stream.normal() * 10f64.powf(6.0 * stream.uniform() - 3.0)) as f32).collect()
-    }
-
-    /// The sum as it is defined: rank 0's values first.
-    fn ordered_sum(world_size: usize, count: usize) -> Vec<f32> {
-        let mut sum = values(0, count);
-        for rank in 1..world_size {
-            sum.iter_mut().zip(values(rank, count)).for_each(|(s, v)| *s += v);
-        }
-        sum
-    }
-
-    #[test]
-    fn sums_are_added_in_the_order_of_the_ranks_and_equal_to_the_bit() {
-        for world_size in [1, 2, 5] {
-            let count = 30 * world_size;
-            let expected = ordered_sum(world_size, count);
-            let results = on_ranks(world_size, DEADLINE, |rank| {
-                let own = values(rank.rank(), count);
-                let mut reduced = own.clone();
-                rank.all_reduce_sum(&mut reduced).unwrap();
-                let mut shard = vec![0.0; count / rank.world_size()];
-                rank.reduce_scatter_sum(&own, &mut shard).unwrap();
-                let mut gathered = vec![0.0; count];
-                rank.all_gather(&shard, &mut gathered).unwrap();
-                (reduced, gathered)
-            });
-            for (reduced, gathered) in results {
-                assert_eq!(reduced, expected);
-                assert_eq!(gathered, expected);
-            }
-        }
     }
 
     #[test]
@@ -307,14 +202,9 @@ mod tests {
     #[test]
     fn many_rounds_in_a_row_do_not_mix() {
         let sums = on_ranks(4, DEADLINE, |rank| {
-            (0..500).fold(0.0f32, |total, round| {
-                let mut value = [(round * (rank.rank() + 1)) as f32];
-                rank.all_reduce_sum(&mut value).unwrap();
-                assert!((value[0] - (round * 10) as f32).abs() < 1e-6);
-                total + value[0]
-            })
+            (0..500).map(|round| rank.sum_of_counts(round * (rank.rank() + 1)).unwrap()).collect::<Vec<_>>()
         });
-        assert!(sums.iter().all(|s| s.to_bits() == sums[0].to_bits()));
+        assert!(sums.iter().all(|sums| sums.iter().enumerate().all(|(round, &sum)| sum == round * 10)));
     }
 
     #[test]
@@ -345,25 +235,19 @@ mod tests {
 
     #[test]
     fn ranks_in_different_collectives_find_out() {
-        let results =
-            on_ranks(
-                2,
-                DEADLINE,
-                |rank| {
-                    if rank.rank() == 0 { rank.barrier() } else { rank.all_reduce_sum(&mut [1.0, 2.0]) }
-                },
-            );
+        let results = on_ranks(2, DEADLINE, |rank| {
+            if rank.rank() == 0 { rank.barrier() } else { rank.all_gather_bytes(b"xy").map(drop) }
+        });
         let error = results[0].clone().unwrap_err();
-        assert!(error.to_string().contains("`all_reduce_sum` with 2 elements"), "{error}");
+        assert!(error.to_string().contains("`all_gather_bytes` with 2 bytes"), "{error}");
         assert!(matches!(results[1], Err(Error::Mismatch { rank: 1, peer: 0, .. })));
-        let sizes = on_ranks(2, DEADLINE, |rank| rank.all_reduce_sum(&mut vec![0.0; 1 + rank.rank()]));
+        let sizes = on_ranks(2, DEADLINE, |rank| rank.all_reduce_sum_f64(&mut vec![0.0; 1 + rank.rank()]));
         assert!(sizes.iter().all(|r| matches!(r, Err(Error::Mismatch { .. }))));
     }
 
     #[test]
-    fn buffers_and_roots_are_checked_before_anybody_waits() {
+    fn roots_are_checked_before_anybody_waits() {
         let group = Threads::group(2, DEADLINE).unwrap();
-        assert!(matches!(group[0].all_gather(&[1.0], &mut [0.0; 3]), Err(Error::Length { expected: 2, .. })));
         assert!(matches!(group[0].broadcast(&mut vec![], 2), Err(Error::Root { .. })));
         assert_eq!(Threads::group(0, DEADLINE).unwrap_err(), Error::NoRanks);
     }

@@ -1,152 +1,171 @@
-//! Ranks with a GPU each, through NCCL.
+//! An exchange between GPUs, through NCCL.
 //!
-//! The operations of [`Collective`] copy to the device and back, on the stream given at the start. A wait for the device has
-//! the deadline of the group: NCCL itself would wait for a lost rank for ever. What is small goes over [`Ranks`], which is
-//! also how the group is made.
+//! Work goes to a queue of its own beside the main one, in the order in which it is asked for, and the host waits for nothing.
+//! Who waits for a ticket does so with a deadline: NCCL itself would wait for a lost rank for ever.
 //!
-//! NCCL adds in an order of its own. It is the same on every rank and for every call with the same number of ranks and
-//! elements, so all ranks hold the same bits, but they are not those of the CPU implementations.
-#![expect(unsafe_code, reason = "moving a communicator to another thread")]
+//! NCCL adds in an order of its own. It is the same on every rank and for every call with the same number of ranks and values,
+//! so all ranks hold the same bits, but they are not those of the host.
+#![expect(unsafe_code, reason = "calls of the library")]
 
+use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use cudarc::driver::{CudaSlice, CudaStream};
-use cudarc::nccl::result::NcclError;
-use cudarc::nccl::{Comm, Id, ReduceOp};
+use cudarc::nccl::result::{self, NcclError};
+use cudarc::nccl::sys;
 
-use super::collective::check_shards;
-use super::{Collective, Error, Ranks};
-
-/// First wait between two looks at the device; doubled up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_micros(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+use super::exchange::{check_parts, check_values, device_error};
+use super::{Error, Exchange, Ranks, Sum};
+use crate::device::{Part, Queue, Ticket};
 
 /// One rank of a group of GPUs.
+#[derive(Debug)]
 pub struct Nccl {
     comm: Comm,
-    stream: Arc<CudaStream>,
+    queue: Queue,
     rank: usize,
     world_size: usize,
-    deadline: Duration,
+    /// Groups that are open now.
+    depth: Cell<usize>,
+    /// What was asked for and has no ticket yet.
+    held: RefCell<Vec<Part>>,
 }
 
-// SAFETY: a communicator may be used from any thread as long as one thread at a time does; `Nccl` is not `Sync` (its
-// `Comm` holds a raw pointer), so a shared reference never leaves the thread that owns it. The stream is `Send`.
-unsafe impl Send for Nccl {}
+#[derive(Debug)]
+struct Comm(sys::ncclComm_t);
+
+// SAFETY: a communicator may be used from any thread as long as one thread at a time does; `Nccl` is not `Sync` (it has
+// cells), so a shared reference never leaves the thread that owns it.
+unsafe impl Send for Comm {}
+
+impl Drop for Comm {
+    fn drop(&mut self) {
+        // SAFETY: it was made by the library and is given back once. To abort does not wait for ranks that are lost.
+        let _ = unsafe { result::comm_abort(self.0) };
+    }
+}
 
 impl Nccl {
-    /// Joins the group. `over` is a CPU transport of the same ranks; rank 0's id travels over it. Check with
+    /// Joins the group, on a queue beside `main`, the rank's own. Rank 0's id travels over `ranks`. Check with
     /// [`super::device::exchange`] first that no two ranks have one GPU.
     ///
     /// # Errors
-    /// If the transport or NCCL fails.
-    pub fn connect(over: &dyn Ranks, stream: Arc<CudaStream>, deadline: Duration) -> Result<Self, Error> {
-        let (rank, world_size) = (over.rank(), over.world_size());
-        let failed = |operation| move |error: NcclError| device_error(rank, operation, error.0);
+    /// If the ranks, the device or NCCL fail.
+    pub fn connect(ranks: &dyn Ranks, main: &Queue) -> Result<Self, Error> {
+        let (rank, world_size) = (ranks.rank(), ranks.world_size());
         let mut bytes = Vec::new();
         if rank == 0 {
-            let id = Id::new().map_err(failed("ncclGetUniqueId"))?;
-            bytes = id.internal().iter().map(|&c| c as u8).collect();
+            let id = result::get_uniqueid().map_err(|error| failed(rank, "ncclGetUniqueId", &error))?;
+            bytes = id.internal.iter().map(|&c| c as u8).collect();
         }
-        over.broadcast(&mut bytes, 0)?;
+        ranks.broadcast(&mut bytes, 0)?;
         let internal: [u8; 128] = bytes.as_slice().try_into().map_err(|_| Error::Message {
             peer: 0,
             what: "the id of the NCCL group",
             problem: format!("it has {} bytes, expected 128", bytes.len()),
         })?;
-        let id = Id::uninit(internal.map(|b| b as c_char));
-        let comm = Comm::from_rank(Arc::clone(&stream), rank, world_size, id).map_err(failed("ncclCommInitRank"))?;
-        Ok(Self { comm, stream, rank, world_size, deadline })
+        let queue = main.beside().map_err(|error| device_error(rank, "making a queue", error))?;
+        queue.bind().map_err(|error| device_error(rank, "using the GPU", error))?;
+        let id = sys::ncclUniqueId { internal: internal.map(|b| b as c_char) };
+        let mut comm = std::ptr::null_mut();
+        // SAFETY: `comm` outlives the call, which makes it; the GPU is that of the thread.
+        let made = unsafe { result::comm_init_rank(&raw mut comm, world_size as i32, id, rank as i32) };
+        made.map_err(|error| failed(rank, "ncclCommInitRank", &error))?;
+        Ok(Self { comm: Comm(comm), queue, rank, world_size, depth: Cell::new(0), held: RefCell::default() })
     }
 
-    /// Waits until the device has done everything that was put on the stream.
-    ///
-    /// # Errors
-    /// If it takes longer than the deadline, or the device reports an error.
-    pub fn wait(&self, operation: &'static str) -> Result<(), Error> {
-        let failed = |error| device_error(self.rank, operation, error);
-        let event = self.stream.record_event(None).map_err(failed)?;
-        let until = Instant::now() + self.deadline;
-        let mut pause = FIRST_PAUSE;
-        while !event.try_is_complete().map_err(failed)? {
-            if Instant::now() >= until {
-                let secs = self.deadline.as_secs();
-                return Err(Error::Timeout { rank: self.rank, operation, secs, missing: Vec::new() });
+    /// Asks for `work`, which is given the addresses of both parts, after `after`.
+    fn ask(
+        &self,
+        operation: &'static str,
+        (from, to): (&Part, &Part),
+        after: &Ticket,
+        work: impl FnOnce(u64, u64, sys::cudaStream_t) -> Result<result::NcclStatus, NcclError>,
+    ) -> Result<Ticket, Error> {
+        let device = |error| device_error(self.rank, operation, error);
+        let Some(stream) = self.queue.stream() else {
+            return Err(device_error(self.rank, operation, "its queue is the host's"));
+        };
+        self.queue.after(after).map_err(device)?;
+        let addresses = (from.lend_to(&self.queue).map_err(device)?, to.lend_to(&self.queue).map_err(device)?);
+        self.queue.bind().map_err(device)?;
+        let asked = work(addresses.0, addresses.1, stream.raw().cast());
+        self.held.borrow_mut().extend([from.clone(), to.clone()]);
+        let asked = asked.map_err(|error| failed(self.rank, operation, &error));
+        // What a group asks for begins at its end.
+        if self.depth.get() > 0 {
+            return asked.map(|_| Ticket::done());
+        }
+        let ticket = self.settle(operation);
+        asked.and(ticket)
+    }
+
+    /// The ticket of all that was asked for, which keeps its memory until then.
+    fn settle(&self, operation: &'static str) -> Result<Ticket, Error> {
+        let parts = self.held.take();
+        match self.queue.ticket() {
+            Ok(ticket) => {
+                parts.iter().for_each(|part| part.is_used_until(&self.queue, &ticket));
+                Ok(ticket)
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            Err(error) => {
+                // What cannot be waited for must not be freed.
+                std::mem::forget(parts);
+                Err(device_error(self.rank, operation, error))
+            }
         }
-        Ok(())
-    }
-
-    fn upload<T: cudarc::driver::DeviceRepr>(
-        &self,
-        operation: &'static str,
-        values: &[T],
-    ) -> Result<CudaSlice<T>, Error> {
-        self.stream.clone_htod(values).map_err(|error| device_error(self.rank, operation, error))
-    }
-
-    fn zeros<T: cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits>(
-        &self,
-        operation: &'static str,
-        count: usize,
-    ) -> Result<CudaSlice<T>, Error> {
-        self.stream.alloc_zeros(count).map_err(|error| device_error(self.rank, operation, error))
-    }
-
-    /// Waits for the device, then copies its values to the host.
-    fn download<T: cudarc::driver::DeviceRepr>(
-        &self,
-        operation: &'static str,
-        device: &CudaSlice<T>,
-        host: &mut [T],
-    ) -> Result<(), Error> {
-        self.wait(operation)?;
-        self.stream.memcpy_dtoh(device, host).map_err(|error| device_error(self.rank, operation, error))
     }
 }
 
-fn device_error(rank: usize, operation: &'static str, problem: impl std::fmt::Debug) -> Error {
-    Error::Device { rank, operation, problem: format!("{problem:?}") }
+fn failed(rank: usize, operation: &'static str, error: &NcclError) -> Error {
+    device_error(rank, operation, format!("NCCL: {:?}", error.0))
 }
 
-impl Collective for Nccl {
-    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
-        let operation = "all_reduce_sum";
-        if values.is_empty() {
-            return Ok(());
-        }
-        let mut device = self.upload(operation, values)?;
-        let reduced = self.comm.all_reduce_in_place(&mut device, &ReduceOp::Sum);
-        reduced.map_err(|error| device_error(self.rank, operation, error.0))?;
-        self.download(operation, &device, values)
+impl Exchange for Nccl {
+    fn all_gather(&self, shard: &Part, full: &Part, after: &Ticket) -> Result<Ticket, Error> {
+        const OPERATION: &str = "all_gather";
+        check_parts(OPERATION, self.world_size, shard, full)?;
+        self.ask(OPERATION, (shard, full), after, |from, to, stream| {
+            let (from, to, kind) = (from as *const _, to as *mut _, sys::ncclDataType_t::ncclUint8);
+            // SAFETY: both are device memory of the checked lengths, which lives until the queue is done with it.
+            unsafe { result::all_gather(from, to, shard.len(), kind, self.comm.0, stream) }
+        })
     }
 
-    fn all_gather(&self, shard: &[f32], full: &mut [f32]) -> Result<(), Error> {
-        let operation = "all_gather";
-        check_shards(operation, self.world_size, shard.len(), full.len())?;
-        if shard.is_empty() {
-            return Ok(());
-        }
-        let own = self.upload(operation, shard)?;
-        let mut all = self.zeros::<f32>(operation, full.len())?;
-        self.comm.all_gather(&own, &mut all).map_err(|error| device_error(self.rank, operation, error.0))?;
-        self.download(operation, &all, full)
+    fn reduce_scatter(&self, full: &Part, shard: &Part, sum: Sum, after: &Ticket) -> Result<Ticket, Error> {
+        const OPERATION: &str = "reduce_scatter";
+        check_parts(OPERATION, self.world_size, shard, full)?;
+        check_values(OPERATION, self.world_size, shard, sum)?;
+        let kind = match sum {
+            Sum::F32 => sys::ncclDataType_t::ncclFloat32,
+            Sum::Bf16 => sys::ncclDataType_t::ncclBfloat16,
+            Sum::F16 => sys::ncclDataType_t::ncclFloat16,
+        };
+        self.ask(OPERATION, (full, shard), after, |from, to, stream| {
+            let (from, to, count) = (from as *const _, to as *mut _, shard.len() / sum.size_in_bytes());
+            // SAFETY: as above.
+            unsafe { result::reduce_scatter(from, to, count, kind, sys::ncclRedOp_t::ncclSum, self.comm.0, stream) }
+        })
     }
 
-    fn reduce_scatter_sum(&self, full: &[f32], shard: &mut [f32]) -> Result<(), Error> {
-        let operation = "reduce_scatter_sum";
-        check_shards(operation, self.world_size, shard.len(), full.len())?;
-        if shard.is_empty() {
-            return Ok(());
+    fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {
+        const OPERATION: &str = "grouped";
+        result::group_start().map_err(|error| failed(self.rank, OPERATION, &error))?;
+        self.depth.set(self.depth.get() + 1);
+        let asked = work(self);
+        self.depth.set(self.depth.get() - 1);
+        let ended = result::group_end().map_err(|error| failed(self.rank, OPERATION, &error));
+        if self.depth.get() > 0 {
+            return asked.and(ended).map(|_| Ticket::done());
         }
-        let all = self.upload(operation, full)?;
-        let mut own = self.zeros::<f32>(operation, shard.len())?;
-        let reduced = self.comm.reduce_scatter(&all, &mut own, &ReduceOp::Sum);
-        reduced.map_err(|error| device_error(self.rank, operation, error.0))?;
-        self.download(operation, &own, shard)
+        let ticket = self.settle(OPERATION);
+        asked.and(ended).and(ticket)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator is live and `state` outlives the call.
+        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm.0, &raw mut state) };
+        let status = asked.result().and_then(|_| state.result());
+        status.map(drop).map_err(|error| failed(self.rank, "exchange", &error))
     }
 }
