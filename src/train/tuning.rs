@@ -45,7 +45,7 @@ impl Tuning {
     /// If the file cannot be read or the device refuses.
     pub(super) fn keep(&mut self, from: &Path, folder: &Path, resumed: Option<u64>) -> anyhow::Result<()> {
         begin_step(&self.device, resumed.unwrap_or(0))?;
-        let file = self.file.insert(folder.join(CHOICES));
+        self.file = Some(folder.join(CHOICES));
         let kept = from.join(CHOICES);
         if !kept.is_file() {
             return Ok(());
@@ -55,17 +55,24 @@ impl Tuning {
             None => Taken::Damaged(format!("it is larger than {MOST_BYTES} bytes")),
         };
         match taken {
-            Taken::Choices(count) => tracing::info!("{count} matrix products are made as `{}` says", kept.display()),
-            Taken::Foreign(whose) => tracing::warn!(
-                "`{}` holds choices {whose}; they are not used, and `{}` is written anew",
-                kept.display(),
-                file.display()
-            ),
-            Taken::Damaged(reason) => tracing::warn!(
-                "`{}` cannot be read ({reason}); its choices are not used, and `{}` is written anew",
-                kept.display(),
-                file.display()
-            ),
+            Taken::Choices(count) => {
+                tracing::info!("{count} matrix products are made as `{}` says", kept.display());
+                // As they count here: a run that goes on from this one finds them so.
+                self.write()?;
+            }
+            Taken::Foreign(whose) => {
+                tracing::warn!("`{}` holds choices {whose}; they are not used", kept.display());
+            }
+            Taken::Damaged(reason) => {
+                tracing::warn!("`{}` cannot be read ({reason}); its choices are not used", kept.display());
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self) -> anyhow::Result<()> {
+        if let (Some(file), Some(text)) = (&self.file, choices_text(&self.device)?) {
+            crate::fs::write_atomic(file, text.as_bytes())?;
         }
         Ok(())
     }
@@ -90,9 +97,9 @@ impl Tuning {
         let products = |count: usize| format!("{count} matrix product{}", if count == 1 { "" } else { "s" });
         say(&format!("tuning {}", products(count)));
         let tried = try_noted(&self.device, step, should_stop)?;
-        say(&format!("tuned {} in {:.1} s", products(tried.products), tried.secs));
-        if let (Some(file), Some(text)) = (&self.file, choices_text(&self.device)?) {
-            crate::fs::write_atomic(file, text.as_bytes())?;
+        if tried.products > 0 {
+            say(&format!("tuned {} in {:.1} s", products(tried.products), tried.secs));
+            self.write()?;
         }
         Ok(Some((tried.products, tried.secs)))
     }

@@ -117,7 +117,7 @@ impl Choices {
     /// Takes choices in that were kept, in place of what there is of their kinds.
     pub(super) fn take(&mut self, kept: impl IntoIterator<Item = (Key, Choice)>) {
         self.chosen.extend(kept);
-        self.answers.clear();
+        self.answers.retain(|key, _| !self.chosen.contains_key(&key.of_like_sizes()));
         self.noted.retain(|kind| !self.chosen.contains_key(kind));
     }
 
