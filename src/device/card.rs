@@ -3,7 +3,7 @@
 use candle_core::Device;
 
 use super::gpu::{self, Stream};
-use super::{Error, argument};
+use super::{Error, Queue, argument};
 
 /// Whether the program was built for GPUs.
 pub const IS_BUILT_FOR_GPUS: bool = gpu::IS_BUILT;
@@ -17,6 +17,33 @@ pub struct MemoryUse {
     pub peak: u64,
     /// Held by the pool, in use or not.
     pub reserved: u64,
+}
+
+/// What holds a GPU's memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Tensors and workspaces, at their most since the start or [`reset_peak`].
+    pub tensors: u64,
+    /// What the pool keeps beside that most: pieces between tensors, and what is free for the next step.
+    pub slack: u64,
+    /// What was in use when the GPU was opened: the context, and other processes.
+    pub opening: u64,
+    /// What came since, outside of the pool: code of kernels, what libraries keep for themselves, other processes.
+    pub loaded: u64,
+}
+
+impl Footprint {
+    fn of(pool: MemoryUse, in_use: u64, at_opening: u64) -> Self {
+        let outside = in_use.saturating_sub(pool.reserved);
+        let opening = at_opening.min(outside);
+        let slack = pool.reserved.saturating_sub(pool.peak);
+        Self { tensors: pool.peak, slack, opening, loaded: outside - opening }
+    }
+
+    /// All but the tensors.
+    pub fn beside_tensors(&self) -> u64 {
+        self.slack + self.opening + self.loaded
+    }
 }
 
 /// Whether this machine has a GPU of that number, and the program was built for it.
@@ -60,7 +87,10 @@ pub fn device_name(device: &Device) -> Result<String, Error> {
 /// # Errors
 /// If there is no such GPU or the driver refuses.
 pub fn open(ordinal: usize) -> Result<Device, Error> {
-    gpu::open(ordinal)
+    let device = gpu::open(ordinal)?;
+    let outside = device_memory_used()?.saturating_sub(memory_use(&device)?.reserved);
+    Queue::of(&device)?.note_opening(outside);
+    Ok(device)
 }
 
 /// What the device's pool holds.
@@ -78,6 +108,15 @@ pub fn memory_use(device: &Device) -> Result<MemoryUse, Error> {
 pub fn device_memory_used() -> Result<u64, Error> {
     let (free, total) = gpu::memory_info()?;
     Ok((total - free) as u64)
+}
+
+/// What holds the memory of a GPU.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn footprint(device: &Device) -> Result<Footprint, Error> {
+    Stream::of(device)?.bind()?;
+    Ok(Footprint::of(memory_use(device)?, device_memory_used()?, Queue::of(device)?.at_opening()))
 }
 
 /// Bytes that could still be allocated on `device`: what nobody uses, and what its pool holds without use.
@@ -109,4 +148,20 @@ pub fn synchronize(device: &Device) -> Result<(), Error> {
         return Err(argument("synchronize", "device", device.location(), "a GPU"));
     }
     Ok(device.synchronize()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Footprint, MemoryUse};
+
+    #[test]
+    fn what_holds_the_memory_adds_up_to_what_is_in_use() {
+        let pool = MemoryUse { used: 10, peak: 60, reserved: 100 };
+        let of = Footprint::of(pool, 175, 30);
+        assert_eq!(of, Footprint { tensors: 60, slack: 40, opening: 30, loaded: 45 });
+        assert_eq!(of.tensors + of.beside_tensors(), 175);
+        // Another process that was there at the opening may be gone.
+        let less = Footprint::of(pool, 120, 30);
+        assert_eq!((less.opening, less.loaded, less.tensors + less.beside_tensors()), (20, 0, 120));
+    }
 }

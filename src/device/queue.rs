@@ -4,6 +4,7 @@
 use std::any::{Any, TypeId};
 #[cfg(feature = "cuda")]
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
@@ -25,6 +26,8 @@ struct Inner {
     stream: Option<Stream>,
     is_main: bool,
     timers: Timers,
+    /// Bytes of the device that were in use when it was opened.
+    at_opening: AtomicU64,
     #[cfg(feature = "cuda")]
     attached: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
 }
@@ -52,6 +55,7 @@ impl Queue {
             stream,
             is_main,
             timers: Timers::default(),
+            at_opening: AtomicU64::new(0),
             #[cfg(feature = "cuda")]
             attached: Mutex::default(),
         }))
@@ -113,6 +117,14 @@ impl Queue {
     /// The stream of a GPU's queue.
     pub(crate) fn stream(&self) -> Option<&Stream> {
         self.0.stream.as_ref()
+    }
+
+    pub(super) fn note_opening(&self, bytes: u64) {
+        self.0.at_opening.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn at_opening(&self) -> u64 {
+        self.0.at_opening.load(Ordering::Relaxed)
     }
 
     pub(super) fn timers(&self) -> &Timers {

@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use crate::config::settings::{DeviceChoice, Precision};
-use crate::device;
+use crate::device::{self, Footprint};
 use crate::engine::Types;
 
 /// A device and the types of the passes on it.
@@ -65,15 +65,13 @@ impl Backend {
         Ok(Self { device, types })
     }
 
-    /// The most bytes of a GPU's memory that tensors took, and what is in use of it now, by libraries and others too; `None`
-    /// on the CPU.
+    /// What holds the memory of a GPU; `None` on the CPU.
     ///
     /// # Errors
     /// If the device refuses.
-    pub fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
+    pub fn memory(&self) -> anyhow::Result<Option<Footprint>> {
         if self.device.is_cuda() {
-            let pool = device::memory_use(&self.device)?;
-            return Ok(Some((pool.peak, device::device_memory_used()?)));
+            return Ok(Some(device::footprint(&self.device)?));
         }
         Ok(None)
     }

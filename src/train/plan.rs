@@ -261,10 +261,14 @@ impl Memory {
     /// Plan and measured peak, for its end; on a GPU also the most of its memory that was in use.
     pub(super) fn measured(&self, session: &Session) -> anyhow::Result<Section> {
         let mut section = self.ledger.section();
-        if let Some((peak, all)) = session.backend().memory()? {
+        if let Some(footprint) = session.backend().memory()? {
+            let [tensors, beside, slack, opening, loaded] =
+                [footprint.tensors, footprint.beside_tensors(), footprint.slack, footprint.opening, footprint.loaded]
+                    .map(units::bytes);
+            section.push("device peak", format!("{tensors} of tensors and workspaces; {beside} beside them"));
             section.push(
-                "device peak",
-                format!("{} of tensors; {} with libraries", units::bytes(peak), units::bytes(all)),
+                "beside them",
+                format!("{opening} context, {loaded} code and libraries, {slack} free in the pool"),
             );
         }
         Ok(section)

@@ -249,3 +249,41 @@ fn views_are_of_memory_that_kernels_reach() {
     assert!(Buffer::of_tensor(strided.clone()).is_err());
     assert_eq!(download_u8(&strided.contiguous().unwrap()).unwrap(), [0; 16]);
 }
+
+/// Run it alone: it prints what holds the memory of a GPU after each of the things that a run does first, and what a smaller
+/// stack of the threads, whose memory the context keeps for all that can be resident, leaves of the context.
+#[test]
+#[ignore = "gpu"]
+#[expect(clippy::print_stdout, reason = "a table for the reader")]
+fn bench_footprint() {
+    use cudarc::driver::sys::{CUlimit, cuCtxGetLimit, cuCtxSetLimit};
+    use trainer::device::{Footprint, footprint, synchronize};
+    use trainer::kernels::cuda::{Accumulate, Side, gemm};
+
+    let device = device();
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let print = |what: &str| {
+        synchronize(&device).unwrap();
+        let Footprint { tensors, slack, opening, loaded } = footprint(&device).unwrap();
+        let [tensors, slack, opening, loaded] = [tensors, slack, opening, loaded].map(mib);
+        println!("{what:28} tensors {tensors:7.1} slack {slack:7.1} opening {opening:7.1} loaded {loaded:7.1} MiB");
+    };
+    print("opened");
+    let x = empty(&device, (2048, 2048), DType::BF16).unwrap();
+    fill(&device, matrix(&x).unwrap(), 0.5).unwrap();
+    print("first kernel");
+    let y = empty(&device, (2048, 2048), DType::BF16).unwrap();
+    let (a, b) = ((matrix(&x).unwrap(), Side::Plain), (matrix(&x).unwrap(), Side::Transposed));
+    gemm(&device, matrix(&y).unwrap(), a, b, 1.0, Accumulate::No, None).unwrap();
+    print("first product");
+    let mut stack = 0;
+    // SAFETY: a number is written to a live variable; the limit is one of the context that is current here.
+    unsafe {
+        cuCtxGetLimit(&raw mut stack, CUlimit::CU_LIMIT_STACK_SIZE).result().unwrap();
+        cuCtxSetLimit(CUlimit::CU_LIMIT_STACK_SIZE, 256).result().unwrap();
+    }
+    print(&format!("stack {stack} -> 256 bytes"));
+    gemm(&device, matrix(&y).unwrap(), a, b, 1.0, Accumulate::No, None).unwrap();
+    fill(&device, matrix(&x).unwrap(), 0.5).unwrap();
+    print("kernel and product again");
+}
