@@ -46,7 +46,7 @@ pub struct Buffer {
 
 #[derive(Debug)]
 struct Use {
-    stream: (usize, usize),
+    queue: u64,
     ticket: Ticket,
 }
 
@@ -358,15 +358,15 @@ impl Buffer {
     }
 
     /// Notes a copy of a queue unless the order of `home` covers it.
-    fn note(&self, queue: &Queue, stream: (usize, usize), ticket: &Ticket) {
+    fn note(&self, queue: &Queue, ticket: &Ticket) {
         let is_covered = self.place() == Place::Device && self.home.is_same(queue);
         if is_covered || self.place() == Place::Host {
             return;
         }
         let mut uses = self.uses();
         // What comes later on a queue is done later.
-        uses.retain(|other| other.stream != stream);
-        uses.push(Use { stream, ticket: ticket.clone() });
+        uses.retain(|other| other.queue != queue.number());
+        uses.push(Use { queue: queue.number(), ticket: ticket.clone() });
     }
 }
 
@@ -429,7 +429,7 @@ pub(super) fn copy(queue: &Queue, from: &Part, to: &Part) -> Result<Ticket, Erro
         }
     };
     for buffer in [&from.buffer, &to.buffer] {
-        buffer.note(queue, stream.id(), &ticket);
+        buffer.note(queue, &ticket);
     }
     Ok(ticket)
 }

@@ -18,10 +18,14 @@ use super::{Error, Part, Ticket};
 /// A GPU has one queue on which its tensors are made, used and freed ([`Queue::of`]), on which all kernels run. Queues beside
 /// it copy and exchange; they are ordered with it, and with each other, by [`Ticket`]s.
 #[derive(Clone)]
-pub struct Queue(Arc<Inner>);
+pub struct Queue {
+    device: Device,
+    inner: Arc<Inner>,
+}
 
 struct Inner {
-    device: Device,
+    /// Which one it is among all that there have been.
+    number: u64,
     /// `None`: the host.
     stream: Option<Stream>,
     is_main: bool,
@@ -32,10 +36,12 @@ struct Inner {
     attached: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
 }
 
-/// The main queues by their streams. They live as long as the process, so that no other stream gets the same id; there is
+/// The main queues. They live as long as the process, so that no other stream gets the same id; there is
 /// one for each GPU that a process opens.
-static MAIN: Mutex<Vec<((usize, usize), Queue)>> = Mutex::new(Vec::new());
-static HOST: std::sync::LazyLock<Queue> = std::sync::LazyLock::new(|| Queue::new(&Device::Cpu, None, true));
+static MAIN: Mutex<Vec<Arc<Inner>>> = Mutex::new(Vec::new());
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
+static HOST: std::sync::LazyLock<Queue> =
+    std::sync::LazyLock::new(|| Queue { device: Device::Cpu, inner: Arc::new(Inner::new(None, true)) });
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is guarded is changed by single insertions, so a panic elsewhere leaves it whole.
@@ -44,21 +50,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Queue").field("device", &self.0.device.location()).field("stream", &self.0.stream).finish()
+        f.debug_struct("Queue").field("device", &self.device.location()).field("number", &self.inner.number).finish()
     }
 }
 
-impl Queue {
-    fn new(device: &Device, stream: Option<Stream>, is_main: bool) -> Self {
-        Self(Arc::new(Inner {
-            device: device.clone(),
+impl Inner {
+    fn new(stream: Option<Stream>, is_main: bool) -> Self {
+        Self {
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
             stream,
             is_main,
             timers: Timers::default(),
             at_opening: AtomicU64::new(0),
             #[cfg(feature = "cuda")]
             attached: Mutex::default(),
-        }))
+        }
+    }
+}
+
+impl Queue {
+    fn of_inner(device: &Device, inner: Arc<Inner>) -> Self {
+        Self { device: device.clone(), inner }
     }
 
     /// The main queue of a device.
@@ -72,12 +84,12 @@ impl Queue {
         let stream = Stream::of(device)?;
         let id = stream.id();
         let mut known = lock(&MAIN);
-        if let Some((_, queue)) = known.iter().find(|(known, _)| *known == id) {
-            return Ok(queue.clone());
+        if let Some(inner) = known.iter().find(|inner| inner.stream.as_ref().is_some_and(|stream| stream.id() == id)) {
+            return Ok(Self::of_inner(device, inner.clone()));
         }
-        let queue = Self::new(device, Some(stream), true);
-        known.push((id, queue.clone()));
-        Ok(queue)
+        let inner = Arc::new(Inner::new(Some(stream), true));
+        known.push(inner.clone());
+        Ok(Self::of_inner(device, inner))
     }
 
     pub(super) fn host() -> Self {
@@ -86,7 +98,7 @@ impl Queue {
 
     /// Whether both are one queue.
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Another queue of the same device, ordered with nothing; on the CPU it is as the first.
@@ -94,18 +106,23 @@ impl Queue {
     /// # Errors
     /// If the driver refuses.
     pub fn beside(&self) -> Result<Self, Error> {
-        let stream = self.0.stream.as_ref().map(Stream::beside).transpose()?;
-        Ok(Self::new(&self.0.device, stream, false))
+        let stream = self.stream().map(Stream::beside).transpose()?;
+        Ok(Self::of_inner(&self.device, Arc::new(Inner::new(stream, false))))
     }
 
     /// The device whose queue it is.
     pub fn device(&self) -> &Device {
-        &self.0.device
+        &self.device
     }
 
     /// Whether kernels run on it.
     pub fn is_main(&self) -> bool {
-        self.0.is_main
+        self.inner.is_main
+    }
+
+    /// Which one it is among all that there have been.
+    pub(super) fn number(&self) -> u64 {
+        self.inner.number
     }
 
     /// Makes its GPU the one that the thread's calls of a library are for.
@@ -116,19 +133,19 @@ impl Queue {
 
     /// The stream of a GPU's queue.
     pub(crate) fn stream(&self) -> Option<&Stream> {
-        self.0.stream.as_ref()
+        self.inner.stream.as_ref()
     }
 
     pub(super) fn note_opening(&self, bytes: u64) {
-        self.0.at_opening.store(bytes, Ordering::Relaxed);
+        self.inner.at_opening.store(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn at_opening(&self) -> u64 {
-        self.0.at_opening.load(Ordering::Relaxed)
+        self.inner.at_opening.load(Ordering::Relaxed)
     }
 
     pub(super) fn timers(&self) -> &Timers {
-        &self.0.timers
+        &self.inner.timers
     }
 
     /// Everything asked of this queue so far.
@@ -138,7 +155,7 @@ impl Queue {
     pub fn ticket(&self) -> Result<Ticket, Error> {
         match self.stream() {
             None => Ok(Ticket::done()),
-            Some(stream) => Ok(Ticket::event(stream.record(false)?, stream.id())),
+            Some(stream) => Ok(Ticket::event(stream.record(false)?, self.number())),
         }
     }
 
@@ -149,7 +166,7 @@ impl Queue {
     /// If the driver refuses, or the work of a thread was given up.
     pub fn after(&self, ticket: &Ticket) -> Result<(), Error> {
         match (self.stream(), ticket.as_event()) {
-            (Some(stream), Some((_, id))) if stream.id() == id => Ok(()),
+            (Some(_), Some((_, number))) if self.number() == number => Ok(()),
             (Some(stream), Some((event, _))) => stream.wait(event),
             _ => ticket.wait(None),
         }
@@ -182,7 +199,7 @@ impl Queue {
         &self,
         make: impl FnOnce(&Self) -> Result<T, Error>,
     ) -> Result<Arc<T>, Error> {
-        let mut attached = lock(&self.0.attached);
+        let mut attached = lock(&self.inner.attached);
         if let Some(known) = attached.get(&TypeId::of::<T>()).cloned().and_then(|known| known.downcast().ok()) {
             return Ok(known);
         }

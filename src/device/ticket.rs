@@ -19,8 +19,8 @@ pub struct Ticket(Moment);
 #[derive(Clone, Debug)]
 enum Moment {
     Done,
-    /// Of the stream with that id.
-    Event(Arc<Event>, (usize, usize)),
+    /// Of the queue with that number.
+    Event(Arc<Event>, u64),
     Promised(Arc<Promised>),
 }
 
@@ -82,14 +82,14 @@ impl Ticket {
         (Work(promised.clone()), Self(Moment::Promised(promised)))
     }
 
-    pub(super) fn event(event: Event, stream: (usize, usize)) -> Self {
-        Self(Moment::Event(Arc::new(event), stream))
+    pub(super) fn event(event: Event, queue: u64) -> Self {
+        Self(Moment::Event(Arc::new(event), queue))
     }
 
-    /// The event that a device can wait for, and the stream that it is of.
-    pub(super) fn as_event(&self) -> Option<(&Event, (usize, usize))> {
+    /// The event that a device can wait for, and the queue that it is of.
+    pub(super) fn as_event(&self) -> Option<(&Event, u64)> {
         match &self.0 {
-            Moment::Event(event, stream) => Some((event, *stream)),
+            Moment::Event(event, queue) => Some((event, *queue)),
             Moment::Done | Moment::Promised(_) => None,
         }
     }
