@@ -249,7 +249,7 @@ impl Buffer {
     /// # Errors
     /// As [`Self::matrix`].
     pub fn array(&self, first_byte: usize, len: usize, dtype: DType) -> Result<Pointer<'_>, Error> {
-        Ok(view::array_at(self.view(first_byte, len, dtype)?, len))
+        Ok(view::array_at(self.view(first_byte, len, dtype)?, dtype, len))
     }
 
     fn view(&self, first_byte: usize, count: usize, dtype: DType) -> Result<u64, Error> {

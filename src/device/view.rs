@@ -45,12 +45,10 @@ use super::{Error, argument, gpu};
 pub struct Matrix<'b> {
     pub(crate) address: u64,
     pub(crate) dtype: DType,
-    /// Number of rows.
-    pub rows: usize,
-    /// Number of columns.
-    pub cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
     /// Elements from one row to the next.
-    pub stride: usize,
+    pub(crate) stride: usize,
     pub(crate) lent: PhantomData<&'b ()>,
 }
 
@@ -58,29 +56,45 @@ pub struct Matrix<'b> {
 #[derive(Clone, Copy, Debug)]
 pub struct Pointer<'b> {
     pub(crate) address: u64,
-    /// Number of elements.
-    pub len: usize,
+    pub(crate) dtype: DType,
+    pub(crate) len: usize,
     pub(crate) lent: PhantomData<&'b ()>,
 }
 
 impl Pointer<'_> {
-    /// Elements from `first` on, each of `element_bytes`.
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Elements from `first` on.
     ///
     /// # Panics
     /// If there are fewer.
     #[must_use]
-    pub fn from_element(self, first: usize, element_bytes: usize) -> Self {
-        self.elements(first..self.len, element_bytes)
+    pub fn from_element(self, first: usize) -> Self {
+        self.elements(first..self.len)
     }
 
-    /// The elements `range`, each of `element_bytes`.
+    /// The elements `range`.
     ///
     /// # Panics
     /// If they are not among these.
     #[must_use]
-    pub fn elements(self, range: Range<usize>, element_bytes: usize) -> Self {
+    pub fn elements(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of {}", self.len);
-        Self { address: self.address + (range.start * element_bytes) as u64, len: range.len(), ..self }
+        let first_byte = range.start * self.dtype.size_in_bytes();
+        Self { address: self.address + first_byte as u64, len: range.len(), ..self }
     }
 }
 
@@ -108,6 +122,11 @@ impl<'b> Matrix<'b> {
     /// The type of the values.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Number of rows and of columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
     }
 
     /// Matrices that lie side by side as one; `None` if they do not, or there are none.
@@ -155,7 +174,7 @@ pub fn array(tensor: &Tensor) -> Result<Pointer<'_>, Error> {
     if !tensor.is_contiguous() {
         return Err(argument("view", "tensor", tensor.layout(), "contiguous values"));
     }
-    Ok(Pointer { address: gpu::address(tensor)?, len: tensor.elem_count(), lent: PhantomData })
+    Ok(Pointer { address: gpu::address(tensor)?, dtype: tensor.dtype(), len: tensor.elem_count(), lent: PhantomData })
 }
 
 /// A matrix at an address, rows one behind the other, for as long as the caller says.
@@ -164,8 +183,8 @@ pub(super) fn matrix_at<'b>(address: u64, (rows, cols): (usize, usize), dtype: D
 }
 
 /// An array at an address, for as long as the caller says.
-pub(super) fn array_at<'b>(address: u64, len: usize) -> Pointer<'b> {
-    Pointer { address, len, lent: PhantomData }
+pub(super) fn array_at<'b>(address: u64, dtype: DType, len: usize) -> Pointer<'b> {
+    Pointer { address, dtype, len, lent: PhantomData }
 }
 
 #[cfg(test)]
@@ -184,8 +203,8 @@ mod tests {
     fn parts_of_a_matrix_begin_where_their_first_value_lies() {
         let part = whole().rows(1, 2).columns(8, 16);
         assert_eq!((part.address, part.rows, part.cols, part.stride), (1024 + 2 * (32 + 8), 2, 16, 32));
-        let array = Pointer { address: 64, len: 10, lent: PhantomData };
-        assert_eq!((array.elements(3..5, 4).address, array.from_element(3, 4).len), (76, 7));
+        let array = Pointer { address: 64, dtype: DType::F32, len: 10, lent: PhantomData };
+        assert_eq!((array.elements(3..5).address, array.from_element(3).len), (76, 7));
     }
 
     #[test]

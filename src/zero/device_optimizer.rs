@@ -21,7 +21,7 @@ pub(super) fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
     let mut first = 0;
     for (flat, offsets) in offsets {
         let chunks = upload_u32(device, &offsets)?;
-        sums_of_squares(device, all.from_element(first, 8), array(flat.grads())?, array(&chunks)?)?;
+        sums_of_squares(device, all.from_element(first), array(flat.grads())?, array(&chunks)?)?;
         first += offsets.len() - 1;
     }
     drop(span);

@@ -132,14 +132,14 @@ fn bench_assemble() {
             .zip(&sources)
             .map(|(&(rows, cols, ..), &source)| Part { rows, cols, source, factor: 2.0 })
             .collect();
-        let bytes = 2 * rows * cols + sources.iter().map(|s| 4 * s.rows * s.cols).sum::<usize>();
+        let bytes = 2 * rows * cols + sources.iter().map(|s| 4 * s.shape().0 * s.shape().1).sum::<usize>();
         print_bandwidth(&device, &format!("{what} [{rows}, {cols}]"), bytes, || {
             assemble(&device, out, &parts).unwrap();
         });
         print_bandwidth(&device, &format!("{what} one by one"), bytes, || {
             fill(&device, out, 0.0).unwrap();
             for part in &parts {
-                let to = out.rows(part.rows, part.source.rows).columns(part.cols, part.source.cols);
+                let to = out.rows(part.rows, part.source.shape().0).columns(part.cols, part.source.shape().1);
                 axpby(&device, to, 2.0, part.source, 0.0).unwrap();
             }
         });

@@ -239,7 +239,7 @@ fn check(
     if !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         return Err(argument(kernel, "q", q.dtype(), "f32, f16 or bf16"));
     }
-    match floats.iter().find(|(_, x)| x.len < heads * q.rows) {
+    match floats.iter().find(|(_, x)| x.len < heads * q.rows || x.dtype() != DType::F32) {
         Some((name, x)) => Err(argument(kernel, name, x.len, format!("at least {heads} x {} floats", q.rows))),
         None => Ok(()),
     }

@@ -26,17 +26,19 @@ pub(super) fn expect_type(kernel: &'static str, name: &'static str, m: &Matrix, 
     if m.dtype() == dtype { Ok(()) } else { Err(argument(kernel, name, m.dtype(), dtype)) }
 }
 
-/// That an array has at least as many elements as the kernel touches.
-pub(super) fn expect_length(
+/// That an array has a type, and at least as many elements as the kernel touches.
+pub(super) fn expect_array(
     kernel: &'static str,
     name: &'static str,
-    pointer: Pointer,
+    pointer: Pointer<'_>,
+    dtype: DType,
     needed: usize,
 ) -> Result<(), Error> {
-    if pointer.len >= needed {
+    if pointer.dtype() == dtype && pointer.len >= needed {
         return Ok(());
     }
-    Err(argument(kernel, name, pointer.len, format!("at least {needed} elements")))
+    let got = format!("{} of {:?}", pointer.len, pointer.dtype());
+    Err(argument(kernel, name, got, format!("at least {needed} elements of {dtype:?}")))
 }
 
 /// Into how many shares the rows of a sum over rows are cut: enough for a few blocks on every multiprocessor, with at

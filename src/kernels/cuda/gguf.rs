@@ -1,7 +1,8 @@
 //! GGUF's block formats.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
+use super::checks::expect_array;
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 pub use crate::kernels::cpu::BlockFormat as GgufKind;
@@ -56,9 +57,7 @@ pub fn dequantize_gguf(
         return Err(argument(KERNEL, "out", [out.rows, out.cols], expected));
     };
     let needed = (first_row + out.rows) * row_bytes;
-    if blocks.len < needed {
-        return Err(argument(KERNEL, "blocks", blocks.len, format!("at least {needed} bytes")));
-    }
+    expect_array(KERNEL, "blocks", blocks, DType::U8, needed)?;
     // SAFETY: both addresses are views of live device memory that is long enough, as checked above; the work is ordered
     // by the device's one compute stream.
     let code =

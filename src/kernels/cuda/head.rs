@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device};
 
-use super::checks::expect_length;
+use super::checks::expect_array;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
@@ -58,7 +58,7 @@ impl<'b> HeadState<'b> {
     /// # Errors
     /// If the buffer is too short.
     pub fn new(buffer: Pointer<'b>, rows: usize) -> Result<Self, Error> {
-        expect_length("head state", "buffer", buffer, Self::buffer_len(rows))?;
+        expect_array("head state", "buffer", buffer, DType::F64, Self::buffer_len(rows))?;
         Ok(Self { buffer, rows })
     }
 }
@@ -98,7 +98,7 @@ pub fn head_forward_chunk(
 ) -> Result<(), Error> {
     const KERNEL: &str = "head_forward_chunk";
     expect_logits(KERNEL, &logits, state.rows, logits.cols)?;
-    expect_length(KERNEL, "targets", targets, state.rows)?;
+    expect_array(KERNEL, "targets", targets, DType::U32, state.rows)?;
     // SAFETY: all addresses are views of live device memory of the lengths checked above and in `HeadState::new`; the
     // work is ordered by the device's one compute stream.
     let code = unsafe {
@@ -124,10 +124,10 @@ pub fn head_finish(
 ) -> Result<(), Error> {
     const KERNEL: &str = "head_finish";
     let rows = state.rows;
-    expect_length(KERNEL, "logprobs", logprobs, rows)?;
-    expect_length(KERNEL, "entropies", entropies, rows)?;
-    expect_length(KERNEL, "log_sums", log_sums, rows)?;
-    expect_length(KERNEL, "is_argmax", is_argmax, rows)?;
+    expect_array(KERNEL, "logprobs", logprobs, DType::F32, rows)?;
+    expect_array(KERNEL, "entropies", entropies, DType::F32, rows)?;
+    expect_array(KERNEL, "log_sums", log_sums, DType::F32, rows)?;
+    expect_array(KERNEL, "is_argmax", is_argmax, DType::U8, rows)?;
     // SAFETY: all addresses are views of live device memory of the lengths checked above and in `HeadState::new`; the
     // work is ordered by the device's one compute stream.
     let code = unsafe {
@@ -172,12 +172,12 @@ pub fn head_backward_chunk(
     const KERNEL: &str = "head_backward_chunk";
     let rows = d_logits.rows;
     expect_logits(KERNEL, &logits, rows, d_logits.cols)?;
-    expect_length(KERNEL, "targets", targets, rows)?;
-    expect_length(KERNEL, "log_sums", log_sums, rows)?;
-    expect_length(KERNEL, "entropies", entropies, rows)?;
-    expect_length(KERNEL, "d_logprobs", d_logprobs, rows)?;
+    expect_array(KERNEL, "targets", targets, DType::U32, rows)?;
+    expect_array(KERNEL, "log_sums", log_sums, DType::F32, rows)?;
+    expect_array(KERNEL, "entropies", entropies, DType::F32, rows)?;
+    expect_array(KERNEL, "d_logprobs", d_logprobs, DType::F32, rows)?;
     if let Some(d_entropies) = d_entropies {
-        expect_length(KERNEL, "d_entropies", d_entropies, rows)?;
+        expect_array(KERNEL, "d_entropies", d_entropies, DType::F32, rows)?;
     }
     // SAFETY: all addresses are views of live device memory of the shapes and lengths checked above; where `d_logits`
     // is `logits` each thread writes only what it alone has read. The device's one compute stream orders the work.

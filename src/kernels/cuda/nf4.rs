@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use super::checks::expect_length;
+use super::checks::expect_array;
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream, type_code};
 use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
@@ -98,17 +98,17 @@ pub fn dequantize_nf4(
     }
     let length = (first_row + out.rows) * cols;
     let blocks = length.div_ceil(BLOCK_LEN);
-    expect_length(KERNEL, "packed", view.packed, length.div_ceil(2))?;
-    expect_length(KERNEL, "values", view.values, 16)?;
+    expect_array(KERNEL, "packed", view.packed, DType::U8, length.div_ceil(2))?;
+    expect_array(KERNEL, "values", view.values, DType::F32, 16)?;
     let (plain, codes, nested_absmax, map, offset) = match view.absmax {
         Nf4Absmax::Plain(absmax) => {
-            expect_length(KERNEL, "absmax", absmax, blocks)?;
+            expect_array(KERNEL, "absmax", absmax, DType::F32, blocks)?;
             (absmax.address, 0, 0, 0, 0.0)
         }
         Nf4Absmax::Nested { codes, absmax, map, offset } => {
-            expect_length(KERNEL, "codes", codes, blocks)?;
-            expect_length(KERNEL, "nested absmax", absmax, blocks.div_ceil(NESTED_BLOCK))?;
-            expect_length(KERNEL, "map", map, MAP_LEN)?;
+            expect_array(KERNEL, "codes", codes, DType::U8, blocks)?;
+            expect_array(KERNEL, "nested absmax", absmax, DType::F32, blocks.div_ceil(NESTED_BLOCK))?;
+            expect_array(KERNEL, "map", map, DType::F32, MAP_LEN)?;
             (0, codes.address, absmax.address, map.address, offset)
         }
     };
@@ -151,9 +151,9 @@ pub fn quantize_nf4(
     if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(argument(KERNEL, "dtype", dtype, "f32, f16 or bf16"));
     }
-    expect_length(KERNEL, "packed", packed, count.div_ceil(2))?;
-    expect_length(KERNEL, "absmax", absmax, count.div_ceil(BLOCK_LEN))?;
-    expect_length(KERNEL, "x", x, count)?;
+    expect_array(KERNEL, "packed", packed, DType::U8, count.div_ceil(2))?;
+    expect_array(KERNEL, "absmax", absmax, DType::F32, count.div_ceil(BLOCK_LEN))?;
+    expect_array(KERNEL, "x", x, dtype, count)?;
     // SAFETY: the three addresses are views of live device arrays that are long enough, as checked above; the work is
     // ordered by the device's one compute stream.
     let code = unsafe {
@@ -189,10 +189,10 @@ pub fn quantize_maxima(
     count: usize,
 ) -> Result<(), Error> {
     const KERNEL: &str = "quantize_maxima";
-    expect_length(KERNEL, "codes", codes, count)?;
-    expect_length(KERNEL, "nested_absmax", nested_absmax, count.div_ceil(NESTED_BLOCK))?;
-    expect_length(KERNEL, "maxima", maxima, count)?;
-    expect_length(KERNEL, "map", map, MAP_LEN)?;
+    expect_array(KERNEL, "codes", codes, DType::U8, count)?;
+    expect_array(KERNEL, "nested_absmax", nested_absmax, DType::F32, count.div_ceil(NESTED_BLOCK))?;
+    expect_array(KERNEL, "maxima", maxima, DType::F32, count)?;
+    expect_array(KERNEL, "map", map, DType::F32, MAP_LEN)?;
     // SAFETY: the four addresses are views of live device arrays that are long enough, as checked above; the work is
     // ordered by the device's one compute stream.
     let code = unsafe {

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device};
 
-use super::checks::{column_splits, expect_length, expect_shape, expect_type};
+use super::checks::{column_splits, expect_array, expect_shape, expect_type};
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
@@ -59,7 +59,7 @@ fn check(
     if x.dtype() != activation.dtype() && x.dtype() != DType::F32 {
         return Err(argument(kernel, "x", x.dtype(), format!("F32 or {:?}", activation.dtype())));
     }
-    expect_length(kernel, "reciprocals", reciprocals, x.rows * heads)?;
+    expect_array(kernel, "reciprocals", reciprocals, DType::F32, x.rows * heads)?;
     Ok(x.cols / heads)
 }
 
@@ -172,8 +172,8 @@ pub fn rms_norm_weight_gradient(
 ) -> Result<(), Error> {
     const KERNEL: &str = "rms_norm_weight_gradient";
     let d = check(KERNEL, "dy", &dy, &x, reciprocals, heads)?;
-    expect_length(KERNEL, "grad", grad, d)?;
-    expect_length(KERNEL, "workspace", workspace, rms_norm_workspace(x.rows, x.cols, heads))?;
+    expect_array(KERNEL, "grad", grad, DType::F32, d)?;
+    expect_array(KERNEL, "workspace", workspace, DType::F32, rms_norm_workspace(x.rows, x.cols, heads))?;
     let splits = column_splits(x.rows * heads, d);
     // SAFETY: as in `rms_norm`.
     let code = unsafe {

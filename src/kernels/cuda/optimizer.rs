@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
-use super::checks::expect_length;
+use super::checks::expect_array;
 use super::launch::{RawStream, kernels, launched, stream};
 use crate::device::{Error, Pointer, argument};
 use crate::kernels::AdamWFactors;
@@ -51,9 +51,9 @@ pub fn adamw(
         return Err(argument(KERNEL, "range", range, "a start before the end"));
     }
     for (name, pointer) in [("values", values), ("grads", grads), ("first", first), ("second", second)] {
-        expect_length(KERNEL, name, pointer, range.end)?;
+        expect_array(KERNEL, name, pointer, DType::F32, range.end)?;
     }
-    let part = |pointer: Pointer| pointer.from_element(range.start, size_of::<f32>()).address;
+    let part = |pointer: Pointer| pointer.from_element(range.start).address;
     // SAFETY: the arguments are views of live device memory whose lengths were checked above; the work is ordered by
     // the device's one compute stream.
     let code = unsafe {
@@ -85,7 +85,7 @@ pub fn sums_of_squares(device: &Device, sums: Pointer, values: Pointer, offsets:
     if u32::try_from(values.len).is_err() || i32::try_from(entries).is_err() {
         return Err(argument(KERNEL, "values", values.len, "less than 2^32 elements"));
     }
-    expect_length(KERNEL, "sums", sums, entries)?;
+    expect_array(KERNEL, "sums", sums, DType::F64, entries)?;
     // SAFETY: as in `adamw`; the kernel keeps the entries inside the array.
     let code = unsafe {
         trainer_sums_of_squares(

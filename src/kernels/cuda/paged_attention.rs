@@ -64,6 +64,9 @@ impl PagedCache<'_> {
             let expected = format!("at least 1, and a head size of at most {MAX_HEAD_DIM}");
             return Err(argument(kernel, "cache", [kv_heads, head_dim, page_tokens], expected));
         }
+        if keys.dtype() != dtype || values.dtype() != dtype {
+            return Err(argument(kernel, "cache", [keys.dtype(), values.dtype()], dtype));
+        }
         if keys.len != values.len || !keys.len.is_multiple_of(page_tokens * kv_heads * head_dim) {
             return Err(argument(kernel, "cache", [keys.len, values.len], "whole pages, as many values as keys"));
         }
@@ -226,7 +229,8 @@ pub fn paged_attention(
     let (splits, split_keys) = split(q.rows, heads, kv_heads, head_dim, max_context);
     let needed = paged_attention_workspace(q.rows, heads, kv_heads, head_dim, max_context);
     let (address, len) = workspace.map_or((0, 0), |w| (w.address, w.len));
-    if len < needed || !address.is_multiple_of(8) {
+    let is_f32 = workspace.is_none_or(|w| w.dtype() == DType::F32);
+    if !is_f32 || len < needed || !address.is_multiple_of(8) {
         return Err(argument(KERNEL, "workspace", workspace, format!("{needed} floats at a multiple of 8 bytes")));
     }
     // SAFETY: views of live device memory whose shapes were checked; the step's rows see keys of pages in caches of this size;

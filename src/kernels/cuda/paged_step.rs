@@ -112,18 +112,18 @@ impl PagedStep {
 
     /// u32 `[N, 2]`.
     pub(super) fn rows(&self) -> Result<Pointer<'_>, Error> {
-        Ok(array(&self.numbers)?.elements(0..2 * self.num_rows, 4))
+        Ok(array(&self.numbers)?.elements(0..2 * self.num_rows))
     }
 
     /// u32 `[N]`.
     pub(super) fn slots(&self) -> Result<Pointer<'_>, Error> {
         let first = 2 * self.num_rows;
-        Ok(array(&self.numbers)?.elements(first..first + self.num_slots, 4))
+        Ok(array(&self.numbers)?.elements(first..first + self.num_slots))
     }
 
     /// u32.
     pub(super) fn tables(&self) -> Result<Pointer<'_>, Error> {
-        Ok(array(&self.numbers)?.from_element(2 * self.num_rows + self.num_slots, 4))
+        Ok(array(&self.numbers)?.from_element(2 * self.num_rows + self.num_slots))
     }
 }
 

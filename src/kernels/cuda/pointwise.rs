@@ -3,9 +3,9 @@
 //! Legend: `R` rows, `C` columns. Matrices are of any of f32, f16 and bf16, each its own unless said otherwise; the
 //! arithmetic is f32. Results may lie on operands, value on value.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
-use super::checks::{column_splits, expect_length, expect_shape};
+use super::checks::{column_splits, expect_array, expect_shape};
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
@@ -96,8 +96,8 @@ pub fn column_sums_workspace(rows: usize, cols: usize) -> usize {
 pub fn column_sums(device: &Device, sums: Pointer, x: Matrix, workspace: Pointer) -> Result<(), Error> {
     const KERNEL: &str = "column_sums";
     expect_shape(KERNEL, "x", &x, x.rows, x.cols)?;
-    expect_length(KERNEL, "sums", sums, x.cols)?;
-    expect_length(KERNEL, "workspace", workspace, column_sums_workspace(x.rows, x.cols))?;
+    expect_array(KERNEL, "sums", sums, DType::F32, x.cols)?;
+    expect_array(KERNEL, "workspace", workspace, DType::F32, column_sums_workspace(x.rows, x.cols))?;
     let splits = column_splits(x.rows, x.cols) as i32;
     // SAFETY: as in `axpby`.
     let code = unsafe { trainer_column_sums(sums.address, x.into(), workspace.address, splits, stream(device)?) };
@@ -133,7 +133,7 @@ pub fn dropout(
         return Err(argument(KERNEL, "probability", probability, "in [0, 1)"));
     }
     expect_shape(KERNEL, "x", &x, y.rows, y.cols)?;
-    expect_length(KERNEL, "token_keys", token_keys, y.rows)?;
+    expect_array(KERNEL, "token_keys", token_keys, DType::I64, y.rows)?;
     let scale = (1.0 / (1.0 - probability)) as f32;
     // SAFETY: as in `axpby`.
     let code = unsafe {
@@ -160,7 +160,7 @@ pub fn dropout(
 /// If the shapes do not fit.
 pub fn count_non_finite(device: &Device, count: Pointer, x: Matrix) -> Result<(), Error> {
     const KERNEL: &str = "count_non_finite";
-    expect_length(KERNEL, "count", count, 1)?;
+    expect_array(KERNEL, "count", count, DType::U32, 1)?;
     for (first, cols) in pieces(x.cols) {
         let x = x.columns(first, cols);
         expect_shape(KERNEL, "x", &x, x.rows, cols)?;

@@ -2,9 +2,9 @@
 //!
 //! Legend: `N` tokens, `H` heads, `d` columns of a head.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
-use super::checks::{expect_length, expect_shape};
+use super::checks::{expect_array, expect_shape};
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
@@ -39,6 +39,9 @@ pub fn rope_table(
 ) -> Result<(), Error> {
     const KERNEL: &str = "rope_table";
     let needed = positions.len * frequencies.len * 2;
+    expect_array(KERNEL, "positions", positions, DType::U32, 0)?;
+    expect_array(KERNEL, "frequencies", frequencies, DType::F32, 0)?;
+    expect_array(KERNEL, "table", table, DType::F32, needed)?;
     if table.len != needed {
         return Err(argument(KERNEL, "table", table.len, needed));
     }
@@ -80,7 +83,7 @@ pub fn rope(
         let fits = "even columns of a head, and less than 2^32 heads over all rows";
         return Err(argument(KERNEL, "heads", (x.rows, heads, d), fits));
     }
-    expect_length(KERNEL, "table", table, x.rows * d)?;
+    expect_array(KERNEL, "table", table, DType::F32, x.rows * d)?;
     // SAFETY: as in `rope_table`.
     let code = unsafe {
         trainer_rope(x.into(), table.address, heads as i32, d as i32, i32::from(is_backward), stream(device)?)

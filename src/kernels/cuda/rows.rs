@@ -3,9 +3,9 @@
 //! Legend: `R` rows picked, `U` distinct ones among them, `V` rows of the table, `D` columns. Matrices are of any of
 //! f32, f16 and bf16, each its own; sums are f32.
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
-use super::checks::{expect_length, expect_shape};
+use super::checks::{expect_array, expect_shape};
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument};
 
@@ -37,7 +37,7 @@ pub fn gather_rows(device: &Device, y: Matrix, table: Matrix, rows: Pointer) -> 
     const KERNEL: &str = "gather_rows";
     expect_shape(KERNEL, "y", &y, y.rows, table.cols)?;
     expect_shape(KERNEL, "table", &table, table.rows, table.cols)?;
-    expect_length(KERNEL, "rows", rows, y.rows)?;
+    expect_array(KERNEL, "rows", rows, DType::U32, y.rows)?;
     // SAFETY: the arguments are views of live device memory whose shapes were checked above, and the kernel checks each
     // row; the work is ordered by the device's one compute stream.
     let code = unsafe { trainer_gather_rows(y.into(), table.into(), rows.address, stream(device)?) };
@@ -65,10 +65,12 @@ pub fn sum_rows(
     const KERNEL: &str = "sum_rows";
     expect_shape(KERNEL, "dy", &dy, dy.rows, grad.cols)?;
     expect_shape(KERNEL, "grad", &grad, grad.rows, grad.cols)?;
+    expect_array(KERNEL, "targets", targets, DType::U32, 0)?;
+    expect_array(KERNEL, "sources", sources, DType::U32, 0)?;
     if targets.len == 0 {
         return Ok(());
     }
-    expect_length(KERNEL, "offsets", offsets, targets.len + 1)?;
+    expect_array(KERNEL, "offsets", offsets, DType::U32, targets.len + 1)?;
     let (Ok(num_sources), Ok(num_targets)) = (u32::try_from(sources.len), i32::try_from(targets.len)) else {
         return Err(argument(KERNEL, "sources", [sources.len, targets.len], "less than 2^31"));
     };

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device};
 
-use super::checks::{expect_length, expect_shape, expect_type};
+use super::checks::{expect_array, expect_shape, expect_type};
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream};
 use crate::device::{Error, Matrix, Pointer, argument, compute_capability};
 
@@ -209,7 +209,7 @@ pub fn swiglu_backward_adapters(
         return Err(argument(KERNEL, "adapters", (gate.dtype(), [gate.rows, gate.cols, ranks]), expected));
     }
     let needed = swiglu_backward_adapters_workspace(gate.rows, gate.cols, ranks);
-    expect_length(KERNEL, "workspace", workspace, needed)?;
+    expect_array(KERNEL, "workspace", workspace, DType::F32, needed)?;
     let MlpAdapters { down, gate: of_gate, up: of_up } = adapters;
     // SAFETY: the arguments are views of live device memory whose shapes were checked above; the work is ordered by the
     // device's one compute stream.

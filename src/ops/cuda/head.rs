@@ -187,7 +187,7 @@ pub(crate) fn forward_backward(
 
 /// Some elements of a contiguous tensor.
 fn part(tensor: &Tensor, range: Range<usize>) -> Result<Pointer<'_>, Error> {
-    Ok(array(tensor)?.elements(range, tensor.dtype().size_in_bytes()))
+    Ok(array(tensor)?.elements(range))
 }
 
 /// The head's output on the host; waits for the device.

@@ -312,7 +312,7 @@ pub(crate) fn forward(
             Accumulate::Onto(residual) => Accumulate::Onto(columns(residual)),
             other => other,
         };
-        let bias = bias.as_ref().map(array).transpose()?.map(|b| b.elements(panel.clone(), out_dtype.size_in_bytes()));
+        let bias = bias.as_ref().map(array).transpose()?.map(|b| b.elements(panel.clone()));
         let weight = (matrix(&weight)?, Side::Transposed);
         gemm(device, columns(matrix(&y)?), (x, Side::Plain), weight, 1.0, onto, bias)?;
     }

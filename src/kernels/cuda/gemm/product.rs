@@ -53,8 +53,8 @@ pub fn gemm(
             return Err(argument("gemm", name, x, "rows that do not overlap"));
         }
     }
-    if let Some(bias) = bias.filter(|bias| bias.len != n) {
-        return Err(argument("gemm", "bias", bias.len, n));
+    if let Some(bias) = bias.filter(|bias| bias.len != n || bias.dtype() != d.dtype()) {
+        return Err(argument("gemm", "bias", bias, (n, d.dtype())));
     }
     if m == 0 || n == 0 {
         return Ok(());

@@ -190,7 +190,7 @@ impl<'a> Trial<'a> {
         let bias = if key.has_bias {
             let Some((bytes, address)) = noise.operand(to, n, FULL_ALIGNMENT)? else { return Ok(None) };
             memory.push(bytes);
-            Some(Pointer { address, len: n, lent: PhantomData })
+            Some(Pointer { address, dtype: to, len: n, lent: PhantomData })
         } else {
             None
         };
