@@ -144,9 +144,7 @@ impl Part {
     /// Keeps the memory until the work of `queue` that `ticket` marks is done.
     #[cfg(feature = "nccl")]
     pub(crate) fn is_used_until(&self, queue: &Queue, ticket: &Ticket) {
-        if let Some(stream) = queue.stream() {
-            self.buffer.note(queue, stream.id(), ticket);
-        }
+        self.buffer.note(queue, ticket);
     }
 }
 
