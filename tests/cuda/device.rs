@@ -286,4 +286,6 @@ fn bench_footprint() {
     gemm(&device, matrix(&y).unwrap(), a, b, 1.0, Accumulate::No, None).unwrap();
     fill(&device, matrix(&x).unwrap(), 0.5).unwrap();
     print("kernel and product again");
+    // SAFETY: as above.
+    unsafe { cuCtxSetLimit(CUlimit::CU_LIMIT_STACK_SIZE, stack) }.result().unwrap();
 }

@@ -86,6 +86,8 @@ pub fn sums_of_squares(device: &Device, sums: Pointer, values: Pointer, offsets:
         return Err(argument(KERNEL, "values", values.len, "less than 2^32 elements"));
     }
     expect_array(KERNEL, "sums", sums, DType::F64, entries)?;
+    expect_array(KERNEL, "values", values, DType::F32, 0)?;
+    expect_array(KERNEL, "offsets", offsets, DType::U32, 0)?;
     // SAFETY: as in `adamw`; the kernel keeps the entries inside the array.
     let code = unsafe {
         trainer_sums_of_squares(
