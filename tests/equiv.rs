@@ -18,7 +18,7 @@ use trainer::ops::{buffer, head};
 use trainer::rng::Stream;
 use trainer::rollout::forward::EngineModel;
 use trainer::rollout::{Caller, Request, Rollout, RolloutSettings};
-use trainer::zero::{Needs, ParamStore, Slots, Visit};
+use trainer::zero::{self, Needs, ParamStore, Slots, Visit};
 
 /// Sums of f32 products in another order, relative to the largest gradient of a block.
 const REORDERED: f32 = 1e-4;
@@ -75,9 +75,10 @@ fn engine_in(architecture: &str, lora: Option<LoraSettings>, recompute: bool, sl
         adapter_name_or_path: None,
     };
     let loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
+    let blocks = loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>);
     let store = match slots {
-        Some(slots) => ParamStore::with_slots(loaded.blocks, &Device::Cpu, slots).unwrap(),
-        None => ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
+        Some(slots) => ParamStore::with_slots(blocks, &Device::Cpu, slots).unwrap(),
+        None => ParamStore::new(blocks, &Device::Cpu).unwrap(),
     };
     let engine = Engine::new(
         loaded.config,
@@ -470,7 +471,7 @@ fn logits_are_those_of_candles_own_qwen_models() {
         let engine = Engine::new(
             loaded.config,
             None,
-            ParamStore::new(loaded.blocks, &Device::Cpu).unwrap(),
+            ParamStore::new(loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>), &Device::Cpu).unwrap(),
             Types::F32,
             Activations::Keep,
         );

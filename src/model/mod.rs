@@ -5,6 +5,7 @@
 
 pub mod adapter;
 pub mod batch;
+mod blocks;
 pub mod config;
 mod ends;
 mod error;
@@ -16,6 +17,7 @@ pub mod peft;
 pub mod save;
 pub mod source;
 
+pub use blocks::Blocks;
 pub use config::ModelConfig;
 pub use ends::{EMBEDDING, Embedding, FINAL_NORM, Head, HeadGradient, LM_HEAD, Question};
 pub use error::Error;

@@ -221,7 +221,7 @@ impl Bench {
             loaded.keep_embedding_on_host();
         }
         let tuning = Tuning::new(backend, !settings.tune)?;
-        let store = ParamStore::new(loaded.blocks, &backend.device)?;
+        let store = ParamStore::new(loaded.blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedAdamW::new(OPTIMIZER, engine.store())?;
         let peak_flops = peak_flops(backend)?;

@@ -108,14 +108,12 @@ pub fn open(
             );
         }
     }
-    let read_secs = started.elapsed().as_secs_f64();
-    let mut engine =
-        Engine::new(config, adapter, ParamStore::new(blocks, &backend.device)?, backend.types, activations);
+    let store = ParamStore::new(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
+    let mut engine = Engine::new(config, adapter, store, backend.types, activations);
     engine.set_recomputed_layers(recomputed_layers);
     let secs = started.elapsed().as_secs_f64();
     tracing::info!(
-        "the model was read and packed in {}, and ready on {} after {}",
-        units::duration(read_secs),
+        "the model was read and packed, and is ready on {}, after {}",
         backend.describe(),
         units::duration(secs)
     );

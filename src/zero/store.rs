@@ -3,7 +3,7 @@
 //! A store either keeps all blocks where blocks compute, or keeps the layers at rest and copies each into one of a few slots
 //! for as long as it is lent. Both answer the same calls.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -41,6 +41,8 @@ pub struct ParamStore {
 #[derive(Debug)]
 struct Block {
     frozen: BTreeMap<String, Weight>,
+    /// Those of them that a GPU reads in host memory.
+    stays_on_host: BTreeSet<String>,
     flat: FlatBlock,
     bucket: Bucket,
     /// Parameters of other blocks that this one reads too.
@@ -70,8 +72,11 @@ impl ParamStore {
     /// Takes the loaded blocks in the order of the walk to `device`; one block at a time is in both memories.
     ///
     /// # Errors
-    /// If a name stands twice in a block, a shared parameter is not there, or memory runs out.
-    pub fn new(blocks: impl IntoIterator<Item = BlockInit>, device: &Device) -> Result<Self, Error> {
+    /// If a block cannot be loaded, a name stands twice in a block, a shared parameter is not there, or memory runs out.
+    pub fn new<E: From<Error>>(
+        blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
+        device: &Device,
+    ) -> Result<Self, E> {
         Self::build(blocks, device, None)
     }
 
@@ -80,22 +85,27 @@ impl ParamStore {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn with_slots(
-        blocks: impl IntoIterator<Item = BlockInit>,
+    pub fn with_slots<E: From<Error>>(
+        blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
         device: &Device,
         slots: Slots,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, E> {
         Self::build(blocks, device, Some(slots))
     }
 
-    fn build(inits: impl IntoIterator<Item = BlockInit>, device: &Device, slots: Option<Slots>) -> Result<Self, Error> {
-        let mut inits = inits.into_iter().peekable();
+    fn build<E: From<Error>>(
+        inits: impl IntoIterator<Item = Result<BlockInit, E>>,
+        device: &Device,
+        slots: Option<Slots>,
+    ) -> Result<Self, E> {
         let mut blocks: Vec<Block> = Vec::new();
-        while let Some(init) = inits.next() {
-            // What others share stays where it is.
-            let is_end = blocks.is_empty() || inits.peek().is_none();
-            let block = Block::new(init, &blocks, device, slots.is_some() && !is_end)?;
+        for init in inits {
+            // What others may share stays where it is.
+            let block = Block::new(init?, &blocks, device, slots.is_some() && !blocks.is_empty())?;
             blocks.push(block);
+        }
+        if let Some(last) = blocks.last_mut() {
+            last.move_to(device)?;
         }
         let mut store = Self {
             device: device.clone(),
@@ -364,7 +374,16 @@ impl Block {
         };
         let shared = init.shared.into_iter().map(shared).collect::<Result<_, _>>()?;
         let bucket = Bucket::new(flat.grads().clone());
-        Ok(Self { frozen, flat, bucket, shared, policy: None, reference: None })
+        Ok(Self { frozen, stays_on_host: init.stays_on_host, flat, bucket, shared, policy: None, reference: None })
+    }
+
+    /// Moves frozen weights that were left at rest.
+    fn move_to(&mut self, device: &Device) -> Result<(), Error> {
+        for (name, weight) in std::mem::take(&mut self.frozen) {
+            let weight = if self.stays_on_host.contains(&name) { weight } else { weight.to_device(device)? };
+            self.frozen.insert(name, weight);
+        }
+        Ok(())
     }
 
     /// The trained values as a speaker has them, and whether gradients are gathered for them.

@@ -12,7 +12,7 @@ use trainer::rng::Stream;
 use trainer::rollout::forward::EngineModel;
 use trainer::rollout::{Caller, Completion, Request, Rollout, RolloutSettings};
 use trainer::train::bench::lora;
-use trainer::zero::ParamStore;
+use trainer::zero::{self, ParamStore};
 
 use crate::gradients::{LOSS_SCALE, gradients};
 use crate::rollout::trainer_logprobs;
@@ -111,7 +111,7 @@ impl Shape {
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }
-        let store = ParamStore::new(loaded.blocks, device).unwrap();
+        let store = ParamStore::new(loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>), device).unwrap();
         let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
         for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
             let mut values = buffer::to_vec(flat.values()).unwrap();

@@ -8,7 +8,7 @@ use trainer::engine::{Activations, Engine, Types};
 use trainer::model::load::{Purpose, load};
 use trainer::ops::buffer;
 use trainer::rng::Stream;
-use trainer::zero::ParamStore;
+use trainer::zero::{self, ParamStore};
 
 /// Entries in the vocabulary.
 pub(crate) const VOCABULARY: u64 = 300;
@@ -73,7 +73,7 @@ impl Tiny {
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }
-        let store = ParamStore::new(loaded.blocks, device).unwrap();
+        let store = ParamStore::new(loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>), device).unwrap();
         let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
         // lora_B starts at zero, which would hide half of the adapter.
         for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {

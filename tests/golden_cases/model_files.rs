@@ -93,7 +93,8 @@ pub(crate) fn engine(
         (true, false) => Activations::Offload,
     };
     let LoadedModel { config, adapter, blocks, .. } = loaded;
-    Ok(Engine::new(config, adapter, ParamStore::new(blocks, &device)?, Types::F32, activations))
+    let store = ParamStore::new(blocks.map(|block| block.map_err(anyhow::Error::from)), &device)?;
+    Ok(Engine::new(config, adapter, store, Types::F32, activations))
 }
 
 /// Where models compute: the CPU, or with `TRAINER_GOLDEN_DEVICE=cuda` the first GPU, in f32.

@@ -44,7 +44,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     if !device.is_cpu() {
         loaded.keep_embedding_on_host();
     }
-    let store = ParamStore::new(loaded.blocks, &device)?;
+    let store = ParamStore::new(loaded.blocks.map(|block| block.map_err(anyhow::Error::from)), &device)?;
     let engine = Engine::new(loaded.config, None, store, Types::F32, Activations::Keep);
     for prompt in golden["prompts"].as_array().context("prompts")? {
         check_prompt(&engine, prompt, &logits, report)?;
