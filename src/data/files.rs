@@ -19,26 +19,33 @@ pub struct Splits {
     pub parts: Vec<Part>,
 }
 
-/// Reads the training rows and, where the run evaluates, the evaluation rows.
+/// Reads the training rows and, where the run evaluates, the evaluation rows; `asked_by` is the key that says so.
 ///
 /// # Errors
 /// If a name leads to no file, a file is broken, a split is not there or has no rows, or there is nothing to evaluate on.
-pub fn load(settings: &DataSettings, seed: u64, evaluates: bool, progress: &mut Progress<'_>) -> Result<Splits, Error> {
+pub fn load(
+    settings: &DataSettings,
+    seed: u64,
+    asked_by: Option<&str>,
+    progress: &mut Progress<'_>,
+) -> Result<Splits, Error> {
     let (mut splits, missing) = match &settings.mixture {
         Some(mixture) => load_mixture(mixture, progress)?,
-        None => load_one(settings, evaluates, progress)?,
+        None => load_one(settings, asked_by.is_some(), progress)?,
     };
     if let (None, Some(fraction)) = (&splits.eval, settings.eval_fraction) {
         let (rest, share) = std::mem::take(&mut splits.train).split_off(fraction, seed)?;
         (splits.train, splits.eval) = (rest, Some(share));
     }
-    if !evaluates {
-        splits.eval = None;
-    } else if splits.eval.is_none() {
-        return Err(Error::Setting(format!(
-            "`eval_strategy` asks for evaluation, but {missing}; name a split in `dataset_test_split`, hold rows out with \
-             `eval_fraction: 0.05`, or set `eval_strategy: \"no\"`"
-        )));
+    match asked_by {
+        None => splits.eval = None,
+        Some(key) if splits.eval.is_none() => {
+            return Err(Error::Setting(format!(
+                "`{key}` asks for evaluation, but {missing}; name a split in `dataset_test_split`, hold rows out with \
+                 `eval_fraction: 0.05`, or remove `{key}`"
+            )));
+        }
+        Some(_) => {}
     }
     if let Some(count) = settings.max_train_samples {
         splits.train.truncate(count);
@@ -118,7 +125,7 @@ mod tests {
     }
 
     fn load_with(settings: &DataSettings, evaluates: bool) -> Result<(usize, Option<usize>), String> {
-        let splits = load(settings, 1, evaluates, &mut |_| {}).map_err(|e| e.to_string())?;
+        let splits = load(settings, 1, evaluates.then_some("eval_strategy"), &mut |_| {}).map_err(|e| e.to_string())?;
         Ok((splits.train.len(), splits.eval.map(|eval| eval.len())))
     }
 
@@ -184,6 +191,9 @@ mod tests {
             );
             assert!(text.contains("has no split `test` (`dataset_test_split`)"), "{text}");
         }
+        // The key that asked is the one that is named.
+        let text = load(&settings(&file), 1, Some("eval_on_start"), &mut |_| {}).unwrap_err().to_string();
+        assert!(text.contains("`eval_on_start` asks for evaluation") && !text.contains("eval_strategy"), "{text}");
     }
 
     #[test]
@@ -252,7 +262,7 @@ mod tests {
         let mut own = settings(&file);
         own.dataset_prompt_column = Some("problem".into());
         own.dataset_columns = vec![("a".into(), "solution".into())];
-        let splits = load(&own, 1, false, &mut |_| {}).unwrap();
+        let splits = load(&own, 1, None, &mut |_| {}).unwrap();
         let expected =
             serde_json::json!({"problem": "1+1", "prompt": [{"role": "user", "content": "1+1"}], "solution": 2});
         assert_eq!(serde_json::Value::Object(splits.train.rows()[0].clone()), expected);

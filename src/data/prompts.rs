@@ -175,7 +175,13 @@ mod tests {
         let text = "<|im_start|>system\nS<|im_end|><|im_start|>user\n2+2<|im_end|><|im_start|>assistant\n!";
         assert_eq!((found.index, found.prompt_text.as_str()), (0, text));
         assert_eq!(found.prompt_ids, tokenizer().encode(text).unwrap());
-        assert_eq!((found.prompt, found.row["answer"].as_str()), (turns, Some("4")));
+        assert_eq!((found.prompt, found.row["answer"].as_str()), (turns.clone(), Some("4")));
+        // Tables hold the variables as JSON text.
+        let as_text = |text: &str| json!({"prompt": turns, "answer": "4", "chat_template_kwargs": text});
+        let found = prepare(&[as_text(" {\"extra\": \"!\"}")], &options).unwrap().remove(0);
+        assert_eq!(found.prompt_text, text);
+        let error = prepare(&[as_text("{'extra': 1}")], &options).unwrap_err().to_string();
+        assert!(error.contains("row 1") && error.contains("`chat_template_kwargs` is text, but not a JSON"), "{error}");
     }
 
     #[test]

@@ -124,6 +124,14 @@ impl<'a> Renderer<'a> {
         match row.get("chat_template_kwargs") {
             None | Some(Value::Null) => {}
             Some(Value::Object(own)) => variables.extend(own.clone()),
+            // Tables hold objects as JSON text.
+            Some(Value::String(text)) if text.trim_start().starts_with('{') => {
+                let own: Map<String, Value> = serde_json::from_str(text).map_err(|error| Error::Row {
+                    place: place(),
+                    problem: format!("`chat_template_kwargs` is text, but not a JSON object: {error}"),
+                })?;
+                variables.extend(own);
+            }
             Some(other) => return Err(wrong(place, "chat_template_kwargs", other, "an object")),
         }
         Ok((Conversation { turns, tools: tools(row, place)?, variables }, counts))

@@ -129,7 +129,7 @@ impl Tokenizer {
     /// # Errors
     /// If a merge or an id does not fit the vocabulary.
     pub fn from_gguf_parts(parts: &GgufTokenizer) -> Result<Self, Error> {
-        let inner = parts.build()?;
+        let inner = guarded("of the GGUF file", || parts.build())?;
         let mut strings = BTreeMap::new();
         for (name, id) in [("bos_token", parts.bos), ("eos_token", parts.eos), ("pad_token", parts.pad)] {
             if let Some(text) = id.and_then(|id| parts.tokens.get(id as usize)) {

@@ -19,7 +19,7 @@ use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{EntropyControl, Metrics};
 use crate::config;
-use crate::config::settings::{GrpoSettings, Interval};
+use crate::config::settings::GrpoSettings;
 use crate::data::{
     self, Dataset, Findings, Part, PromptBatches, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics,
 };
@@ -67,8 +67,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     if training.full_determinism {
         session.engine.fix_sums();
     }
-    let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
-    let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
+    let splits = data::load(&settings.data, training.seed, plan::evaluation_key(training), &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
     let PromptData { prompts, is_conversational, findings } = prepare(settings, &session, "training", &splits.train)?;

@@ -8,7 +8,7 @@ use super::Backend;
 use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
-use crate::config::settings::{DataSettings, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
+use crate::config::settings::{DataSettings, Interval, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
 use crate::data::hub::Download;
 use crate::data::{Epoch, Part, TokenStatistics};
 use crate::model::batch::Batch;
@@ -29,6 +29,14 @@ pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
         if let Some((_, bar)) = &bar {
             bar.set(download.done_bytes, 0);
         }
+    }
+}
+
+/// The key that asks for evaluation, if one does.
+pub(super) fn evaluation_key(training: &TrainingSettings) -> Option<&'static str> {
+    match training.eval_strategy {
+        Interval::No => training.eval_on_start.then_some("eval_on_start"),
+        _ => Some("eval_strategy"),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::data::{ChatTemplate, Tokenizer};
 use crate::engine::{Activations, Engine};
 use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
-use crate::model::source::gguf_file_of;
+use crate::model::source::{check_gguf_header, gguf_file_of};
 use crate::telemetry::units;
 use crate::zero::ParamStore;
 
@@ -64,13 +64,15 @@ pub fn open(
 ) -> anyhow::Result<Session> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
-    let tokenizer_place = match &settings.tokenizer_name_or_path {
+    let mut tokenizer_place = match &settings.tokenizer_name_or_path {
         Some(name) => {
             local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?
         }
         None => folder.clone(),
     };
-    // The model first: it checks a GGUF file's counts against its length, which the tokenizer's reader does not.
+    if tokenizer_place.is_file() && tokenizer_place.file_name().is_some_and(|name| name == "tokenizer.json") {
+        tokenizer_place.pop();
+    }
     let started = Instant::now();
     let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
     if !backend.device.is_cpu() {
@@ -139,6 +141,7 @@ pub(super) fn open_tokenizer(place: &Path) -> anyhow::Result<Tokenizer> {
         return Ok(Tokenizer::from_folder(place)?);
     }
     let Some(file) = gguf_file_of(place)? else { return Ok(Tokenizer::from_folder(place)?) };
+    check_gguf_header(&file)?;
     let opened = std::fs::File::open(&file).map_err(crate::fs::io_error("open", &file))?;
     let content = Content::read(&mut std::io::BufReader::new(opened))
         .with_context(|| format!("cannot read the tokenizer in `{}`", file.display()))?;

@@ -16,7 +16,7 @@ use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{Metrics, SftInputs, sft_loss};
 use crate::config;
-use crate::config::settings::{Interval, SftLossType, SftSettings};
+use crate::config::settings::{SftLossType, SftSettings};
 use crate::data::{
     self, Bin, Dataset, IGNORE, Part, RowBatches, Sampler, SftData, SftOptions, Splits, TokenStatistics,
 };
@@ -74,8 +74,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         session.engine.fix_sums();
     }
     let smoothing = settings.label_smoothing_factor;
-    let evaluates = training.eval_strategy != Interval::No || training.eval_on_start;
-    let splits = data::load(&settings.data, training.seed, evaluates, &mut progress)?;
+    let splits = data::load(&settings.data, training.seed, plan::evaluation_key(training), &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
     let (train, eval) = prepare(settings, &mut session, &splits)?;

@@ -1,4 +1,5 @@
 //! A signal in any phase: the run saves what it has, leaves in seconds, and the run that goes on equals the straight one.
+//! `-- --nocapture interrupt` shows how many seconds each phase took to leave.
 
 use std::fs;
 use std::io::Write as _;
@@ -30,6 +31,7 @@ fn for_time(time: Duration, condition: impl Fn(&Path) -> bool) -> impl Fn(&Path)
 #[track_caller]
 fn resumed_equals(straight: &TestRun, run: &TestRun, (ended, took): (Ended, Duration), phase: &str) {
     let ended = ended.expect(130);
+    println!("{phase}: {:.2} s from the signal until the exit", took.as_secs_f64());
     assert!(took < MOST, "{phase}: it took {took:?}");
     let step = *run.checkpoints().last().unwrap_or_else(|| panic!("{phase}: nothing was saved: {}", ended.out));
     let note = format!("interrupted after step {step} of ");
@@ -54,6 +56,7 @@ fn preparing_is_left_at_once() {
     for signal in ["TERM", "INT", "HUP", "USR1"] {
         let (ended, took) = run.signal_when(&[], signal, for_time(Duration::from_secs(1), |output| output.exists()));
         let ended = ended.expect(130);
+        println!("preparing, SIG{signal}: {:.2} s from the signal until the exit", took.as_secs_f64());
         assert!(took < MOST, "{took:?}");
         assert!(ended.err.contains(&format!("interrupted by SIG{signal} while preparing")), "{}", ended.err);
         assert!(run.checkpoints().is_empty() && ended.steps().is_empty());

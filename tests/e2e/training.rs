@@ -54,6 +54,13 @@ fn sft_of_an_adapter_lowers_the_loss_and_logs_it() {
 }
 
 #[test]
+fn a_tokenizer_is_a_folder_or_its_file() {
+    let weights = ["data/tiny-qwen", "data/tiny-qwen/tokenizer.json"]
+        .map(|place| TestRun::sft().set("max_steps", 1).set("tokenizer_name_or_path", place).done().weights());
+    assert!(weights[0] == weights[1]);
+}
+
+#[test]
 fn sft_leaves_its_files_and_no_others() {
     let run = TestRun::sft().done();
     // completions.jsonl belongs to GRPO.

@@ -18,6 +18,8 @@ use crate::model::Error;
 const MOST_DIMS: u32 = 4;
 /// Lists in lists deeper than this are refused.
 const DEEPEST_LIST: usize = 8;
+/// Entries of all lists together. Those of a tokenizer have some hundred thousand, and its reader makes a value of each.
+const MOST_ENTRIES: usize = 1 << 23;
 
 /// The metadata and the tensors of a GGUF file.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ pub(crate) struct Entry {
 impl Header {
     /// Reads the header of an open file.
     pub(crate) fn read(path: &Path, file: &Region) -> Result<Self, Error> {
-        let mut reader = Reader { path, file, loaded: Vec::new(), position: 0 };
+        let mut reader = Reader { path, file, loaded: Vec::new(), position: 0, entries: 0 };
         if reader.take(4, "the magic number")? != b"GGUF" {
             return Err(reader.damaged("it does not begin with `GGUF`"));
         }
@@ -149,6 +151,8 @@ struct Reader<'a> {
     /// The start of the file, as far as it was read.
     loaded: Vec<u8>,
     position: usize,
+    /// Entries of lists that were stepped over.
+    entries: usize,
 }
 
 impl Reader<'_> {
@@ -246,6 +250,10 @@ impl Reader<'_> {
             other => return Err(self.damaged(&format!("`{key}` is a list of the unknown value type {other}"))),
         };
         let count = self.count(key, size)?;
+        self.entries += count;
+        if self.entries > MOST_ENTRIES {
+            return Err(self.damaged(&format!("with `{key}` its lists have more than {MOST_ENTRIES} entries")));
+        }
         match kind {
             8 => {
                 for _ in 0..count {

@@ -334,6 +334,14 @@ pub fn gguf_file_of(path: &Path) -> Result<Option<PathBuf>, Error> {
     })
 }
 
+/// Holds what the header of a GGUF file claims against the file's length, before others read it.
+///
+/// # Errors
+/// If the header is damaged.
+pub fn check_gguf_header(path: &Path) -> Result<(), Error> {
+    gguf_header::Header::read(path, &crate::fs::Region::open(path)?).map(|_| ())
+}
+
 /// Holds what is stored against what the configuration asks for.
 fn check(path: &Path, expected: &BTreeMap<String, Vec<usize>>, stored: &BTreeMap<String, Stored>) -> Result<(), Error> {
     for (name, shape) in expected {
