@@ -184,7 +184,7 @@ keys! {
         /// Split to train on: of a folder, the files whose names carry it. As in `datasets` also slices and sums:
         /// `train[:1000]`, `train[10%:20%]`, `train_sft+train_gen`.
         dataset_train_split: String = Text("train"), ANY, "";
-        /// Split to evaluate on, if `eval_strategy` asks for it.
+        /// Split to evaluate on, if `eval_strategy` or `eval_on_start` asks for it.
         dataset_test_split: String = Text("test"), ANY, "";
         /// Several data sets instead of `dataset_name`, in open-r1's form: `datasets` (a list of `id`, `config`, `split`,
         /// `columns`, `weight`), `seed` and `test_split_size`. Of a data set with `weight` that share of its rows is drawn;

@@ -232,25 +232,28 @@ Names must differ, since metrics are filed under them.
 
 ### Functions in Python
 
-They are called as TRL 1.16 calls them: `prompts`, `completions` and `completion_ids` (lists), every other column of the data set
-(a list each), `trainer_state`, `log_extra` and `log_metric`, all as keyword arguments; one value per completion comes back, a
-number, a truth value, or `None` (or NaN) where the reward does not apply. Where the data set's prompts are lists of messages, completions are
-`[{\"role\": \"assistant\", \"content\": ...}]`, else texts. Functions, `async` functions (they run side by side), objects that can be
-called and `functools.partial` are taken, arrays and tensors as results too. A function without `**kwargs` gets the arguments that it names. `trainer_state` has
-`global_step`, `max_steps`, `epoch`, `num_train_epochs` and `train_batch_size`. `scripts/rewards/functions.py` has examples.
+They are called as TRL 1.16 calls them: `prompts`, `completions` and `completion_ids` (lists), every other column of the
+data set (a list each), `trainer_state`, `log_extra` and `log_metric`, all as keyword arguments; one value per completion
+comes back, a number, a truth value, or `None` (or NaN) where the reward does not apply. Where the data set's prompts are
+lists of messages, completions are `[{\"role\": \"assistant\", \"content\": ...}]`, else texts. Functions, `async` functions
+(they run side by side), objects that can be called and `functools.partial` are taken, arrays and tensors as results too. A
+function without `**kwargs` gets the arguments that it names. `trainer_state` has `global_step`, `max_steps`, `epoch`,
+`num_train_epochs` and `train_batch_size`. `scripts/rewards/functions.py` has examples.
 
-One Python runs all functions of a run; it needs 3.8 or later and no packages but those that the functions import. It is started and imports them before the model is loaded. Files and modules are looked for in the working directory, then in the folder of the
-configuration, then in `reward_path`. What functions print is shown with `TRAINER_LOG=info`. An exception ends the run with its
-traceback; so do a result that is no list of numbers and a call that takes longer than `timeout_secs`.
-Functions of `trl.rewards` and `open_r1.rewards` that are built in here (`trl.rewards.think_format_reward`) need neither package.
+One Python runs all functions of a run; it needs 3.8 or later and no packages but those that the functions import. It is
+started and imports them before the model is loaded. Files and modules are looked for in the working directory, then in the
+folder of the configuration, then in `reward_path`. What functions print is shown with `TRAINER_LOG=info`. An exception ends
+the run with its traceback; so do a result that is no list of numbers and a call that takes longer than `timeout_secs`.
+Functions of `trl.rewards` and `open_r1.rewards` that are built in here (`trl.rewards.think_format_reward`) need neither
+package.
 
 ### Programs
 
-A program answers each line of samples with a line of scores, as `scripts/rewards/brevity.py` does: numbers, truth values, or
-`null` (or NaN) where the reward does not apply. Other lines on its standard output are passed over, which is said once; its
-standard error is free, its last lines are shown if it fails. It ends the run to give an infinite score, another number of scores than samples, an
-answer to another request or none in time; it is started again by the next run only. Programs, functions and whatever processes they start end with the trainer,
-however that ends.
+A program answers each line of samples with a line of scores, as `scripts/rewards/brevity.py` does: numbers, truth values,
+or `null` (or NaN) where the reward does not apply. Other lines on its standard output are passed over, which is said once;
+its standard error is free, its last lines are shown if it fails. It ends the run to give an infinite score, another number
+of scores than samples, an answer to another request or none in time; it is started again by the next run only. Programs,
+functions and whatever processes they start end with the trainer, however that ends.
 ";
 
 const FOREIGN: &str = "
