@@ -29,6 +29,7 @@ fn for_time(time: Duration, condition: impl Fn(&Path) -> bool) -> impl Fn(&Path)
 
 /// Asserts a clean save in time, and that the run which goes on leaves what `straight` left.
 #[track_caller]
+#[expect(clippy::print_stdout, reason = "the times are asked for by `--nocapture`")]
 fn resumed_equals(straight: &TestRun, run: &TestRun, (ended, took): (Ended, Duration), phase: &str) {
     let ended = ended.expect(130);
     println!("{phase}: {:.2} s from the signal until the exit", took.as_secs_f64());
@@ -42,6 +43,7 @@ fn resumed_equals(straight: &TestRun, run: &TestRun, (ended, took): (Ended, Dura
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "the times are asked for by `--nocapture`")]
 fn preparing_is_left_at_once() {
     let run = TestRun::sft().set("max_train_samples", "null").set("packing", "false");
     // Minutes of tokenising.
@@ -108,8 +110,12 @@ for line in sys.stdin:
     let run = |run: TestRun| run.set("reward_funcs", &rewards).set("max_steps", 4);
     let stopped = run(TestRun::grpo());
     let ended = stopped.signal_when(&[], "TERM", |_| marker.exists());
-    let pid = fs::read_to_string(&marker).unwrap();
-    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the reward program is still there");
+    // Its keeper ends it once the trainer is gone.
+    let (pid, gone) = (fs::read_to_string(&marker).unwrap(), Instant::now());
+    while Path::new(&format!("/proc/{pid}")).exists() {
+        assert!(gone.elapsed() < MOST, "the reward program is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     fs::write(&gate, "").unwrap();
     let straight = run(straight).done();
     resumed_equals(&straight, &stopped, ended, "reward");
