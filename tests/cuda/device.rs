@@ -103,7 +103,8 @@ fn a_wait_has_a_deadline() {
     let device = device();
     let queue = Queue::of(&device).unwrap();
     let busy = large(&device);
-    keep_busy(&device, matrix(&busy).unwrap());
+    // Long enough for a thread that has to wait for a core.
+    (0..50).for_each(|_| keep_busy(&device, matrix(&busy).unwrap()));
     let ticket = queue.ticket().unwrap();
     let waited = ticket.wait(Some(Instant::now()));
     assert!(matches!(waited, Err(Error::Late)), "{waited:?}");

@@ -22,7 +22,7 @@ const JOURNAL: &str = ".moving-aside.json";
 
 /// `run/checkpoint-3` with a file of each kind.
 fn prepare_checkpoint(good: &Path) {
-    let mut writer = Writer::begin(&good.join("run"), 3).unwrap();
+    let mut writer = Writer::begin(&good.join("run"), 3, 1).unwrap();
     writer.add_json("trainer_state.json", &serde_json::json!({"step": 3})).unwrap();
     writer.add_json("folder/x.json", &[1, 2]).unwrap();
     let values = [1.0, 2.0, 3.0, 4.0];
