@@ -103,10 +103,17 @@ fn a_wait_has_a_deadline() {
     let device = device();
     let queue = Queue::of(&device).unwrap();
     let busy = large(&device);
-    // Long enough for a thread that has to wait for a core.
-    (0..50).for_each(|_| keep_busy(&device, matrix(&busy).unwrap()));
-    let ticket = queue.ticket().unwrap();
-    let waited = ticket.wait(Some(Instant::now()));
+    fill(&device, matrix(&busy).unwrap(), 0.25).unwrap();
+    // Another thread's call that waits for the whole device may hold this one until the product is done.
+    let late = (0..50).find_map(|_| {
+        let _product = busy.matmul(&busy.t().unwrap()).unwrap();
+        let ticket = queue.ticket().unwrap();
+        match ticket.wait(Some(Instant::now())) {
+            Ok(()) => None,
+            late => Some((ticket, late)),
+        }
+    });
+    let (ticket, waited) = late.expect("a ticket that has not come in fifty tries");
     assert!(matches!(waited, Err(Error::Late)), "{waited:?}");
     ticket.wait(Some(Instant::now() + Duration::from_secs(60))).unwrap();
     assert!(ticket.is_done().unwrap());

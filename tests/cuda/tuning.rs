@@ -41,8 +41,10 @@ fn same_bits(got: &[f32], want: &[f32]) -> bool {
 /// A device whose products were all tried after `step` steps.
 struct Tuned {
     _device: Device,
-    /// Kinds of products that were tried: those with more than one algorithm.
+    /// Kinds of products for which one was chosen.
     kinds: usize,
+    /// Kinds that were tried, and for which none could be.
+    passed_over: usize,
     text: String,
     results: Vec<f32>,
 }
@@ -50,10 +52,12 @@ struct Tuned {
 fn tuned(step: u64) -> Tuned {
     let device = fresh(true);
     products(&device);
-    let kinds = try_noted(&device, step, &|| false).unwrap().products;
-    assert!((1..=MOST_KINDS).contains(&kinds), "{kinds} kinds");
+    let tried = try_noted(&device, step, &|| false).unwrap().products;
+    assert!((1..=MOST_KINDS).contains(&tried), "{tried} kinds");
     let text = choices_text(&device).unwrap().unwrap();
-    Tuned { kinds, text, results: products(&device), _device: device }
+    let kinds = text.matches("\"algorithm\": ").count();
+    assert!((1..=tried).contains(&kinds), "{kinds} of {tried} chosen");
+    Tuned { kinds, passed_over: tried - kinds, text, results: products(&device), _device: device }
 }
 
 #[test]
@@ -86,18 +90,18 @@ fn no_product_makes_a_trial() {
 #[ignore = "gpu"]
 fn kept_choices_give_the_same_bits_from_the_same_step_on() {
     let untuned = products(&fresh(false));
-    let Tuned { _device, kinds, text, results: want } = tuned(5);
+    let Tuned { _device, kinds, passed_over, text, results: want } = tuned(5);
     for is_noting in [false, true] {
         let device = fresh(is_noting);
         assert_eq!(take_choices(&device, text.as_bytes(), true).unwrap(), Taken::Choices(kinds));
         assert!(same_bits(&products(&device), &want), "noting: {is_noting}");
-        assert_eq!(num_noted(&device).unwrap(), 0);
+        assert!(num_noted(&device).unwrap() <= if is_noting { passed_over } else { 0 });
     }
     let device = fresh(true);
     begin_step(&device, 4).unwrap();
     assert_eq!(take_choices(&device, text.as_bytes(), false).unwrap(), Taken::Choices(kinds));
     assert!(same_bits(&products(&device), &untuned), "the choices came after step 5");
-    assert_eq!(num_noted(&device).unwrap(), 0, "and are not tried again before");
+    assert!(num_noted(&device).unwrap() <= passed_over, "and are not tried again before");
     begin_step(&device, 5).unwrap();
     assert!(same_bits(&products(&device), &want), "here they are valid");
     assert_eq!(choices_text(&device).unwrap().unwrap(), text);
