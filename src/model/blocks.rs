@@ -21,7 +21,7 @@ use crate::rng;
 #[derive(Debug)]
 pub(super) enum Values {
     /// Files, or draws in their place.
-    Files { source: WeightSource, storage: LinearStorage },
+    Files { source: Box<WeightSource>, storage: LinearStorage },
     /// Random 4-bit codes (NF4, double quantised), and small random values for the rest: for measuring.
     Noise { seed: u64 },
 }

@@ -94,7 +94,7 @@ pub fn load(
         // Their values are in the blocks, and change there.
         spec.full_replacements.clear();
     }
-    let values = Values::Files { source, storage };
+    let values = Values::Files { source: Box::new(source), storage };
     let blocks = Blocks::new(&config, values, replacements, purpose);
     Ok(LoadedModel { config, adapter, adapter_spec: spec, blocks })
 }
