@@ -4,6 +4,8 @@
 //! `-- --nocapture` shows how many mutants of each reader there were.
 #![expect(clippy::print_stdout, reason = "a child tells its parent what it does")]
 
+#[path = "support/gguf.rs"]
+mod gguf;
 #[path = "support/mutate.rs"]
 mod mutate;
 

@@ -2,12 +2,16 @@
 //!
 //! Walks `TRAINER_GOLDEN_DIR` (default `tests/golden`) as the golden harness does; no model is named here.
 
+#[path = "support/gguf.rs"]
+mod gguf;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use gguf::write_gguf;
 use serde_json::json;
 use trainer::config::settings::{QuantType, Quantization, WeightDtype};
 use trainer::model::config::RopeScaling;
@@ -58,63 +62,6 @@ fn tiny_config(model_type: &str, tied: bool) -> serde_json::Value {
 fn open_random(folder: &Path, config: &serde_json::Value, seed: u64) -> (ModelConfig, WeightSource) {
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     WeightSource::open(folder, Some(seed)).unwrap()
-}
-
-/// Writes a drawn model as GGUF: matrices as `kind`, the rest as f32.
-fn write_gguf(path: &Path, config: &ModelConfig, source: &WeightSource, kind: GgmlDType) {
-    write_gguf_with(path, config, source, kind, &[]);
-}
-
-/// As `write_gguf`, with more metadata; a value given here replaces the usual one.
-fn write_gguf_with(path: &Path, config: &ModelConfig, source: &WeightSource, kind: GgmlDType, more: &[(&str, Value)]) {
-    let names = [
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.norm.weight", "output_norm.weight"),
-        ("lm_head.weight", "output.weight"),
-        ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.q_norm", "attn_q_norm"),
-        ("self_attn.k_norm", "attn_k_norm"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ];
-    let tensors: Vec<(String, QTensor)> = source
-        .names()
-        .map(|name| {
-            let tensor = source.tensor_f32(name).unwrap();
-            let kind = if tensor.rank() == 2 { kind } else { GgmlDType::F32 };
-            let name = names.iter().fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf));
-            (name, QTensor::quantize(&tensor, kind).unwrap())
-        })
-        .collect();
-    let arch = config.architecture.model_type();
-    let number = |n: usize| Value::U32(n as u32);
-    let values = [
-        ("general.architecture".to_string(), Value::String(arch.into())),
-        (format!("{arch}.block_count"), number(config.num_hidden_layers)),
-        (format!("{arch}.context_length"), number(config.max_position_embeddings)),
-        (format!("{arch}.embedding_length"), number(config.hidden_size)),
-        (format!("{arch}.feed_forward_length"), number(config.intermediate_size)),
-        (format!("{arch}.attention.head_count"), number(config.num_attention_heads)),
-        (format!("{arch}.attention.head_count_kv"), number(config.num_key_value_heads)),
-        (format!("{arch}.attention.key_length"), number(config.head_dim)),
-        (format!("{arch}.attention.layer_norm_rms_epsilon"), Value::F32(1e-6)),
-        (format!("{arch}.rope.freq_base"), Value::F32(10_000.0)),
-        ("tokenizer.ggml.tokens".to_string(), Value::Array(vec![Value::String("a".into()), Value::String("b".into())])),
-        ("tokenizer.ggml.bos_token_id".to_string(), Value::U32(1)),
-        ("tokenizer.ggml.eos_token_id".to_string(), Value::U32(2)),
-    ];
-    let mut values: Vec<(&str, &Value)> = values.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    values.retain(|(key, _)| more.iter().all(|(other, _)| other != key));
-    values.extend(more.iter().map(|(key, value)| (*key, value)));
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
 }
 
 #[test]
@@ -299,7 +246,7 @@ fn a_gguf_file_gives_the_weights_under_their_hub_names() {
         let (config, drawn) = open_random(folder.path(), &tiny_config(model_type, tied), 9);
         for kind in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4_0] {
             let path = folder.path().join("model.gguf");
-            write_gguf(&path, &config, &drawn, kind);
+            write_gguf(&path, &config, &drawn, kind, &[]);
             let (read, source) = WeightSource::open(&path, None).unwrap();
             let eps = f64::from(1e-6f32);
             let wanted = ModelConfig { rms_norm_eps: eps, eos_token_ids: vec![2], torch_dtype: None, ..config.clone() };
@@ -332,7 +279,7 @@ fn a_file_that_is_cut_or_written_to_after_it_was_opened_changes_no_weight_and_en
     let saved = folder.path().join("saved");
     std::fs::create_dir(&saved).unwrap();
     save_model(&saved, &config, DType::BF16, SHARD_BYTES, |name| drawn.tensor_f32(name)).unwrap();
-    write_gguf(&gguf, &config, &drawn, GgmlDType::Q8_0);
+    write_gguf(&gguf, &config, &drawn, GgmlDType::Q8_0, &[]);
     let (name, shape) = ("model.layers.0.mlp.up_proj.weight", (96, 64));
     let nf4 = Some(Quantization { quant_type: QuantType::Nf4, double_quant: true });
     for (place, file) in [(&gguf, gguf.clone()), (&saved, saved.join("model.safetensors"))] {
@@ -372,7 +319,7 @@ fn gguf_metadata_is_read_in_all_its_forms_and_refused_where_it_cannot_be() {
     let (config, drawn) = open_random(folder.path(), &tiny_config("qwen2", false), 9);
     let path = folder.path().join("only.gguf");
     let open = |more: &[(&str, Value)]| {
-        write_gguf_with(&path, &config, &drawn, GgmlDType::F16, more);
+        write_gguf(&path, &config, &drawn, GgmlDType::F16, more);
         WeightSource::open(&path, None).map(|(config, _)| config).map_err(|error| error.to_string())
     };
     let text = |text: &str| Value::String(text.into());
@@ -547,11 +494,11 @@ fn a_damaged_gguf_file_is_an_error_and_never_a_panic() {
     config["num_hidden_layers"] = json!(1);
     let (config, source) = open_random(folder.path(), &config, 9);
     let path = folder.path().join("model.gguf");
-    write_gguf(&path, &config, &source, GgmlDType::Q8_0);
+    write_gguf(&path, &config, &source, GgmlDType::Q8_0, &[]);
     damage(&path, &path, 2048);
     // Numbers that claim far more than the file holds: tensors, metadata values, the first key's length.
     let (config, source) = open_random(folder.path(), &tiny_config("qwen2", false), 9);
-    write_gguf(&path, &config, &source, GgmlDType::Q8_0);
+    write_gguf(&path, &config, &source, GgmlDType::Q8_0, &[]);
     let whole = std::fs::read(&path).unwrap();
     for at in [8, 16, 24] {
         for claim in [u64::MAX, u64::MAX / 2, 1 << 40, whole.len() as u64] {

@@ -127,6 +127,27 @@ impl DeviceMatrix {
         }
     }
 
+    /// The same matrix in device memory of its own; page-locked memory is not lent, and stays shared.
+    pub(super) fn copy(&self) -> Result<Self, Error> {
+        let storage = match &self.storage {
+            Storage::Nf4 { packed, maxima, values } => {
+                let maxima = match maxima {
+                    DeviceMaxima::Plain(maxima) => DeviceMaxima::Plain(maxima.copy()?),
+                    DeviceMaxima::Nested { codes, absmax, map, offset } => DeviceMaxima::Nested {
+                        codes: codes.copy()?,
+                        absmax: absmax.copy()?,
+                        map: map.clone(),
+                        offset: *offset,
+                    },
+                };
+                Storage::Nf4 { packed: packed.copy()?, maxima, values: values.clone() }
+            }
+            Storage::Gguf { kind, blocks } => Storage::Gguf { kind: *kind, blocks: blocks.copy()? },
+            pinned @ Storage::Pinned(..) => pinned.clone(),
+        };
+        Ok(Self { storage, ..self.clone() })
+    }
+
     /// Makes its values NaN for whoever still reads them; page-locked memory is not lent.
     pub(super) fn spoil(self) -> Result<(), Error> {
         match &self.storage {

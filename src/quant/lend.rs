@@ -12,10 +12,12 @@ impl Weight {
     /// # Errors
     /// If memory runs out.
     pub fn copy_to(&self, device: &Device) -> Result<Self, Error> {
-        if device.is_cpu() || matches!(self, Self::Dense(tensor) if tensor.device().same_device(device)) {
-            return self.copy();
-        }
-        self.clone().to_device(device)
+        let is_there = match self {
+            Self::Dense(tensor) => tensor.device().same_device(device),
+            Self::Device(_) => true,
+            Self::Nf4(_) | Self::Gguf(_) => device.is_cpu(),
+        };
+        if is_there { self.copy() } else { self.clone().to_device(device) }
     }
 
     fn copy(&self) -> Result<Self, Error> {
@@ -32,7 +34,7 @@ impl Weight {
             Self::Gguf(matrix) => {
                 Self::Gguf(GgufMatrix::new(matrix.kind(), self.rows(), self.cols(), bytes(matrix.data()))?)
             }
-            Self::Device(_) => self.clone(),
+            Self::Device(matrix) => Self::Device(matrix.copy()?),
         })
     }
 

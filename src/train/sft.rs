@@ -14,7 +14,7 @@ use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
-use crate::algo::{Metrics, SftInputs, sft_loss};
+use crate::algo::{Metrics, SftInputs, SftOutput, sft_loss};
 use crate::config;
 use crate::config::settings::{SftLossType, SftSettings};
 use crate::data::{
@@ -222,16 +222,7 @@ impl StepLoss<anyhow::Error> for StepSum<'_> {
     }
 
     fn gradient(&mut self, micro_step: usize, head: &head::Output) -> anyhow::Result<HeadGradient> {
-        let inputs = SftInputs {
-            logprobs: &head.logprobs,
-            mean_logprobs: Some(&head.mean_logprobs),
-            mask: None,
-            entropies: Some(&head.entropies),
-            is_correct: Some(&head.is_argmax),
-            num_items_in_batch: self.num_targets,
-            num_processes: self.num_processes,
-        };
-        let output = sft_loss(&inputs, self.settings.loss_type, self.settings.label_smoothing_factor)?;
+        let output = loss_of(self.settings, head, self.num_targets, self.num_processes)?;
         let batch = &self.micro_batches[micro_step];
         plan::check_loss(output.loss, self.step + 1, self.session, batch, &self.settings.training.output_dir)?;
         self.loss += output.loss;
@@ -239,6 +230,25 @@ impl StepLoss<anyhow::Error> for StepSum<'_> {
         let (d_logprobs, d_mean_logprobs) = (output.d_logprobs, output.d_mean_logprobs);
         Ok(HeadGradient { d_logprobs, d_entropies: vec![], d_mean_logprobs }.scaled(self.scale))
     }
+}
+
+/// The loss of all targets that the head was asked for, divided by `num_targets` of all processes.
+fn loss_of(
+    settings: &SftSettings,
+    head: &head::Output,
+    num_targets: usize,
+    num_processes: usize,
+) -> anyhow::Result<SftOutput> {
+    let inputs = SftInputs {
+        logprobs: &head.logprobs,
+        mean_logprobs: Some(&head.mean_logprobs),
+        mask: None,
+        entropies: Some(&head.entropies),
+        is_correct: Some(&head.is_argmax),
+        num_items_in_batch: num_targets,
+        num_processes,
+    };
+    Ok(sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?)
 }
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
@@ -341,17 +351,8 @@ fn evaluate(
         }
         let head = session.engine.logprobs(std::slice::from_ref(&batch), Speaker::Policy, 1.0)?;
         let Some(head) = head.first() else { continue };
-        let inputs = SftInputs {
-            logprobs: &head.logprobs,
-            mean_logprobs: Some(&head.mean_logprobs),
-            mask: None,
-            entropies: Some(&head.entropies),
-            is_correct: Some(&head.is_argmax),
-            // The sum over the targets, which are counted below.
-            num_items_in_batch: 1,
-            num_processes: 1,
-        };
-        let output = sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?;
+        // The sum over the targets, which are counted below.
+        let output = loss_of(settings, head, 1, 1)?;
         sum += output.loss;
         count += batch.targets.len();
         metrics.merge(&output.metrics);

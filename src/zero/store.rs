@@ -100,11 +100,14 @@ impl ParamStore {
     ) -> Result<Self, E> {
         let mut blocks: Vec<Block> = Vec::new();
         for init in inits {
-            // What others may share stays where it is.
-            let block = Block::new(init?, &blocks, device, slots.is_some() && !blocks.is_empty())?;
+            let mut block = Block::new(init?, &blocks, device)?;
+            // What others may share does not come and go.
+            if slots.is_none() || blocks.is_empty() {
+                block.move_to(device)?;
+            }
             blocks.push(block);
         }
-        if let Some(last) = blocks.last_mut() {
+        if let Some(last) = blocks.last_mut().filter(|_| slots.is_some()) {
             last.move_to(device)?;
         }
         let mut store = Self {
@@ -355,32 +358,25 @@ impl ParamStore {
 }
 
 impl Block {
-    fn new(init: BlockInit, before: &[Self], device: &Device, is_at_rest: bool) -> Result<Self, Error> {
-        let flat = FlatBlock::new(init.trainable, device)?;
-        let place = |(name, weight): (String, Weight)| {
-            let stays = init.stays_on_host.contains(&name);
-            let weight = match (is_at_rest, stays) {
-                (true, _) => weight,
-                (false, true) => weight.to_pinned(device)?,
-                (false, false) => weight.to_device(device)?,
-            };
-            Ok::<_, Error>((name, weight))
-        };
-        let frozen = init.frozen.into_iter().map(place).collect::<Result<_, _>>()?;
+    /// A block whose frozen weights are where they were loaded.
+    fn new(init: BlockInit, before: &[Self], device: &Device) -> Result<Self, Error> {
+        let BlockInit { frozen, stays_on_host, trainable, shared: shared_params } = init;
+        let flat = FlatBlock::new(trainable, device)?;
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
             let bucket = trained.map(|entry| Bucket::zeros(entry.range.len(), device)).transpose()?;
             Ok::<_, Error>(Shared { param, bucket })
         };
-        let shared = init.shared.into_iter().map(shared).collect::<Result<_, _>>()?;
+        let shared = shared_params.into_iter().map(shared).collect::<Result<_, _>>()?;
         let bucket = Bucket::new(flat.grads().clone());
-        Ok(Self { frozen, stays_on_host: init.stays_on_host, flat, bucket, shared, policy: None, reference: None })
+        Ok(Self { frozen, stays_on_host, flat, bucket, shared, policy: None, reference: None })
     }
 
-    /// Moves frozen weights that were left at rest.
+    /// Moves the frozen weights to where they are computed with, one after the other.
     fn move_to(&mut self, device: &Device) -> Result<(), Error> {
         for (name, weight) in std::mem::take(&mut self.frozen) {
-            let weight = if self.stays_on_host.contains(&name) { weight } else { weight.to_device(device)? };
+            let stays = self.stays_on_host.contains(&name);
+            let weight = if stays { weight.to_pinned(device)? } else { weight.to_device(device)? };
             self.frozen.insert(name, weight);
         }
         Ok(())

@@ -3,12 +3,13 @@
 
 use candle_core::Device;
 use trainer::config::settings::Projection;
-use trainer::engine::{self, Activations, DropoutKey, Engine, StepLoss, Types};
+use trainer::engine::{self, Activations, DropoutKey, Engine, Order, StepLoss, Types};
 use trainer::kernels::cuda::{set_deterministic, start_choices, try_noted};
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::ops::{buffer, head};
 use trainer::rng::Stream;
+use trainer::zero::Slots;
 
 use crate::support::{assert_close, device, seed};
 use crate::tiny::{Tiny, VOCABULARY};
@@ -170,6 +171,28 @@ fn gradients_of_large_batches_in_16_bits_are_those_in_f32() {
             }
             start_choices(engine.device(), false).unwrap();
             set_deterministic(engine.device(), true).unwrap();
+        }
+    }
+}
+
+/// Layers are copied into a slot for each visit, from host memory or from the device's own, and made NaN after it.
+#[test]
+#[ignore = "gpu"]
+fn layers_in_slots_have_the_gradients_of_resident_ones() {
+    let (batch, slots) = (batch(), Some(Slots { most_live: 1, is_spoiled: true }));
+    for adapters in [&Projection::ALL[..], &[]] {
+        let tiny = Tiny { architecture: "qwen2", head_dim: 64, adapters, dropout: 0.0 };
+        for (types, _) in TOLERANCES {
+            let want = gradients(&tiny.engine(&device(), types), &batch, LOSS_SCALE);
+            for home in [Device::Cpu, device()] {
+                let mut lent = tiny.engine_in(&device(), types, &home, slots);
+                for order in [Order::DepthFirst, Order::BreadthFirst] {
+                    lent.force_order(Some(order));
+                    // The second pass reads what the first would have spoiled.
+                    let got = gradients(&lent, &batch, LOSS_SCALE);
+                    assert!(got == want, "{tiny:?} in {types:?}, {order:?}, from {:?}", home.location());
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use trainer::engine::{Activations, Engine, Types};
 use trainer::model::load::{Purpose, load};
 use trainer::ops::buffer;
 use trainer::rng::Stream;
-use trainer::zero::{self, ParamStore};
+use trainer::zero::{self, ParamStore, Slots};
 
 /// Entries in the vocabulary.
 pub(crate) const VOCABULARY: u64 = 300;
@@ -43,6 +43,11 @@ impl Tiny {
 
     /// The same weights on every device.
     pub(crate) fn engine(self, device: &Device, types: Types) -> Engine {
+        self.engine_in(device, types, &Device::Cpu, None)
+    }
+
+    /// As [`Self::engine`], from weights that `home` quantised, with the layers in slots if some are named.
+    pub(crate) fn engine_in(self, device: &Device, types: Types, home: &Device, slots: Option<Slots>) -> Engine {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), self.config()).unwrap();
         let lora = LoraSettings {
@@ -69,11 +74,16 @@ impl Tiny {
             lora: has_adapter.then_some(lora),
             adapter_name_or_path: None,
         };
-        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training, &Device::Cpu).unwrap();
+        let mut loaded = load(folder.path(), &settings, 5, Purpose::Training, home).unwrap();
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }
-        let store = ParamStore::new(loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>), device).unwrap();
+        let blocks = loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>);
+        let store = match slots {
+            Some(slots) => ParamStore::with_slots(blocks, device, slots),
+            None => ParamStore::new(blocks, device),
+        };
+        let store = store.unwrap();
         let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
         // lora_B starts at zero, which would hide half of the adapter.
         for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {

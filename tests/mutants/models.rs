@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use candle_core::quantized::gguf_file::{self, Value};
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 use trainer::config::settings::{LoraSettings, ModelSettings, Projection, WeightDtype};
 use trainer::config::{Context, Source, load_sft};
@@ -16,6 +16,7 @@ use trainer::model::source::{self, LinearStorage, WeightSource};
 use trainer::model::{Error, ModelConfig};
 use trainer::train::{Backend, session};
 
+use super::gguf::write_gguf;
 use super::mutate::{Reader, Seeds};
 
 pub(crate) const MODEL_CONFIG: Reader =
@@ -80,7 +81,7 @@ pub(crate) fn prepare(good: &Path) {
         ("q8_0", "qwen2", 32, GgmlDType::Q8_0),
     ] {
         let (config, source) = open(&tiny(model_type, hidden, model_type == "qwen2"));
-        write_gguf(&good.join(format!("{name}.gguf")), &config, &source, kind);
+        write_gguf(&good.join(format!("{name}.gguf")), &config, &source, kind, &tokenizer_values());
     }
     let (model, _) = open(&tiny("qwen2", 8, true));
     let all = ModuleSet::Names(Projection::ALL.map(|p| p.name().into()).to_vec());
@@ -109,62 +110,21 @@ pub(crate) fn prepare(good: &Path) {
     }
 }
 
-/// Writes a drawn model as GGUF: matrices as `kind`, the rest as f32, with a small tokenizer.
-fn write_gguf(path: &Path, config: &ModelConfig, source: &WeightSource, kind: GgmlDType) {
-    let names = [
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.norm.weight", "output_norm.weight"),
-        ("lm_head.weight", "output.weight"),
-        ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.q_norm", "attn_q_norm"),
-        ("self_attn.k_norm", "attn_k_norm"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ];
-    let tensors: Vec<(String, QTensor)> = source
-        .names()
-        .map(|name| {
-            let tensor = source.tensor_f32(name).unwrap();
-            let kind = if tensor.rank() == 2 { kind } else { GgmlDType::F32 };
-            let name = names.iter().fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf));
-            (name, QTensor::quantize(&tensor, kind).unwrap())
-        })
-        .collect();
-    let arch = config.architecture.model_type();
-    let number = |n: usize| Value::U32(n as u32);
+/// Metadata of a small tokenizer.
+fn tokenizer_values() -> Vec<(&'static str, Value)> {
     let texts = |texts: &[&str]| Value::Array(texts.iter().map(|text| Value::String((*text).into())).collect());
     let vocabulary = ["a", "b", "c", "ab", "abc", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", "x"];
     let kinds = [1, 1, 1, 1, 1, 3, 3, 3, 1, 4].map(Value::I32);
     let template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}";
-    let values = [
-        ("general.architecture".to_string(), Value::String(arch.into())),
-        (format!("{arch}.block_count"), number(config.num_hidden_layers)),
-        (format!("{arch}.context_length"), number(config.max_position_embeddings)),
-        (format!("{arch}.embedding_length"), number(config.hidden_size)),
-        (format!("{arch}.feed_forward_length"), number(config.intermediate_size)),
-        (format!("{arch}.attention.head_count"), number(config.num_attention_heads)),
-        (format!("{arch}.attention.head_count_kv"), number(config.num_key_value_heads)),
-        (format!("{arch}.attention.key_length"), number(config.head_dim)),
-        (format!("{arch}.attention.layer_norm_rms_epsilon"), Value::F32(1e-6)),
-        (format!("{arch}.rope.freq_base"), Value::F32(10_000.0)),
-        ("tokenizer.ggml.model".to_string(), Value::String("gpt2".into())),
-        ("tokenizer.ggml.pre".to_string(), Value::String("qwen2".into())),
-        ("tokenizer.ggml.tokens".to_string(), texts(&vocabulary)),
-        ("tokenizer.ggml.token_type".to_string(), Value::Array(kinds.to_vec())),
-        ("tokenizer.ggml.merges".to_string(), texts(&["a b", "ab c"])),
-        ("tokenizer.ggml.eos_token_id".to_string(), Value::U32(5)),
-        ("tokenizer.chat_template".to_string(), Value::String(template.into())),
-    ];
-    let values: Vec<(&str, &Value)> = values.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
+    vec![
+        ("tokenizer.ggml.model", Value::String("gpt2".into())),
+        ("tokenizer.ggml.pre", Value::String("qwen2".into())),
+        ("tokenizer.ggml.tokens", texts(&vocabulary)),
+        ("tokenizer.ggml.token_type", Value::Array(kinds.to_vec())),
+        ("tokenizer.ggml.merges", texts(&["a b", "ab c"])),
+        ("tokenizer.ggml.eos_token_id", Value::U32(5)),
+        ("tokenizer.chat_template", Value::String(template.into())),
+    ]
 }
 
 fn seed(path: PathBuf) -> (String, Vec<u8>) {
