@@ -9,7 +9,13 @@ use trainer::model::source::WeightSource;
 
 /// Writes a drawn model as GGUF: matrices as `kind`, the rest as f32. Metadata in `more` are added; a value given there replaces
 /// the usual one.
-pub(crate) fn write_gguf(path: &Path, config: &ModelConfig, source: &WeightSource, kind: GgmlDType, more: &[(&str, Value)]) {
+pub(crate) fn write_gguf(
+    path: &Path,
+    config: &ModelConfig,
+    source: &WeightSource,
+    kind: GgmlDType,
+    more: &[(&str, Value)],
+) {
     let names = [
         ("model.embed_tokens.weight", "token_embd.weight"),
         ("model.norm.weight", "output_norm.weight"),
