@@ -6,8 +6,9 @@ use proptest::prelude::*;
 use trainer::config::settings::{
     AdaptiveEntropy, DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType,
     MixturePart, ModelSettings, ModuleSet, OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization,
-    ReportTo, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, ScaleRewards,
-    SftLossType, SftSettings, Share, TrainingSettings, TruncationMode, VespoSettings, Warmup, WeightDtype,
+    RankSettings, ReportTo, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
+    ScaleRewards, SftLossType, SftSettings, Share, TrainingSettings, TruncationMode, VespoSettings, Warmup,
+    WeightDtype,
 };
 use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
 
@@ -120,6 +121,7 @@ fn sft_defaults_are_those_of_trl() {
             report_to: vec![],
             disable_tqdm: false,
             hub: HubSettings::default(),
+            ranks: RankSettings::default(),
         },
         max_length: Some(1024),
         truncation_mode: TruncationMode::KeepStart,

@@ -16,7 +16,7 @@ use super::schedule;
 use super::services::{check_environment, check_services};
 use super::settings::{
     DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, MixturePart, MixtureSettings, ModelSettings,
-    OptimizerSettings, PackingStrategy, Precision, Quantization, RewardSpec, SftLossType, SftSettings,
+    OptimizerSettings, PackingStrategy, Precision, Quantization, RankSettings, RewardSpec, SftLossType, SftSettings,
     TrainingSettings,
 };
 use super::special::{Cadence, Recurrence, Saving};
@@ -437,6 +437,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
             revision: raw.hub_revision.value().clone(),
             is_private: *raw.hub_private_repo.value(),
         },
+        ranks: RankSettings { world_size: context.world_size, ..RankSettings::default() },
     }
 }
 

@@ -349,6 +349,8 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
+        // As long as one program is one rank: how a run is started is no part of what it is.
+        ranks: _,
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
