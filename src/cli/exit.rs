@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::ranks;
+
 /// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -41,11 +43,6 @@ pub struct UsageError(pub String);
 #[error("{0}")]
 pub struct Diagnostics(pub String);
 
-/// Another process of the run was lost: exit code 3.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct PeerLost(pub String);
-
 /// The reader of standard output went away: a quiet success, as `trainer config --reference | head` is. Only the console
 /// makes this error: a closed pipe to anything else, such as a reward program, is a failure.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +67,7 @@ pub(super) fn code_of(error: &anyhow::Error) -> Exit {
                 Some(Exit::Done)
             } else if cause.is::<UsageError>() || cause.is::<Diagnostics>() {
                 Some(Exit::Usage)
-            } else if cause.is::<PeerLost>() {
+            } else if cause.downcast_ref().is_some_and(ranks::Error::is_of_peer) {
                 Some(Exit::PeerLost)
             } else {
                 None
@@ -108,7 +105,11 @@ mod tests {
             (anyhow!("x"), Exit::Failed),
             (UsageError("x".into()).into(), Exit::Usage),
             (Diagnostics("x".into()).into(), Exit::Usage),
-            (PeerLost("x".into()).into(), Exit::PeerLost),
+            (
+                ranks::Error::PeerLost { rank: 0, peer: 1, host: "x".into(), operation: "barrier" }.into(),
+                Exit::PeerLost,
+            ),
+            (ranks::Error::NoRanks.into(), Exit::Failed),
             (output_error(io::ErrorKind::BrokenPipe.into()), Exit::Done),
             (output_error(io::ErrorKind::StorageFull.into()), Exit::Failed),
             // A pipe to a program of the run is not the console.

@@ -10,10 +10,11 @@ pub mod generate;
 pub mod grpo;
 mod interrupt;
 mod keys;
+mod launch;
 pub mod sft;
 mod training;
 
-pub use exit::{Diagnostics, Exit, OutputClosed, PeerLost, UsageError};
+pub use exit::{Diagnostics, Exit, OutputClosed, UsageError};
 pub use interrupt::Interrupt;
 pub use training::TrainingArgs;
 

@@ -3,11 +3,13 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Context, Diagnostics, Exit, Interrupt, UsageError};
+use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
-use crate::ranks;
+use crate::fs::io_error;
+use crate::ranks::{self, launch::Launcher};
 use crate::reward;
 use crate::train::{self, Outcome};
 
@@ -83,41 +85,74 @@ pub(super) fn run<S>(
 ) -> anyhow::Result<Exit> {
     let text = |text: OsString| text.to_string_lossy().into_owned();
     let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
-    let ranks = ranks::join(&environment).map_err(|error| UsageError(error.to_string()))?;
+    let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
+    let launched = place.as_ref().map(|place| place.world_size);
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
     let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
     let surroundings = config::Context {
-        world_size: ranks.world_size(),
+        world_size: launched.unwrap_or(1),
         config_folder: config_folder.as_deref(),
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
         has_bf16: train::has_bf16(),
     };
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
+    let settings = shared(&loaded.settings);
+    if launched.is_none() && settings.ranks.world_size > 1 {
+        return launch::run(settings.ranks.world_size);
+    }
+    if let Some(rank) = place.as_ref().map(|place| place.rank) {
+        become_rank(rank, place.as_ref().is_some_and(|place| place.launcher == Launcher::Own), &settings.output_dir)?;
+    }
     let interrupt = Interrupt::listen()?;
     let asked = interrupt.clone();
+    let deadline = Duration::from_secs(settings.ranks.timeout_secs);
+    let ranks = ranks::join(place, deadline)?;
     let outcome = train(
         &loaded.settings,
         train::Context {
             terminal: context.terminal.clone(),
-            ranks,
+            ranks: Arc::clone(&ranks),
             ready: &|| interrupt.ready(),
             is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,
             warnings: &loaded.warnings,
         },
-    )?;
+    );
+    let outcome = outcome.inspect_err(|error| ranks.abandon(&format!("{error:#}")))?;
+    // Whoever is done first would look lost to the others.
+    ranks.barrier()?;
+    let is_first = ranks.is_first();
     Ok(match outcome {
         Outcome::Finished => {
-            if let Some(command) = shared(&loaded.settings).upload_command() {
+            if let Some(command) = settings.upload_command().filter(|_| is_first) {
                 context.print(&format!("\nNothing was uploaded; this does it:\n  {command}\n"))?;
             }
             Exit::Done
         }
         Outcome::Interrupted => Exit::Interrupted,
     })
+}
+
+/// Ends with the program that started this rank, if that was this one, and for every rank but the first puts what it prints into
+/// a file: one rank is on the console.
+fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<()> {
+    if is_own {
+        // Asked to stop, it saves.
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)?;
+    }
+    if rank == 0 {
+        return Ok(());
+    }
+    let folder = output_dir.join("logs");
+    std::fs::create_dir_all(&folder).map_err(io_error("create the folder", &folder))?;
+    let path = folder.join(format!("rank-{rank}.log"));
+    let file = std::fs::File::options().create(true).append(true).open(&path).map_err(io_error("open", &path))?;
+    nix::unistd::dup2_stdout(&file).and_then(|()| nix::unistd::dup2_stderr(&file))?;
+    println!("rank {rank}, process {}, {}", std::process::id(), jiff::Timestamp::now());
+    Ok(())
 }
 
 fn parse_override(text: &str) -> Result<(String, String), String> {

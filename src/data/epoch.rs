@@ -127,6 +127,13 @@ impl RowBatches {
         place(batch)..place(batch + 1)
     }
 
+    /// What `rank` takes in an optimizer step over these micro-steps of a pass, one range for each: neighbouring batches, so that
+    /// the ranks' sums are parts of one sum over the step. Together the ranks take what accelerate deals out in turns.
+    pub fn of_step(&self, micro_steps: &Range<u64>, rank: usize) -> Vec<Range<usize>> {
+        let own = neighbours(micro_steps, self.world_size, rank);
+        own.map(|(micro_step, turn)| self.of_rank(micro_step, turn)).collect()
+    }
+
     /// Rows that each pass leaves out.
     pub fn left_out(&self) -> usize {
         self.rows - self.seen(self.epoch.micro_steps)
@@ -149,6 +156,7 @@ pub struct PromptBatches {
     per_batch: usize,
     slices: usize,
     iterations: usize,
+    world_size: usize,
     epoch: Epoch,
 }
 
@@ -192,7 +200,8 @@ impl PromptBatches {
         let per_batch = (generation_batch_size / num_generations).min(prompts);
         let slices = (per_batch * num_generations).div_ceil(per_rank * world_size);
         let micro_steps = prompts / per_batch * slices * iterations;
-        Ok(Self { prompts, per_batch, slices, iterations, epoch: Epoch::new(micro_steps, accumulation)? })
+        let epoch = Epoch::new(micro_steps, accumulation)?;
+        Ok(Self { prompts, per_batch, slices, iterations, world_size, epoch })
     }
 
     /// The length of a pass.
@@ -223,6 +232,12 @@ impl PromptBatches {
         Slice { prompts, micro_steps_before, index: micro_steps_before % self.slices }
     }
 
+    /// What `rank` takes in an optimizer step over these micro-steps of a pass: for each, the micro-step and which of its shares,
+    /// as [`RowBatches::of_step`].
+    pub fn of_step(&self, micro_steps: &Range<u64>, rank: usize) -> impl Iterator<Item = (u64, usize)> {
+        neighbours(micro_steps, self.world_size, rank)
+    }
+
     /// Prompts that each pass leaves out, others in each where the data are shuffled.
     pub fn left_out(&self) -> usize {
         self.prompts % self.per_batch
@@ -240,6 +255,13 @@ impl PromptBatches {
         let end = self.epoch.place(steps.checked_sub(1)?).micro_steps.end;
         Some(end as usize % self.micro_steps_of_batch()).filter(|&taken| taken > 0)
     }
+}
+
+/// The shares of micro-steps that fall to `rank` where each of `world_size` ranks takes as many neighbours: the micro-step, and
+/// whose share it would be if they were dealt out in turns.
+fn neighbours(micro_steps: &Range<u64>, world_size: usize, rank: usize) -> impl Iterator<Item = (u64, usize)> + use<> {
+    let (start, count) = (micro_steps.start, (micro_steps.end - micro_steps.start) as usize);
+    (rank * count..(rank + 1) * count).map(move |share| (start + (share / world_size) as u64, share % world_size))
 }
 
 fn state_after(epoch: &Epoch, steps: u64, seen: impl Fn(u64) -> usize) -> SamplerState {
@@ -311,9 +333,13 @@ mod tests {
             for step in 0..epoch.steps() {
                 let place = epoch.place(step);
                 prop_assert!(!place.micro_steps.is_empty() && place.epoch == 0);
+                let dealt: Vec<usize> = (0..world_size)
+                    .flat_map(|rank| batches.of_step(&place.micro_steps, rank).into_iter().flatten())
+                    .collect();
                 for micro_step in place.micro_steps {
                     (0..world_size).for_each(|rank| seen.extend(batches.of_rank(micro_step, rank)));
                 }
+                prop_assert_eq!(&dealt[..], &seen[seen.len() - dealt.len()..]);
             }
             prop_assert_eq!(seen, (0..rows).collect::<Vec<_>>());
             prop_assert!(epoch.ends_after(epoch.steps()) && epoch.place(epoch.steps()).epoch == 1);

@@ -221,15 +221,16 @@ impl Engine {
         tokens * num_hidden_layers * hidden_size * self.types.residual.size_in_bytes()
     }
 
-    /// The order of a step: breadth first where blocks come one at a time, and where the sums that are laid aside in the other
-    /// order take more memory than the inputs of the layers; else depth first.
+    /// The order of a step: breadth first where blocks come one at a time, and where the gradients that wait or are laid aside
+    /// in the other order take more memory than the inputs of the layers; else depth first.
     pub fn order_of(&self, step: &[Batch]) -> Order {
         if let Some(order) = self.forced_order {
             return order;
         }
         let tokens = step.iter().map(|batch| batch.tokens.len()).sum();
-        let is_less = self.activations != Activations::Keep
-            && self.store.bytes_aside(self.sums(step.len())) > self.input_bytes(tokens);
+        let aside = self.store.bytes_aside(self.sums(step.len()));
+        let passing = self.store.passing_gradient_bytes().filter(|_| step.len() > 1).unwrap_or(0);
+        let is_less = self.activations != Activations::Keep && aside.max(passing) > self.input_bytes(tokens);
         if !self.store.holds_all() || is_less { Order::BreadthFirst } else { Order::DepthFirst }
     }
 

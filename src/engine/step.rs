@@ -107,7 +107,9 @@ impl Engine {
 
     /// How the micro-batches of a step are added.
     pub fn sums(&self, micro_steps: usize) -> Sums {
-        if self.has_fixed_sums { Sums::tree(micro_steps) } else { Sums::running(micro_steps) }
+        let (rank, world_size) = (self.store.sharing().rank(), self.store.sharing().world_size());
+        let sums = if self.has_fixed_sums { Sums::tree } else { Sums::running };
+        sums(micro_steps, rank, world_size)
     }
 
     /// The blocks in the order of so many sweeps: embedding, layers, head, layers, embedding.

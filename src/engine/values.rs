@@ -18,9 +18,10 @@ impl Engine {
     /// # Errors
     /// If a block fails.
     pub fn logprobs(&self, batches: &[Batch], speaker: Speaker, temperature: f64) -> Result<Vec<head::Output>, Error> {
-        let at_once = if self.store.holds_all() { 1 } else { batches.len().max(1) };
+        // Where ranks gather blocks together, one that has no batch helps the others.
+        let parts: Vec<&[Batch]> = if self.store.holds_all() { batches.chunks(1).collect() } else { vec![batches] };
         let mut outputs = Vec::with_capacity(batches.len());
-        for batches in batches.chunks(at_once) {
+        for batches in parts {
             let (hidden, mut walk) = self.walk_only(batches, speaker)?;
             let lease = walk.advance()?;
             let head = self.bind_head(lease.params(), self.uses_adapter(speaker))?;
@@ -53,7 +54,7 @@ impl Engine {
     pub fn walk_once(&self, speaker: Speaker) -> Walk<'_> {
         let order: Arc<[Visit]> =
             (0..self.store.num_blocks()).map(|block| Visit { block, needs: Needs::Values }).collect();
-        self.store.walk(order, speaker, Sums::running(0))
+        self.store.walk(order, speaker, Sums::running(0, 0, 1))
     }
 
     /// The hidden states of each batch after the last layer, and the walk, which has come to the head.

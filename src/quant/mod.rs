@@ -16,6 +16,7 @@ pub mod gguf;
 mod lend;
 mod multiply;
 pub mod nf4;
+mod parts;
 #[cfg(test)]
 mod tests;
 mod weight;
@@ -25,4 +26,5 @@ pub use cuda::{DeviceMatrix, Quantizer};
 pub use error::Error;
 pub use gguf::GgufMatrix;
 pub use nf4::Nf4Matrix;
+pub use parts::Form;
 pub use weight::Weight;

@@ -1,22 +1,22 @@
 //! What ranks agree on beside their tensors, and the one rank that is alone.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Error, launch};
+use super::launch::Place;
+use super::{Error, tcp};
 
-/// The ranks that whatever started this process has started, by its environment's variables: one alone where nothing did.
+/// Meets the ranks that a launcher has started; one is alone where none did. `deadline` bounds every wait for the others.
 ///
 /// # Errors
-/// If the variables cannot be read or contradict each other, or there is more than one rank: ranks of several processes
-/// have no way to talk yet.
-pub fn join(environment: &BTreeMap<String, String>) -> Result<Arc<dyn Ranks>, Error> {
-    match launch::place(environment)? {
-        Some(place) if place.world_size > 1 => {
-            Err(Error::Several { launcher: place.launcher, rank: place.rank, world_size: place.world_size })
-        }
-        _ => Ok(Arc::new(Alone)),
-    }
+/// If the launcher does not say where the ranks meet, or they do not.
+pub fn join(place: Option<Place>, deadline: Duration) -> Result<Arc<dyn Ranks>, Error> {
+    let Some(place) = place.filter(|place| place.world_size > 1) else { return Ok(Arc::new(Alone)) };
+    let Place { launcher, rank, world_size, rendezvous, .. } = place;
+    let address = rendezvous.ok_or(Error::NoPlace { launcher, rank, world_size })?;
+    let host = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let meeting = tcp::Meeting { rank, world_size, address, host, deadline };
+    Ok(Arc::new(tcp::connect(&meeting)?))
 }
 
 /// The ranks of a run as one of them sees them: for what is small and lies on the host.
@@ -42,11 +42,42 @@ pub trait Ranks: Send + Sync {
     /// If a rank is lost or late.
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
 
+    /// Sends the part with each rank's number to that rank and returns what the ranks sent to this one, in their order; lengths
+    /// may differ.
+    ///
+    /// # Errors
+    /// If a rank is lost or late, or there are not as many parts as ranks.
+    fn all_to_all_bytes(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error>;
+
     /// Returns when every rank has called it.
     ///
     /// # Errors
     /// If a rank is lost or late.
     fn barrier(&self) -> Result<(), Error>;
+
+    /// Leaves the collectives that are under way, and returns when every rank has left them: what follows begins anew. Ranks
+    /// that wait in one meanwhile get [`Error::StartOver`] and are to call this too. Must not be called by a rank that may
+    /// have ended a collective which others need it for.
+    ///
+    /// # Errors
+    /// If a rank is lost or late.
+    fn start_over(&self) -> Result<(), Error>;
+
+    /// Tells the others why this rank ends, so that they end with that reason.
+    fn abandon(&self, reason: &str);
+
+    /// Whether any rank says so.
+    ///
+    /// # Errors
+    /// If a rank is lost or late.
+    fn any(&self, own: bool) -> Result<bool, Error> {
+        Ok(self.all_gather_bytes(&[u8::from(own)])?.concat().contains(&1))
+    }
+
+    /// Whether this is the rank that prints and writes.
+    fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
 
     /// Replaces `values` by their sum over ranks in f64, added in the order of the ranks: for losses and metrics.
     ///
@@ -91,6 +122,11 @@ pub(super) fn check_root(world_size: usize, root: usize) -> Result<(), Error> {
     if root < world_size { Ok(()) } else { Err(Error::Root { operation: "broadcast", root, world_size }) }
 }
 
+/// Checks the parts of [`Ranks::all_to_all_bytes`].
+pub(super) fn check_count(operation: &'static str, world_size: usize, got: usize) -> Result<(), Error> {
+    if got == world_size { Ok(()) } else { Err(Error::Parts { operation, world_size, got }) }
+}
+
 /// One rank alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Alone;
@@ -112,31 +148,41 @@ impl Ranks for Alone {
         Ok(vec![bytes.to_vec()])
     }
 
+    fn all_to_all_bytes(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+        check_count("all_to_all_bytes", 1, parts.len())?;
+        Ok(parts)
+    }
+
     fn barrier(&self) -> Result<(), Error> {
         Ok(())
     }
+
+    fn start_over(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn abandon(&self, _reason: &str) {}
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::launch;
     use super::*;
 
     #[test]
-    fn one_rank_is_alone_and_several_are_refused_whoever_started_them() {
+    fn one_rank_is_alone_whoever_started_it() {
         let joined = |variables: &[(&str, &str)]| {
-            join(&variables.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect())
-                .map(|ranks| (ranks.rank(), ranks.world_size()))
+            let variables = variables.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            let place = launch::place(&variables).map_err(Error::from)?;
+            join(place, Duration::from_millis(10)).map(|ranks| (ranks.rank(), ranks.world_size()))
         };
         assert_eq!(joined(&[]), Ok((0, 1)));
         assert_eq!(joined(&[("RANK", "0"), ("WORLD_SIZE", "1")]), Ok((0, 1)));
         // An sbatch script has the job's variables, and is one process.
         assert_eq!(joined(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")]), Ok((0, 1)));
-        let torchrun = joined(&[("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")]).unwrap_err().to_string();
-        assert!(torchrun.contains("torchrun") && torchrun.contains("rank 1 of 4"), "{torchrun}");
-        assert!(torchrun.contains("`gradient_accumulation_steps` by 4"), "{torchrun}");
-        let step = [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_LOCALID", "0")];
-        assert!(joined(&step).unwrap_err().to_string().contains("srun"));
         assert!(matches!(joined(&[("RANK", "0")]), Err(Error::Launch(_))));
+        let nowhere = joined(&[("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")]).unwrap_err().to_string();
+        assert!(nowhere.contains("torchrun") && nowhere.contains("MASTER_ADDR"), "{nowhere}");
     }
 
     #[test]

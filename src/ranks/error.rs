@@ -8,8 +8,8 @@ pub enum Error {
     /// Not every rank came to a collective in time.
     #[error(
         "rank {rank} waited {secs} s in `{operation}` for {}; see the logs of those ranks for an earlier error, \
-         or allow more time",
-        ranks(missing)
+         or allow more time (`ddp_timeout`)",
+        ranks(missing, hosts)
     )]
     Timeout {
         /// The rank that waited.
@@ -20,16 +20,86 @@ pub enum Error {
         secs: u64,
         /// Ranks that did not come; empty where the transport cannot tell.
         missing: Vec<usize>,
+        /// The hosts of those; empty where all ranks are in one process.
+        hosts: Vec<String>,
     },
     /// Another rank is gone.
-    #[error("rank {rank} lost rank {peer} in `{operation}`; see the log of rank {peer} for the first error")]
+    #[error(
+        "rank {rank} lost rank {peer}{} in `{operation}`: its process is gone; see the log of rank {peer} for the first error",
+        on(host)
+    )]
     PeerLost {
         /// The rank that noticed.
         rank: usize,
         /// The rank that is gone.
         peer: usize,
+        /// Its host; empty where all ranks are in one process.
+        host: String,
         /// Which collective.
         operation: &'static str,
+    },
+    /// Another rank said that it failed.
+    #[error("rank {peer}{} failed while rank {rank} was in `{operation}`: {reason}", on(host))]
+    PeerFailed {
+        /// The rank that was told.
+        rank: usize,
+        /// The rank that failed.
+        peer: usize,
+        /// Its host.
+        host: String,
+        /// Which collective.
+        operation: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// Another rank shows no sign of life.
+    #[error(
+        "rank {rank} heard nothing of rank {peer}{} for {secs} s in `{operation}`: its process is stopped, or its host or the \
+         network is gone",
+        on(host)
+    )]
+    Silent {
+        /// The rank that noticed.
+        rank: usize,
+        /// The silent rank.
+        peer: usize,
+        /// Its host.
+        host: String,
+        /// Which collective.
+        operation: &'static str,
+        /// For how many seconds.
+        secs: u64,
+    },
+    /// Another rank has left the work at hand, because it was asked to stop.
+    #[error("rank {rank} leaves `{operation}`: another rank was asked to stop")]
+    StartOver {
+        /// The rank that noticed.
+        rank: usize,
+        /// Which collective.
+        operation: &'static str,
+    },
+    /// Ranks did not find each other.
+    #[error("rank {rank} cannot meet the others at {place}: {problem}")]
+    Meeting {
+        /// Which rank.
+        rank: usize,
+        /// Where rank 0 listens.
+        place: String,
+        /// Why not.
+        problem: String,
+    },
+    /// Ranks did not come to the meeting.
+    #[error(
+        "{} did not come to {place} within {secs} s; see the logs of those ranks, and check that their hosts reach it",
+        ranks(missing, &[])
+    )]
+    NotMet {
+        /// Where rank 0 listens.
+        place: String,
+        /// The deadline in seconds.
+        secs: u64,
+        /// Who is missing.
+        missing: Vec<usize>,
     },
     /// Two ranks disagree about which collective comes next, or about its size.
     #[error(
@@ -80,18 +150,28 @@ pub enum Error {
     /// The launch environment cannot be read.
     #[error(transparent)]
     Launch(#[from] launch::Error),
-    /// More than one rank.
+    /// A launcher that says how many ranks there are and not where they meet.
     #[error(
-        "{launcher} started this process as rank {rank} of {world_size}, and a run is one process; start one, and for the \
-         same batch multiply `gradient_accumulation_steps` by {world_size}"
+        "{launcher} started rank {rank} of {world_size} and does not say where the ranks meet; set MASTER_ADDR (the host of \
+         rank 0) and MASTER_PORT for all of them"
     )]
-    Several {
+    NoPlace {
         /// Who started them.
         launcher: Launcher,
         /// This one.
         rank: usize,
         /// How many there are.
         world_size: usize,
+    },
+    /// A collective was given another number of parts than there are ranks.
+    #[error("`{operation}` over {world_size} ranks was given {got} parts")]
+    Parts {
+        /// Which collective.
+        operation: &'static str,
+        /// Number of ranks.
+        world_size: usize,
+        /// Number of parts.
+        got: usize,
     },
     /// A message of another rank cannot be read.
     #[error("rank {peer} sent `{what}` that cannot be read: {problem}; check that all ranks run the same version")]
@@ -115,11 +195,23 @@ pub enum Error {
     },
 }
 
-fn ranks(missing: &[usize]) -> String {
-    let list = |ranks: &[usize]| ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+impl Error {
+    /// Whether it is another rank that is the cause, so that this one has nothing more to say.
+    pub fn is_of_peer(&self) -> bool {
+        matches!(self, Self::PeerLost { .. } | Self::PeerFailed { .. } | Self::Silent { .. } | Self::Timeout { .. })
+    }
+}
+
+fn on(host: &str) -> String {
+    if host.is_empty() { String::new() } else { format!(" (on {host})") }
+}
+
+fn ranks(missing: &[usize], hosts: &[String]) -> String {
+    let name = |(index, rank): (usize, &usize)| format!("{rank}{}", on(hosts.get(index).map_or("", String::as_str)));
+    let list = |ranks: &[usize]| ranks.iter().enumerate().map(name).collect::<Vec<_>>().join(", ");
     match missing {
         [] => "the other ranks".into(),
-        [one] => format!("rank {one}"),
+        [_] => format!("rank {}", list(missing)),
         many if many.len() > 16 => format!("{} ranks, first {}", many.len(), list(&many[..16])),
         many => format!("ranks {}", list(many)),
     }

@@ -61,6 +61,8 @@ pub enum Error {
 /// Who started the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Launcher {
+    /// This program, which starts the ranks of a machine itself.
+    Own,
     /// Slurm's `srun`.
     Srun,
     /// `torchrun`, accelerate, or anything else that sets `RANK` and `WORLD_SIZE`.
@@ -72,6 +74,7 @@ pub enum Launcher {
 impl std::fmt::Display for Launcher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Own => "trainer (TRAINER_*)",
             Self::Srun => "srun (SLURM_*)",
             Self::Torchrun => "torchrun (RANK, WORLD_SIZE)",
             Self::Mpirun => "mpirun (OMPI_*)",
@@ -105,9 +108,18 @@ const PORTS: u64 = 10_000;
 /// Where ranks of one machine meet when the launcher names no port.
 const DEFAULT_PORT: u16 = 29_500;
 
+/// What the program tells the ranks that it starts itself: the rank, how many there are, and the port of rank 0.
+const OWN: [&str; 3] = ["TRAINER_RANK", "TRAINER_WORLD_SIZE", "TRAINER_PORT"];
+
+/// The variables that give a process its place among the ranks that this program starts on a machine.
+pub fn own_place(rank: usize, world_size: usize, port: u16) -> [(&'static str, String); 3] {
+    let [rank_name, size_name, port_name] = OWN;
+    [(rank_name, rank.to_string()), (size_name, world_size.to_string()), (port_name, port.to_string())]
+}
+
 /// The place that `environment` (a process's variables) gives, or `None` where no launcher did.
 ///
-/// An inner launcher goes before the one around it: `torchrun` (recognised by `TORCHELASTIC_RUN_ID`) and `mpirun` may
+/// This program's own ranks are told by variables of their own, whatever is around it. An inner launcher goes before the one around it: `torchrun` (recognised by `TORCHELASTIC_RUN_ID`) and `mpirun` may
 /// themselves be started by `srun`, whose variables then describe the launcher. A plain `RANK` and `WORLD_SIZE`, as
 /// scripts export them, must agree with `srun`'s.
 ///
@@ -115,6 +127,9 @@ const DEFAULT_PORT: u16 = 29_500;
 /// If variables are incomplete, not numbers, contradict each other, or the node list cannot be read.
 pub fn place(environment: &BTreeMap<String, String>) -> Result<Option<Place>, Error> {
     let variables = Variables(environment);
+    if let Some(place) = own(&variables)? {
+        return Ok(Some(place));
+    }
     let torchrun = torchrun(&variables)?;
     if variables.has("TORCHELASTIC_RUN_ID") && torchrun.is_some() {
         return Ok(torchrun);
@@ -145,6 +160,23 @@ fn agreed(torchrun: Place, outer: Place) -> Result<Place, Error> {
         local_world_size: torchrun.local_world_size.or(outer.local_world_size),
         ..outer
     })
+}
+
+fn own(variables: &Variables<'_>) -> Result<Option<Place>, Error> {
+    let launcher = Launcher::Own;
+    let [rank_name, size_name, port_name] = OWN;
+    let Some((rank, world_size)) = variables.rank_and_size(launcher, rank_name, size_name)? else { return Ok(None) };
+    let missing = Error::Missing { launcher, present: rank_name, missing: port_name };
+    let port = variables.count(port_name)?.and_then(|port| u16::try_from(port).ok()).ok_or(missing)?;
+    Ok(Some(Place {
+        launcher,
+        rank,
+        world_size,
+        local_rank: rank,
+        local_world_size: Some(world_size),
+        hosts: Vec::new(),
+        rendezvous: Some(("127.0.0.1".into(), port)),
+    }))
 }
 
 fn torchrun(variables: &Variables<'_>) -> Result<Option<Place>, Error> {

@@ -175,3 +175,14 @@ fn incomplete_and_impossible_variables_are_errors_that_name_them() {
         assert!(text.contains(part), "{part}: {text}");
     }
 }
+
+#[test]
+fn ranks_that_the_program_starts_itself_know_it_whatever_is_around() {
+    let own = own_place(1, 3, 4321).map(|(name, value)| (name, value));
+    let mut entries: Vec<(&str, &str)> = own.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    entries.extend(STEP);
+    let place = read(&entries).unwrap().unwrap();
+    assert_eq!((place.launcher, place.rank, place.world_size, place.local_rank), (Launcher::Own, 1, 3, 1));
+    assert_eq!(place.rendezvous, Some(("127.0.0.1".into(), 4321)));
+    assert!(matches!(read(&[("TRAINER_RANK", "1")]), Err(Error::Missing { missing: "TRAINER_WORLD_SIZE", .. })));
+}

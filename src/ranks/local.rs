@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::control::check_root;
+use super::control::{check_count, check_root};
 use super::{Error, Ranks};
 
 /// One rank of a group of threads.
@@ -96,13 +96,13 @@ impl Threads {
             }
             if let Some(&peer) = missing.iter().find(|&&rank| state.is_gone[rank]) {
                 self.leave(state);
-                return Err(Error::PeerLost { rank: self.rank, peer, operation });
+                return Err(Error::PeerLost { rank: self.rank, peer, host: String::new(), operation });
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 self.leave(state);
                 let secs = self.deadline.as_secs();
-                return Err(Error::Timeout { rank: self.rank, operation, secs, missing });
+                return Err(Error::Timeout { rank: self.rank, operation, secs, missing, hosts: Vec::new() });
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -159,8 +159,40 @@ impl Ranks for Threads {
         Ok(all.iter().map(|contribution| contribution.bytes.clone()).collect())
     }
 
+    fn all_to_all_bytes(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+        check_count("all_to_all_bytes", self.world_size, parts.len())?;
+        let mut contribution = Vec::new();
+        for part in &parts {
+            contribution.extend((part.len() as u64).to_le_bytes());
+            contribution.extend(part);
+        }
+        let all = self.exchange("all_to_all_bytes", contribution)?;
+        let own = |other: &Arc<Contribution>| {
+            let mut rest = other.bytes.as_slice();
+            for rank in 0..=self.rank {
+                let (length, after) = rest.split_first_chunk::<8>()?;
+                let (part, after) = after.split_at_checked(u64::from_le_bytes(*length) as usize)?;
+                if rank == self.rank {
+                    return Some(part.to_vec());
+                }
+                rest = after;
+            }
+            None
+        };
+        Ok(all.iter().map(|other| own(other).unwrap_or_default()).collect())
+    }
+
     fn barrier(&self) -> Result<(), Error> {
         self.exchange("barrier", Vec::new()).map(drop)
+    }
+
+    /// Threads of one process get one signal; there is no work that only some of them leave.
+    fn start_over(&self) -> Result<(), Error> {
+        self.barrier()
+    }
+
+    fn abandon(&self, _reason: &str) {
+        self.leave(self.lock());
     }
 }
 
@@ -212,13 +244,19 @@ mod tests {
         let group = Threads::group(3, Duration::from_millis(50)).unwrap();
         let started = Instant::now();
         let error = group[1].barrier().unwrap_err();
-        assert_eq!(error, Error::Timeout { rank: 1, operation: "barrier", secs: 0, missing: vec![0, 2] });
+        assert_eq!(
+            error,
+            Error::Timeout { rank: 1, operation: "barrier", secs: 0, missing: vec![0, 2], hosts: vec![] }
+        );
         assert!(started.elapsed() >= Duration::from_millis(50));
         assert!(error.to_string().contains("ranks 0, 2"), "{error}");
         // Rank 1 had come to this round; the next one it will not come to, and nobody waits for it there.
         assert!(matches!(group[0].barrier(), Err(Error::Timeout { missing, .. }) if missing == [2]));
         group[2].barrier().unwrap();
-        assert_eq!(group[2].barrier(), Err(Error::PeerLost { rank: 2, peer: 0, operation: "barrier" }));
+        assert_eq!(
+            group[2].barrier(),
+            Err(Error::PeerLost { rank: 2, peer: 0, host: String::new(), operation: "barrier" })
+        );
     }
 
     #[test]
@@ -229,7 +267,10 @@ mod tests {
         });
         assert!(results[2].is_ok());
         for (rank, result) in results[..2].iter().enumerate() {
-            assert_eq!(*result, Err(Error::PeerLost { rank, peer: 2, operation: "all_gather_bytes" }));
+            assert_eq!(
+                *result,
+                Err(Error::PeerLost { rank, peer: 2, host: String::new(), operation: "all_gather_bytes" })
+            );
         }
     }
 

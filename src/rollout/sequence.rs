@@ -1,5 +1,7 @@
 //! A completion in the making: what is asked for, what was drawn so far, and when it ends.
 
+use serde::{Deserialize, Serialize};
+
 use std::collections::BTreeSet;
 
 use super::sampler::Draw;
@@ -18,7 +20,7 @@ pub struct Request {
 }
 
 /// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Finish {
     /// With an end-of-sequence token, which is its last token.
     Eos,
@@ -29,7 +31,7 @@ pub enum Finish {
 }
 
 /// A finished completion.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
     /// Whose.
     pub sample_id: u64,

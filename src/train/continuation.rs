@@ -159,6 +159,12 @@ const COURSE: &[&str] = &[
 const PLACES: &[&str] =
     &["model_name_or_path", "tokenizer_name_or_path", "chat_template_path", "adapter_name_or_path", "dataset_name"];
 
+/// Those of `MEANING` of which every rank has its own: what counts is what they come to over all ranks.
+const PER_RANK: &[&str] = &["gradient_accumulation_steps", "steps_per_generation"];
+
+/// The number of ranks, which is noted for those.
+const RANKS: &str = "num_processes";
+
 /// Name and value, as YAML, of settings.
 pub(super) type Values = BTreeMap<String, String>;
 
@@ -173,7 +179,7 @@ pub(super) struct Continuation {
 impl Continuation {
     /// For a run with these settings, each with its value as YAML.
     pub(super) fn new(task: &'static str, texts: BTreeMap<&'static str, String>) -> Self {
-        let is_kept = |name: &str| MEANING.contains(&name) || COURSE.contains(&name);
+        let is_kept = |name: &str| MEANING.contains(&name) || COURSE.contains(&name) || name == RANKS;
         let kept = texts.into_iter().filter(|(name, _)| is_kept(name));
         Self { task, values: kept.map(|(name, text)| (name.to_string(), text)).collect() }
     }
@@ -206,12 +212,26 @@ impl Continuation {
         Ok(!changed.is_empty())
     }
 
+    /// What a number that each rank has comes to over all ranks of the saved run and of this one.
+    fn over_ranks(&self, name: &str, saved: &Values) -> Option<(usize, usize)> {
+        let over_ranks = |values: &Values| Some(values.get(name)?.parse::<usize>().ok()? * ranks_of(values));
+        over_ranks(saved).zip(over_ranks(&self.values))
+    }
+
     /// The differences that are refused, and those that are allowed.
     fn differences(&self, saved: &Values) -> (Vec<String>, Vec<String>) {
         let (mut refused, mut changed) = (Vec::new(), Vec::new());
         // In the order of the lists, which puts what belongs together side by side.
         for name in MEANING.iter().chain(COURSE) {
             let (Some(then), Some(now)) = (saved.get(*name), self.values.get(*name)) else { continue };
+            if PER_RANK.contains(name)
+                && let Some((then, now)) = self.over_ranks(name, saved)
+            {
+                if then != now {
+                    refused.push(format!("`{name}` was {then} over all ranks, is {now}"));
+                }
+                continue;
+            }
             let kind = match then == now {
                 true => Difference::None,
                 false if PLACES.contains(name) => compare_places(then, now),
@@ -227,6 +247,11 @@ impl Continuation {
         }
         (refused, changed)
     }
+}
+
+/// Ranks of a run with these settings; one where that was not noted.
+pub(super) fn ranks_of(values: &Values) -> usize {
+    values.get(RANKS).and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
 /// How two values of a setting differ.
@@ -320,6 +345,23 @@ mod tests {
         let (refused, changed) = Continuation::new("sft", values(&now)).differences(&then);
         assert_eq!(refused, ["`seed` was 1, is 2"]);
         assert_eq!(changed, ["`learning_rate` was 0.2, is 0.1"]);
+    }
+
+    #[test]
+    fn a_step_may_be_shared_by_another_number_of_ranks() {
+        let values = |accumulation: &str, ranks: &str| -> BTreeMap<&'static str, String> {
+            [("gradient_accumulation_steps", accumulation), ("num_processes", ranks)].map(|(n, v)| (n, v.into())).into()
+        };
+        let refused = |then: (&str, &str), now: (&str, &str)| {
+            let then = Continuation::new("sft", values(then.0, then.1)).values;
+            Continuation::new("sft", values(now.0, now.1)).differences(&then).0
+        };
+        assert!(refused(("4", "3"), ("12", "1")).is_empty() && refused(("4", "null"), ("2", "2")).is_empty());
+        let differ =
+            |then: usize, now: usize| [format!("`gradient_accumulation_steps` was {then} over all ranks, is {now}")];
+        assert_eq!(refused(("4", "3"), ("4", "1")), differ(12, 4));
+        assert_eq!(refused(("4", "1"), ("4", "2")), differ(4, 8));
+        assert_eq!(refused(("4", "1"), ("3", "1")), differ(4, 3));
     }
 
     #[test]

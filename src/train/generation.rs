@@ -6,13 +6,15 @@ use std::collections::{BTreeMap, HashMap};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::gathered;
 use super::run::Run;
 use super::session::Session;
 use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
 use crate::config::settings::{GrpoSettings, SamplingSettings};
 use crate::data::{PromptExample, Tokenizer};
 use crate::model::batch::{Batch, BatchBuilder};
-use crate::reward::{self, Progress, Rewards};
+use crate::ranks::Ranks;
+use crate::reward::{self, Progress, Rewards, Scores};
 use crate::rollout::forward::{EngineModel, kv_shape};
 use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::Sample;
@@ -113,11 +115,13 @@ impl<'a> Generator<'a> {
     pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &[PromptExample]) -> u64 {
         let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
         let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
-        let lanes = self.settings.max_num_seqs.min(self.settings.generation_batch_size) + 1;
+        let of_rank = self.settings.generation_batch_size.div_ceil(self.settings.training.ranks.world_size);
+        let lanes = self.settings.max_num_seqs.min(of_rank) + 1;
         (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }
 
-    /// Samples one completion for each entry of `prompts` (indices into `examples`, groups contiguous).
+    /// Samples one completion for each entry of `prompts` (indices into `examples`, groups contiguous). Each rank makes a part of
+    /// them, and all get all.
     ///
     /// `key` is the number of the generation batch: it and the place in `prompts` key the random draws.
     pub(super) fn sample(
@@ -129,9 +133,13 @@ impl<'a> Generator<'a> {
         sampling: &SamplingSettings,
         run: &Run<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
+        let ranks = run.ranks();
+        let lengths: Vec<usize> = prompts.iter().map(|&prompt| examples[prompt].prompt_ids.len()).collect();
+        let owners = deal(prompts, &lengths, ranks.world_size());
         let requests: Vec<Request> = prompts
             .iter()
             .enumerate()
+            .filter(|(sample, _)| owners[*sample] == ranks.rank())
             .map(|(sample, &prompt)| Request {
                 sample_id: sample as u64,
                 prompt_ids: examples[prompt].prompt_ids.clone(),
@@ -151,7 +159,31 @@ impl<'a> Generator<'a> {
         let is_cancelled = || run.is_interrupted();
         let mut caller = Caller { on_event: &mut on_event, is_cancelled: &is_cancelled, detokenize: Some(&detokenize) };
         let seed = self.settings.training.seed;
-        Ok(self.rollout.generate(&mut model, &requests, sampling, seed, key, &mut caller)?)
+        let own = self.rollout.generate(&mut model, &requests, sampling, seed, key, &mut caller)?;
+        let mut all = gathered::in_order(own, &*ranks)?;
+        all.sort_by_key(|completion| completion.sample_id);
+        Ok(all)
+    }
+
+    /// The scores of all samples; each rank makes those of its share.
+    fn score_shared(
+        &mut self,
+        samples: &[reward::Sample<'_>],
+        group_size: usize,
+        is_interrupted: &dyn Fn() -> bool,
+        ranks: &dyn Ranks,
+    ) -> anyhow::Result<Scores> {
+        if ranks.world_size() == 1 {
+            return Ok(self.rewards.score(samples, is_interrupted)?);
+        }
+        // Whole groups: a function may look at all answers to a prompt.
+        let groups = samples.len() / group_size.max(1);
+        let start = |rank: usize| groups * rank / ranks.world_size() * group_size;
+        let own = start(ranks.rank())..start(ranks.rank() + 1);
+        let scores =
+            if own.is_empty() { Scores::default() } else { self.rewards.score(&samples[own], is_interrupted)? };
+        let shares: Vec<Share> = gathered::in_order(vec![Share::of(scores)], ranks)?;
+        Ok(Share::joined(shares, self.rewards.names().len()))
     }
 
     /// Rewards completions and turns rewards into group-relative advantages.
@@ -162,7 +194,7 @@ impl<'a> Generator<'a> {
         completions: &[Completion],
         group_size: usize,
         step: u64,
-        is_interrupted: &dyn Fn() -> bool,
+        run: &Run<'_>,
     ) -> anyhow::Result<Scored> {
         let texts: Vec<String> =
             completions.iter().map(|c| completion_text(&session.tokenizer, &c.token_ids)).collect::<Result<_, _>>()?;
@@ -183,10 +215,15 @@ impl<'a> Generator<'a> {
                 }
             })
             .collect();
-        let scores = self.rewards.score(&samples, is_interrupted).map_err(|error| {
-            let context = format!("reward `{}` failed at step {step}", error.reward());
-            anyhow::Error::new(error).context(context)
-        })?;
+        let scores = self.score_shared(&samples, group_size, &|| run.is_interrupted(), &*run.ranks());
+        let scores =
+            scores.map_err(|error| match error.downcast_ref::<reward::Error>().map(reward::Error::reward) {
+                Some(reward) => {
+                    let context = format!("reward `{reward}` failed at step {step}");
+                    error.context(context)
+                }
+                None => error,
+            })?;
         let functions = scores.by_function.len();
         let mut rewards = vec![f64::NAN; samples.len() * functions];
         for (index, scores) in scores.by_function.iter().enumerate() {
@@ -248,6 +285,68 @@ impl<'a> Generator<'a> {
             .collect();
         Ok(Scored { outcome, metrics, records, shown })
     }
+}
+
+/// A rank's scores as they travel: numbers as their bits, because JSON has no infinity.
+#[derive(Serialize, Deserialize)]
+struct Share {
+    by_function: Vec<Vec<Option<u64>>>,
+    metrics: BTreeMap<String, u64>,
+    columns: BTreeMap<String, Vec<Value>>,
+}
+
+impl Share {
+    fn of(scores: Scores) -> Self {
+        let bits = |scores: Vec<Option<f64>>| scores.into_iter().map(|score| score.map(f64::to_bits)).collect();
+        Self {
+            by_function: scores.by_function.into_iter().map(bits).collect(),
+            metrics: scores.metrics.into_iter().map(|(name, value)| (name, value.to_bits())).collect(),
+            columns: scores.columns,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.by_function.first().map_or(0, Vec::len)
+    }
+
+    /// The ranks' shares as one: metrics are means over samples.
+    fn joined(shares: Vec<Self>, functions: usize) -> Scores {
+        let total: usize = shares.iter().map(Self::len).sum();
+        let mut scores = Scores { by_function: vec![Vec::with_capacity(total); functions], ..Scores::default() };
+        let mut before = 0;
+        for share in shares {
+            let count = share.len();
+            for (all, own) in scores.by_function.iter_mut().zip(share.by_function) {
+                all.extend(own.into_iter().map(|score| score.map(f64::from_bits)));
+            }
+            for (name, value) in share.metrics {
+                let weight = count as f64 / total.max(1) as f64;
+                *scores.metrics.entry(name).or_default() += f64::from_bits(value) * weight;
+            }
+            for (name, values) in share.columns {
+                let column = scores.columns.entry(name).or_insert_with(|| vec![Value::Null; total]);
+                column[before..before + count].clone_from_slice(&values[..count]);
+            }
+            before += count;
+        }
+        scores
+    }
+}
+
+/// Which rank makes which completion: whole groups, the longest prompts first, in turns there and back so that all ranks have
+/// about as much.
+fn deal(prompts: &[usize], lengths: &[usize], world_size: usize) -> Vec<usize> {
+    let mut starts: Vec<usize> = (0..prompts.len()).filter(|&at| at == 0 || prompts[at] != prompts[at - 1]).collect();
+    let ends: HashMap<usize, usize> =
+        starts.iter().copied().zip(starts.iter().skip(1).copied().chain([prompts.len()])).collect();
+    starts.sort_by_key(|&start| (std::cmp::Reverse(lengths[start]), start));
+    let mut owners = vec![0; prompts.len()];
+    for (turn, start) in starts.into_iter().enumerate() {
+        let (round, place) = (turn / world_size, turn % world_size);
+        let rank = if round.is_multiple_of(2) { place } else { world_size - 1 - place };
+        owners[start..ends[&start]].fill(rank);
+    }
+    owners
 }
 
 /// The rollout's limits: as many sequences at once as the settings say, in a cache that holds them all at full length.
@@ -360,4 +459,34 @@ fn prompt_key(prompt: usize) -> u64 {
 
 fn completion_key(prompt: usize, index: usize) -> u64 {
     prompt_key(prompt) | (index as u64 + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_dealt_whole_groups_of_about_as_much() {
+        let prompts = [7, 7, 3, 3, 9, 9, 1, 1];
+        let lengths = [10, 10, 40, 40, 20, 20, 30, 30];
+        assert_eq!(deal(&prompts, &lengths, 2), [0, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(deal(&prompts, &lengths, 1), [0; 8]);
+        assert_eq!(deal(&prompts, &lengths, 5), [3, 3, 0, 0, 2, 2, 1, 1]);
+        assert!(deal(&[], &[], 3).is_empty());
+    }
+
+    #[test]
+    fn shares_of_scores_are_joined_in_their_order() {
+        let scores = |values: &[f64], metric: f64| Scores {
+            by_function: vec![values.iter().map(|&v| Some(v)).collect(), vec![None; values.len()]],
+            metrics: [("m".to_string(), metric)].into(),
+            columns: [("c".to_string(), values.iter().map(|&v| json!(v)).collect())].into(),
+        };
+        let shares =
+            [scores(&[1.0, f64::INFINITY], 2.0), Scores::default(), scores(&[3.0, 4.0], 4.0)].map(Share::of).into();
+        let joined = Share::joined(shares, 2);
+        assert_eq!(joined.by_function, [vec![Some(1.0), Some(f64::INFINITY), Some(3.0), Some(4.0)], vec![None; 4]]);
+        assert!((joined.metrics["m"] - 3.0).abs() < 1e-12);
+        assert_eq!(joined.columns["c"][2], json!(3.0));
+    }
 }

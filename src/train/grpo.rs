@@ -6,6 +6,7 @@ use anyhow::bail;
 use serde_json::Value;
 
 use super::continuation::Continuation;
+use super::gathered;
 use super::generation::{GenerationBatch, Generator, MicroBatch};
 use super::inputs::Inputs;
 use super::notices;
@@ -29,8 +30,9 @@ use crate::model::load::Purpose;
 use crate::model::peft::AdapterSpec;
 use crate::ops::head;
 use crate::reward::{self, Rewards};
+use crate::rollout::Completion;
 use crate::telemetry::Section;
-use crate::zero::ShardedAdamW;
+use crate::zero::{ShardedAdamW, Sharing};
 
 /// Trains on the prompts that `settings` name.
 ///
@@ -45,9 +47,10 @@ use crate::zero::ShardedAdamW;
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::open(training.device, training.precision)?;
-    let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
+    let ranks = Arc::clone(&context.ranks);
+    let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));
-    let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
+    let checkpoint = find_checkpoint(training, &continuation, folder.as_mut(), &*ranks)?;
     // Before the model, which takes longer: an import that fails is said at once.
     let rewards = match Rewards::start(&settings.reward_funcs, &settings.rewards, &*context.is_interrupted) {
         Err(reward::Error::Interrupted { .. }) => return Ok(Outcome::Interrupted),
@@ -60,6 +63,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         Purpose::Training,
         session::activations(training),
         &backend,
+        Sharing::new(Arc::clone(&ranks), &training.ranks),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -80,7 +84,6 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session, rewards)?;
 
-    let ranks = Arc::clone(&context.ranks);
     let batches = prompt_batches(settings, prompts.len(), ranks.world_size())?;
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
@@ -93,6 +96,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
     let mut source = Source { sampler, batches, generation: resumed.as_mut().and_then(|state| state.buffer.take()) };
     if let Some(state) = &resumed {
+        source.count_for(ranks.world_size(), state);
         state.check_place(batches.state_after(state.step), prompts.len())?;
         source.check(settings, state, session.engine.config().vocab_size)?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
@@ -114,12 +118,13 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut due = run.due_at_first(resumed.as_ref());
     loop {
         if let Some(eval) = eval_prompts.as_ref().filter(|_| due.evaluate)
-            && let Some(values) = run.unless_interrupted(evaluate(settings, &mut generator, &session, eval, &run))?
+            && let Some(values) =
+                run.unless_interrupted(evaluate(settings, &mut generator, &mut session, eval, &run))?
         {
             run.log_evaluation(values)?;
             due = Due { evaluate: false, save: due.save || run.is_evaluation_saved(), ..due };
         }
-        let is_interrupted = run.is_interrupted();
+        let is_interrupted = run.is_any_interrupted()?;
         if due.save || is_interrupted || run.is_over() {
             let own = LoopState {
                 sampler: batches.state_after(run.step),
@@ -144,7 +149,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
             loss_scale: plan::loss_scale(scaler.as_ref()),
             entropy_coef: entropy.zip(settings.adaptive_entropy).map(|(control, adaptive)| control.applied(&adaptive)),
         };
-        let loss = gradients(settings, &mut generator, &session, &prompts, &mut source, scale, &mut run);
+        let loss = gradients(settings, &mut generator, &mut session, &prompts, &mut source, scale, &mut run);
         let Some((loss, metrics, attended_entropy)) = run.unless_interrupted(loss)? else {
             source.generation = generation_before;
             run.abandon_step();
@@ -182,6 +187,14 @@ impl Source {
     /// The generation batch, if it is not used up.
     fn unfinished(&self) -> Option<&GenerationBatch> {
         self.generation.as_ref().filter(|batch| batch.micro_steps < self.batches.micro_steps_of_batch())
+    }
+
+    /// Counts what is taken of a checkpoint's generation batch in micro-steps of this run, which another number of ranks may
+    /// share.
+    fn count_for(&mut self, world_size: usize, state: &State<GenerationBatch>) {
+        if let Some(batch) = &mut self.generation {
+            batch.micro_steps = batch.micro_steps * state.world_size() / world_size;
+        }
     }
 
     /// Refuses the generation batch of a checkpoint that does not fit this run.
@@ -236,12 +249,12 @@ fn prompt_batches(settings: &GrpoSettings, num_prompts: usize, world_size: usize
     Ok(batches)
 }
 
-/// Sums the gradients of a step's micro-batches, for which generation batches are made as they are needed (the policy does not
-/// move within a step); returns the loss and its metrics.
+/// Sums the gradients of a step's micro-batches over all ranks. Generation batches are made as they are needed (the policy does
+/// not move within a step), by all ranks together; each trains on neighbouring micro-batches. Returns the loss and its metrics.
 fn gradients(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
-    session: &Session,
+    session: &mut Session,
     prompts: &[PromptExample],
     source: &mut Source,
     scale: Scale,
@@ -250,45 +263,57 @@ fn gradients(
     let training = &settings.training;
     let (step, batches, ranks) = (run.step, source.batches, run.ranks());
     let place = batches.epoch().place(step);
-    let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize;
-    let mut drawn: Vec<Drawn> = Vec::with_capacity(micro_steps);
-    for (index, micro_step) in place.micro_steps.enumerate() {
+    let world_size = ranks.world_size();
+    // Of all ranks.
+    let micro_steps = (place.micro_steps.end - place.micro_steps.start) as usize * world_size;
+    // The generation batches of the step's micro-steps that are used up before the last one.
+    let mut used_up: Vec<GenerationBatch> = Vec::new();
+    let mut batch_of: Vec<usize> = Vec::with_capacity(micro_steps / world_size);
+    for (index, micro_step) in place.micro_steps.clone().enumerate() {
         let slice = batches.slice(micro_step);
         if slice.micro_steps_before == 0 || source.generation.is_none() {
+            used_up.extend(source.generation.take().filter(|_| index > 0));
             let taken = source.sampler.items(place.epoch, slice.prompts).iter();
             let groups: Vec<usize> = taken.flat_map(|&p| std::iter::repeat_n(p, settings.num_generations)).collect();
             // One step may take several generation batches; each draws numbers of its own.
-            let key = step * training.gradient_accumulation_steps as u64 + index as u64;
+            let key = (step * training.gradient_accumulation_steps as u64 + index as u64) * world_size as u64;
             let life = batches.micro_steps_of_batch();
             source.generation = Some(generate(settings, generator, session, prompts, &groups, (key, life), run)?);
         }
-        let Some(batch) = &mut source.generation else { bail!("a generation batch was just made") };
-        // Every rank has the whole batch and takes its own share.
-        let first = (slice.index * ranks.world_size() + ranks.rank()) * training.per_device_train_batch_size;
-        let place = |sample: usize| sample.min(batch.samples.len());
-        let samples = &batch.samples[place(first)..place(first + training.per_device_train_batch_size)];
-        let micro = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
-        run.num_tokens += micro.batch.tokens.len() as u64;
-        drawn.push(Drawn::new(settings, samples, micro, batch.num_items)?);
-        batch.micro_steps = slice.micro_steps_before + 1;
+        batch_of.push(used_up.len());
+        if let Some(batch) = &mut source.generation {
+            batch.micro_steps = slice.micro_steps_before + 1;
+        }
     }
+    let size = training.per_device_train_batch_size;
+    let mut drawn: Vec<Drawn> = Vec::with_capacity(micro_steps / world_size);
+    let mut num_tokens = 0;
+    for (micro_step, turn) in batches.of_step(&place.micro_steps, ranks.rank()) {
+        let batch = batch_of[(micro_step - place.micro_steps.start) as usize];
+        let Some(batch) = used_up.get(batch).or(source.generation.as_ref()) else {
+            bail!("a generation batch was just made")
+        };
+        // Every rank has the whole batch and takes its own share.
+        let first = (batches.slice(micro_step).index * world_size + turn) * size;
+        let place = |sample: usize| sample.min(batch.samples.len());
+        let samples = &batch.samples[place(first)..place(first + size)];
+        let micro = GenerationBatch::micro_batch(samples, prompts, settings.mask_truncated_completions)?;
+        num_tokens += micro.batch.tokens.len();
+        drawn.push(Drawn::new(settings, samples, micro, batch.num_items)?);
+    }
+    run.num_tokens += ranks.sum_of_counts(num_tokens)? as u64;
     let step_batches: Vec<Batch> = drawn.iter_mut().map(|drawn| std::mem::take(&mut drawn.micro.batch)).collect();
-    let parts = Parts { num_processes: ranks.world_size(), micro_steps, slices: batches.slices() };
-    let mut loss = PolicyLoss {
-        settings,
-        session,
-        batches: &step_batches,
-        drawn: &drawn,
-        parts,
-        scale,
-        step,
-        loss: 0.0,
-        metrics: Metrics::default(),
-        attended_entropy: (0.0, 0.0),
-    };
+    let parts = Parts { micro_steps, slices: batches.slices() * world_size };
+    let mut loss =
+        PolicyLoss { settings, session, batches: &step_batches, drawn: &drawn, parts, scale, step, terms: Vec::new() };
     let dropout = Some(DropoutKey { seed: training.seed, step });
     session.engine.accumulate(&step_batches, temperature(settings), dropout, &mut loss)?;
-    Ok((loss.loss, loss.metrics, loss.attended_entropy))
+    let terms = gathered::in_order(loss.terms, &*ranks)?;
+    let mut metrics = Metrics::default();
+    terms.iter().for_each(|term| metrics.merge(&term.metrics));
+    let attended = terms.iter().map(|term| term.attended_entropy);
+    let attended_entropy = attended.fold((0.0, 0.0), |(sum, count), (more, others)| (sum + more, count + others));
+    Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
 }
 
 fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
@@ -333,25 +358,26 @@ fn keep_reference(settings: &GrpoSettings, session: &mut Session) -> anyhow::Res
 fn generate(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
-    session: &Session,
+    session: &mut Session,
     prompts: &[PromptExample],
     indices: &[usize],
     (key, life): (u64, usize),
     run: &mut Run<'_>,
 ) -> anyhow::Result<GenerationBatch> {
     let started = std::time::Instant::now();
-    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run)?;
+    let completions = sample(settings, generator, session, prompts, indices, key, run)?;
+    let session = &*session;
     run.memory.set_kv_cache(generator.cache_bytes());
     generator.make_room(session);
     run.memory.set_kv_cache(generator.cache_bytes());
     let statistics = generator.statistics();
     run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
-    run.accumulator.mean("rollout/tokens_per_second", statistics.generated_tokens as f64 / rollout_secs);
+    let mut rate = [statistics.generated_tokens as f64 / rollout_secs.max(f64::MIN_POSITIVE)];
+    run.ranks().all_reduce_sum_f64(&mut rate)?;
+    run.accumulator.mean("rollout/tokens_per_second", rate[0]);
     generator.show_progress(run.step, run.total());
-    let is_interrupted = || run.is_interrupted();
-    let scored =
-        generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, &is_interrupted)?;
+    let scored = generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, run)?;
     for (name, value) in &scored.metrics {
         run.accumulator.mean(name, *value);
     }
@@ -377,6 +403,22 @@ fn generate(
     Ok(batch)
 }
 
+/// Samples completions with all blocks there: ranks do not go in step while they generate.
+fn sample(
+    settings: &GrpoSettings,
+    generator: &mut Generator<'_>,
+    session: &mut Session,
+    prompts: &[PromptExample],
+    indices: &[usize],
+    key: u64,
+    run: &Run<'_>,
+) -> anyhow::Result<Vec<Completion>> {
+    session.engine.store_mut().gather_all()?;
+    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run);
+    session.engine.store_mut().let_go();
+    completions
+}
+
 /// Log-probabilities under the old policy, where the batch will be trained on after the policy has moved or the rollout
 /// is corrected, and under the reference, where the loss has a KL term.
 fn add_logprobs(
@@ -397,6 +439,11 @@ fn add_logprobs(
     let micros: Vec<MicroBatch> = (batch.samples.chunks(size))
         .map(|samples| GenerationBatch::micro_batch(samples, prompts, false))
         .collect::<Result<_, _>>()?;
+    // Each rank computes those of its share.
+    let ranks = session.engine.store().sharing().ranks();
+    let start = |rank: usize| micros.len() * rank / ranks.world_size();
+    let own = start(ranks.rank())..start(ranks.rank() + 1);
+    let micros: Vec<MicroBatch> = micros.into_iter().skip(own.start).take(own.len()).collect();
     let row_starts: Vec<Vec<usize>> = micros.iter().map(|micro| micro.row_starts.clone()).collect();
     let batches: Vec<Batch> = micros.into_iter().map(|micro| micro.batch).collect();
     let speak = |speaker: Speaker| -> anyhow::Result<Vec<Vec<f32>>> {
@@ -404,7 +451,7 @@ fn add_logprobs(
         let rows = |(output, starts): (&head::Output, &Vec<usize>)| -> Vec<Vec<f32>> {
             starts.windows(2).map(|w| output.logprobs[w[0]..w[1]].to_vec()).collect()
         };
-        Ok(outputs.iter().zip(&row_starts).flat_map(rows).collect())
+        gathered::in_order(outputs.iter().zip(&row_starts).flat_map(rows).collect(), ranks)
     };
     if needs_old {
         let rows = speak(Speaker::Policy)?;
@@ -426,7 +473,7 @@ fn temperature(settings: &GrpoSettings) -> f64 {
 fn evaluate(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
-    session: &Session,
+    session: &mut Session,
     prompts: &[PromptExample],
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<(String, Value)>> {
@@ -435,11 +482,10 @@ fn evaluate(
     let started = std::time::Instant::now();
     let group = settings.num_generations_eval;
     let indices: Vec<usize> = (0..prompts.len()).flat_map(|p| std::iter::repeat_n(p, group)).collect();
-    let completions =
-        generator.sample(session, prompts, &indices, EVALUATION_KEY | run.step, &settings.sampling, run)?;
+    let completions = sample(settings, generator, session, prompts, &indices, EVALUATION_KEY | run.step, run)?;
     generator.make_room(session);
     generator.show_progress(run.step, run.total());
-    let scored = generator.score(session, prompts, &completions, group, run.step, &|| run.is_interrupted())?;
+    let scored = generator.score(session, prompts, &completions, group, run.step, run)?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
         scored.metrics.iter().map(|(name, &value)| (format!("eval_{name}"), Value::from(value))).collect();

@@ -6,13 +6,14 @@
 //! `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
 //! products are made, `save.rs` writes models,
-//! `generation.rs` samples, rewards and scores a generation batch.
+//! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch.
 
 mod backend;
 pub mod bench;
 mod best;
 mod cadence;
 mod continuation;
+mod gathered;
 mod generation;
 pub mod grpo;
 mod inputs;

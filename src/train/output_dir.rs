@@ -13,6 +13,7 @@ use super::results::{self, StartsFrom, is_same_place};
 use crate::checkpoint::{self, Aside, Checkpoint, Fate};
 use crate::config::settings::{DataSettings, ModelSettings, Resume, TrainingSettings};
 use crate::fs;
+use crate::ranks::Ranks;
 use crate::telemetry::read_rows;
 
 const METRICS: &str = "metrics.jsonl";
@@ -34,12 +35,17 @@ pub(super) struct OutputDir {
     _lock: Lock,
 }
 
-/// Makes sure, before anything is loaded, that the output folder can be used, and takes it for this run.
+/// Makes sure, before anything is loaded, that the output folder can be used, and takes it for this run. The first rank does;
+/// the others write nothing there.
 pub(super) fn claim(
     settings: &TrainingSettings,
     model: &ModelSettings,
     data: &DataSettings,
-) -> anyhow::Result<OutputDir> {
+    ranks: &dyn Ranks,
+) -> anyhow::Result<Option<OutputDir>> {
+    if !ranks.is_first() {
+        return Ok(None);
+    }
     let folder = &settings.output_dir;
     if model.lora.is_none() && is_same_place(folder, Path::new(&model.model_name_or_path)) {
         bail!(
@@ -77,7 +83,7 @@ pub(super) fn claim(
             return Err(fs::Error::Link { path, what: "a symbolic link" }.into());
         }
     }
-    Ok(claimed)
+    Ok(Some(claimed))
 }
 
 /// What a run reads, by key, where it lies on this machine.

@@ -8,14 +8,16 @@ use super::Backend;
 use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
-use crate::config::settings::{DataSettings, Interval, LrSchedulerType, ModelSettings, TrainingSettings, Warmup};
+use crate::config::settings::{
+    DataSettings, Interval, LrSchedulerType, ModelSettings, TrainingSettings, Warmup, ZeroStage,
+};
 use crate::data::hub::Download;
 use crate::data::{Epoch, Part, TokenStatistics};
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
-use crate::zero::{FlatBlock, ShardedAdamW, StepReport};
+use crate::zero::{FlatBlock, ShardedAdamW, Sharing, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
 pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
@@ -64,9 +66,12 @@ pub(super) fn check_loss(
     if loss.is_finite() {
         return Ok(());
     }
-    let place = match session.engine.first_non_finite(batch)? {
-        Some(block) => format!("the first values that are not finite come from {block}"),
-        None => "all blocks compute finite values, so it comes from the loss itself".into(),
+    // Blocks that ranks gather together are not there for one of them.
+    let found = session.engine.store().holds_all().then(|| session.engine.first_non_finite(batch)).transpose()?;
+    let place = match found {
+        None => "where it began is not looked for with shared parameters (`zero_stage: 3`)".into(),
+        Some(Some(block)) => format!("the first values that are not finite come from {block}"),
+        Some(None) => "all blocks compute finite values, so it comes from the loss itself".into(),
     };
     let kept = match checkpoint::newest_step(output_dir) {
         Some(saved) => format!("`{}` is untouched", output_dir.join(format!("checkpoint-{saved}")).display()),
@@ -124,6 +129,7 @@ pub(super) fn run_section(
     (epoch, total): (Epoch, u64),
     batch: &str,
 ) -> Section {
+    let sharing = session.engine.store().sharing();
     let clip = match training.max_grad_norm {
         0.0 => "no clipping".to_string(),
         norm => format!("clipped at norm {norm}"),
@@ -132,6 +138,7 @@ pub(super) fn run_section(
         .row("task", task)
         .row("output", training.output_dir.display())
         .row("device", session.backend().describe())
+        .row("ranks", describe_ranks(sharing))
         .row("steps", format!("{total}, {} an epoch", epoch.steps()))
         .row("batch", batch)
         .row(
@@ -141,16 +148,24 @@ pub(super) fn run_section(
         .row("seed", training.seed)
 }
 
+/// How many ranks there are and what they share.
+fn describe_ranks(sharing: &Sharing) -> String {
+    let what = match sharing.stage() {
+        _ if sharing.world_size() == 1 => return "1".into(),
+        ZeroStage::Replicated => "each with everything",
+        ZeroStage::Optimizer => "sharing the optimizer's state",
+        ZeroStage::Gradients => "sharing gradients and the optimizer's state",
+        ZeroStage::Parameters => "sharing parameters, gradients and the optimizer's state",
+    };
+    format!("{}, {what} (ZeRO stage {})", sharing.world_size(), sharing.stage().number())
+}
+
 /// The model, its storage and what is trained.
 pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Section {
     let config = session.engine.config();
     let store = session.engine.store();
     let trained = store.num_trainable();
-    let kind = store
-        .at_rest(1)
-        .ok()
-        .and_then(|first| first.get("model.layers.0.mlp.up_proj.weight").map(|slot| slot.weight.kind_name()));
-    let kind = kind.unwrap_or_default();
+    let kind = store.kind_of(1, "model.layers.0.mlp.up_proj.weight").unwrap_or_default();
     let mut section = Section::new("Model")
         .row("base", &settings.model_name_or_path)
         .row(
@@ -229,7 +244,7 @@ impl Memory {
     /// `kv_cache_bytes` is what the rollout may need.
     pub(super) fn new(session: &Session, optimizer: &ShardedAdamW, micro_steps: usize, kv_cache_bytes: u64) -> Self {
         let store = session.engine.store();
-        let trained = 4 * store.num_trainable() as u64;
+        let trained = 4 * store.num_kept() as u64;
         // Sums of all weights are laid aside block by block, which is little.
         let aside = session.adapter_spec.as_ref().map_or(0, |_| store.bytes_aside(session.engine.sums(micro_steps)));
         let gradients = (store.gradient_bytes() + aside) as u64;

@@ -1,5 +1,7 @@
 //! The policy loss of one optimizer step: what each of its micro-batches needs, and the sum over them.
 
+use serde::{Deserialize, Serialize};
+
 use super::generation::{MicroBatch, Sampled};
 use super::plan;
 use super::session::Session;
@@ -21,15 +23,22 @@ pub(super) struct Scale {
     pub(super) entropy_coef: Option<f64>,
 }
 
-/// What a step's micro-batches are parts of.
+/// What a step's micro-batches are parts of. They are counted over all ranks, whose gradients are added, where TRL counts those of
+/// a process and takes the mean.
 #[derive(Clone, Copy)]
 pub(super) struct Parts {
-    /// Ranks, each with a part of its own.
-    pub(super) num_processes: usize,
     /// Micro-batches of the optimizer step.
     pub(super) micro_steps: usize,
     /// Micro-batches of a generation batch.
     pub(super) slices: usize,
+}
+
+/// What a micro-batch adds to the loss of a step.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct Term {
+    pub(super) loss: f64,
+    pub(super) metrics: Metrics,
+    pub(super) attended_entropy: (f64, f64),
 }
 
 /// A micro-batch of a step, and what its loss needs.
@@ -68,7 +77,7 @@ impl Drawn {
     }
 }
 
-/// The policy loss of a step, summed over its micro-batches.
+/// The policy loss of a step's micro-batches on this rank.
 pub(super) struct PolicyLoss<'a> {
     pub(super) settings: &'a GrpoSettings,
     pub(super) session: &'a Session,
@@ -77,9 +86,7 @@ pub(super) struct PolicyLoss<'a> {
     pub(super) parts: Parts,
     pub(super) scale: Scale,
     pub(super) step: u64,
-    pub(super) loss: f64,
-    pub(super) metrics: Metrics,
-    pub(super) attended_entropy: (f64, f64),
+    pub(super) terms: Vec<Term>,
 }
 
 impl StepLoss<anyhow::Error> for PolicyLoss<'_> {
@@ -106,7 +113,7 @@ impl StepLoss<anyhow::Error> for PolicyLoss<'_> {
                 entropy_threshold: None,
                 batch: GrpoBatch {
                     num_items_in_batch: drawn.num_items,
-                    num_processes: self.parts.num_processes,
+                    num_processes: 1,
                     gradient_accumulation_steps: self.parts.micro_steps,
                     steps_per_generation: self.parts.slices,
                     is_training: true,
@@ -116,13 +123,11 @@ impl StepLoss<anyhow::Error> for PolicyLoss<'_> {
         )?;
         let batch = &self.batches[micro_step];
         plan::check_loss(output.loss, self.step + 1, self.session, batch, &settings.training.output_dir)?;
-        self.loss += output.loss;
-        self.metrics.merge(&output.metrics);
+        let mut metrics = output.metrics;
         if let Some(correction) = correction {
-            self.metrics.merge(&correction.metrics);
+            metrics.merge(&correction.metrics);
         }
-        let (sum, count) = output.attended_entropy;
-        self.attended_entropy = (self.attended_entropy.0 + sum, self.attended_entropy.1 + count);
+        self.terms.push(Term { loss: output.loss, metrics, attended_entropy: output.attended_entropy });
         let gradient = HeadGradient {
             d_logprobs: output.d_logprobs,
             d_entropies: output.d_entropies.unwrap_or_default(),

@@ -115,20 +115,30 @@ pub(super) fn left_courses(output_dir: &Path) -> Vec<String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|n| checkpoint::is_left_course(n)).collect()
 }
 
-/// Puts the final model into `output_dir`: that of `best`, or else what is trained now. It is written beside and moved in
+/// The model that a run leaves.
+pub(super) enum Final<'a> {
+    /// That of a checkpoint.
+    Best(&'a Path),
+    /// What is trained now.
+    Now(&'a save::Collected),
+}
+
+/// Puts the final model into `output_dir`. It is written beside and moved in
 /// when it is whole; weights of an earlier end that it does not replace are removed.
 ///
 /// # Errors
 /// If a file cannot be written, or the best checkpoint is damaged.
-pub(super) fn publish(output_dir: &Path, session: &Session, best: Option<&Path>) -> anyhow::Result<()> {
+pub(super) fn publish(output_dir: &Path, session: &Session, which: Final<'_>) -> anyhow::Result<()> {
     let mut builder = tempfile::Builder::new();
     let staged = fs::shared(&mut builder, 0o777)
         .prefix(".partial-results-")
         .tempdir_in(output_dir)
         .map_err(io_error("create a folder in", output_dir))?;
-    match best {
-        Some(best) => copy_model(&checkpoint::open(best).context("the best model cannot be taken")?, staged.path())?,
-        None => save::write_model(staged.path(), session)?,
+    match which {
+        Final::Best(best) => {
+            copy_model(&checkpoint::open(best).context("the best model cannot be taken")?, staged.path())?;
+        }
+        Final::Now(collected) => save::write_model(staged.path(), session, collected)?,
     }
     let mut names: Vec<String> = file_names(staged.path()).into_iter().collect();
     // What tells a reader which weights there are comes last.

@@ -19,11 +19,11 @@ use super::results;
 use super::session::Session;
 use super::state::{LoopState, RunState, State, write_checkpoint};
 use super::tuning::Tuning;
-use super::{Backend, Context, Outcome};
+use super::{Backend, Context, Outcome, save};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
-use crate::ranks::Ranks;
-use crate::telemetry::{Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
+use crate::ranks::{self, Ranks};
+use crate::telemetry::{self, Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
 use crate::zero::ShardedAdamW;
 
 /// A run in progress.
@@ -36,15 +36,16 @@ pub(super) struct Run<'a> {
     pub(super) notices: Notices,
     /// What was wrong with the last evaluation; the run ends with it once it has saved.
     evaluation_problem: Option<String>,
-    // Held as long as the run lasts.
-    _folder: OutputDir,
+    // Held as long as the run lasts, by the first rank.
+    _folder: Option<OutputDir>,
     /// What there is to say of the folder.
     folder_note: Option<String>,
     settings: &'a TrainingSettings,
     context: Context<'a>,
     pub(super) console: Console,
     pub(super) memory: Memory,
-    metrics: Metrics,
+    /// The first rank's.
+    metrics: Option<Metrics>,
     pub(super) accumulator: Accumulator,
     /// Completions of the newest generation batch, for the console at the next log line.
     pub(super) samples: Vec<Sample>,
@@ -66,7 +67,7 @@ pub(super) struct Run<'a> {
 impl<'a> Run<'a> {
     /// Opens the run's files and console; `resumed` is the state of the checkpoint it goes on from.
     pub(super) fn begin<B>(
-        mut folder: OutputDir,
+        mut folder: Option<OutputDir>,
         (continuation, inputs): (Continuation, Inputs),
         settings: &'a TrainingSettings,
         context: Context<'a>,
@@ -81,13 +82,20 @@ impl<'a> Run<'a> {
                 cadence.total
             );
         }
+        // From here on all of them have something to save.
+        context.ranks.barrier()?;
         (context.ready)();
-        let folder_note = folder.settle()?;
-        let console = Console::new(context.terminal.clone(), settings.disable_tqdm);
+        let folder_note = folder.as_mut().map(OutputDir::settle).transpose()?.flatten();
+        let is_first = context.ranks.is_first();
+        let console =
+            if is_first { Console::new(context.terminal.clone(), settings.disable_tqdm) } else { Console::silent() };
         let has_tensorboard = settings.report_to.contains(&ReportTo::Tensorboard);
-        let metrics = Metrics::open(&settings.output_dir, resumed.map(|state| state.step), has_tensorboard)?;
-        let path = settings.output_dir.join("config.resolved.yaml");
-        crate::fs::write_atomic(&path, context.resolved_yaml.as_bytes())?;
+        let open = || Metrics::open(&settings.output_dir, resumed.map(|state| state.step), has_tensorboard);
+        let metrics = is_first.then(open).transpose()?;
+        if is_first {
+            let path = settings.output_dir.join("config.resolved.yaml");
+            crate::fs::write_atomic(&path, context.resolved_yaml.as_bytes())?;
+        }
         let kept: Option<(&Best, &Path)> = resumed.map(|state| (&state.best, state.place.as_path()));
         let best = BestTracker::new(settings.best.as_ref(), &settings.output_dir, kept);
         let accumulator = resumed.map(|state| state.accumulator.clone()).unwrap_or_default();
@@ -168,13 +176,18 @@ impl<'a> Run<'a> {
         self.cadence.total
     }
 
-    /// Whether a signal asked the run to stop.
+    /// Whether a signal asked this rank to stop.
     pub(super) fn is_interrupted(&self) -> bool {
         (self.context.is_interrupted)()
     }
 
-    /// The result of work that a signal cuts short; `None` if it did. What is given up is done anew by the run that goes
-    /// on, and so is what failed when the run was to stop: a program may have got the same signal.
+    /// Whether a signal asked any rank to stop: all of them save and stop then.
+    pub(super) fn is_any_interrupted(&self) -> anyhow::Result<bool> {
+        Ok(self.context.ranks.any(self.is_interrupted())?)
+    }
+
+    /// The result of work that a signal cuts short; `None` if it did, on this rank or on another. What is given up is done anew
+    /// by the run that goes on, and so is what failed when the run was to stop: a program may have got the same signal.
     pub(super) fn unless_interrupted<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         /// A signal to all processes of a job may come to a reward program first.
         const GRACE: Duration = Duration::from_millis(300);
@@ -183,11 +196,16 @@ impl<'a> Run<'a> {
             use crate::reward::Error::{Program, Python};
             matches!(cause.downcast_ref(), Some(Program { .. } | Python { .. }))
         };
+        let of_ranks = || error.chain().filter_map(|cause| cause.downcast_ref::<ranks::Error>());
+        if of_ranks().any(ranks::Error::is_of_peer) {
+            return Err(error);
+        }
         if error.chain().any(is_program) && !self.is_interrupted() {
             std::thread::sleep(GRACE);
         }
-        if self.is_interrupted() {
+        if self.is_interrupted() || of_ranks().any(|error| matches!(error, ranks::Error::StartOver { .. })) {
             tracing::debug!("given up: {error:#}");
+            self.context.ranks.start_over()?;
             return Ok(None);
         }
         Err(error)
@@ -216,7 +234,7 @@ impl<'a> Run<'a> {
         let due = self.cadence.after(self.step);
         if due.log {
             let row = self.accumulator.drain(self.step);
-            self.metrics.log(&row)?;
+            self.write(|metrics| metrics.log(&row))?;
             self.console.log(&row);
             let samples = std::mem::take(&mut self.samples);
             if !samples.is_empty() {
@@ -244,7 +262,7 @@ impl<'a> Run<'a> {
         row.insert("step".into(), self.step.into());
         row.insert("epoch".into(), self.cadence.epoch.after(self.step).into());
         row.extend(values);
-        self.metrics.log(&row)?;
+        self.write(|metrics| metrics.log(&row))?;
         self.console.log(&row);
         // Evaluation is no part of the next step's time.
         self.step_started = Instant::now();
@@ -260,7 +278,12 @@ impl<'a> Run<'a> {
 
     /// Writes completions of the current step.
     pub(super) fn log_completions(&mut self, completions: &[impl Serialize]) -> anyhow::Result<()> {
-        Ok(self.metrics.log_completions(completions)?)
+        self.write(|metrics| metrics.log_completions(completions))
+    }
+
+    /// Writes to the run's files, which the first rank has.
+    fn write(&mut self, write: impl FnOnce(&mut Metrics) -> Result<(), telemetry::Error>) -> anyhow::Result<()> {
+        Ok(self.metrics.as_mut().map(write).transpose().map(drop)?)
     }
 
     /// Whether the evaluation just made asks for a checkpoint.
@@ -292,10 +315,15 @@ impl<'a> Run<'a> {
         };
         let done = write_checkpoint(self.settings, session, optimizer, state, own)?;
         self.last_saved = Some(self.step);
-        self.console.note(&format!("saved {} ({})", done.path.display(), units::bytes(done.bytes)));
+        let place = self.settings.output_dir.join(format!("checkpoint-{}", self.step));
+        if let Some(done) = done {
+            self.console.note(&format!("saved {} ({})", done.path.display(), units::bytes(done.bytes)));
+        }
+        // Nobody goes on, or ends, before the checkpoint is whole.
+        self.context.ranks.barrier()?;
         self.step_started = Instant::now();
         if let Some(problem) = self.evaluation_problem.take() {
-            bail!("{problem}; correct it and go on with `--resume` from `{}`", done.path.display());
+            bail!("{problem}; correct it and go on with `--resume` from `{}`", place.display());
         }
         Ok(())
     }
@@ -304,6 +332,7 @@ impl<'a> Run<'a> {
     pub(super) fn finish(mut self, session: &Session) -> anyhow::Result<Outcome> {
         let output_dir = &self.settings.output_dir;
         self.console.finish_steps();
+        let Some(collected) = save::collect(session)? else { return Ok(Outcome::Finished) };
         let mut summary = Section::new("Summary");
         if let Some(reason) = self.best.stops() {
             self.console.note(&format!("stopped early after step {} of {}: {reason}", self.step, self.cadence.total));
@@ -312,7 +341,11 @@ impl<'a> Run<'a> {
         if best.is_none() && self.best.is_loaded() {
             tracing::warn!("`load_best_model_at_end`: no evaluation came with a checkpoint, so the last model is left");
         }
-        results::publish(output_dir, session, best.as_deref())?;
+        results::publish(
+            output_dir,
+            session,
+            best.as_deref().map_or(results::Final::Now(&collected), results::Final::Best),
+        )?;
         if let Some(step) = self.best.kept_step().filter(|_| self.settings.save_total_limit == Some(1)) {
             checkpoint::keep_only(output_dir, step);
         }

@@ -15,7 +15,7 @@ use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
 use crate::model::source::{check_gguf_header, gguf_file_of};
 use crate::telemetry::units;
-use crate::zero::ParamStore;
+use crate::zero::{ParamStore, Sharing};
 
 /// A model ready to train or to speak.
 pub struct Session {
@@ -50,7 +50,7 @@ pub fn activations(settings: &TrainingSettings) -> (Activations, usize) {
     (activations, settings.gradient_checkpointing_layers.unwrap_or(usize::MAX))
 }
 
-/// Opens the model that `settings` name.
+/// Opens the model that `settings` name, as far as this rank keeps it.
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the others.
@@ -60,6 +60,7 @@ pub fn open(
     purpose: Purpose,
     (activations, recomputed_layers): (Activations, usize),
     backend: &Backend,
+    sharing: Sharing,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
@@ -110,7 +111,7 @@ pub fn open(
             );
         }
     }
-    let store = ParamStore::new(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
+    let store = ParamStore::shared(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device, sharing)?;
     let mut engine = Engine::new(config, adapter, store, backend.types, activations);
     engine.set_recomputed_layers(recomputed_layers);
     let secs = started.elapsed().as_secs_f64();

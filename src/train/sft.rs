@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::bail;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::continuation::Continuation;
+use super::gathered;
 use super::inputs::Inputs;
 use super::output_dir;
 use super::plan;
@@ -26,7 +28,7 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
 use crate::ops::head;
 use crate::telemetry::Section;
-use crate::zero::ShardedAdamW;
+use crate::zero::{ShardedAdamW, Sharing};
 
 /// Examples of one split, cut into the sequences that training draws from.
 struct Split {
@@ -56,9 +58,10 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
             settings.label_smoothing_factor
         );
     }
-    let mut folder = output_dir::claim(training, &settings.model, &settings.data)?;
+    let ranks = Arc::clone(&context.ranks);
+    let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
-    let checkpoint = find_checkpoint(training, &continuation, &mut folder)?;
+    let checkpoint = find_checkpoint(training, &continuation, folder.as_mut(), &*ranks)?;
     let mut progress = plan::downloads(&context.terminal);
     let mut session = session::open(
         &settings.model,
@@ -66,6 +69,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         Purpose::Training,
         session::activations(training),
         &backend,
+        Sharing::new(Arc::clone(&ranks), &training.ranks),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -79,7 +83,6 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
     let (train, eval) = prepare(settings, &mut session, &splits)?;
 
-    let ranks = Arc::clone(&context.ranks);
     let batches = RowBatches::new(
         train.bins.len(),
         training.per_device_train_batch_size,
@@ -112,7 +115,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
             run.log_evaluation(values)?;
             due = Due { evaluate: false, save: due.save || run.is_evaluation_saved(), ..due };
         }
-        let is_interrupted = run.is_interrupted();
+        let is_interrupted = run.is_any_interrupted()?;
         if due.save || is_interrupted || run.is_over() {
             let own = LoopState::<()> {
                 sampler: batches.state_after(run.step),
@@ -133,10 +136,8 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         let step = run.step;
         run.begin_step();
         let place = epoch.place(step);
-        let micro_batches: Vec<Batch> = (place.micro_steps)
-            .map(|micro_step| {
-                train.batch(sampler.items(place.epoch, batches.of_rank(micro_step, ranks.rank())), smoothing > 0.0)
-            })
+        let micro_batches: Vec<Batch> = (batches.of_step(&place.micro_steps, ranks.rank()).into_iter())
+            .map(|rows| train.batch(sampler.items(place.epoch, rows), smoothing > 0.0))
             .collect::<anyhow::Result<_>>()?;
         let loss = gradients(settings, &session, &micro_batches, plan::loss_scale(scaler.as_ref()), &mut run);
         due = match run.unless_interrupted(loss)? {
@@ -163,7 +164,8 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     }
 }
 
-/// Sums the gradients of a step's micro-batches; returns the loss and its metrics, or `None` where no token is to be learnt.
+/// Sums the gradients of a step's micro-batches over all ranks; returns the loss and its metrics, or `None` where no token is to
+/// be learnt.
 fn gradients(
     settings: &SftSettings,
     session: &Session,
@@ -175,70 +177,75 @@ fn gradients(
     let step = run.step;
     let ranks = run.ranks();
     let num_targets = ranks.sum_of_counts(micro_batches.iter().map(|b| b.targets.len()).sum())?;
-    run.num_tokens += micro_batches.iter().map(|b| b.tokens.len() as u64).sum::<u64>();
+    run.num_tokens += ranks.sum_of_counts(micro_batches.iter().map(|b| b.tokens.len()).sum())? as u64;
     if num_targets == 0 {
         let sequences = micro_batches.iter().flat_map(|b| &b.positions).filter(|&&position| position == 0).count();
+        let sequences = ranks.sum_of_counts(sequences)?;
         if let Some(text) = run.notices.step_without_target(step + 1, sequences) {
             tracing::warn!("{text}");
         }
         return Ok(None);
     }
-    let mut loss = StepSum {
-        settings,
-        session,
-        micro_batches,
-        num_targets,
-        num_processes: ranks.world_size(),
-        scale,
-        step,
-        loss: 0.0,
-        metrics: Metrics::default(),
-    };
+    let mut loss = StepSum { settings, session, micro_batches, num_targets, scale, step, terms: Vec::new() };
     let dropout = Some(DropoutKey { seed: training.seed, step });
     session.engine.accumulate(micro_batches, 1.0, dropout, &mut loss)?;
-    Ok(Some((loss.loss, loss.metrics)))
+    let terms = gathered::in_order(loss.terms, &*ranks)?;
+    let mut metrics = Metrics::default();
+    terms.iter().for_each(|term| metrics.merge(&term.metrics));
+    Ok(Some((terms.iter().map(Term::loss).sum(), metrics)))
 }
 
-/// The loss of a step, summed over its micro-batches.
+/// What a micro-batch adds to the loss of a step or an evaluation, with its metrics.
+#[derive(Clone, Serialize, Deserialize)]
+struct Term {
+    /// As its bits: JSON has no infinity.
+    loss: u64,
+    targets: usize,
+    metrics: Metrics,
+}
+
+impl Term {
+    fn new(loss: f64, targets: usize, metrics: Metrics) -> Self {
+        Self { loss: loss.to_bits(), targets, metrics }
+    }
+
+    fn loss(&self) -> f64 {
+        f64::from_bits(self.loss)
+    }
+}
+
+/// The loss of a step's micro-batches on this rank.
 struct StepSum<'a> {
     settings: &'a SftSettings,
     session: &'a Session,
     micro_batches: &'a [Batch],
-    /// Of the whole step.
+    /// Of the whole step, on all ranks.
     num_targets: usize,
-    num_processes: usize,
     /// Of fp16's gradients.
     scale: f64,
     step: u64,
-    loss: f64,
-    metrics: Metrics,
+    terms: Vec<Term>,
 }
 
 impl StepLoss<anyhow::Error> for StepSum<'_> {
     fn known(&self, micro_step: usize) -> Option<HeadGradient> {
-        let gradient =
-            known_gradient(self.settings, &self.micro_batches[micro_step], self.num_targets, self.num_processes);
+        let gradient = known_gradient(self.settings, &self.micro_batches[micro_step], self.num_targets);
         gradient.map(|gradient| gradient.scaled(self.scale))
     }
 
     fn gradient(&mut self, micro_step: usize, head: &head::Output) -> anyhow::Result<HeadGradient> {
-        let output = loss_of(self.settings, head, self.num_targets, self.num_processes)?;
+        let output = loss_of(self.settings, head, self.num_targets)?;
         let batch = &self.micro_batches[micro_step];
         plan::check_loss(output.loss, self.step + 1, self.session, batch, &self.settings.training.output_dir)?;
-        self.loss += output.loss;
-        self.metrics.merge(&output.metrics);
+        self.terms.push(Term::new(output.loss, batch.targets.len(), output.metrics));
         let (d_logprobs, d_mean_logprobs) = (output.d_logprobs, output.d_mean_logprobs);
         Ok(HeadGradient { d_logprobs, d_entropies: vec![], d_mean_logprobs }.scaled(self.scale))
     }
 }
 
-/// The loss of all targets that the head was asked for, divided by `num_targets` of all processes.
-fn loss_of(
-    settings: &SftSettings,
-    head: &head::Output,
-    num_targets: usize,
-    num_processes: usize,
-) -> anyhow::Result<SftOutput> {
+/// The loss of all targets that the head was asked for, divided by `num_targets` of all ranks. Ranks' gradients are added, where
+/// TRL multiplies by the number of processes and takes the mean.
+fn loss_of(settings: &SftSettings, head: &head::Output, num_targets: usize) -> anyhow::Result<SftOutput> {
     let inputs = SftInputs {
         logprobs: &head.logprobs,
         mean_logprobs: Some(&head.mean_logprobs),
@@ -246,21 +253,16 @@ fn loss_of(
         entropies: Some(&head.entropies),
         is_correct: Some(&head.is_argmax),
         num_items_in_batch: num_targets,
-        num_processes,
+        num_processes: 1,
     };
     Ok(sft_loss(&inputs, settings.loss_type, settings.label_smoothing_factor)?)
 }
 
 /// Cross-entropy's gradient, which is the same for every target whatever the model says; `None` for a loss whose gradient
 /// depends on the output.
-fn known_gradient(
-    settings: &SftSettings,
-    batch: &Batch,
-    num_targets: usize,
-    world_size: usize,
-) -> Option<HeadGradient> {
+fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> Option<HeadGradient> {
     let (smoothing, count) = (settings.label_smoothing_factor, batch.targets.len());
-    let each = |weight: f64| (-weight * world_size as f64 / num_targets as f64) as f32;
+    let each = |weight: f64| (-weight / num_targets as f64) as f32;
     (settings.loss_type != SftLossType::Dft).then(|| HeadGradient {
         d_logprobs: vec![each(1.0 - smoothing); count],
         d_entropies: vec![],
@@ -330,7 +332,7 @@ impl Split {
     }
 }
 
-/// Mean loss, accuracy and entropy over the evaluation split.
+/// Mean loss, accuracy and entropy over the evaluation split, of which each rank takes its turns.
 fn evaluate(
     eval: &Split,
     session: &Session,
@@ -339,24 +341,29 @@ fn evaluate(
 ) -> anyhow::Result<Vec<(String, Value)>> {
     let started = std::time::Instant::now();
     let bar = run.console.progress("eval", eval.bins.len() as u64, "sequences");
-    let mut metrics = Metrics::default();
-    let (mut sum, mut count, mut tokens) = (0.0, 0usize, 0);
+    let ranks = run.ranks();
+    let (mut terms, mut tokens) = (Vec::new(), 0);
     let indices: Vec<usize> = (0..eval.bins.len()).collect();
-    for chunk in indices.chunks(settings.training.per_device_eval_batch_size) {
+    let chunks: Vec<&[usize]> = indices.chunks(settings.training.per_device_eval_batch_size).collect();
+    for turn in chunks.chunks(ranks.world_size()) {
+        let chunk = turn.get(ranks.rank()).copied().unwrap_or_default();
         let batch = eval.batch(chunk, settings.label_smoothing_factor > 0.0)?;
         tokens += batch.tokens.len() as u64;
-        bar.set(chunk.last().map_or(0, |&last| last as u64 + 1), tokens);
-        if batch.targets.is_empty() {
-            continue;
+        bar.set(turn.iter().copied().flatten().last().map_or(0, |&last| last as u64 + 1), tokens);
+        // Without a target there is nothing to compute but what other ranks need this one for.
+        let batches = if batch.targets.is_empty() { [].as_slice() } else { std::slice::from_ref(&batch) };
+        let mut term = Term::new(0.0, 0, Metrics::default());
+        if let Some(head) = session.engine.logprobs(batches, Speaker::Policy, 1.0)?.first() {
+            // The sum over the targets, which are counted below.
+            let output = loss_of(settings, head, 1)?;
+            term = Term::new(output.loss, batch.targets.len(), output.metrics);
         }
-        let head = session.engine.logprobs(std::slice::from_ref(&batch), Speaker::Policy, 1.0)?;
-        let Some(head) = head.first() else { continue };
-        // The sum over the targets, which are counted below.
-        let output = loss_of(settings, head, 1, 1)?;
-        sum += output.loss;
-        count += batch.targets.len();
-        metrics.merge(&output.metrics);
+        terms.push(term);
     }
+    let terms = gathered::in_turns(terms, &*ranks)?;
+    let mut metrics = Metrics::default();
+    terms.iter().for_each(|term| metrics.merge(&term.metrics));
+    let (sum, count) = terms.iter().fold((0.0, 0), |(sum, count), term| (sum + term.loss(), count + term.targets));
     let secs = started.elapsed().as_secs_f64();
     let mut values = vec![("eval_loss".to_string(), Value::from(sum / count.max(1) as f64))];
     values.extend(metrics.values().into_iter().map(|(name, value)| (format!("eval_{name}"), Value::from(value))));
@@ -404,10 +411,13 @@ fn show_plan(
     if let Some(eval) = eval {
         data.push("evaluation", format!("{} examples", eval.data.examples.len()));
     }
-    let sequences = (training.per_device_train_batch_size * training.gradient_accumulation_steps).min(train.bins.len());
+    let of_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps;
+    let sequences = (of_rank * training.ranks.world_size).min(train.bins.len());
     let mean = train.bins.iter().map(Bin::num_tokens).sum::<usize>() as f64 / train.bins.len() as f64;
+    let world_size = training.ranks.world_size;
     let batch = format!(
-        "{} x {} sequences, about {:.0} tokens",
+        "{}{} x {} sequences, about {:.0} tokens",
+        if world_size > 1 { format!("{world_size} ranks x ") } else { String::new() },
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         mean * sequences as f64

@@ -8,7 +8,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::best::Best;
-use super::continuation::{Continuation, Values};
+use super::continuation::{self, Continuation, Values};
 use super::inputs::Inputs;
 use super::output_dir::OutputDir;
 use super::save;
@@ -17,8 +17,9 @@ use crate::algo::EntropyControl;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::{Resume, TrainingSettings};
 use crate::data::{SamplerState, Splits};
-use crate::ops::buffer;
+use crate::fs::io_error;
 use crate::optim::LossScaler;
+use crate::ranks::Ranks;
 use crate::telemetry::Accumulator;
 use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
 
@@ -96,8 +97,34 @@ pub(super) struct LoopState<B> {
 }
 
 /// The checkpoint to resume from, if the settings ask for one; its state is that of a run which this one can continue, and
-/// what `folder` holds beyond it is moved aside.
+/// what `folder` holds beyond it is moved aside. The first rank, which has the folder, finds it for all.
 pub(super) fn find_checkpoint(
+    settings: &TrainingSettings,
+    continuation: &Continuation,
+    folder: Option<&mut OutputDir>,
+    ranks: &dyn Ranks,
+) -> anyhow::Result<Option<Checkpoint>> {
+    let found = folder.map(|folder| find(settings, continuation, folder)).transpose()?.flatten();
+    let place = found.as_ref().map(|checkpoint| checkpoint.path().canonicalize());
+    let place = place.transpose().map_err(io_error("find", &settings.output_dir))?;
+    let mut message = serde_json::to_vec(&place)?;
+    ranks.broadcast(&mut message, 0)?;
+    if ranks.is_first() {
+        return Ok(found);
+    }
+    let place: Option<PathBuf> = serde_json::from_slice(&message)?;
+    let opened = place.map(|place| {
+        checkpoint::open(&place).with_context(|| {
+            format!(
+                "rank {} cannot read the checkpoint that rank 0 goes on from; it must lie on a shared disk",
+                ranks.rank()
+            )
+        })
+    });
+    opened.transpose()
+}
+
+fn find(
     settings: &TrainingSettings,
     continuation: &Continuation,
     folder: &mut OutputDir,
@@ -162,6 +189,11 @@ impl<B> State<B> {
         )
     }
 
+    /// Ranks of the run that saved it.
+    pub(super) fn world_size(&self) -> usize {
+        continuation::ranks_of(&self.settings)
+    }
+
     /// Refuses counts that no run can have come to.
     fn check(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         /// Beyond this a count would be that of centuries.
@@ -222,7 +254,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
     let store = session.engine.store();
     for flat in store.flats().filter(|flat| !flat.is_empty()) {
-        let mut values = buffer::to_vec(flat.values())?;
+        let mut values = vec![0.0; flat.len()];
         for entry in flat.entries() {
             let saved = tensors.get(&entry.name).filter(|v| v.len() == entry.range.len()).with_context(|| {
                 format!(
@@ -232,10 +264,10 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
             })?;
             values[entry.range.clone()].copy_from_slice(saved);
         }
-        buffer::write(flat.values(), &values)?;
+        flat.write_values(&values)?;
     }
-    for (flat, reference) in store.flats().zip(store.references()) {
-        let mut values = buffer::to_vec(reference)?;
+    for (block, flat) in store.flats().enumerate().filter(|_| store.has_reference()) {
+        let mut values = vec![0.0; flat.len()];
         for entry in flat.entries() {
             let name = format!("{}{REFERENCE_SUFFIX}", entry.name);
             let saved = tensors.get(&name).filter(|v| v.len() == entry.range.len());
@@ -243,7 +275,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
                 saved.with_context(|| format!("`{place}` has no `{name}`; was it saved without a reference?"))?,
             );
         }
-        buffer::write(reference, &values)?;
+        store.write_reference(block, &values)?;
     }
     let own: BTreeSet<&str> = store.flats().flat_map(FlatBlock::entries).map(|e| e.name.as_str()).collect();
     let is_known = |name: &str| {
@@ -272,16 +304,19 @@ pub(super) struct RunState<'a> {
     pub(super) accumulator: &'a Accumulator,
 }
 
-/// Writes the checkpoint of a step.
+/// Writes the checkpoint of a step: the first rank does, of what the others help to gather.
 pub(super) fn write_checkpoint<B: Serialize + Clone>(
     settings: &TrainingSettings,
     session: &Session,
     optimizer: &ShardedAdamW,
     run: RunState<'_>,
     own: LoopState<B>,
-) -> anyhow::Result<checkpoint::Committed> {
+) -> anyhow::Result<Option<checkpoint::Committed>> {
+    let model = save::collect(session)?;
+    let tensors = if settings.save_only_model { None } else { collect(session, optimizer)? };
+    let Some(model) = model else { return Ok(None) };
     let mut writer = checkpoint::Writer::begin(&settings.output_dir, run.step, run.world_size)?.keeping(run.kept_step);
-    save::write_model(writer.path(), session)?;
+    save::write_model(writer.path(), session, &model)?;
     let state = State {
         version: STATE_VERSION,
         task: run.continuation.task.to_string(),
@@ -303,25 +338,31 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         has_other_rows: false,
     };
     writer.add_json(STATE_FILE, &state)?;
-    if !settings.save_only_model {
-        add_tensors(&mut writer, session, optimizer)?;
+    if let Some(Tensors { values, references, moments }) = &tensors {
+        let store = session.engine.store();
+        let tensors = named(store, values, "")
+            .into_iter()
+            .chain(named(store, references, REFERENCE_SUFFIX))
+            .chain(ShardedAdamW::state(store, moments));
+        writer.add_tensors(TENSORS_FILE, tensors)?;
     }
-    Ok(writer.commit(settings.save_total_limit)?)
+    Ok(Some(writer.commit(settings.save_total_limit)?))
 }
 
-fn add_tensors(writer: &mut checkpoint::Writer, session: &Session, optimizer: &ShardedAdamW) -> anyhow::Result<()> {
+/// What is trained and the optimizer's state, by block.
+struct Tensors {
+    values: Vec<Vec<f32>>,
+    references: Vec<Vec<f32>>,
+    moments: Vec<[Vec<f32>; 2]>,
+}
+
+/// All of it on the first rank; the others help to gather it.
+fn collect(session: &Session, optimizer: &ShardedAdamW) -> anyhow::Result<Option<Tensors>> {
     let store = session.engine.store();
-    let copies = |tensors: &mut dyn Iterator<Item = &candle_core::Tensor>| -> Result<Vec<Vec<f32>>, crate::ops::Error> {
-        tensors.map(buffer::to_vec).collect()
-    };
-    let values = copies(&mut store.flats().map(FlatBlock::values))?;
-    let moments = optimizer.to_host()?;
-    let references = copies(&mut store.references())?;
-    let tensors = named(store, &values, "")
-        .into_iter()
-        .chain(named(store, &references, REFERENCE_SUFFIX))
-        .chain(ShardedAdamW::state(store, &moments));
-    Ok(writer.add_tensors(TENSORS_FILE, tensors)?)
+    let (values, references) = (store.collect_values()?, store.collect_references()?);
+    let moments = optimizer.collect(store)?;
+    let all = values.zip(references).zip(moments);
+    Ok(all.map(|((values, references), moments)| Tensors { values, references, moments }))
 }
 
 /// The parameters of every block with their values in `flats`, a copy of the flat buffers; `suffix` follows each name.

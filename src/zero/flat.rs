@@ -1,11 +1,15 @@
-//! The flat buffers of one block: values and gradients of its trained parameters, one behind the other.
+//! The flat buffers of one block: values and gradients of its trained parameters, one behind the other, or this rank's part of
+//! them.
 
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Error;
+use super::{Error, Sharing};
+use crate::config::settings::ZeroStage;
 use crate::model::params::Trainable;
+use crate::ops::buffer;
+use crate::optim::NORM_CHUNK;
 
 /// One parameter inside a flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,22 +24,34 @@ pub struct Entry {
     pub has_decay: bool,
 }
 
+/// A stretch of this rank's part that belongs to one parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where it lies, counted from the start of this rank's part.
+    pub range: Range<usize>,
+    /// Whether weight decay applies.
+    pub has_decay: bool,
+}
+
 /// Values and gradients of a block's trained parameters.
 #[derive(Clone, Debug)]
 pub struct FlatBlock {
     entries: Vec<Entry>,
-    /// f32 `[n]`
+    /// Of each rank, the values that its optimizer moves.
+    shards: Vec<Range<usize>>,
+    rank: usize,
+    /// f32 `[n]`, or where parameters are cut into shards this rank's.
     values: Tensor,
-    /// f32 `[n]`
+    /// f32 `[n]`, or where gradients are cut into shards this rank's.
     grads: Tensor,
 }
 
 impl FlatBlock {
-    /// Lays the parameters out in their order on `device`.
+    /// Lays the parameters out in their order on `device`, as far as this rank keeps them.
     ///
     /// # Errors
     /// If the buffers cannot be allocated.
-    pub fn new(trainable: Vec<Trainable>, device: &Device) -> Result<Self, Error> {
+    pub fn new(trainable: Vec<Trainable>, device: &Device, sharing: &Sharing) -> Result<Self, Error> {
         let mut entries = Vec::with_capacity(trainable.len());
         let mut values = Vec::with_capacity(trainable.iter().map(|t| t.values.len()).sum());
         for Trainable { name, shape, values: own, has_decay } in trainable {
@@ -43,10 +59,21 @@ impl FlatBlock {
             values.extend(own);
             entries.push(Entry { name, shape, range: start..values.len(), has_decay });
         }
-        let count = values.len();
-        let values = Tensor::from_vec(values, count, device)?;
-        let grads = Tensor::zeros(count, DType::F32, device)?;
-        Ok(Self { entries, values, grads })
+        let (count, rank) = (values.len(), sharing.rank());
+        let all: Range<usize> = 0..count;
+        let shards = match sharing.stage() {
+            ZeroStage::Replicated => vec![all; sharing.world_size()],
+            _ => shards(&entries, count, sharing.world_size()),
+        };
+        let own = shards[rank].clone();
+        if sharing.cuts_values(count) {
+            values = values[own.clone()].to_vec();
+        }
+        let num_grads = if sharing.stage() >= ZeroStage::Gradients { own.len() } else { count };
+        let num_values = values.len();
+        let values = Tensor::from_vec(values, num_values, device)?;
+        let grads = Tensor::zeros(num_grads, DType::F32, device)?;
+        Ok(Self { entries, shards, rank, values, grads })
     }
 
     /// The parameters in order.
@@ -54,24 +81,92 @@ impl FlatBlock {
         &self.entries
     }
 
-    /// All values: f32 `[n]`.
+    /// The values: f32 `[n]`, or where parameters are cut into shards this rank's.
     pub fn values(&self) -> &Tensor {
         &self.values
     }
 
-    /// All gradients: f32 `[n]`.
+    /// The gradients: f32 `[n]`, or where gradients are cut into shards this rank's.
     pub fn grads(&self) -> &Tensor {
         &self.grads
     }
 
-    /// Number of trained values.
+    /// Number of trained values over all ranks.
     pub fn len(&self) -> usize {
-        self.values.elem_count()
+        self.entries.last().map_or(0, |entry| entry.range.end)
     }
 
     /// Whether nothing of the block is trained.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    /// Of each rank, the values that its optimizer moves; each has all where optimizer state is not cut into shards.
+    pub fn shards(&self) -> &[Range<usize>] {
+        &self.shards
+    }
+
+    /// The values that this rank's optimizer moves.
+    pub fn own(&self) -> Range<usize> {
+        self.shards[self.rank].clone()
+    }
+
+    /// Whether every rank's optimizer moves all values.
+    pub fn is_whole(&self) -> bool {
+        self.own() == (0..self.len())
+    }
+
+    /// Whether all values are on this rank.
+    pub fn has_all_values(&self) -> bool {
+        self.values.elem_count() == self.len()
+    }
+
+    /// The values that this rank's optimizer moves: f32 `[own]`, sharing memory with [`Self::values`].
+    ///
+    /// # Errors
+    /// Of the tensor library.
+    pub fn own_values(&self) -> Result<Tensor, Error> {
+        self.own_part(&self.values)
+    }
+
+    /// Their gradients: f32 `[own]`, sharing memory with [`Self::grads`].
+    ///
+    /// # Errors
+    /// Of the tensor library.
+    pub fn own_grads(&self) -> Result<Tensor, Error> {
+        self.own_part(&self.grads)
+    }
+
+    fn own_part(&self, buffer: &Tensor) -> Result<Tensor, Error> {
+        let own = self.own();
+        if buffer.elem_count() == own.len() {
+            return Ok(buffer.clone());
+        }
+        Ok(buffer.narrow(0, own.start, own.len())?)
+    }
+
+    /// The parameters in this rank's part.
+    pub fn own_pieces(&self) -> impl Iterator<Item = Piece> {
+        let own = self.own();
+        self.entries.iter().filter_map(move |entry| {
+            let (start, end) = (entry.range.start.max(own.start), entry.range.end.min(own.end));
+            let piece = || Piece { range: start - own.start..end - own.start, has_decay: entry.has_decay };
+            (start < end).then(piece)
+        })
+    }
+
+    /// Replaces the values by those of all parameters, as far as they are on this rank: `all` is `[n]`.
+    ///
+    /// # Errors
+    /// If the lengths differ.
+    pub fn write_values(&self, all: &[f32]) -> Result<(), Error> {
+        self.write(&self.values, all)
+    }
+
+    /// Puts values of all parameters into a buffer like that of the values.
+    pub(super) fn write(&self, values: &Tensor, all: &[f32]) -> Result<(), Error> {
+        let part = if values.elem_count() == all.len() { all } else { all.get(self.own()).unwrap_or(all) };
+        Ok(buffer::write(values, part)?)
     }
 
     /// The parameter `name`, if it is one of them.
@@ -85,5 +180,53 @@ impl FlatBlock {
     /// If the entry is of another buffer.
     pub fn view(flat: &Tensor, entry: &Entry) -> Result<Tensor, Error> {
         Ok(flat.narrow(0, entry.range.start, entry.range.len())?.reshape(entry.shape.as_slice())?)
+    }
+}
+
+/// Cuts a buffer of `count` values into a shard for each rank, between chunks of which a norm is made: a rank that has all of a
+/// chunk makes the same part of the norm as one that has everything.
+fn shards(entries: &[Entry], count: usize, world_size: usize) -> Vec<Range<usize>> {
+    let starts: Vec<usize> = entries.iter().flat_map(|entry| entry.range.clone().step_by(NORM_CHUNK)).collect();
+    // The cut that is nearest to an equal share.
+    let cut = |rank: usize| {
+        let wanted = count * rank / world_size;
+        let after = starts.partition_point(|&start| start < wanted);
+        let candidates = [after.checked_sub(1), Some(after)].into_iter().flatten();
+        let places = candidates.map(|at| starts.get(at).copied().unwrap_or(count));
+        places.min_by_key(|place| place.abs_diff(wanted)).unwrap_or(count)
+    };
+    let cuts: Vec<usize> = (1..world_size).map(cut).collect();
+    let ends = cuts.iter().copied().chain([count]);
+    std::iter::once(0).chain(cuts.iter().copied()).zip(ends).map(|(start, end)| start..end).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_cover_everything_and_end_where_chunks_do() {
+        let lengths = [100, NORM_CHUNK, 3 * NORM_CHUNK + 7, 1, 5 * NORM_CHUNK];
+        let mut entries: Vec<Entry> = Vec::new();
+        for length in lengths {
+            let start = entries.last().map_or(0, |entry| entry.range.end);
+            entries.push(Entry { name: String::new(), shape: vec![], range: start..start + length, has_decay: true });
+        }
+        let count = lengths.iter().sum();
+        for world_size in [1, 2, 3, 4, 7, 16] {
+            let shards = shards(&entries, count, world_size);
+            assert_eq!(shards.len(), world_size);
+            assert_eq!((shards[0].start, shards[world_size - 1].end), (0, count));
+            assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start), "{shards:?}");
+            for shard in &shards {
+                let of = entries.iter().find(|entry| entry.range.contains(&shard.start));
+                assert!(
+                    of.is_none_or(|entry| (shard.start - entry.range.start).is_multiple_of(NORM_CHUNK)),
+                    "{shard:?}"
+                );
+                assert!(shard.len() <= count / world_size + NORM_CHUNK, "{shard:?} of {count} over {world_size}");
+            }
+        }
+        assert_eq!(super::shards(&[], 0, 3), [0..0, 0..0, 0..0]);
     }
 }

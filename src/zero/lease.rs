@@ -58,7 +58,7 @@ impl<'s> Walk<'s> {
     pub fn advance(&mut self) -> Result<Lease<'s>, Error> {
         let visit = *self.order.get(self.at).ok_or(Error::WalkIsOver { visits: self.order.len() })?;
         self.at += 1;
-        let params = self.store.lend(visit.block, self.speaker)?;
+        let params = self.store.lend(visit.block, self.speaker, visit.needs)?;
         Ok(Lease { store: self.store, visit, params, sums: self.sums })
     }
 }
@@ -68,6 +68,8 @@ impl<'s> Walk<'s> {
 pub(super) enum Lent<'s> {
     /// In the store: they stay.
     Resident(&'s BlockParams),
+    /// Put together for this visit.
+    Bound(BlockParams),
     /// In a slot, until the lease ends.
     Slot(BlockParams),
 }
@@ -91,7 +93,7 @@ impl Lease<'_> {
     pub fn params(&self) -> &BlockParams {
         match &self.params {
             Lent::Resident(params) => params,
-            Lent::Slot(params) => params,
+            Lent::Bound(params) | Lent::Slot(params) => params,
         }
     }
 
@@ -104,13 +106,13 @@ impl Lease<'_> {
         self.store.end_micro_step(self.visit.block, self.sums, index)
     }
 
-    /// Tells that this block's gradients are final.
+    /// Tells that this block's gradients are final on this rank: they are added to those of the other ranks.
     ///
     /// # Errors
-    /// If the visit was announced without gradients, or the device fails.
+    /// If the visit was announced without gradients, the device fails or a rank is lost.
     pub fn finish_gradients(self) -> Result<(), Error> {
         self.expect_gradients()?;
-        self.store.finish_gradients(self.visit.block)
+        self.store.finish_gradients(self.visit.block, self.sums)
     }
 
     fn expect_gradients(&self) -> Result<(), Error> {

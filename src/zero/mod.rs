@@ -7,17 +7,20 @@
 
 mod device_optimizer;
 mod flat;
+mod frozen;
 mod gradients;
 mod lease;
 mod optimizer;
+mod sharing;
 mod store;
 mod sums;
 
-pub use flat::{Entry, FlatBlock};
+pub use flat::{Entry, FlatBlock, Piece};
 pub use lease::{Lease, Needs, Speaker, Visit, Walk};
 pub use optimizer::{ShardedAdamW, StepReport};
+pub use sharing::Sharing;
 pub use store::{ParamStore, Slots};
-pub use sums::{Next, Sums};
+pub use sums::{Next, Node, Sums};
 
 /// What went wrong with parameters or optimizer state.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +90,15 @@ pub enum Error {
         /// What is shared.
         source: crate::quant::Error,
     },
+    /// Ranks could not come together.
+    #[error("{0}")]
+    Ranks(#[source] crate::ranks::Error),
+    /// A block was asked for as a whole where ranks have parts of it.
+    #[error("block {block} is cut into shards; it must be gathered first")]
+    IsCut {
+        /// Which block.
+        block: usize,
+    },
     /// Micro-batches of a step ended in another order than they count.
     #[error("micro-batch {index} of the step ended before one that is before it")]
     MicroStepsOutOfOrder {
@@ -105,4 +117,11 @@ pub enum Error {
         /// What fits.
         expected: String,
     },
+}
+
+impl From<crate::ranks::Error> for Error {
+    fn from(error: crate::ranks::Error) -> Self {
+        // Not transparent: who handles errors looks for this one among the causes.
+        Self::Ranks(error)
+    }
 }

@@ -1,7 +1,7 @@
-//! AdamW over the store's flat buffers: clipping by the global norm, one step, its state.
+//! AdamW over what this rank keeps of the store's flat buffers: clipping by the global norm, one step, its state.
 //!
-//! Moments are f32, one pair of buffers for each block, beside the values they belong to. A step with a non-finite gradient
-//! changes nothing and says so.
+//! Moments are f32, one pair of buffers for each block, beside the values they belong to. All ranks make a step together, and
+//! none does where a gradient of any is not finite.
 
 use candle_core::{DType, Tensor};
 
@@ -28,7 +28,7 @@ enum Moments {
 
 impl Moments {
     fn zeros(flat: &FlatBlock) -> Result<Self, Error> {
-        let (count, device) = (flat.len(), flat.values().device());
+        let (count, device) = (flat.own().len(), flat.values().device());
         if device.is_cpu() {
             return Ok(Self::Host { first: vec![0.0; count], second: vec![0.0; count] });
         }
@@ -108,14 +108,17 @@ impl ShardedAdamW {
             }
             let decay = |has_decay: bool| if has_decay { weight_decay } else { 0.0 };
             let groups: Vec<ParamGroup> = flat
-                .entries()
-                .iter()
-                .map(|e| ParamGroup { range: e.range.clone(), weight_decay: decay(e.has_decay) })
+                .own_pieces()
+                .map(|piece| ParamGroup { weight_decay: decay(piece.has_decay), range: piece.range })
                 .collect();
+            if groups.is_empty() {
+                continue;
+            }
+            let (values, grads) = (flat.own_values()?, flat.own_grads()?);
             match moments {
                 Moments::Host { first, second } => {
                     let result = std::sync::Mutex::new(Ok(()));
-                    buffer::update(flat.values(), flat.grads(), first, second, |values, grads, first, second| {
+                    buffer::update(&values, &grads, first, second, |values, grads, first, second| {
                         if let (Err(error), Ok(mut result)) =
                             (adamw_step_groups(values, grads, first, second, &groups, &hyper), result.lock())
                         {
@@ -125,22 +128,34 @@ impl ShardedAdamW {
                     result.into_inner().unwrap_or(Ok(()))?;
                 }
                 Moments::Device { first, second } => {
-                    super::device_optimizer::step(flat, first, second, &groups, &hyper)?;
+                    super::device_optimizer::step(&values, &grads, first, second, &groups, &hyper)?;
                 }
             }
         }
+        store.share_values()?;
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
-    /// Moments of each block, copied to the host: first and second.
+    /// Moments of each block, all of them, copied to the host of the first rank: first and second. The others help to gather
+    /// them and get nothing.
     ///
     /// # Errors
-    /// If the device failed.
-    pub fn to_host(&self) -> Result<Vec<[Vec<f32>; 2]>, Error> {
-        self.moments.iter().map(Moments::to_vecs).collect()
+    /// If the device failed or a rank is lost.
+    pub fn collect(&self, store: &ParamStore) -> Result<Option<Vec<[Vec<f32>; 2]>>, Error> {
+        let is_first = store.sharing().ranks().is_first();
+        let mut all = Vec::new();
+        for (flat, moments) in store.flats().zip(&self.moments) {
+            if flat.is_whole() {
+                all.extend(is_first.then(|| moments.to_vecs()).transpose()?);
+                continue;
+            }
+            let [first, second] = moments.to_vecs()?.map(|own| store.sharing().collect(&own, flat.shards()));
+            all.extend(first?.zip(second?).map(|(first, second)| [first, second]));
+        }
+        Ok(is_first.then_some(all))
     }
 
-    /// Moments by parameter name with `exp_avg` and `exp_avg_sq` appended, for a checkpoint; `moments` as [`Self::to_host`]
+    /// Moments by parameter name with `exp_avg` and `exp_avg_sq` appended, for a checkpoint; `moments` as [`Self::collect`]
     /// gave them.
     pub fn state<'a>(
         store: &'a ParamStore,
@@ -180,7 +195,8 @@ impl ShardedAdamW {
                     }
                 }
             }
-            let [new_first, new_second] = loaded;
+            let own = flat.own();
+            let [new_first, new_second] = loaded.map(|all| all[own.clone()].to_vec());
             match moments {
                 Moments::Host { first, second } => (*first, *second) = (new_first, new_second),
                 Moments::Device { first, second } => {
@@ -194,16 +210,41 @@ impl ShardedAdamW {
     }
 }
 
-/// The gradients' parts of their norm, in the order of the store.
+/// The gradients' parts of their norm, in the order of the store, over all ranks.
 fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
+    let own = own_parts(store)?;
+    // Each rank has the parts of its shard of every block; where every rank has all, that is what they are.
+    if store.flats().all(|flat| flat.is_empty() || flat.is_whole()) {
+        return Ok(own.concat());
+    }
+    let counts: Vec<u8> = own.iter().flat_map(|parts| (parts.len() as u64).to_le_bytes()).collect();
+    let values: Vec<u8> = own.iter().flatten().flat_map(|part| part.to_le_bytes()).collect();
+    let ranks = store.sharing().ranks();
+    let (counts, values) = (ranks.all_gather_bytes(&counts)?, ranks.all_gather_bytes(&values)?);
+    let mut rests: Vec<&[u8]> = values.iter().map(Vec::as_slice).collect();
+    let mut parts = Vec::new();
+    for block in 0..own.len() {
+        for (rest, counts) in rests.iter_mut().zip(&counts) {
+            let count = counts.as_chunks::<8>().0.get(block).map_or(0, |count| u64::from_le_bytes(*count) as usize);
+            let (now, later) = rest.split_at(rest.len().min(8 * count));
+            parts.extend(now.as_chunks::<8>().0.iter().map(|part| f64::from_le_bytes(*part)));
+            *rest = later;
+        }
+    }
+    Ok(parts)
+}
+
+/// The same of this rank's gradients, by block.
+fn own_parts(store: &ParamStore) -> Result<Vec<Vec<f64>>, Error> {
     if store.device().is_cuda() {
         return super::device_optimizer::gradient_parts(store);
     }
     let mut parts = Vec::new();
-    for flat in store.flats().filter(|f| !f.is_empty()) {
-        buffer::read(flat.grads(), |grads| {
-            parts.extend(flat.entries().iter().flat_map(|e| sums_of_squares(&grads[e.range.clone()])));
-        })?;
+    for flat in store.flats().filter(|flat| !flat.is_empty()) {
+        let grads = flat.own_grads()?;
+        parts.push(buffer::read(&grads, |grads| {
+            flat.own_pieces().flat_map(|piece| sums_of_squares(&grads[piece.range])).collect()
+        })?);
     }
     Ok(parts)
 }

@@ -1,7 +1,8 @@
 //! Owns every block's parameters, lends them to the walk and gathers their gradients.
 //!
 //! A store either keeps all blocks where blocks compute, or keeps the layers at rest and copies each into one of a few slots
-//! for as long as it is lent. Both answer the same calls.
+//! for as long as it is lent, or keeps this rank's part of every block and gathers each from all ranks for as long as it is
+//! lent. All answer the same calls. Where ranks share anything, all of them must ask for the same blocks in the same order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -9,9 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
+use super::frozen::Frozen;
 use super::gradients::Bucket;
 use super::lease::Lent;
-use super::{Error, FlatBlock, Speaker, Sums, Visit, Walk};
+use super::{Entry, Error, FlatBlock, Needs, Sharing, Speaker, Sums, Visit, Walk};
+use crate::config::settings::ZeroStage;
 use crate::model::params::{BlockInit, BlockParams, SharedParam, Slot};
 use crate::ops::buffer;
 use crate::quant::Weight;
@@ -32,6 +35,7 @@ pub struct ParamStore {
     blocks: Vec<Block>,
     /// `None`: all blocks stay where blocks compute.
     slots: Option<Slots>,
+    sharing: Sharing,
     live: AtomicUsize,
     fetches: AtomicU64,
     /// What went wrong when a slot was given back, told by the next call.
@@ -40,14 +44,14 @@ pub struct ParamStore {
 
 #[derive(Debug)]
 struct Block {
-    frozen: BTreeMap<String, Weight>,
+    frozen: Frozen,
     /// Those of them that a GPU reads in host memory.
     stays_on_host: BTreeSet<String>,
     flat: FlatBlock,
     bucket: Bucket,
     /// Parameters of other blocks that this one reads too.
     shared: Vec<Shared>,
-    /// Bound to the trained values; `None` where the block is at rest.
+    /// Bound to the trained values, and to the buckets that last; `None` where the block is at rest.
     policy: Option<BlockParams>,
     reference: Option<Reference>,
 }
@@ -58,12 +62,14 @@ struct Shared {
     param: SharedParam,
     /// f32, as many as the parameter has, if that is trained.
     bucket: Option<Bucket>,
+    /// This rank's part of the step's sum, until the block that has the parameter adds it.
+    reduced: Mutex<Option<Vec<f32>>>,
 }
 
 /// A second set of trained values.
 #[derive(Debug)]
 struct Reference {
-    /// f32 `[n]`
+    /// As the trained ones: f32 `[n]`, or this rank's.
     values: Tensor,
     params: Option<BlockParams>,
 }
@@ -77,7 +83,20 @@ impl ParamStore {
         blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
         device: &Device,
     ) -> Result<Self, E> {
-        Self::build(blocks, device, None)
+        Self::build(blocks, device, None, Sharing::alone())
+    }
+
+    /// As [`Self::new`], with what the ranks of `sharing` share: of a block that is cut into shards this rank keeps its own as
+    /// soon as the block is loaded.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn shared<E: From<Error>>(
+        blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
+        device: &Device,
+        sharing: Sharing,
+    ) -> Result<Self, E> {
+        Self::build(blocks, device, None, sharing)
     }
 
     /// As [`Self::new`], but the frozen weights of all blocks between the first and the last stay in host memory, and their
@@ -90,30 +109,34 @@ impl ParamStore {
         device: &Device,
         slots: Slots,
     ) -> Result<Self, E> {
-        Self::build(blocks, device, Some(slots))
+        Self::build(blocks, device, Some(slots), Sharing::alone())
     }
 
     fn build<E: From<Error>>(
         inits: impl IntoIterator<Item = Result<BlockInit, E>>,
         device: &Device,
         slots: Option<Slots>,
+        sharing: Sharing,
     ) -> Result<Self, E> {
         let mut blocks: Vec<Block> = Vec::new();
         for init in inits {
-            let mut block = Block::new(init?, &blocks, device)?;
+            let mut block = Block::new(init?, &blocks, device, &sharing)?;
             // What others may share does not come and go.
-            if slots.is_none() || blocks.is_empty() {
-                block.move_to(device)?;
+            if sharing.stage() == ZeroStage::Parameters {
+                block.frozen.cut(&sharing, &block.stays_on_host, device)?;
+            } else if slots.is_none() || blocks.is_empty() {
+                block.frozen.move_to(&block.stays_on_host, device)?;
             }
             blocks.push(block);
         }
         if let Some(last) = blocks.last_mut().filter(|_| slots.is_some()) {
-            last.move_to(device)?;
+            last.frozen.move_to(&last.stays_on_host, device)?;
         }
         let mut store = Self {
             device: device.clone(),
             blocks,
             slots,
+            sharing,
             live: AtomicUsize::new(0),
             fetches: AtomicU64::new(0),
             spoiled: Mutex::new(None),
@@ -121,10 +144,15 @@ impl ParamStore {
         for block in 0..store.blocks.len() {
             if store.is_resident(block) {
                 store.blocks[block].policy =
-                    Some(store.bind(block, Speaker::Policy, &mut |weight| Ok(weight.clone()))?);
+                    Some(store.bind(block, Speaker::Policy, store.bound_at_rest(), &mut here)?);
             }
         }
         Ok(store)
+    }
+
+    /// The ranks and what they share.
+    pub fn sharing(&self) -> &Sharing {
+        &self.sharing
     }
 
     /// Where blocks compute.
@@ -139,11 +167,20 @@ impl ParamStore {
 
     /// Whether all blocks are where blocks compute.
     pub fn holds_all(&self) -> bool {
-        self.slots.is_none()
+        self.slots.is_none() && self.blocks.iter().all(|block| block.policy.is_some())
+    }
+
+    /// Whether a step should finish with one block before it takes the next, so that gradients of one block take memory at a
+    /// time; `None` where that is not asked.
+    pub fn passing_gradient_bytes(&self) -> Option<usize> {
+        (self.sharing.stage() >= ZeroStage::Gradients).then(|| size_of::<f32>() * self.num_trainable())
     }
 
     fn is_resident(&self, block: usize) -> bool {
-        self.slots.is_none() || block == 0 || block + 1 == self.blocks.len()
+        match (self.sharing.stage(), self.slots) {
+            (ZeroStage::Parameters, _) => false,
+            (_, slots) => slots.is_none() || block == 0 || block + 1 == self.blocks.len(),
+        }
     }
 
     /// Announces a walk: the blocks in the order in which they will be asked for, and how the gradients of the step's
@@ -163,7 +200,7 @@ impl ParamStore {
         self.fetches.load(Ordering::Relaxed)
     }
 
-    pub(super) fn lend(&self, block: usize, speaker: Speaker) -> Result<Lent<'_>, Error> {
+    pub(super) fn lend(&self, block: usize, speaker: Speaker, needs: Needs) -> Result<Lent<'_>, Error> {
         if let Some(error) = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);
         }
@@ -173,14 +210,21 @@ impl ParamStore {
             (Speaker::Reference, Some(reference)) => reference.params.as_ref(),
             _ => own.policy.as_ref(),
         };
-        let (Some(slots), None) = (self.slots, resident) else {
-            return resident.map(Lent::Resident).ok_or(Error::NoBlock { block, blocks: self.blocks.len() });
+        let Some(slots) = self.slots else {
+            // What is resident has no place for gradients where those come and go.
+            return match resident {
+                Some(params) if needs == Needs::Values || own.bucket.is_lasting() => Ok(Lent::Resident(params)),
+                _ => Ok(Lent::Bound(self.bind(block, speaker, needs, &mut here)?)),
+            };
         };
+        if let Some(params) = resident {
+            return Ok(Lent::Resident(params));
+        }
         if self.live.fetch_add(1, Ordering::Relaxed) >= slots.most_live {
             self.live.fetch_sub(1, Ordering::Relaxed);
             return Err(Error::NoSlot { block, slots: slots.most_live });
         }
-        let params = self.bind(block, speaker, &mut |weight| Ok(weight.copy_to(&self.device)?));
+        let params = self.bind(block, speaker, needs, &mut |weight| Ok(weight.copy_to(&self.device)?));
         if params.is_err() {
             self.live.fetch_sub(1, Ordering::Relaxed);
         }
@@ -200,11 +244,12 @@ impl ParamStore {
         }
     }
 
-    /// The parameters of a block with every weight given out by `place`.
+    /// The parameters of a block with every weight given out by `place`. What is cut into shards is gathered.
     fn bind(
         &self,
         block: usize,
         speaker: Speaker,
+        needs: Needs,
         place: &mut dyn FnMut(&Weight) -> Result<Weight, Error>,
     ) -> Result<BlockParams, Error> {
         let own = &self.blocks[block];
@@ -215,39 +260,161 @@ impl ParamStore {
             None => Ok(()),
             Some(_) => Err(Error::Duplicate { name: name.into() }),
         };
-        for (name, weight) in &own.frozen {
+        for (name, weight) in own.frozen.all(&self.sharing, &own.stays_on_host, &self.device)?.iter() {
             add(name, place(weight)?, None)?;
         }
-        let (values, trains) = own.values_of(speaker);
+        let (values, trains) = self.values_of(own, speaker)?;
+        let binds_grads = trains && (own.bucket.is_lasting() || needs == Needs::Gradients);
+        let grads = |bucket: &Bucket| binds_grads.then(|| bucket.grads()).transpose();
+        let own_grads = if own.flat.is_empty() { None } else { grads(&own.bucket)? };
         for entry in own.flat.entries() {
-            let value = FlatBlock::view(values, entry)?;
-            let grad = trains.then(|| FlatBlock::view(own.bucket.grads(), entry)).transpose()?;
+            let value = FlatBlock::view(&values, entry)?;
+            let grad = own_grads.as_ref().map(|grads| FlatBlock::view(grads, entry)).transpose()?;
             add(&entry.name, place(&Weight::Dense(value))?, grad)?;
         }
-        for Shared { param, bucket } in &own.shared {
+        for Shared { param, bucket, .. } in &own.shared {
             let source = &self.blocks[param.of_block];
-            if let Some(weight) = source.frozen.get(&param.of_name) {
-                add(&param.name, weight.clone(), None)?;
+            let frozen = source.frozen.one(&param.of_name, &self.sharing, &source.stays_on_host, &self.device)?;
+            if let Some(weight) = frozen {
+                add(&param.name, weight, None)?;
                 continue;
             }
             let entry =
                 source.flat.entry(&param.of_name).ok_or_else(|| Error::NotShared { name: param.of_name.clone() })?;
-            let (values, trains) = source.values_of(speaker);
-            let grad = bucket.as_ref().filter(|_| trains).map(|bucket| bucket.grads().reshape(entry.shape.as_slice()));
-            add(&param.name, Weight::Dense(FlatBlock::view(values, entry)?), grad.transpose()?)?;
+            let (values, _) = self.values_of(source, speaker)?;
+            let grad = bucket.as_ref().map(&grads).transpose()?.flatten();
+            let grad = grad.map(|grads| grads.reshape(entry.shape.as_slice()));
+            add(&param.name, Weight::Dense(FlatBlock::view(&values, entry)?), grad.transpose()?)?;
         }
         Ok(BlockParams::new(slots))
+    }
+
+    /// All trained values of a block as a speaker has them, and whether gradients are gathered for them.
+    fn values_of(&self, block: &Block, speaker: Speaker) -> Result<(Tensor, bool), Error> {
+        let (values, trains) = match (speaker, &block.reference) {
+            (Speaker::Reference, Some(reference)) => (&reference.values, false),
+            _ => (block.flat.values(), true),
+        };
+        if block.flat.has_all_values() {
+            return Ok((values.clone(), trains));
+        }
+        let all = self.sharing.gather(&buffer::to_vec(values)?, block.flat.shards())?;
+        let count = all.len();
+        Ok((Tensor::from_vec(all, count, &self.device)?, trains))
     }
 
     /// The parameters of a block where they rest, to be read and not computed with.
     ///
     /// # Errors
-    /// If there is no such block.
+    /// If there is no such block, or it is cut into shards.
     pub fn at_rest(&self, block: usize) -> Result<BlockParams, Error> {
-        if block >= self.blocks.len() {
-            return Err(Error::NoBlock { block, blocks: self.blocks.len() });
+        let own = self.blocks.get(block).ok_or(Error::NoBlock { block, blocks: self.blocks.len() })?;
+        if self.sharing.stage() == ZeroStage::Parameters {
+            return own.policy.clone().ok_or(Error::IsCut { block });
         }
-        self.bind(block, Speaker::Policy, &mut |weight| Ok(weight.clone()))
+        self.bind(block, Speaker::Policy, self.bound_at_rest(), &mut here)
+    }
+
+    /// What is bound for longer than a visit: gradients too, unless their places come and go.
+    fn bound_at_rest(&self) -> Needs {
+        if self.sharing.stage() >= ZeroStage::Gradients { Needs::Values } else { Needs::Gradients }
+    }
+
+    /// The name of how the frozen weight `name` of a block is stored, if it has it.
+    pub fn kind_of(&self, block: usize, name: &str) -> Option<String> {
+        let own = self.blocks.get(block)?;
+        let trained = || own.flat.entry(name).map(|_| "f32".to_string());
+        own.frozen.kind_name(name).or_else(trained)
+    }
+
+    /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
+    /// they are there anyway.
+    ///
+    /// # Errors
+    /// If a rank is lost or memory runs out.
+    pub fn gather_all(&mut self) -> Result<(), Error> {
+        for block in 0..self.blocks.len() {
+            if self.slots.is_none() && self.blocks[block].policy.is_none() {
+                let bound = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+                self.blocks[block].policy = Some(bound);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends [`Self::gather_all`].
+    pub fn let_go(&mut self) {
+        if self.sharing.stage() == ZeroStage::Parameters {
+            self.blocks.iter_mut().for_each(|block| block.policy = None);
+        }
+    }
+
+    /// All blocks' parameters for the first rank, to be read; the others help to gather them and get nothing.
+    ///
+    /// # Errors
+    /// If a rank is lost or memory runs out.
+    pub fn collect_params(&self) -> Result<Option<Vec<BlockParams>>, Error> {
+        let is_first = self.sharing.ranks().is_first();
+        let mut all = Vec::new();
+        for block in 0..self.blocks.len() {
+            if self.sharing.stage() == ZeroStage::Parameters || is_first {
+                let params = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+                all.extend(is_first.then_some(params));
+            }
+        }
+        Ok(is_first.then_some(all))
+    }
+
+    /// All trained values by block for the first rank; the others help to gather them and get nothing.
+    ///
+    /// # Errors
+    /// If a rank is lost or the device failed.
+    pub fn collect_values(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        self.collect(self.flats().map(|flat| (flat, flat.values())))
+    }
+
+    /// As [`Self::collect_values`], of the reference; empty if none was kept.
+    ///
+    /// # Errors
+    /// As [`Self::collect_values`].
+    pub fn collect_references(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        self.collect(self.flats().zip(self.references()))
+    }
+
+    fn collect<'a>(
+        &'a self,
+        buffers: impl Iterator<Item = (&'a FlatBlock, &'a Tensor)>,
+    ) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        let is_first = self.sharing.ranks().is_first();
+        let mut all = Vec::new();
+        for (flat, values) in buffers {
+            if !flat.has_all_values() {
+                all.extend(self.sharing.collect(&buffer::to_vec(values)?, flat.shards())?);
+            } else if is_first {
+                all.push(buffer::to_vec(values)?);
+            }
+        }
+        Ok(is_first.then_some(all))
+    }
+
+    /// Replaces the reference's values by those of all parameters, by block.
+    ///
+    /// # Errors
+    /// If the lengths differ.
+    pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
+        match &self.blocks[block].reference {
+            Some(reference) => self.blocks[block].flat.write(&reference.values, all),
+            None => Ok(()),
+        }
+    }
+
+    /// After a step of the optimizer: values that every rank has come from the rank that moved them.
+    pub(super) fn share_values(&self) -> Result<(), Error> {
+        for flat in self.flats().filter(|flat| !flat.is_whole() && flat.has_all_values()) {
+            let all = self.sharing.gather(&buffer::to_vec(&flat.own_values()?)?, flat.shards())?;
+            buffer::write(flat.values(), &all)?;
+        }
+        Ok(())
     }
 
     /// The flat buffers of every block.
@@ -260,17 +427,19 @@ impl ParamStore {
         self.flats().map(FlatBlock::len).sum()
     }
 
-    /// Bytes of all buckets of gradients.
+    /// Bytes of gradients that are there between steps.
     pub fn gradient_bytes(&self) -> usize {
+        let lasting = |bucket: &Bucket| if bucket.is_lasting() { bucket.len() } else { 0 };
         let shared = |block: &Block| -> usize {
-            block
-                .shared
-                .iter()
-                .filter_map(|shared| shared.bucket.as_ref())
-                .map(|bucket| bucket.grads().elem_count())
-                .sum()
+            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).map(lasting).sum()
         };
-        size_of::<f32>() * (self.num_trainable() + self.blocks.iter().map(shared).sum::<usize>())
+        let own: usize = self.flats().map(|flat| flat.grads().elem_count()).sum();
+        size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
+    }
+
+    /// Trained values that this rank keeps.
+    pub fn num_kept(&self) -> usize {
+        self.flats().map(|flat| flat.values().elem_count()).sum()
     }
 
     /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
@@ -278,9 +447,9 @@ impl ParamStore {
         size_of::<f32>() * sums.most_aside() * self.num_trainable()
     }
 
-    /// Bytes of frozen weights over all blocks.
+    /// Bytes of frozen weights over all blocks, as far as they are on this rank.
     pub fn frozen_bytes(&self) -> usize {
-        self.blocks.iter().flat_map(|block| block.frozen.values()).map(Weight::size_bytes).sum()
+        self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
     }
 
     /// Sets all gradients to zero.
@@ -300,17 +469,70 @@ impl ParamStore {
         own.shared.iter().filter_map(|s| s.bucket.as_ref()).try_for_each(|bucket| bucket.end_micro_step(sums, index))
     }
 
-    /// Adds what other blocks gathered for this one's parameters. They are before it in the order of backward.
-    pub(super) fn finish_gradients(&self, block: usize) -> Result<(), Error> {
+    /// Adds the ranks' gradients, and what other blocks gathered for this one's parameters. Those are before it in the order of
+    /// backward.
+    pub(super) fn finish_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
         let own = &self.blocks[block];
-        let sharers = self.blocks.iter().flat_map(|other| &other.shared).filter(|s| s.param.of_block == block);
-        for Shared { param, bucket } in sharers {
-            if let (Some(bucket), Some(entry)) = (bucket, own.flat.entry(&param.of_name)) {
-                let grads = own.bucket.grads().narrow(0, entry.range.start, entry.range.len())?;
-                buffer::add(&grads, bucket.grads())?;
+        if self.sharing.world_size() > 1 {
+            return self.reduce_gradients(block, sums);
+        }
+        for (Shared { bucket, .. }, entry) in self.sharers(block) {
+            if let Some(bucket) = bucket {
+                let grads = own.flat.grads().narrow(0, entry.range.start, entry.range.len())?;
+                buffer::add(&grads, &bucket.grads()?)?;
             }
         }
         Ok(())
+    }
+
+    /// What other blocks have of a block's parameters.
+    fn sharers(&self, block: usize) -> impl Iterator<Item = (&Shared, &Entry)> {
+        let flat = &self.blocks[block].flat;
+        let shared = self.blocks.iter().flat_map(|other| &other.shared).filter(move |s| s.param.of_block == block);
+        shared.filter_map(|shared| Some((shared, flat.entry(&shared.param.of_name)?)))
+    }
+
+    /// The same over all ranks: each gets its part of the sums, or all of them where every rank moves everything.
+    fn reduce_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        // As soon as it is there: its memory is free then.
+        for shared in &own.shared {
+            let Some(bucket) = &shared.bucket else { continue };
+            let source = &self.blocks[shared.param.of_block].flat;
+            let Some(entry) = source.entry(&shared.param.of_name) else { continue };
+            let inside = |shard: &std::ops::Range<usize>| {
+                let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
+                clipped(shard.start)..clipped(shard.end)
+            };
+            let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
+            let reduced = self.sharing.reduce(sums, &bucket.take_sums()?, &shards)?;
+            *shared.reduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(reduced);
+        }
+        if own.flat.is_empty() {
+            return Ok(());
+        }
+        let shards = self.reduced_shards(&own.flat);
+        let shard = shards[self.sharing.rank()].clone();
+        let mut reduced = self.sharing.reduce(sums, &own.bucket.take_sums()?, &shards)?;
+        for (shared, entry) in self.sharers(block) {
+            let more = shared.reduced.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
+            reduced[start..].iter_mut().zip(more.unwrap_or_default()).for_each(|(sum, more)| *sum += more);
+        }
+        if own.flat.is_whole() {
+            let all = self.sharing.gather(&reduced, &shards)?;
+            return Ok(buffer::write(own.flat.grads(), &all)?);
+        }
+        Ok(buffer::write(&own.flat.own_grads()?, &reduced)?)
+    }
+
+    /// Which rank adds what of a block's gradients.
+    fn reduced_shards(&self, flat: &FlatBlock) -> Vec<std::ops::Range<usize>> {
+        if !flat.is_whole() {
+            return flat.shards().to_vec();
+        }
+        let (count, ranks) = (flat.len(), self.sharing.world_size());
+        (0..ranks).map(|rank| count * rank / ranks..count * (rank + 1) / ranks).collect()
     }
 
     /// Keeps a copy of the trained values as the reference policy.
@@ -323,7 +545,7 @@ impl ParamStore {
         }
         for block in 0..self.blocks.len() {
             if self.is_resident(block) {
-                let params = self.bind(block, Speaker::Reference, &mut |weight| Ok(weight.clone()))?;
+                let params = self.bind(block, Speaker::Reference, Needs::Values, &mut here)?;
                 if let Some(reference) = &mut self.blocks[block].reference {
                     reference.params = Some(params);
                 }
@@ -359,34 +581,25 @@ impl ParamStore {
 
 impl Block {
     /// A block whose frozen weights are where they were loaded.
-    fn new(init: BlockInit, before: &[Self], device: &Device) -> Result<Self, Error> {
+    fn new(init: BlockInit, before: &[Self], device: &Device, sharing: &Sharing) -> Result<Self, Error> {
         let BlockInit { frozen, stays_on_host, trainable, shared: shared_params } = init;
-        let flat = FlatBlock::new(trainable, device)?;
+        let flat = FlatBlock::new(trainable, device, sharing)?;
+        let passes = sharing.stage() >= ZeroStage::Gradients;
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
-            let bucket = trained.map(|entry| Bucket::zeros(entry.range.len(), device)).transpose()?;
-            Ok::<_, Error>(Shared { param, bucket })
+            let bucket = trained.map(|entry| match passes {
+                true => Ok(Bucket::passing(entry.range.len(), device)),
+                false => Bucket::zeros(entry.range.len(), device),
+            });
+            Ok::<_, Error>(Shared { param, bucket: bucket.transpose()?, reduced: Mutex::default() })
         };
         let shared = shared_params.into_iter().map(shared).collect::<Result<_, _>>()?;
-        let bucket = Bucket::new(flat.grads().clone());
-        Ok(Self { frozen, stays_on_host, flat, bucket, shared, policy: None, reference: None })
+        let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads().clone()) };
+        Ok(Self { frozen: Frozen::new(frozen), stays_on_host, flat, bucket, shared, policy: None, reference: None })
     }
+}
 
-    /// Moves the frozen weights to where they are computed with, one after the other.
-    fn move_to(&mut self, device: &Device) -> Result<(), Error> {
-        for (name, weight) in std::mem::take(&mut self.frozen) {
-            let stays = self.stays_on_host.contains(&name);
-            let weight = if stays { weight.to_pinned(device)? } else { weight.to_device(device)? };
-            self.frozen.insert(name, weight);
-        }
-        Ok(())
-    }
-
-    /// The trained values as a speaker has them, and whether gradients are gathered for them.
-    fn values_of(&self, speaker: Speaker) -> (&Tensor, bool) {
-        match (speaker, &self.reference) {
-            (Speaker::Reference, Some(reference)) => (&reference.values, false),
-            _ => (self.flat.values(), true),
-        }
-    }
+/// A weight where it is.
+fn here(weight: &Weight) -> Result<Weight, Error> {
+    Ok(weight.clone())
 }

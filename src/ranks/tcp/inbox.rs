@@ -1,0 +1,130 @@
+//! What has come from the other ranks and was not asked for yet.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::frame::{Frame, Kind};
+
+/// How a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Without a word: the process is gone.
+    Gone,
+    /// The rank said why.
+    Failed(String),
+}
+
+/// What there is of a rank.
+pub(super) enum Taken {
+    Frame(Frame),
+    /// Some rank has left the work that this one is at.
+    StartOver,
+    Nothing,
+}
+
+pub(super) struct Inboxes {
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+struct State {
+    /// How often this rank has left work at hand.
+    generation: u32,
+    of: Vec<Inbox>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    frames: VecDeque<Frame>,
+    end: Option<End>,
+    /// How often that rank has left work at hand.
+    generation: u32,
+}
+
+impl Inboxes {
+    pub(super) fn new(world_size: usize) -> Self {
+        let of = (0..world_size).map(|_| Inbox::default()).collect();
+        Self { state: Mutex::new(State { generation: 0, of }), arrived: Condvar::new() }
+    }
+
+    /// The state is only ever changed by single steps, so a panic elsewhere leaves it whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn put(&self, peer: usize, frame: Frame) {
+        let mut state = self.lock();
+        let current = state.generation;
+        let inbox = &mut state.of[peer];
+        match frame.kind {
+            Kind::StartOver => inbox.generation = frame.generation,
+            // What belongs to work that was left is nobody's any more.
+            _ if frame.generation < current => {}
+            _ => inbox.frames.push_back(frame),
+        }
+        drop(state);
+        self.arrived.notify_all();
+    }
+
+    pub(super) fn end(&self, peer: usize, end: End) {
+        let mut state = self.lock();
+        state.of[peer].end.get_or_insert(end);
+        drop(state);
+        self.arrived.notify_all();
+    }
+
+    pub(super) fn ended(&self, peer: usize) -> Option<End> {
+        self.lock().of[peer].end.clone()
+    }
+
+    pub(super) fn has_frame(&self, peer: usize) -> bool {
+        !self.lock().of[peer].frames.is_empty()
+    }
+
+    pub(super) fn generation(&self) -> u32 {
+        self.lock().generation
+    }
+
+    /// Leaves the work at hand: what has come for it is thrown away.
+    pub(super) fn next_generation(&self) {
+        let mut state = self.lock();
+        state.generation += 1;
+        let current = state.generation;
+        for inbox in &mut state.of {
+            inbox.frames.retain(|frame| frame.generation >= current);
+        }
+    }
+
+    pub(super) fn has_started_over(&self, peer: usize) -> bool {
+        let state = self.lock();
+        state.of[peer].generation >= state.generation
+    }
+
+    /// Waits for anything to come, at most for `time`.
+    pub(super) fn wait(&self, time: Duration) {
+        let state = self.lock();
+        drop(self.arrived.wait_timeout(state, time));
+    }
+
+    /// The next frame of a rank; waits for it at most for `time`.
+    pub(super) fn take(&self, peer: usize, time: Duration) -> Taken {
+        let mut state = self.lock();
+        for is_last in [false, true] {
+            let current = state.generation;
+            let inbox = &mut state.of[peer];
+            if inbox.frames.front().is_some_and(|frame| frame.generation == current)
+                && let Some(frame) = inbox.frames.pop_front()
+            {
+                return Taken::Frame(frame);
+            }
+            if state.of.iter().any(|inbox| inbox.generation > current) {
+                return Taken::StartOver;
+            }
+            if !is_last {
+                state = self.arrived.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        Taken::Nothing
+    }
+}

@@ -1,0 +1,134 @@
+//! What the ranks of a run share of a store, and how it comes together: gradients to the rank that keeps them, values to all.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::{Error, Sums};
+use crate::config::settings::{RankSettings, ZeroStage};
+use crate::ops::buffer;
+use crate::ranks::{Alone, Ranks};
+
+/// The ranks of a run and what each of them keeps.
+#[derive(Clone)]
+pub struct Sharing {
+    ranks: Arc<dyn Ranks>,
+    stage: ZeroStage,
+    persistence_threshold: usize,
+}
+
+impl std::fmt::Debug for Sharing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rank {} of {}, {:?}", self.rank(), self.world_size(), self.stage)
+    }
+}
+
+impl Sharing {
+    /// One rank, which has everything.
+    pub fn alone() -> Self {
+        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0 }
+    }
+
+    /// `ranks` that share what `settings` say. One rank alone has everything.
+    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings) -> Self {
+        let stage = if ranks.world_size() > 1 { settings.stage } else { ZeroStage::Replicated };
+        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold }
+    }
+
+    /// The ranks.
+    pub fn ranks(&self) -> &dyn Ranks {
+        self.ranks.as_ref()
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.ranks.rank()
+    }
+
+    /// How many there are.
+    pub fn world_size(&self) -> usize {
+        self.ranks.world_size()
+    }
+
+    /// What is cut into shards.
+    pub fn stage(&self) -> ZeroStage {
+        self.stage
+    }
+
+    /// Whether so many values of a parameter, or of a block's trained parameters, are cut into shards.
+    pub(super) fn cuts_values(&self, count: usize) -> bool {
+        self.stage == ZeroStage::Parameters && count > self.persistence_threshold
+    }
+
+    /// Each rank's part of the sum over ranks of what all ranks have: `parts` are the step's sums of a bucket, in the order of
+    /// [`Sums::nodes`], and `shards` each rank's range of it. Returns this rank's.
+    pub(super) fn reduce(&self, sums: Sums, parts: &[Tensor], shards: &[Range<usize>]) -> Result<Vec<f32>, Error> {
+        let own: Vec<Vec<f32>> = parts.iter().map(buffer::to_vec).collect::<Result<_, _>>()?;
+        let for_rank = |shard: &Range<usize>| {
+            own.iter()
+                .flat_map(|sum| sum[shard.clone()].iter().flat_map(|value| value.to_le_bytes()))
+                .collect::<Vec<u8>>()
+        };
+        let messages: Vec<Vec<u8>> = shards.par_iter().map(for_rank).collect();
+        drop(own);
+        let received = self.ranks.all_to_all_bytes(messages)?;
+        let length = shards[self.rank()].len();
+        let mut all = Vec::new();
+        for (rank, bytes) in received.iter().enumerate() {
+            let nodes = sums.on_rank(rank).nodes();
+            self.expect_length(rank, "gradients", bytes.len(), 4 * length * nodes.len())?;
+            for (index, node) in nodes.into_iter().enumerate() {
+                all.push((node, floats(&bytes[4 * length * index..4 * length * (index + 1)])));
+            }
+        }
+        let add = |mut left: Vec<f32>, right: Vec<f32>| {
+            left.iter_mut().zip(right).for_each(|(left, right)| *left += right);
+            left
+        };
+        Ok(Sums::total(all, add).unwrap_or_default())
+    }
+
+    /// All ranks' values, one behind the other, on every rank; `shards` say how many each has.
+    pub(super) fn gather(&self, own: &[f32], shards: &[Range<usize>]) -> Result<Vec<f32>, Error> {
+        let bytes: Vec<u8> = own.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let all = self.gather_bytes(&bytes, shards.iter().map(|shard| 4 * shard.len()))?;
+        Ok(floats(&all))
+    }
+
+    /// All ranks' bytes, one behind the other.
+    pub(super) fn gather_bytes(&self, own: &[u8], lengths: impl Iterator<Item = usize>) -> Result<Vec<u8>, Error> {
+        let all = self.ranks.all_gather_bytes(own)?;
+        for ((rank, bytes), length) in all.iter().enumerate().zip(lengths) {
+            self.expect_length(rank, "values", bytes.len(), length)?;
+        }
+        Ok(all.concat())
+    }
+
+    /// As [`Self::gather`], but for the first rank alone; the others get nothing.
+    pub(super) fn collect(&self, own: &[f32], shards: &[Range<usize>]) -> Result<Option<Vec<f32>>, Error> {
+        let mut messages = vec![Vec::new(); self.world_size()];
+        messages[0] = own.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let all = self.ranks.all_to_all_bytes(messages)?;
+        if !self.ranks.is_first() {
+            return Ok(None);
+        }
+        for ((rank, bytes), shard) in all.iter().enumerate().zip(shards) {
+            self.expect_length(rank, "values", bytes.len(), 4 * shard.len())?;
+        }
+        Ok(Some(floats(&all.concat())))
+    }
+
+    fn expect_length(&self, peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
+        if got == expected {
+            return Ok(());
+        }
+        let problem = format!("{got} bytes, expected {expected}");
+        Err(Error::Ranks(crate::ranks::Error::Message { peer, what, problem }))
+    }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
