@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use crate::config::{self, Command, Words};
 
 /// The options of `sft` and `grpo` themselves.
-const OWN: &[&str] = &["set", "resume", "config", "help", "version"];
+const OWN: &[&str] = &["set", "resume", "config", "config-file", "config_file", "help", "version"];
 
 /// The words of a command line with `--key value` as `--set key=value`.
 pub(super) fn as_overrides(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
@@ -111,6 +111,10 @@ mod tests {
             ("trainer sft c.yaml --no_gradient_checkpointing", "trainer sft c.yaml --set gradient_checkpointing=false"),
             ("trainer sft c.yaml --no_cuda", "trainer sft c.yaml --set no_cuda=true"),
             ("trainer sft c.yaml --set seed=1 --resume x --help", "trainer sft c.yaml --set seed=1 --resume x --help"),
+            (
+                "trainer grpo --config_file zero3.yaml c.yaml --zero_stage 2 --config-file=zero2.yaml",
+                "trainer grpo --config_file zero3.yaml c.yaml --set zero_stage=2 --config-file=zero2.yaml",
+            ),
             (
                 "trainer grpo --reward_funcs accuracy format c.yml",
                 "trainer grpo --set reward_funcs=[\"accuracy\", \"format\"] c.yml",

@@ -32,6 +32,13 @@ pub struct TrainingArgs {
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
     pub overrides: Vec<(String, String)>,
 
+    /// The launch file: how many ranks there are, and what they share
+    ///
+    /// accelerate's YAML, as `accelerate launch` takes it, or TRL's name of one (`zero2`). Stands for `accelerate_config` of the
+    /// file and wins over it; the other keys of the file win over the launch file.
+    #[arg(long = "config-file", alias = "config_file", value_name = "FILE")]
+    launch_file: Option<PathBuf>,
+
     /// Go on from a checkpoint: the newest whole one of `output_dir`, or the one given
     ///
     /// Wins over `resume_from_checkpoint` in the file. The run continues as if it had never stopped.
@@ -60,17 +67,15 @@ impl TrainingArgs {
         }
     }
 
-    /// `--set` and `--resume` as overrides of the file, in this order: the last one wins.
+    /// `--set`, `--config-file` and `--resume` as overrides of the file, in this order: the last one wins.
     fn overrides(&self) -> Vec<String> {
+        let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "''"));
         let mut overrides: Vec<String> = self.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        match &self.resume {
-            None => {}
-            Some(None) => overrides.push("resume_from_checkpoint=true".into()),
-            Some(Some(path)) => {
-                let path = path.display().to_string().replace('\'', "''");
-                overrides.push(format!("resume_from_checkpoint='{path}'"));
-            }
-        }
+        overrides.extend(self.launch_file.iter().map(|path| format!("accelerate_config={}", quoted(path))));
+        overrides.extend(self.resume.iter().map(|resume| match resume {
+            None => "resume_from_checkpoint=true".into(),
+            Some(path) => format!("resume_from_checkpoint={}", quoted(path)),
+        }));
         overrides
     }
 }
@@ -86,13 +91,15 @@ pub(super) fn run<S>(
     let text = |text: OsString| text.to_string_lossy().into_owned();
     let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
-    let launched = place.as_ref().map(|place| place.world_size);
+    // A launcher that starts one process leaves it to this program how many ranks there are.
+    let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
     let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
     let surroundings = config::Context {
-        world_size: launched.unwrap_or(1),
+        launched,
+        visible_gpus: train::visible_gpus(),
         config_folder: config_folder.as_deref(),
         git_commit: option_env!("TRAINER_GIT_COMMIT"),
         check_reward: Some(reward::check),
@@ -106,6 +113,8 @@ pub(super) fn run<S>(
     if let Some(rank) = place.as_ref().map(|place| place.rank) {
         become_rank(rank, place.as_ref().is_some_and(|place| place.launcher == Launcher::Own), &settings.output_dir)?;
     }
+    let place = place.filter(|_| launched.is_some());
+    let local_rank = place.as_ref().map_or(0, |place| place.local_rank);
     let interrupt = Interrupt::listen()?;
     let asked = interrupt.clone();
     let deadline = Duration::from_secs(settings.ranks.timeout_secs);
@@ -115,6 +124,7 @@ pub(super) fn run<S>(
         train::Context {
             terminal: context.terminal.clone(),
             ranks: Arc::clone(&ranks),
+            local_rank,
             ready: &|| interrupt.ready(),
             is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,
@@ -200,5 +210,18 @@ mod tests {
         assert_eq!(overrides(&["--resume=out/checkpoint-5", "c.yaml"]), expected);
         // An empty variable of a script is not a wish for the newest.
         assert!(parse(&["c.yaml", "--resume", ""]).is_err());
+    }
+
+    #[test]
+    fn the_launch_file_is_an_override_of_the_file() {
+        let overrides = |arguments: &[&str]| parse(arguments).unwrap().overrides();
+        let expected = ["accelerate_config='it''s/zero3.yaml'"];
+        for option in ["--config-file", "--config_file"] {
+            assert_eq!(overrides(&["c.yaml", option, "it's/zero3.yaml"]), expected);
+            assert_eq!(overrides(&[option, "it's/zero3.yaml", "c.yaml"]), expected);
+            assert_eq!(overrides(&[&format!("{option}=it's/zero3.yaml"), "c.yaml"]), expected);
+        }
+        let both = overrides(&["c.yaml", "--resume", "--config-file", "z", "--set", "a=1"]);
+        assert_eq!(both, ["a=1", "accelerate_config='z'", "resume_from_checkpoint=true"]);
     }
 }

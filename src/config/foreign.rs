@@ -83,7 +83,7 @@ const fn only(commands: Commands, key: ForeignKey) -> ForeignKey {
 
 const NO_UPLOAD: &str = "nothing is uploaded; see `push_to_hub`";
 const NO_LOADER: &str = "rows are tokenised once and read from memory; there are no loader processes";
-const ONE_SHARD: &str = "this run is one process, which holds everything: there is nothing to shard";
+const NO_FSDP: &str = "`zero_stage` says what is sharded: 3 is FULL_SHARD, 2 is SHARD_GRAD_OP";
 const ONE_RECOMPUTATION: &str = "recomputation is done block by block, there is one way";
 const FUSED: &str = "fused kernels are built in";
 const ONE_FP16: &str = "there is one float16, that of `fp16`";
@@ -96,7 +96,7 @@ const NO_COMPILE: &str = "there is no graph compiler; kernels are compiled into 
 const NO_LOG: &str = "the console and `output_dir/metrics.jsonl` have one form";
 const RAGGED: &str = "batches are ragged: nothing is ever padded";
 const NO_OPTIM: &str = "AdamW is the only optimizer";
-const LAUNCHER: &str = "it belongs to the launcher, and one process is started without one";
+const LAUNCHER: &str = "it belongs to a launch file (`accelerate_config`); ranks find each other without it";
 const NO_TRACKER: &str = "nothing is sent to a tracker; see `report_to`";
 const NO_TPU: &str = "there is no TPU back end";
 const SANDBOX: &str = "code runs in this program's own sandbox, on this machine";
@@ -224,18 +224,22 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
          `gradient_accumulation_steps`",
     ),
     lacking("ignore_data_skip", &["false"], "a resumed run goes on where the data stood"),
-    no_effect("fsdp", ONE_SHARD),
-    no_effect("fsdp_config", ONE_SHARD),
-    no_effect("fsdp_min_num_params", LAUNCHER),
-    no_effect("fsdp_transformer_layer_cls_to_wrap", LAUNCHER),
+    no_effect("fsdp", NO_FSDP),
+    no_effect("fsdp_config", NO_FSDP),
+    no_effect("fsdp_min_num_params", NO_FSDP),
+    no_effect("fsdp_transformer_layer_cls_to_wrap", NO_FSDP),
     entries("accelerator_config", &nested::ACCELERATOR),
     lacking("split_batches", &["false"], nested::NO_SPLIT),
     no_effect("dispatch_batches", NO_LOADER),
     entries("parallelism_config", &nested::PARALLELISM),
     lacking("deepspeed_config", &[], "name accelerate's file in `accelerate_config`, or a JSON in `deepspeed`"),
-    lacking("distributed_type", &["NO", "no"], nested::ONE_PROCESS),
+    lacking(
+        "distributed_type",
+        &["NO", "no"],
+        "set `num_processes` and `zero_stage`, or name accelerate's file in `accelerate_config`",
+    ),
     entries("mixed_precision", &nested::PRECISION),
-    lacking("num_machines", &["1"], nested::ONE_PROCESS),
+    lacking("num_machines", &["1"], "start the run under srun, or with torchrun on each machine"),
     no_effect("compute_environment", LAUNCHER),
     no_effect("machine_rank", LAUNCHER),
     no_effect("main_process_ip", LAUNCHER),
@@ -255,8 +259,6 @@ pub static FOREIGN_KEYS: &[ForeignKey] = &[
     no_effect("ddp_bucket_cap_mb", NO_DDP),
     no_effect("ddp_broadcast_buffers", NO_DDP),
     no_effect("ddp_static_graph", NO_DDP),
-    no_effect("ddp_backend", NO_DDP),
-    no_effect("ddp_timeout", NO_DDP),
     // Logging, evaluation, saving.
     no_effect("logging_dir", "TensorBoard files go to `output_dir`"),
     no_effect("logging_nan_inf_filter", "a loss that is not finite is an error"),

@@ -22,6 +22,7 @@ use super::special::{
     TestBatch, TopK,
 };
 use super::value::Parse;
+use super::world::{Backend, Stage};
 use super::yaml::Entry;
 
 use DefaultValue::{Derived, PerCommand, Required, Text};
@@ -220,13 +221,6 @@ keys! {
         per_device_eval_batch_size: usize = Text("8"), BATCH, "sequences";
         /// Micro-steps per optimizer step.
         gradient_accumulation_steps: usize = Text("1"), BATCH, "micro-steps";
-        /// Processes of the run, which is one: another number is an error. It counts more than a launch file's.
-        num_processes: Option<usize> = Text("null"), Bounds::between(1.0, 1e6), "processes";
-        /// A DeepSpeed configuration, as a JSON file or a map. What one process does anyway is accepted, `auto` is what
-        /// this file says, what only saves memory is a warning, and what would change the result an error.
-        deepspeed: Option<LaunchFile> = Text("null"), ANY, "";
-        /// accelerate's launch file, or TRL's name of one (`zero2`), held against this file in the same way.
-        accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
         /// Environment variables, which TRL sets. Here they are set where the program is started: a warning names those
         /// that differ, and an error those that this program reads.
         env: Map<String, Value> = Text("{}"), ANY, "";
@@ -234,6 +228,30 @@ keys! {
         seed: u64 = Text("42"), ANY, "";
         /// Seed of the order of the data.
         data_seed: Option<u64> = Derived("`seed`"), ANY, "";
+    }
+    "Ranks" for Both {
+        /// Ranks of the run, each a process with a GPU or CPU cores of its own. They are started by this program, all on this
+        /// machine. Under srun, torchrun or mpirun their number is what that started, and another one here is an error.
+        num_processes: Option<usize> = Derived(
+            "what a launch file says, else with `device: auto` the number of visible GPUs, else 1"
+        ), Bounds::between(1.0, 1e6), "ranks";
+        /// Stage of ZeRO: 0 keeps everything on every rank (data parallelism), 1 shards the optimizer's state, 2 gradients as
+        /// well, 3 parameters as well, frozen and 4-bit ones too. `auto` is what a launch file says, else 0. Results are the
+        /// same. Not in TRL.
+        zero_stage: Option<Stage> = Derived("what a launch file says, else 0"), ANY, "";
+        /// With stage 3: parameters of at most so many values stay on every rank. Not in TRL; DeepSpeed's key and default.
+        stage3_param_persistence_threshold: Option<usize> = Derived("what a launch file says, else 100000"),
+            Bounds::between(0.0, 1e12), "values";
+        /// A DeepSpeed configuration, as a JSON file or a map. Its stage of ZeRO acts, `auto` is what this file says, what is
+        /// not done and only saves memory is a warning, and what would change the result an error.
+        deepspeed: Option<LaunchFile> = Text("null"), ANY, "";
+        /// accelerate's launch file, or TRL's name of one (`zero2`), taken in the same way; its number of processes acts too.
+        /// `--config-file FILE` is the same. Keys of this group that stand here count more than the file.
+        accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
+        /// How long a rank waits for another before the run ends.
+        ddp_timeout: u64 = Text("1800"), FROM_1, "seconds";
+        /// What ranks speak with: `gloo`, through host memory. `nccl` is an error for now.
+        ddp_backend: Option<Backend> = Text("null"), ANY, "";
     }
     "Optimizer and schedule" for Both {
         /// Peak learning rate.

@@ -38,6 +38,7 @@ pub fn load_sft(
         overrides,
         context,
         |raw, _, problems| resolve::sft(raw, context, problems),
+        |settings| settings.training.ranks.world_size,
         write::sft_yaml,
     )
 }
@@ -53,7 +54,8 @@ pub fn load_grpo(
 ) -> Result<Loaded<GrpoSettings>, ConfigError> {
     let resolve =
         |raw: &RawConfig, uses_vllm, problems: &mut Problems| resolve_grpo::grpo(raw, context, uses_vllm, problems);
-    load(Command::Grpo, source, overrides, context, resolve, write::grpo_yaml)
+    let ranks = |settings: &GrpoSettings| settings.training.ranks.world_size;
+    load(Command::Grpo, source, overrides, context, resolve, ranks, write::grpo_yaml)
 }
 
 fn load<S>(
@@ -62,6 +64,7 @@ fn load<S>(
     overrides: &[String],
     context: &Context<'_>,
     resolve: impl Fn(&RawConfig, Option<bool>, &mut Problems) -> Option<S>,
+    ranks: impl Fn(&S) -> usize,
     write: impl Fn(&S, &[String]) -> String,
 ) -> Result<Loaded<S>, ConfigError> {
     let mut problems = Problems::default();
@@ -89,11 +92,11 @@ fn load<S>(
     let warnings = problems.finish(&sources)?;
     // `resolve` gives nothing only after it reported something, and then `finish` has returned.
     let settings = settings.expect("a config without problems has settings");
-    let resolved_yaml = write(&settings, &header(command, source, overrides, context));
+    let resolved_yaml = write(&settings, &header(command, source, overrides, context, ranks(&settings)));
     Ok(Loaded { settings, warnings, resolved_yaml })
 }
 
-fn header(command: Command, source: &Source, overrides: &[String], context: &Context<'_>) -> Vec<String> {
+fn header(command: Command, source: &Source, overrides: &[String], context: &Context<'_>, ranks: usize) -> Vec<String> {
     let one_line = |text: &str| text.split(['\n', '\r']).collect::<Vec<_>>().join(" ");
     let mut lines = vec![
         format!(
@@ -101,7 +104,7 @@ fn header(command: Command, source: &Source, overrides: &[String], context: &Con
             one_line(source.name())
         ),
         format!("trainer {}, commit {}", env!("CARGO_PKG_VERSION"), context.git_commit.unwrap_or("unknown")),
-        format!("ranks: {}", context.world_size),
+        format!("ranks: {ranks}"),
     ];
     lines.extend(overrides.iter().map(|text| {
         let (key, value) = text.split_once('=').unwrap_or((text, ""));

@@ -15,6 +15,7 @@
 //! | `foreign`, `nested` | keys of other programs: without effect, without support, other names, maps of arguments |
 //! | `entries` | file and `--set` to entries of keys, each once |
 //! | `launcher` | files of accelerate and DeepSpeed |
+//! | `world` | how many ranks there are, and what they share |
 //! | `load` | the way from these to settings |
 //! | `resolve`, `resolve_grpo`, `resolve_rewards`, `services`, `schedule` | checks across keys, and the settings |
 //! | `write`, `emit`, `reference`, `hub` | settings back to YAML; the reference page; the command that uploads a result |
@@ -46,6 +47,7 @@ mod services;
 pub mod settings;
 mod special;
 mod value;
+mod world;
 mod write;
 mod yaml;
 

@@ -33,14 +33,13 @@ enum Form {
 }
 
 pub(super) const NO_SPLIT: &str = "batches are counted per process; divide `per_device_train_batch_size` instead";
-pub(super) const ONE_PROCESS: &str =
-    "this run is one process; for the same batch, multiply `gradient_accumulation_steps` by the number of processes";
 const NOT_ADAMW: &str = "it belongs to another implementation of AdamW";
 const LOADING: &str = "weights are read straight to where they are used";
 const DECODING: &str = "a completion's text is always decoded whole";
 const ALWAYS_LOGPROBS: &str = "log-probabilities are always computed";
 const SAMPLING: &str = "the sampler has `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`";
-const SHARDING: &str = "this run is one process";
+const DATA_ONLY: &str = "ranks share the data and what `zero_stage` says, not layers or sequences";
+const BY_STAGE: &str = "set `num_processes` and `zero_stage`";
 const HUB_FOLDER: &str = "set the environment variable HF_HOME";
 
 /// `generation_kwargs`: arguments of vLLM's `SamplingParams` and of transformers' `GenerationConfig`.
@@ -173,16 +172,16 @@ pub(super) static PARALLELISM: Entries = Entries {
     form: Form::Map,
     is_stronger: false,
     keys: &[
-        lacking("dp_replicate_size", &["1"], ONE_PROCESS),
-        lacking("dp_shard_size", &["1"], SHARDING),
-        lacking("tp_size", &["1"], SHARDING),
-        lacking("cp_size", &["1"], SHARDING),
-        lacking("sp_size", &["1"], SHARDING),
-        no_effect("cp_backend", SHARDING),
-        no_effect("sp_backend", SHARDING),
-        no_effect("tp_handler", SHARDING),
-        no_effect("cp_handler", SHARDING),
-        no_effect("sp_handler", SHARDING),
+        lacking("dp_replicate_size", &["1"], BY_STAGE),
+        lacking("dp_shard_size", &["1"], BY_STAGE),
+        lacking("tp_size", &["1"], DATA_ONLY),
+        lacking("cp_size", &["1"], DATA_ONLY),
+        lacking("sp_size", &["1"], DATA_ONLY),
+        no_effect("cp_backend", DATA_ONLY),
+        no_effect("sp_backend", DATA_ONLY),
+        no_effect("tp_handler", DATA_ONLY),
+        no_effect("cp_handler", DATA_ONLY),
+        no_effect("sp_handler", DATA_ONLY),
     ],
 };
 

@@ -11,7 +11,6 @@ use super::emit;
 use super::field::Named;
 use super::home;
 use super::keys::RawConfig;
-use super::launcher;
 use super::schedule;
 use super::services::{check_environment, check_services};
 use super::settings::{
@@ -20,6 +19,7 @@ use super::settings::{
     TrainingSettings,
 };
 use super::special::{Cadence, Recurrence, Saving};
+use super::world;
 
 /// Says what is wrong with the name or the parameters of a built-in reward.
 pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
@@ -27,8 +27,10 @@ pub type RewardCheck = fn(&RewardSpec) -> Result<(), String>;
 /// What resolving needs to know about the run besides the file.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
-    /// Ranks of the run.
-    pub world_size: usize,
+    /// Ranks that a launcher (srun, torchrun, mpirun) started; `None` where none did and the file decides.
+    pub launched: Option<usize>,
+    /// GPUs that this process sees: as many ranks are there where nobody says how many, with `device: auto`.
+    pub visible_gpus: usize,
     /// Whether the device that `device: auto` takes has bfloat16 arithmetic.
     pub has_bf16: bool,
     /// Says what is wrong with a built-in reward's name or parameters, which the `reward` room knows; programs are not
@@ -43,7 +45,14 @@ pub struct Context<'a> {
 impl Default for Context<'_> {
     /// One rank on the CPU.
     fn default() -> Self {
-        Self { world_size: 1, has_bf16: false, check_reward: None, git_commit: None, config_folder: None }
+        Self {
+            launched: None,
+            visible_gpus: 0,
+            has_bf16: false,
+            check_reward: None,
+            git_commit: None,
+            config_folder: None,
+        }
     }
 }
 
@@ -57,15 +66,17 @@ pub(super) fn warn_idle(problems: &mut Problems, field: &dyn Named, is_idle: boo
 /// Most sequences of one optimizer step.
 const MOST_SEQUENCES: usize = 1 << 24;
 
-pub(super) fn check_shared(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+/// Checks what SFT and GRPO share, and gives the ranks of the run, which the other checks take part in.
+pub(super) fn check_shared(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> RankSettings {
     check_data(raw, problems);
     check_model(raw, problems);
     check_training(raw, problems);
     check_services(raw, problems);
     check_environment(raw, problems);
-    check_sizes(raw, context, problems);
-    launcher::check(raw, context, problems);
     schedule::check(raw, problems);
+    let ranks = world::resolve(raw, context, problems);
+    check_sizes(raw, ranks.world_size, problems);
+    ranks
 }
 
 fn check_model(raw: &RawConfig, problems: &mut Problems) {
@@ -210,15 +221,18 @@ fn check_training(raw: &RawConfig, problems: &mut Problems) {
 }
 
 /// Batches whose size, or whose tokens, no machine holds: each number is in its range and their product is not.
-fn check_sizes(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+fn check_sizes(raw: &RawConfig, world_size: usize, problems: &mut Problems) {
     let per_device = *raw.per_device_train_batch_size.value();
     let accumulation = *raw.gradient_accumulation_steps.value();
-    let sequences = per_device.saturating_mul(accumulation).saturating_mul(context.world_size);
+    let sequences = per_device.saturating_mul(accumulation).saturating_mul(world_size);
     if sequences > MOST_SEQUENCES {
         problems.clash(
             &[(&raw.per_device_train_batch_size, String::new()), (&raw.gradient_accumulation_steps, String::new())],
-            format!("an optimizer step of {per_device} x {accumulation} sequences is more than {MOST_SEQUENCES}"),
-            "lower one of the two",
+            format!(
+                "an optimizer step of {per_device} x {accumulation} sequences on {world_size} ranks is more than \
+                 {MOST_SEQUENCES}"
+            ),
+            "lower one of them",
         );
     }
 }
@@ -374,7 +388,7 @@ fn check_data(raw: &RawConfig, problems: &mut Problems) {
     }
 }
 
-pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> TrainingSettings {
+pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>, ranks: RankSettings) -> TrainingSettings {
     let device = if *raw.use_cpu.value() { DeviceChoice::Cpu } else { *raw.device.value() };
     let (has_bf16, is_fp16) = (context.has_bf16 && device != DeviceChoice::Cpu, *raw.fp16.value());
     let precision = match raw.bf16.value() {
@@ -437,7 +451,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>) -> Training
             revision: raw.hub_revision.value().clone(),
             is_private: *raw.hub_private_repo.value(),
         },
-        ranks: RankSettings { world_size: context.world_size, ..RankSettings::default() },
+        ranks,
     }
 }
 
@@ -452,7 +466,7 @@ fn interval(recurrence: Recurrence, cadence: Cadence) -> Interval {
 
 /// Checks and builds the settings of `trainer sft`; `None` if anything was reported.
 pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> Option<SftSettings> {
-    check_shared(raw, context, problems);
+    let ranks = check_shared(raw, context, problems);
     let (packing, max_length) = (*raw.packing.value(), *raw.max_length.value());
     let eval_packing = raw.eval_packing.value().unwrap_or(packing);
     for (field, is_packed) in [(&raw.packing as &dyn Named, packing), (&raw.eval_packing, eval_packing)] {
@@ -487,7 +501,7 @@ pub(super) fn sft(raw: &RawConfig, context: &Context<'_>, problems: &mut Problem
     problems.is_clean().then(|| SftSettings {
         model: build_model(raw),
         data: build_data(raw),
-        training: build_training(raw, context),
+        training: build_training(raw, context, ranks),
         max_length,
         truncation_mode: *raw.truncation_mode.value(),
         packing,

@@ -21,11 +21,11 @@ pub(super) fn grpo(
     uses_vllm: Option<bool>,
     problems: &mut Problems,
 ) -> Option<GrpoSettings> {
-    check_shared(raw, context, problems);
-    let batch = Batch::new(raw, context);
+    let ranks = check_shared(raw, context, problems);
+    let batch = Batch::new(raw, ranks.world_size);
     check_generation_size(raw, &batch, problems);
     check_generation_batch(raw, &batch, problems);
-    check_evaluation_batch(raw, context, problems);
+    check_evaluation_batch(raw, ranks.world_size, problems);
     check_rewards(raw, context, problems);
     check_loss(raw, problems);
     let correction = rollout_correction(raw, uses_vllm, problems);
@@ -41,7 +41,7 @@ pub(super) fn grpo(
             .map(|reward| at_home(with_shared_parameters(raw, &reward.spec)))
             .collect();
         let epsilon = *raw.epsilon.value();
-        let training = build_training(raw, context);
+        let training = build_training(raw, context, ranks);
         let rewards = build_rewards(raw, context, &training.output_dir);
         GrpoSettings {
             model: build_model(raw),
@@ -116,8 +116,8 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(raw: &RawConfig, context: &Context<'_>) -> Self {
-        let micro = raw.per_device_train_batch_size.value().saturating_mul(context.world_size).max(1);
+    fn new(raw: &RawConfig, world_size: usize) -> Self {
+        let micro = raw.per_device_train_batch_size.value().saturating_mul(world_size).max(1);
         let accumulation = *raw.gradient_accumulation_steps.value();
         let (steps, completions) = match (*raw.steps_per_generation.value(), *raw.generation_batch_size.value()) {
             (None, Some(completions)) => (completions / micro, completions),
@@ -237,13 +237,13 @@ fn check_generation_batch(raw: &RawConfig, batch: &Batch, problems: &mut Problem
     }
 }
 
-fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+fn check_evaluation_batch(raw: &RawConfig, world_size: usize, problems: &mut Problems) {
     if *raw.eval_strategy.value() == Recurrence::No && !*raw.eval_on_start.value() {
         return;
     }
     let (per_device, train_group) = (*raw.per_device_eval_batch_size.value(), *raw.num_generations.value());
     let group = raw.num_generations_eval.value().unwrap_or(train_group);
-    let batch = per_device.saturating_mul(context.world_size);
+    let batch = per_device.saturating_mul(world_size);
     if group == 0 || batch.is_multiple_of(group) {
         return;
     }
@@ -252,7 +252,7 @@ fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut
     } else {
         (&raw.num_generations, "num_generations")
     };
-    let unit = group / greatest_common_divisor(context.world_size, group);
+    let unit = group / greatest_common_divisor(world_size, group);
     let eval_divisors = divisors_from(batch, 1);
     problems.clash(
         &[
@@ -262,7 +262,7 @@ fn check_evaluation_batch(raw: &RawConfig, context: &Context<'_>, problems: &mut
         format!(
             "an evaluation batch of {batch} completions (`per_device_eval_batch_size` {per_device} x {}) does not \
              divide into groups of `{name}` {group}",
-            counted(context.world_size, "rank"),
+            counted(world_size, "rank"),
         ),
         format!(
             "`per_device_eval_batch_size` {} works; so does `num_generations_eval` {eval_divisors}",

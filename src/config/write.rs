@@ -17,8 +17,8 @@ use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
     AdaptiveEntropy, BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings,
-    MixtureSettings, ModelSettings, ModuleSet, OptimizerSettings, Precision, QuantType, Quantization, Resume,
-    RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings,
+    MixtureSettings, ModelSettings, ModuleSet, OptimizerSettings, Precision, QuantType, Quantization, RankSettings,
+    Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings,
     TrainingSettings, VespoSettings, Warmup,
 };
 
@@ -349,8 +349,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
-        // As long as one program is one rank: how a run is started is no part of what it is.
-        ranks: _,
+        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs },
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
@@ -415,9 +414,13 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("disable_tqdm", disable_tqdm.to_string()),
         // The environment and files of launchers were held against the settings, which say all there is.
         ("env", "{}".into()),
-        ("num_processes", "null".into()),
         ("deepspeed", "null".into()),
         ("accelerate_config", "null".into()),
+        ("ddp_backend", "null".into()),
+        ("num_processes", world_size.to_string()),
+        ("zero_stage", stage.number().to_string()),
+        ("stage3_param_persistence_threshold", param_persistence_threshold.to_string()),
+        ("ddp_timeout", timeout_secs.to_string()),
     ]);
 }
 

@@ -22,6 +22,22 @@ impl Backend {
         Self { device: Device::Cpu, types: Types::F32 }
     }
 
+    /// Opens the device that the settings name; `auto` takes the GPU with the number of this rank on its machine where the
+    /// program was built for GPUs and there are some, else the CPU.
+    ///
+    /// # Errors
+    /// If a GPU is asked for that is not there, a rank has none, or a precision that it does not have.
+    pub fn of_rank(choice: DeviceChoice, precision: Precision, local_rank: usize) -> anyhow::Result<Self> {
+        match visible_gpus() {
+            0 | 1 => Self::open(choice, precision),
+            gpus if choice == DeviceChoice::Auto => {
+                let ordinal = crate::ranks::device::local_device(local_rank, local_rank + 1, gpus)?;
+                Self::open(DeviceChoice::Cuda(ordinal), precision)
+            }
+            _ => Self::open(choice, precision),
+        }
+    }
+
     /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is
     /// one, else the CPU.
     ///
@@ -98,6 +114,11 @@ impl Backend {
 /// Whether the program was built for GPUs and this one is there.
 pub fn has_gpu(ordinal: usize) -> bool {
     device::is_cuda_device(ordinal)
+}
+
+/// GPUs that this process sees; none where the program was built without.
+pub fn visible_gpus() -> usize {
+    (0..).take_while(|&ordinal| has_gpu(ordinal)).count()
 }
 
 /// Whether the GPU that `auto` takes computes in bfloat16.

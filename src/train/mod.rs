@@ -31,7 +31,7 @@ mod state;
 mod tuning;
 mod turns;
 
-pub use backend::{Backend, has_bf16, has_gpu};
+pub use backend::{Backend, has_bf16, has_gpu, visible_gpus};
 pub use cadence::{Cadence, Due};
 pub use plan::downloads;
 
@@ -47,6 +47,8 @@ pub struct Context<'a> {
     pub terminal: Terminal,
     /// The ranks of the run.
     pub ranks: Arc<dyn Ranks>,
+    /// The number of this rank on its machine.
+    pub local_rank: usize,
     /// Called when the run has prepared: from here on there is something to save, before a signal may end the process.
     pub ready: &'a dyn Fn(),
     /// Whether a signal asked the run to save and stop.

@@ -167,8 +167,8 @@ fn every_recipe_passes_the_check_of_its_configuration() {
         let mut sets = recipe.data_sets(folder.path());
         sets.push(format!("model_name_or_path={}", model.display()));
         let source = Source::read(&recipe.path()).unwrap();
-        let context =
-            Context { world_size: recipe.ranks, check_reward: Some(trainer::reward::check), ..Context::default() };
+        let launched = (recipe.ranks > 1).then_some(recipe.ranks);
+        let context = Context { launched, check_reward: Some(trainer::reward::check), ..Context::default() };
         let outcome = match recipe.task() {
             "grpo" => config::load_grpo(&source, &sets, &context).map(|loaded| loaded.warnings),
             _ => config::load_sft(&source, &sets, &context).map(|loaded| loaded.warnings),

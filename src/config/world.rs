@@ -1,0 +1,203 @@
+//! The ranks of a run: how many there are, and what of its state they share.
+//!
+//! A launcher that started the process knows their number. Where none did, the configuration says it, else a launch file,
+//! else the GPUs that are visible. What the configuration says itself counts more than a file that it names.
+
+use super::diagnose::Problems;
+use super::field::Named;
+use super::keys::RawConfig;
+use super::launcher::{self, Asked};
+use super::resolve::Context;
+use super::settings::{DeviceChoice, RankSettings, ZeroStage};
+use super::value::{Mismatch, Parse, describe, parse_integer, valid_values};
+use super::yaml::{Node, Value};
+
+/// The stages by their numbers.
+const STAGES: [ZeroStage; 4] =
+    [ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters];
+
+/// `zero_stage`: a number, or `auto`, which leaves it to the launch file and to the program.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Stage {
+    Auto,
+    Number(usize),
+}
+
+impl Parse for Stage {
+    const KIND: &'static str = "one of";
+    const VALUES: &'static [&'static str] = &["0", "1", "2", "3", "auto"];
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let Value::Scalar { text, .. } = &node.value else {
+            return Err(vec![Mismatch::expected(node, "a stage of ZeRO").help(valid_values("", Self::VALUES))]);
+        };
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let number = parse_integer(node, Self::KIND).ok().and_then(|number| usize::try_from(number).ok());
+        match number.filter(|number| *number < STAGES.len()) {
+            Some(number) => Ok(Self::Number(number)),
+            None => {
+                let what = format!("does not know {}", describe(node));
+                Err(vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))])
+            }
+        }
+    }
+}
+
+/// `ddp_backend`: what ranks speak with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Backend;
+
+impl Parse for Backend {
+    const KIND: &'static str = "one of";
+    const VALUES: &'static [&'static str] = &["gloo"];
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let text = match &node.value {
+            Value::Scalar { text, .. } => text.as_str(),
+            _ => return Err(vec![Mismatch::expected(node, "one word")]),
+        };
+        match text.to_lowercase().as_str() {
+            "gloo" => Ok(Self),
+            "nccl" => {
+                let what = "is `nccl`: collectives go through host memory (gloo); NCCL between GPUs is not wired into \
+                            training yet";
+                Err(vec![Mismatch::new(node, what).help("leave it out")])
+            }
+            _ => {
+                let what = format!("does not know {}", describe(node));
+                Err(vec![Mismatch::new(node, what).help("collectives are `gloo`'s: leave it out")])
+            }
+        }
+    }
+}
+
+/// The ranks of the run. Reports what the launcher, the configuration and its launch files do not agree about.
+pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> RankSettings {
+    let device = if *raw.use_cpu.value() { DeviceChoice::Cpu } else { *raw.device.value() };
+    let (gpus, is_on_gpu) = match device {
+        DeviceChoice::Auto => (context.visible_gpus.max(1), context.visible_gpus > 0),
+        DeviceChoice::Cpu => (1, false),
+        DeviceChoice::Cuda(_) => (1, true),
+    };
+    let mut asked = launcher::asked(raw, is_on_gpu);
+    let world_size = world_size(raw, context, gpus, &mut asked, problems);
+    let stage = match raw.zero_stage.value() {
+        Some(Stage::Number(number)) => Some(*number),
+        Some(Stage::Auto) | None => None,
+    };
+    let help = "results are the same, memory and time are not";
+    let stage = Chosen::new(&raw.zero_stage, stage).among(&asked, |file| file.stage, help, problems);
+    let key = &raw.stage3_param_persistence_threshold;
+    let threshold = Chosen::new(key, *key.value()).among(&asked, |file| file.persistence_threshold, help, problems);
+    if let Some(stage) = stage.filter(|stage| *stage > 0 && world_size == 1) {
+        let file = asked.iter().find(|file| file.stage == Some(stage)).map(|file| file.key);
+        let place: &dyn Named =
+            if raw.zero_stage.is_given() { &raw.zero_stage } else { file.unwrap_or(&raw.zero_stage) };
+        problems.caution(
+            &[(place, String::new())],
+            format!("stage {stage} of ZeRO shares state between ranks, and this run has one, which holds all of it"),
+            "`num_processes` says how many there are",
+        );
+    }
+    for file in asked {
+        file.report(world_size, problems);
+    }
+    let default = RankSettings::default();
+    RankSettings {
+        world_size,
+        stage: stage.and_then(|stage| STAGES.get(stage).copied()).unwrap_or_default(),
+        param_persistence_threshold: threshold.unwrap_or(default.param_persistence_threshold),
+        timeout_secs: *raw.ddp_timeout.value(),
+    }
+}
+
+/// Number of ranks, of which `gpus` are there where nobody says it.
+fn world_size(
+    raw: &RawConfig,
+    context: &Context<'_>,
+    gpus: usize,
+    asked: &mut [Asked<'_>],
+    problems: &mut Problems,
+) -> usize {
+    let (key, launched) = (&raw.num_processes, context.launched);
+    // Zero is out of range, which was reported where it was read.
+    let said = key.value().map(|processes| processes.max(1));
+    if let (Some(launched), Some(said)) = (launched, said)
+        && launched != said
+    {
+        problems.clash(
+            &[(key, String::new())],
+            format!("`num_processes` is {said}, and the launcher started {launched}"),
+            format!("remove it, or start {said} (`srun -n {said}`, `torchrun --nproc-per-node {said}`)"),
+        );
+        return launched;
+    }
+    if launched.is_none() {
+        for file in asked.iter_mut().filter(|file| file.machines > 1) {
+            let machines = file.machines;
+            file.error(
+                format!("is for {machines} machines, and no launcher started this process"),
+                format!("start the run under srun, or with torchrun on each of the {machines} machines"),
+            );
+        }
+    }
+    let sequences = |ranks: usize| {
+        let per_rank = raw.per_device_train_batch_size.value().saturating_mul(*raw.gradient_accumulation_steps.value());
+        per_rank.saturating_mul(ranks)
+    };
+    let chosen = match launched {
+        Some(launched) => Chosen { key, source: "the launcher", number: Some(launched) },
+        None => Chosen::new(key, said),
+    };
+    let help = chosen.number.map_or_else(String::new, |ranks| {
+        format!("a step has {} sequences; `gradient_accumulation_steps` makes them more or fewer", sequences(ranks))
+    });
+    // A preset's number is nobody's wish.
+    let wish = |file: &Asked<'_>| file.processes.filter(|_| !file.is_preset);
+    let preset = asked.iter().find_map(|file| file.processes.filter(|_| file.is_preset));
+    chosen.among(asked, wish, &help, problems).or(preset).unwrap_or(gpus)
+}
+
+/// A number, and who said it.
+struct Chosen<'a> {
+    key: &'a dyn Named,
+    source: &'static str,
+    number: Option<usize>,
+}
+
+impl<'a> Chosen<'a> {
+    /// What the configuration says itself.
+    fn new(key: &'a dyn Named, number: Option<usize>) -> Self {
+        Self { key, source: "the configuration", number }
+    }
+
+    /// It, or else what the first of the files says. Where one says something else, that is said.
+    fn among(
+        mut self,
+        files: &[Asked<'_>],
+        wish: impl Fn(&Asked<'_>) -> Option<usize>,
+        help: &str,
+        problems: &mut Problems,
+    ) -> Option<usize> {
+        for file in files {
+            match (self.number, wish(file)) {
+                (None, Some(number)) => (self.number, self.source) = (Some(number), file.key.name()),
+                (Some(chosen), Some(number)) if chosen != number => {
+                    let (name, source) = (self.key.name(), self.source);
+                    problems.caution(
+                        &[(file.key, String::new())],
+                        format!(
+                            "{} says {number} for `{name}`, and {source} says {chosen}, which counts",
+                            file.place()
+                        ),
+                        help,
+                    );
+                }
+                _ => {}
+            }
+        }
+        self.number
+    }
+}
