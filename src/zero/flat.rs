@@ -40,6 +40,8 @@ pub struct FlatBlock {
     /// Of each rank, the values that its optimizer moves.
     shards: Vec<Range<usize>>,
     rank: usize,
+    /// Whether every rank has its shard of the values alone. A shard may be all of them, or none.
+    is_cut: bool,
     /// f32 `[n]`, or where parameters are cut into shards this rank's.
     values: Tensor,
     /// f32 `[n]`, or where gradients are cut into shards this rank's.
@@ -66,14 +68,15 @@ impl FlatBlock {
             _ => shards(&entries, count, sharing.world_size()),
         };
         let own = shards[rank].clone();
-        if sharing.cuts_values(count) {
+        let is_cut = sharing.cuts_values(count);
+        if is_cut {
             values = values[own.clone()].to_vec();
         }
         let num_grads = if sharing.stage() >= ZeroStage::Gradients { own.len() } else { count };
         let num_values = values.len();
         let values = Tensor::from_vec(values, num_values, device)?;
         let grads = Tensor::zeros(num_grads, DType::F32, device)?;
-        Ok(Self { entries, shards, rank, values, grads })
+        Ok(Self { entries, shards, rank, is_cut, values, grads })
     }
 
     /// The parameters in order.
@@ -113,12 +116,12 @@ impl FlatBlock {
 
     /// Whether every rank's optimizer moves all values.
     pub fn is_whole(&self) -> bool {
-        self.own() == (0..self.len())
+        self.shards.iter().all(|shard| *shard == (0..self.len()))
     }
 
-    /// Whether all values are on this rank.
+    /// Whether every rank has all values.
     pub fn has_all_values(&self) -> bool {
-        self.values.elem_count() == self.len()
+        !self.is_cut
     }
 
     /// The values that this rank's optimizer moves: f32 `[own]`, sharing memory with [`Self::values`].
@@ -202,6 +205,7 @@ fn shards(entries: &[Entry], count: usize, world_size: usize) -> Vec<Range<usize
 
 #[cfg(test)]
 mod tests {
+    use super::shards as shards_of;
     use super::*;
 
     #[test]
@@ -214,7 +218,7 @@ mod tests {
         }
         let count = lengths.iter().sum();
         for world_size in [1, 2, 3, 4, 7, 16] {
-            let shards = shards(&entries, count, world_size);
+            let shards = shards_of(&entries, count, world_size);
             assert_eq!(shards.len(), world_size);
             assert_eq!((shards[0].start, shards[world_size - 1].end), (0, count));
             assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start), "{shards:?}");
@@ -227,6 +231,6 @@ mod tests {
                 assert!(shard.len() <= count / world_size + NORM_CHUNK, "{shard:?} of {count} over {world_size}");
             }
         }
-        assert_eq!(super::shards(&[], 0, 3), [0..0, 0..0, 0..0]);
+        assert_eq!(shards_of(&[], 0, 3), [0..0, 0..0, 0..0]);
     }
 }

@@ -82,7 +82,9 @@ impl Sums {
 
     /// Sets of gradients that are laid aside at most.
     pub fn most_aside(self) -> usize {
-        (0..self.micro_steps).map(|index| self.nodes_after(index).0.len().saturating_sub(1)).max().unwrap_or(0)
+        // The last sum stays in the bucket.
+        let aside = |index| self.nodes_after(index).0.len() - usize::from(index + 1 == self.micro_steps);
+        (0..self.micro_steps).filter(|&index| self.ends_leaf(index)).map(aside).max().unwrap_or(0)
     }
 
     /// What follows after micro-batch `index` of this rank.
@@ -242,7 +244,7 @@ mod tests {
             };
             Sums::total(all, add).unwrap()
         }
-        for (real, ranks) in [(5, 2), (3, 2), (5, 4), (7, 4), (9, 4), (13, 2)] {
+        for (real, ranks) in [(5usize, 2), (3, 2), (5, 4), (7, 4), (9, 4), (13, 2)] {
             let own = real.div_ceil(ranks);
             let shared = with_zeros(Sums::tree(own, 0, ranks), real);
             let alone = shape(Sums::tree(real, 0, 1));

@@ -18,7 +18,7 @@ pub(super) enum End {
 /// What there is of a rank.
 pub(super) enum Taken {
     Frame(Frame),
-    /// Some rank has left the work that this one is at.
+    /// Some rank has left the work that this one is at, before the collective that is waited for.
     StartOver,
     Nothing,
 }
@@ -38,8 +38,9 @@ struct State {
 struct Inbox {
     frames: VecDeque<Frame>,
     end: Option<End>,
-    /// How often that rank has left work at hand.
+    /// How often that rank has left work at hand, and the last collective to which it gave its share before.
     generation: u32,
+    left_after: u64,
 }
 
 impl Inboxes {
@@ -58,7 +59,7 @@ impl Inboxes {
         let current = state.generation;
         let inbox = &mut state.of[peer];
         match frame.kind {
-            Kind::StartOver => inbox.generation = frame.generation,
+            Kind::StartOver => (inbox.generation, inbox.left_after) = (frame.generation, frame.round),
             // What belongs to work that was left is nobody's any more.
             _ if frame.generation < current => {}
             _ => inbox.frames.push_back(frame),
@@ -107,8 +108,9 @@ impl Inboxes {
         drop(self.arrived.wait_timeout(state, time));
     }
 
-    /// The next frame of a rank; waits for it at most for `time`.
-    pub(super) fn take(&self, peer: usize, time: Duration) -> Taken {
+    /// The next frame of a rank, of the collective `round`; waits for it at most for `time`. A rank that left after its share
+    /// may have all of that collective, so the others go through with it too.
+    pub(super) fn take(&self, peer: usize, round: u64, time: Duration) -> Taken {
         let mut state = self.lock();
         for is_last in [false, true] {
             let current = state.generation;
@@ -118,7 +120,7 @@ impl Inboxes {
             {
                 return Taken::Frame(frame);
             }
-            if state.of.iter().any(|inbox| inbox.generation > current) {
+            if state.of.iter().any(|inbox| inbox.generation > current && inbox.left_after < round) {
                 return Taken::StartOver;
             }
             if !is_last {

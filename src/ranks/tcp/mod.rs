@@ -124,9 +124,13 @@ impl Tcp {
         for peer in (1..world).map(|offset| (shared.rank + offset) % world) {
             shared.send(peer, Kind::Data, operation, *round, to(peer), since)?;
         }
-        (0..world)
-            .map(|peer| if peer == shared.rank { Ok(Vec::new()) } else { shared.take(peer, operation, *round, since) })
-            .collect()
+        let mut all = vec![Vec::new(); world];
+        for peer in (0..world).filter(|&peer| peer != shared.rank) {
+            // Who has sent its share may have ended since.
+            let waits_for = |other: usize| other >= peer && other != shared.rank;
+            all[peer] = shared.take(peer, operation, *round, (since, &waits_for))?;
+        }
+        Ok(all)
     }
 }
 
@@ -239,9 +243,15 @@ impl Shared {
     }
 
     /// The frame of a collective that a rank sends, when it has come.
-    fn take(&self, peer: usize, operation: Operation, round: u64, since: u64) -> Result<Vec<u8>, Error> {
+    fn take(
+        &self,
+        peer: usize,
+        operation: Operation,
+        round: u64,
+        (since, waits_for): (u64, &dyn Fn(usize) -> bool),
+    ) -> Result<Vec<u8>, Error> {
         loop {
-            match self.inboxes.take(peer, TICK) {
+            match self.inboxes.take(peer, round, TICK) {
                 inbox::Taken::Frame(Frame { operation: other, round: theirs, bytes, .. }) => {
                     if (other, theirs) == (operation, round) {
                         return Ok(bytes);
@@ -258,14 +268,14 @@ impl Shared {
                 inbox::Taken::StartOver => {
                     return Err(Error::StartOver { rank: self.rank, operation: operation.name() });
                 }
-                inbox::Taken::Nothing => self.check_others(operation, since)?,
+                inbox::Taken::Nothing => self.check_others(operation, since, waits_for)?,
             }
         }
     }
 
-    /// Looks at all ranks: who waits for one may wait for another behind it.
-    fn check_others(&self, operation: Operation, since: u64) -> Result<(), Error> {
-        let others = || (0..self.peers.len()).filter(|&peer| peer != self.rank);
+    /// Looks at all ranks that this one waits for.
+    fn check_others(&self, operation: Operation, since: u64, waits_for: &dyn Fn(usize) -> bool) -> Result<(), Error> {
+        let others = || (0..self.peers.len()).filter(|&peer| waits_for(peer));
         // Who says why it ends comes first, then who is gone without a word.
         let failed = |peer: &usize| matches!(self.inboxes.ended(*peer), Some(End::Failed(_)));
         let gone = |peer: &usize| self.inboxes.ended(*peer).is_some() && !self.inboxes.has_frame(*peer);
@@ -327,12 +337,13 @@ impl Ranks for Tcp {
         shared.inboxes.next_generation();
         let others: Vec<usize> = (0..self.world_size()).filter(|&peer| peer != shared.rank).collect();
         for &peer in &others {
-            shared.send(peer, Kind::StartOver, Operation::StartOver, 0, &[], since)?;
+            shared.send(peer, Kind::StartOver, Operation::StartOver, *round, &[], since)?;
         }
         for &peer in &others {
             while !shared.inboxes.has_started_over(peer) {
                 shared.inboxes.wait(TICK);
-                shared.check_others(Operation::StartOver, since)?;
+                let waits_for = |other: usize| other != shared.rank && !shared.inboxes.has_started_over(other);
+                shared.check_others(Operation::StartOver, since, &waits_for)?;
             }
         }
         *round = 0;

@@ -1,0 +1,202 @@
+//! Several ranks on one machine: the same bits as one, whatever they share; what happens when one of them is lost or stopped.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::test_run::{TestRun, names, start};
+
+/// Micro-batches of a step over all ranks, so that 1, 2, 3, 4 and 6 ranks have as many each.
+const MICRO_STEPS: usize = 12;
+
+fn over(run: TestRun, ranks: usize, stage: usize) -> TestRun {
+    run.set("num_processes", ranks)
+        .set("zero_stage", stage)
+        .set("per_device_train_batch_size", 2)
+        .set("gradient_accumulation_steps", MICRO_STEPS / ranks)
+        // Small parameters are cut as well, but not all.
+        .set("stage3_param_persistence_threshold", 200)
+}
+
+fn rank_logs(run: &TestRun) -> Vec<String> {
+    let folder = run.output().join("logs");
+    names(&folder).iter().map(|name| fs::read_to_string(folder.join(name)).unwrap()).collect()
+}
+
+/// Every number of ranks and every stage leave what one rank leaves, to the last bit.
+fn assert_all_same(run: &dyn Fn() -> TestRun) {
+    let alone = over(run(), 1, 0).done();
+    for (ranks, stage) in [(2, 0), (4, 0), (3, 1), (4, 1), (2, 2), (3, 2), (2, 3), (3, 3), (4, 3)] {
+        let shared = over(run(), ranks, stage).done();
+        shared.assert_same(&alone);
+        assert_eq!(shared.checkpoints(), alone.checkpoints(), "{ranks} ranks, stage {stage}");
+        let logs = rank_logs(&shared);
+        assert_eq!(logs.len(), ranks - 1);
+        assert!(logs.iter().all(|log| log.starts_with("rank ") && !log.contains("error")), "{logs:?}");
+    }
+}
+
+#[test]
+fn sft_of_an_adapter_is_the_same_on_any_number_of_ranks_in_every_stage() {
+    assert_all_same(&TestRun::sft);
+}
+
+#[test]
+fn sft_of_all_weights_is_the_same_on_any_number_of_ranks_in_every_stage() {
+    assert_all_same(&|| {
+        TestRun::full().set("max_train_samples", 48).set("max_steps", 5).set("gradient_checkpointing", true)
+    });
+}
+
+#[test]
+fn grpo_is_the_same_on_any_number_of_ranks_in_every_stage() {
+    // A step takes more than one generation batch, of which each is seen twice, and there is a reference.
+    let run = || TestRun::grpo().set("beta", 0.04).set("num_iterations", 2).set("num_generations", 3);
+    assert_all_same(&run);
+}
+
+#[test]
+fn grpo_of_all_weights_with_a_reference_that_moves_is_the_same_on_ranks_that_share_all() {
+    let run = |ranks, stage| {
+        let run = TestRun::grpo().set("use_peft", false).set("load_in_4bit", false).set("beta", 0.04);
+        over(run.set("sync_ref_model", true).set("ref_model_sync_steps", 2), ranks, stage).done()
+    };
+    let alone = run(1, 0);
+    run(2, 3).assert_same(&alone);
+    run(3, 1).assert_same(&alone);
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
+    for run in [TestRun::sft, TestRun::grpo, || TestRun::full().set("save_strategy", "steps").set("save_steps", 1)] {
+        let run = || run().set("lr_scheduler_type", "constant").set("eval_strategy", "no");
+        let straight = over(run(), 1, 0).set("max_steps", 4).done();
+        let moved = over(run(), 4, 3).set("max_steps", 1).done();
+        for (steps, ranks, stage) in [(2, 2, 2), (3, 3, 1), (4, 1, 0)] {
+            let more = [
+                format!("max_steps={steps}"),
+                format!("num_processes={ranks}"),
+                format!("zero_stage={stage}"),
+                format!("gradient_accumulation_steps={}", MICRO_STEPS / ranks),
+            ];
+            let mut arguments = vec!["--resume"];
+            arguments.extend(more.iter().flat_map(|more| ["--set", more]));
+            moved.run(&arguments).expect(0);
+        }
+        assert!(moved.weights() == straight.weights(), "the final weights differ");
+        // Another number of micro-batches in all is another run.
+        let other = moved.run(&["--resume", "--set", "num_processes=2", "--set", "max_steps=6"]);
+        other.expect_error(1, &["`gradient_accumulation_steps` was 12 over all ranks, is 6"]);
+    }
+}
+
+/// The process of a rank of the run in `output`, by what it says of itself in its log, or the first rank by its lock.
+fn process_of(output: &Path, rank: usize) -> Option<u32> {
+    if rank == 0 {
+        return fs::read_to_string(output.join("run.lock")).ok()?.trim().parse().ok();
+    }
+    let log = fs::read_to_string(output.join("logs").join(format!("rank-{rank}.log"))).ok()?;
+    let last = log.lines().filter(|line| line.starts_with("rank ")).next_back()?;
+    last.split("process ").nth(1)?.split(',').next()?.parse().ok()
+}
+
+fn kill(signal: &str, process: u32) {
+    Command::new("sh").args(["-c", &format!("kill -{signal} {process}")]).status().unwrap();
+}
+
+/// Waits until the run has logged a step.
+fn wait_for_step(output: &Path) {
+    let started = Instant::now();
+    while !fs::read_to_string(output.join("metrics.jsonl")).is_ok_and(|text| text.contains("\"step\"")) {
+        assert!(started.elapsed() < Duration::from_mins(1), "no step came");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A run long enough to be disturbed.
+fn long() -> TestRun {
+    over(TestRun::sft(), 3, 2).set("max_steps", 400).set("eval_strategy", "no").set("save_steps", 3)
+}
+
+#[test]
+fn a_rank_that_is_killed_ends_the_job_and_the_run_goes_on_from_its_checkpoint() {
+    let steps = |run: TestRun| run.set("lr_scheduler_type", "constant");
+    let straight = steps(long()).set("max_steps", 9).done();
+    for victim in 0..3 {
+        let run = steps(long());
+        let child = start(&mut run.command(&[]));
+        wait_for_step(&run.output());
+        let begun = Instant::now();
+        kill("KILL", process_of(&run.output(), victim).unwrap());
+        let ended = crate::test_run::end(child).expect(3);
+        assert!(begun.elapsed() < Duration::from_secs(20), "rank {victim}: {:?}", begun.elapsed());
+        assert!(ended.err.contains(&format!("rank {victim} was ended by SIGKILL")), "{}", ended.err);
+        if victim > 0 {
+            assert!(ended.err.contains(&format!("lost rank {victim}")), "{}", ended.err);
+        }
+        let last = *run.checkpoints().last().unwrap_or(&0);
+        if (1..9).contains(&last) {
+            run.run(&["--resume", "--set", "max_steps=9"]).expect(0);
+            assert!(run.weights() == straight.weights(), "the final weights differ");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_named_within_the_deadline() {
+    let run = long().set("ddp_timeout", 4);
+    let child = start(&mut run.command(&[]));
+    wait_for_step(&run.output());
+    let victim = process_of(&run.output(), 1).unwrap();
+    kill("STOP", victim);
+    let begun = Instant::now();
+    let ended = crate::test_run::end(child);
+    assert!(begun.elapsed() < Duration::from_secs(50), "{:?}", begun.elapsed());
+    assert!(ended.code == Some(3), "{ended:?}");
+    assert!(ended.err.contains("rank 1") && ended.err.contains("heard nothing"), "{}", ended.err);
+}
+
+#[test]
+fn a_signal_to_one_rank_or_to_all_saves_and_the_run_goes_on_as_if_it_had_not_come() {
+    let run = || over(TestRun::sft(), 3, 3).set("max_steps", 300).set("eval_strategy", "no").set("save_strategy", "no");
+    let straight = run().done();
+    for whom in ["one", "all"] {
+        let stopped = run();
+        let child = start(&mut stopped.command(&[]));
+        wait_for_step(&stopped.output());
+        let process = if whom == "one" { process_of(&stopped.output(), 2).unwrap() } else { child.id() };
+        kill("TERM", process);
+        crate::test_run::end(child).expect(130);
+        let saved = stopped.checkpoints();
+        assert_eq!(saved.len(), 1, "{whom}");
+        stopped.run(&["--resume"]).expect(0);
+        stopped.assert_same(&straight);
+    }
+}
+
+#[test]
+fn an_error_of_one_rank_is_the_error_of_the_run() {
+    // The reward fails on the second rank alone.
+    let program = "import json, os, sys\n\
+                   for line in sys.stdin:\n    request = json.loads(line)\n    \
+                   if os.environ.get('TRAINER_RANK') == '1': sys.exit('no room left in here')\n    \
+                   print(json.dumps({'id': request['id'], 'scores': [0.5] * len(request['samples'])}), flush=True)\n";
+    let run = over(TestRun::grpo(), 2, 0);
+    let script = run.beside("reward.py");
+    fs::write(&script, program).unwrap();
+    let rewards = format!("[{{kind: command, name: picky, command: [python3, {}]}}]", script.display());
+    let ended = run.set("reward_funcs", rewards).run(&[]);
+    assert!(ended.err.contains("rank 1") && ended.err.contains("picky"), "{}", ended.err);
+    assert_eq!(ended.code, Some(1), "{}", ended.err);
+}
+
+#[test]
+fn more_ranks_than_rows_have_nothing_to_learn_and_do_no_harm() {
+    let run = |ranks| {
+        let run = TestRun::sft().set("packing", "false").set("max_train_samples", 3).set("eval_strategy", "no");
+        over(run.set("eval_fraction", "null"), ranks, 2).set("per_device_train_batch_size", 1)
+    };
+    let alone = run(1).done();
+    run(4).done().assert_same(&alone);
+}
