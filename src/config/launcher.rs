@@ -295,12 +295,11 @@ impl<'a> Asked<'a> {
             let path = if place.is_empty() { name.clone() } else { format!("{place}.{name}") };
             match fates.iter().find(|(known, _)| known == name) {
                 Some((_, Fate::Read)) => read(self, name, &path, value),
-                Some((_, Fate::Fine)) => {}
                 Some((_, Fate::Missing)) if is_on(value) => self.missing.push(format!("`{path}`")),
                 Some((_, Fate::Off)) if is_on(value) => {
                     self.error(format!("asks for `{path}`, which is not supported"), "remove it from the file");
                 }
-                Some((_, Fate::Missing | Fate::Off)) => {}
+                Some((_, Fate::Fine | Fate::Missing | Fate::Off)) => {}
                 None => {
                     let help = nearest(name, fates.iter().map(|(known, _)| *known))
                         .map_or_else(|| "remove it".into(), |near| format!("did you mean `{near}`? Else remove it"));

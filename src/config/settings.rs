@@ -7,8 +7,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod mixture;
+mod ranks;
 mod rewards;
 
+pub use mixture::{MixturePart, MixtureSettings, Share};
+pub use ranks::{RankSettings, ZeroStage};
 pub use rewards::{CodeSettings, RewardSettings, RewardSpec};
 
 pub use super::choices::{
@@ -342,54 +346,6 @@ pub struct DataSettings {
     pub system_prompt: Option<String>,
 }
 
-/// Several data sets that are read as one.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MixtureSettings {
-    /// The data sets, in their order.
-    pub parts: Vec<MixturePart>,
-    /// Draws the rows of parts with a weight, the order of all rows and the evaluation rows.
-    pub seed: u64,
-    /// Whether the rows of all parts are shuffled (open-r1) or follow one another (TRL).
-    pub is_shuffled: bool,
-    /// Rows held out for evaluation: a share below 1, or a number.
-    pub test_split_size: Option<f64>,
-    /// The YAML it was read from: key and value.
-    pub text: (&'static str, String),
-}
-
-/// One data set of a mixture.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct MixturePart {
-    /// A data file, a folder of them, a hub id, or a format (`json`) with `data_files`.
-    pub path: String,
-    /// Configuration.
-    pub config: Option<String>,
-    /// Branch, tag or commit of a hub id.
-    pub revision: String,
-    /// Folder inside of the data set.
-    pub data_dir: Option<String>,
-    /// Splits and the patterns of their files; empty to find them by name.
-    pub data_files: Vec<(String, Vec<String>)>,
-    /// Which rows: `train`, `train[:10%]`, `train_sft+train_gen`.
-    pub split: String,
-    /// Columns that are kept.
-    pub columns: Option<Vec<String>>,
-    /// How many of the rows.
-    pub share: Share,
-}
-
-/// How many rows of a data set a mixture takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Share {
-    /// All.
-    #[default]
-    All,
-    /// This share of its own rows, drawn at random (open-r1).
-    Weight(f64),
-    /// Its first rows, so many that they are this share of the mixture (TRL).
-    Fraction(f64),
-}
-
 /// What every training run shares.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a key of the configuration")]
@@ -468,47 +424,6 @@ pub struct TrainingSettings {
     pub hub: HubSettings,
     /// The processes of the run, and how they share its state.
     pub ranks: RankSettings,
-}
-
-/// The processes (ranks) of a run, and how they share its state (ZeRO; Rajbhandari et al., 1910.02054).
-#[derive(Clone, Debug, PartialEq)]
-pub struct RankSettings {
-    /// Ranks of the run.
-    pub world_size: usize,
-    /// What of the state is shared instead of held by every rank.
-    pub stage: ZeroStage,
-    /// Stage 3: parameters of at most so many values are held by every rank all the same.
-    pub param_persistence_threshold: usize,
-    /// Seconds that a rank waits for another before the job ends.
-    pub timeout_secs: u64,
-}
-
-impl Default for RankSettings {
-    /// One rank, and the defaults of DeepSpeed and torch.
-    fn default() -> Self {
-        Self { world_size: 1, stage: ZeroStage::Replicated, param_persistence_threshold: 100_000, timeout_secs: 1800 }
-    }
-}
-
-/// What of a run's state is cut into shards, one for each rank.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ZeroStage {
-    /// Stage 0, data parallelism: every rank holds everything.
-    #[default]
-    Replicated,
-    /// Stage 1: the optimizer's state.
-    Optimizer,
-    /// Stage 2: gradients as well.
-    Gradients,
-    /// Stage 3: parameters as well, those that are trained and those that are not.
-    Parameters,
-}
-
-impl ZeroStage {
-    /// DeepSpeed's number of it.
-    pub fn number(self) -> u8 {
-        self as u8
-    }
 }
 
 /// Where on the hub a run's result is meant to go.

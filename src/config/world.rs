@@ -35,13 +35,10 @@ impl Parse for Stage {
             return Ok(Self::Auto);
         }
         let number = parse_integer(node, Self::KIND).ok().and_then(|number| usize::try_from(number).ok());
-        match number.filter(|number| *number < STAGES.len()) {
-            Some(number) => Ok(Self::Number(number)),
-            None => {
-                let what = format!("does not know {}", describe(node));
-                Err(vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))])
-            }
-        }
+        number.filter(|number| *number < STAGES.len()).map(Self::Number).ok_or_else(|| {
+            let what = format!("does not know {}", describe(node));
+            vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))]
+        })
     }
 }
 

@@ -102,12 +102,7 @@ fn read_card(path: &Path, good: &Path) -> Result<(), String> {
 fn load(folder: &Path) -> Result<(), String> {
     let text = format!("model_name_or_path: m\noutput_dir: o\ndataset_name: {}\n", folder.display());
     let source = trainer::config::Source::new("a.yaml", text);
-    let context = trainer::config::Context {
-        world_size: 1,
-        has_bf16: false,
-        git_commit: None,
-        ..trainer::config::Context::default()
-    };
+    let context = trainer::config::Context::default();
     let loaded = trainer::config::load_sft(&source, &[], &context).map_err(|e| e.to_string())?;
     trainer::data::load(&loaded.settings.data, 1, None, &mut |_| {}).map(|_| ()).map_err(|e| e.to_string())
 }

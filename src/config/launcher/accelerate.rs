@@ -23,8 +23,9 @@ const PRESETS: &[(&str, usize, Option<usize>)] = &[
 
 /// The outermost map.
 const KEYS: &Fates = &[
+    // Looked at before the others.
+    ("distributed_type", Fine),
     ("compute_environment", Read),
-    ("distributed_type", Read),
     ("num_processes", Read),
     ("num_machines", Read),
     ("mixed_precision", Read),
@@ -154,19 +155,20 @@ impl Asked<'_> {
             self.error(format!("has `distributed_type: {kind}`"), "write MULTI_GPU, MULTI_CPU, DEEPSPEED or FSDP");
         }
         self.walk("", map, KEYS, |asked, name, path, value| match name {
-            // What it is was looked at.
-            "distributed_type" => {}
-            "compute_environment" if value.is_null() || value == "LOCAL_MACHINE" => {}
             "compute_environment" => {
-                asked.error(format!("has `{path}: {value}`"), "start the run on the machine, or under srun");
+                if is_on(value) && value != "LOCAL_MACHINE" {
+                    asked.error(format!("has `{path}: {value}`"), "start the run on the machine, or under srun");
+                }
             }
-            // -1 is accelerate's "not given".
-            "num_processes" if kind == "NO" || super::number(value) == Some(-1.0) => {}
-            "num_processes" => asked.processes = asked.count(path, value, (1, MOST_PROCESSES)),
+            "num_processes" => {
+                // -1 is accelerate's "not given".
+                if kind != "NO" && super::number(value) != Some(-1.0) {
+                    asked.processes = asked.count(path, value, (1, MOST_PROCESSES));
+                }
+            }
             "num_machines" => asked.machines = asked.count(path, value, (1, MOST_PROCESSES)).unwrap_or(1),
             "mixed_precision" => asked.mixed_precision(path, value.as_str().unwrap_or("no")),
-            "fp16" if value == &Value::Bool(true) => asked.mixed_precision(path, "fp16"),
-            "fp16" => {}
+            "fp16" => asked.mixed_precision(path, if is_on(value) { "fp16" } else { "no" }),
             "deepspeed_config" if kind == "DEEPSPEED" => {
                 if let Some(map) = asked.map(path, value) {
                     asked.accelerate_deepspeed(path, map);
@@ -183,17 +185,22 @@ impl Asked<'_> {
                     asked.walk(path, &map, OF_PARALLELISM, |_, _, _, _| {});
                 }
             }
-            "gpu_ids" if is_on(value) && value != "all" && asked.is_on_gpu => {
-                asked.missing.push(format!("`{path}: {value}` (`CUDA_VISIBLE_DEVICES` says which GPUs)"));
+            "gpu_ids" => {
+                if !value.is_null() && value != "all" && asked.is_on_gpu {
+                    asked.missing.push(format!("`{path}: {value}` (`CUDA_VISIBLE_DEVICES` says which GPUs)"));
+                }
             }
-            "gpu_ids" => {}
-            "use_cpu" if is_on(value) && asked.is_on_gpu => {
-                asked.missing.push("`use_cpu` (the configuration's `use_cpu` and `device` decide)".into());
+            "use_cpu" => {
+                if is_on(value) && asked.is_on_gpu {
+                    asked.missing.push("`use_cpu` (the configuration's `use_cpu` and `device` decide)".into());
+                }
             }
-            "use_cpu" => {}
             // `deepspeed_config` or `fsdp_config`, which accelerate passes over too.
-            _ if is_on(value) => asked.missing.push(format!("`{path}` (with `distributed_type: {kind}`)")),
-            _ => {}
+            _ => {
+                if is_on(value) {
+                    asked.missing.push(format!("`{path}` (with `distributed_type: {kind}`)"));
+                }
+            }
         });
         match kind {
             "NO" => self.processes = Some(1),
@@ -207,11 +214,10 @@ impl Asked<'_> {
     fn mixed_precision(&mut self, path: &str, word: &str) {
         let (bf16, is_fp16) = (*self.raw.bf16.value(), *self.raw.fp16.value());
         let clash = match word {
-            "no" => return,
             "bf16" if is_fp16 => "`fp16` is true",
             "bf16" if bf16 == Some(false) => "`bf16` is false",
             "fp16" if !is_fp16 => "`fp16` is false",
-            "bf16" | "fp16" => return,
+            "no" | "bf16" | "fp16" => return,
             other => return self.error(format!("has `{path}: {other}`"), "use `bf16: true` or `fp16: true`"),
         };
         self.error(
@@ -247,13 +253,13 @@ impl Asked<'_> {
         let map = without_prefix(map, "fsdp_");
         self.walk(place, &map, OF_FSDP, |asked, name, path, value| match name {
             "sharding_strategy" | "reshard_after_forward" => asked.strategy(path, value),
-            "activation_checkpointing" if is_on(value) && !has_checkpoints => {
-                asked.missing.push(format!("`{path}` (`gradient_checkpointing` is false)"));
+            "activation_checkpointing" => {
+                if is_on(value) && !has_checkpoints {
+                    asked.missing.push(format!("`{path}` (`gradient_checkpointing` is false)"));
+                }
             }
-            "activation_checkpointing" => {}
             // `offload_params` and `cpu_offload`.
-            _ if is_on(value) => asked.offload(path, &"cpu".into()),
-            _ => {}
+            _ => asked.offload(path, &if is_on(value) { "cpu" } else { "none" }.into()),
         });
     }
 

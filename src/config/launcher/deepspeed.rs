@@ -188,7 +188,7 @@ impl Asked<'_> {
             "fp16" => {
                 asked.precision(path, value, "fp16", Some(*raw.fp16.value()));
                 let Value::Object(map) = value else { return };
-                asked.walk(path, map, FP16, |asked, name, path, value| asked.loss_scale(name, path, value));
+                asked.walk(path, map, FP16, Self::loss_scale);
             }
             "optimizer" => asked.optimizer(value),
             "scheduler" => asked.scheduler(value),
@@ -224,13 +224,11 @@ impl Asked<'_> {
     }
 
     fn zero(&mut self, path: &str, value: &Value) {
-        match value {
+        if let Value::Bool(is_on) = value {
             // As it was written long ago.
-            Value::Bool(is_on) => self.stage = Some(usize::from(*is_on)),
-            _ => {
-                let Some(map) = self.map(path, value) else { return };
-                self.walk(path, map, ZERO, |asked, name, path, value| asked.zero_key(name, path, value));
-            }
+            self.stage = Some(usize::from(*is_on));
+        } else if let Some(map) = self.map(path, value) {
+            self.walk(path, map, ZERO, Self::zero_key);
         }
     }
 
