@@ -1,5 +1,6 @@
 //! The arguments that `sft` and `grpo` share.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -89,7 +90,8 @@ pub(super) fn run<S>(
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
     let text = |text: OsString| text.to_string_lossy().into_owned();
-    let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let environment: BTreeMap<String, String> =
+        std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);
@@ -125,6 +127,7 @@ pub(super) fn run<S>(
             terminal: context.terminal.clone(),
             ranks: Arc::clone(&ranks),
             local_rank,
+            visible_devices: environment.get("CUDA_VISIBLE_DEVICES").cloned(),
             ready: &|| interrupt.ready(),
             is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,

@@ -250,7 +250,8 @@ keys! {
         accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
         /// How long a rank waits for another before the run ends.
         ddp_timeout: u64 = Text("1800"), FROM_1, "seconds";
-        /// What ranks speak with: `gloo`, through host memory. `nccl` is an error for now.
+        /// What ranks speak with: `gloo`, through host memory, which they do anyway. Written out, it allows two ranks on one GPU.
+        /// `nccl` is an error for now.
         ddp_backend: Option<Backend> = Text("null"), ANY, "";
     }
     "Optimizer and schedule" for Both {

@@ -107,6 +107,7 @@ pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Pro
         stage: stage.and_then(|stage| STAGES.get(stage).copied()).unwrap_or_default(),
         param_persistence_threshold: threshold.unwrap_or(default.param_persistence_threshold),
         timeout_secs: *raw.ddp_timeout.value(),
+        may_share_gpus: raw.ddp_backend.value().is_some(),
     }
 }
 

@@ -349,7 +349,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
-        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs },
+        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs, may_share_gpus },
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
@@ -416,7 +416,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("env", "{}".into()),
         ("deepspeed", "null".into()),
         ("accelerate_config", "null".into()),
-        ("ddp_backend", "null".into()),
+        ("ddp_backend", if *may_share_gpus { "gloo".into() } else { "null".into() }),
         ("num_processes", world_size.to_string()),
         ("zero_stage", stage.number().to_string()),
         ("stage3_param_persistence_threshold", param_persistence_threshold.to_string()),

@@ -46,7 +46,7 @@ use crate::zero::{ShardedAdamW, Sharing};
 #[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    let backend = Backend::of_rank(training.device, training.precision, context.local_rank)?;
+    let backend = Backend::of_rank(training, &context)?;
     let ranks = Arc::clone(&context.ranks);
     let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));

@@ -49,6 +49,8 @@ pub struct Context<'a> {
     pub ranks: Arc<dyn Ranks>,
     /// The number of this rank on its machine.
     pub local_rank: usize,
+    /// What `CUDA_VISIBLE_DEVICES` is.
+    pub visible_devices: Option<String>,
     /// Called when the run has prepared: from here on there is something to save, before a signal may end the process.
     pub ready: &'a dyn Fn(),
     /// Whether a signal asked the run to save and stop.

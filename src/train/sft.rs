@@ -51,7 +51,7 @@ struct Split {
 #[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    let backend = Backend::of_rank(training.device, training.precision, context.local_rank)?;
+    let backend = Backend::of_rank(training, &context)?;
     if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
         bail!(
             "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
