@@ -113,8 +113,10 @@ fn exit_of(ranks: &[Started]) -> Exit {
     match () {
         () if has(Exit::Usage) => Exit::Usage,
         () if has(Exit::Failed) => Exit::Failed,
-        () if was_killed || has(Exit::PeerLost) => Exit::PeerLost,
+        () if was_killed => Exit::PeerLost,
+        // A signal that comes while ranks prepare ends one at once, which the others lose.
         () if has(Exit::Interrupted) => Exit::Interrupted,
+        () if has(Exit::PeerLost) => Exit::PeerLost,
         () if codes().all(|code| code == 0) => Exit::Done,
         () => Exit::Failed,
     }

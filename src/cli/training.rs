@@ -10,7 +10,10 @@ use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::fs::io_error;
-use crate::ranks::{self, launch::Launcher};
+use crate::ranks::{
+    self,
+    launch::{Launcher, Place},
+};
 use crate::reward;
 use crate::train::{self, Outcome};
 
@@ -42,7 +45,8 @@ pub struct TrainingArgs {
 
     /// Go on from a checkpoint: the newest whole one of `output_dir`, or the one given
     ///
-    /// Wins over `resume_from_checkpoint` in the file. The run continues as if it had never stopped.
+    /// `auto` is the newest one, or a start where there is none: for jobs that are put back into a queue. Wins over
+    /// `resume_from_checkpoint` in the file. The run continues as if it had never stopped.
     #[arg(long, value_name = "CHECKPOINT")]
     #[expect(clippy::option_option, reason = "clap's form of a flag with an optional value")]
     resume: Option<Option<PathBuf>>,
@@ -116,6 +120,9 @@ pub(super) fn run<S>(
         become_rank(rank, place.as_ref().is_some_and(|place| place.launcher == Launcher::Own), &settings.output_dir)?;
     }
     let place = place.filter(|_| launched.is_some());
+    if let Some(place) = &place {
+        share_cores(place, &environment)?;
+    }
     let local_rank = place.as_ref().map_or(0, |place| place.local_rank);
     let interrupt = Interrupt::listen()?;
     let asked = interrupt.clone();
@@ -147,6 +154,18 @@ pub(super) fn run<S>(
         }
         Outcome::Interrupted => Exit::Interrupted,
     })
+}
+
+/// Gives this rank its part of the machine's cores, unless somebody said how many threads it has.
+fn share_cores(place: &Place, environment: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    let number = |name: &str| environment.get(name).and_then(|value| value.trim().parse::<usize>().ok());
+    if number("RAYON_NUM_THREADS").is_some() {
+        return Ok(());
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = || cores / place.local_world_size.unwrap_or(1).max(1);
+    let threads = number("SLURM_CPUS_PER_TASK").filter(|_| place.launcher == Launcher::Srun).unwrap_or_else(share);
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(threads.clamp(1, cores)).build_global()?)
 }
 
 /// Ends with the program that started this rank, if that was this one, and for every rank but the first puts what it prints into

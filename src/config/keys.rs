@@ -314,7 +314,8 @@ keys! {
         output_dir: Option<PathBuf> = Text("trainer_output"), ANY, "";
         /// Allow an `output_dir` that already holds a run.
         overwrite_output_dir: bool = Text("false"), ANY, "";
-        /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one.
+        /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one, and `auto` the newest one
+        /// or a start where there is none, for jobs that are put back into a queue.
         resume_from_checkpoint: Resume = Text("false"), ANY, "";
         /// When to log: every `logging_steps`, at the end of each epoch, or not at all; the last step is always logged.
         logging_strategy: Recurrence = Text("steps"), ANY, "";

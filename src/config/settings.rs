@@ -482,6 +482,8 @@ pub enum Resume {
     No,
     /// The newest whole checkpoint of `output_dir`; an error if there is none.
     Latest,
+    /// The same, or a start if there is none: for jobs that are put back into a queue.
+    Auto,
     /// This one.
     Path(PathBuf),
 }

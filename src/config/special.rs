@@ -431,7 +431,7 @@ impl Parse for MaxSteps {
 }
 
 impl Parse for Resume {
-    const KIND: &'static str = "true, false or a checkpoint folder";
+    const KIND: &'static str = "true, false, auto or a checkpoint folder";
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         match &node.value {
@@ -439,6 +439,7 @@ impl Parse for Resume {
             Value::Scalar { text, .. } if !text.is_empty() => Ok(match as_bool(text) {
                 Some(true) => Self::Latest,
                 Some(false) => Self::No,
+                None if text == "auto" => Self::Auto,
                 None => Self::Path(PathBuf::from(home::expand(text))),
             }),
             _ => Err(vec![Mismatch::expected(node, Self::KIND)]),

@@ -357,7 +357,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
     // checkpoint is not.
     let resume = match resume_from_checkpoint {
         Resume::Path(path) if !is_inside(path, output_dir) => string(&path.to_string_lossy()),
-        Resume::No | Resume::Latest | Resume::Path(_) => "false".into(),
+        Resume::No | Resume::Latest | Resume::Auto | Resume::Path(_) => "false".into(),
     };
     let (warmup_steps, warmup_ratio) = match warmup {
         Warmup::Steps(steps) => (steps.to_string(), "null".into()),

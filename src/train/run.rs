@@ -139,6 +139,9 @@ impl<'a> Run<'a> {
             let folder = &self.settings.output_dir;
             tuning.keep(from.unwrap_or(folder), folder, self.resumed_from.is_some().then_some(self.step))?;
         }
+        if let (Some(place), Some(section)) = (&self.resumed_from, sections.first_mut()) {
+            section.push("goes on from", place.display());
+        }
         sections.push(self.memory.planned());
         self.console.sections(&sections);
         for warning in self.context.warnings {

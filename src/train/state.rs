@@ -131,15 +131,16 @@ fn find(
 ) -> anyhow::Result<Option<Checkpoint>> {
     let checkpoint = match &settings.resume_from_checkpoint {
         Resume::No => return Ok(None),
+        Resume::Auto if checkpoint::newest_step(&settings.output_dir).is_none() => return Ok(None),
         Resume::Path(path) => checkpoint::open(path)?,
-        Resume::Latest => {
+        Resume::Latest | Resume::Auto => {
             let found = checkpoint::find_latest(&settings.output_dir)?;
             for skipped in &found.skipped {
                 tracing::warn!("passed over `{}`: {}", skipped.path.display(), skipped.reason);
             }
             found.checkpoint.with_context(|| {
                 format!(
-                    "`resume_from_checkpoint: true`, but `{}` holds no whole checkpoint; leave the key out to start anew",
+                    "`resume_from_checkpoint` asks for the newest checkpoint, but `{}` holds no whole checkpoint; leave the key out to start anew",
                     settings.output_dir.display()
                 )
             })?
