@@ -127,7 +127,10 @@ pub(super) fn run<S>(
     let interrupt = Interrupt::listen()?;
     let asked = interrupt.clone();
     let deadline = Duration::from_secs(settings.ranks.timeout_secs);
-    let ranks = ranks::join(place, deadline)?;
+    let ranks = ranks::join(place, deadline).map_err(|error| match error {
+        ranks::Error::NoPlace { .. } => UsageError(error.to_string()).into(),
+        error => anyhow::Error::from(error),
+    })?;
     let outcome = train(
         &loaded.settings,
         train::Context {
