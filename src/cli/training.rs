@@ -186,7 +186,8 @@ fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<(
     let path = folder.join(format!("rank-{rank}.log"));
     let file = std::fs::File::options().create(true).append(true).open(&path).map_err(io_error("open", &path))?;
     nix::unistd::dup2_stdout(&file).and_then(|()| nix::unistd::dup2_stderr(&file))?;
-    println!("rank {rank}, process {}, {}", std::process::id(), jiff::Timestamp::now());
+    let line = format!("rank {rank}, process {}, {}\n", std::process::id(), jiff::Timestamp::now());
+    std::io::Write::write_all(&mut &file, line.as_bytes()).map_err(io_error("write", &path))?;
     Ok(())
 }
 

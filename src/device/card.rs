@@ -89,12 +89,11 @@ pub fn device_uuid(device: &Device) -> Result<String, Error> {
 }
 
 fn uuid_text(bytes: [u8; 16]) -> String {
-    let mut text = String::from("GPU");
-    for (index, byte) in bytes.into_iter().enumerate() {
+    let byte = |(index, byte): (usize, &u8)| {
         let dash = if [0, 4, 6, 8, 10].contains(&index) { "-" } else { "" };
-        text += &format!("{dash}{byte:02x}");
-    }
-    text
+        format!("{dash}{byte:02x}")
+    };
+    std::iter::once("GPU".to_string()).chain(bytes.iter().enumerate().map(byte)).collect()
 }
 
 /// Opens GPU `ordinal` with a stream of its own and a pool that keeps what is freed.

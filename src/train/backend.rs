@@ -133,7 +133,9 @@ pub fn has_gpu(ordinal: usize) -> bool {
 
 /// GPUs that this process sees; none where the program was built without.
 pub fn visible_gpus() -> usize {
-    (0..).take_while(|&ordinal| has_gpu(ordinal)).count()
+    /// More than a machine has.
+    const MOST: usize = 1024;
+    (0..MOST).take_while(|&ordinal| has_gpu(ordinal)).count()
 }
 
 /// Whether the GPU that `auto` takes computes in bfloat16.

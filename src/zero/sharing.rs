@@ -78,7 +78,7 @@ impl Sharing {
         let mut all = Vec::new();
         for (rank, bytes) in received.iter().enumerate() {
             let nodes = sums.on_rank(rank).nodes();
-            self.expect_length(rank, "gradients", bytes.len(), 4 * length * nodes.len())?;
+            expect_length(rank, "gradients", bytes.len(), 4 * length * nodes.len())?;
             for (index, node) in nodes.into_iter().enumerate() {
                 all.push((node, floats(&bytes[4 * length * index..4 * length * (index + 1)])));
             }
@@ -101,7 +101,7 @@ impl Sharing {
     pub(super) fn gather_bytes(&self, own: &[u8], lengths: impl Iterator<Item = usize>) -> Result<Vec<u8>, Error> {
         let all = self.ranks.all_gather_bytes(own)?;
         for ((rank, bytes), length) in all.iter().enumerate().zip(lengths) {
-            self.expect_length(rank, "values", bytes.len(), length)?;
+            expect_length(rank, "values", bytes.len(), length)?;
         }
         Ok(all.concat())
     }
@@ -115,18 +115,18 @@ impl Sharing {
             return Ok(None);
         }
         for ((rank, bytes), shard) in all.iter().enumerate().zip(shards) {
-            self.expect_length(rank, "values", bytes.len(), 4 * shard.len())?;
+            expect_length(rank, "values", bytes.len(), 4 * shard.len())?;
         }
         Ok(Some(floats(&all.concat())))
     }
+}
 
-    fn expect_length(&self, peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
-        if got == expected {
-            return Ok(());
-        }
-        let problem = format!("{got} bytes, expected {expected}");
-        Err(Error::Ranks(crate::ranks::Error::Message { peer, what, problem }))
+fn expect_length(peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
+    if got == expected {
+        return Ok(());
     }
+    let problem = format!("{got} bytes, expected {expected}");
+    Err(Error::Ranks(crate::ranks::Error::Message { peer, what, problem }))
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

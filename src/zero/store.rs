@@ -456,19 +456,20 @@ impl Block {
         let passes = sharing.stage() >= ZeroStage::Gradients;
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
-            let bucket = trained.map(|entry| match passes {
-                true => Ok(Bucket::passing(entry.range.len(), device)),
-                false => Bucket::zeros(entry.range.len(), device),
+            let bucket = trained.map(|entry| {
+                let count = entry.range.len();
+                if passes { Ok(Bucket::passing(count, device)) } else { Bucket::zeros(count, device) }
             });
             Ok::<_, Error>(Shared { param, bucket: bucket.transpose()?, reduced: Mutex::default() })
         };
         let shared = shared_params.into_iter().map(shared).collect::<Result<_, _>>()?;
-        let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads().clone()) };
+        let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads()) };
         Ok(Self { frozen: Frozen::new(frozen), stays_on_host, flat, bucket, shared, policy: None, reference: None })
     }
 }
 
 /// A weight where it is.
+#[expect(clippy::unnecessary_wraps, reason = "the form of what places weights")]
 fn here(weight: &Weight) -> Result<Weight, Error> {
     Ok(weight.clone())
 }
