@@ -266,8 +266,9 @@ keys! {
         /// Linear warm-up as a share of all optimizer steps, rounded up. transformers 5 says it with a fraction in
         /// `warmup_steps`.
         warmup_ratio: Option<f64> = Text("null"), SHARE, "share of steps";
-        /// The optimizer: every name of an AdamW means that of this program, which keeps its moments in float32 on the
-        /// device.
+        /// The optimizer: every name of an AdamW means that of this program, with moments in float32, and in blocks of 8 bits for
+        /// names with `8bit` on the CPU; Lion with AdamW's betas; Muon for matrices, with AdamW's rate, and AdamW for the rest.
+        /// Lion and Muon are computed on the CPU only.
         optim: AdamW = Text("adamw_torch"), ANY, "";
         /// Decoupled weight decay of AdamW; biases and norm weights have none.
         weight_decay: f64 = Text("0.0"), Bounds::between(0.0, 1000.0), "";

@@ -17,9 +17,9 @@ use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
     AdaptiveEntropy, BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings,
-    MixtureSettings, ModelSettings, ModuleSet, OptimizerSettings, Precision, QuantType, Quantization, RankSettings,
-    Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings,
-    TrainingSettings, VespoSettings, Warmup,
+    MixtureSettings, ModelSettings, ModuleSet, OptimizerKind, OptimizerSettings, Precision, QuantType, Quantization,
+    RankSettings, Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
+    SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 
 /// Key to YAML text.
@@ -333,7 +333,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         lr_scheduler_type,
         lr_scheduler_kwargs,
         warmup,
-        optimizer: OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon },
+        optimizer: OptimizerSettings { kind, weight_decay, adam_beta1, adam_beta2, adam_epsilon },
         max_grad_norm,
         neftune_noise_alpha,
         logging_strategy,
@@ -391,7 +391,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("lr_scheduler_kwargs", map(lr_scheduler_kwargs)),
         ("warmup_steps", warmup_steps),
         ("warmup_ratio", warmup_ratio),
-        ("optim", "adamw_torch".into()),
+        ("optim", optim_name(*kind).into()),
         ("weight_decay", float(*weight_decay)),
         ("adam_beta1", float(*adam_beta1)),
         ("adam_beta2", float(*adam_beta2)),
@@ -429,6 +429,16 @@ fn device_text(device: DeviceChoice) -> String {
         DeviceChoice::Auto => "auto".into(),
         DeviceChoice::Cpu => "cpu".into(),
         DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+    }
+}
+
+/// The name in the field that gives the optimizer.
+fn optim_name(kind: OptimizerKind) -> &'static str {
+    match kind {
+        OptimizerKind::AdamW => "adamw_torch",
+        OptimizerKind::AdamW8bit => "adamw_8bit",
+        OptimizerKind::Lion => "lion_32bit",
+        OptimizerKind::Muon => "muon",
     }
 }
 

@@ -62,6 +62,7 @@ const MEANING: &[&str] = &[
     "num_generations",
     "steps_per_generation",
     "num_iterations",
+    "optim",
 ];
 
 /// Settings that change where the run goes from here, which people do on purpose.
@@ -316,9 +317,8 @@ mod tests {
         "activation_offloading",
         "per_device_eval_batch_size",
         "max_num_seqs",
-        // Two that other keys decide.
+        // That other keys decide.
         "generation_batch_size",
-        "optim",
         "disable_dropout",
         "reward_python",
         "reward_path",

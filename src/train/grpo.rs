@@ -32,7 +32,7 @@ use crate::ops::head;
 use crate::reward::{self, Rewards};
 use crate::rollout::Completion;
 use crate::telemetry::Section;
-use crate::zero::{ShardedAdamW, Sharing};
+use crate::zero::{ShardedOptimizer, Sharing};
 
 /// Trains on the prompts that `settings` name.
 ///
@@ -63,7 +63,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks),
+        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -88,7 +88,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut entropy = settings.adaptive_entropy.map(|_| EntropyControl::new(settings.entropy_coef));
     let sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset)?;

@@ -24,7 +24,7 @@ use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
 use crate::ranks::{self, Ranks};
 use crate::telemetry::{self, Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
-use crate::zero::ShardedAdamW;
+use crate::zero::ShardedOptimizer;
 
 /// A run in progress.
 pub(super) struct Run<'a> {
@@ -299,7 +299,7 @@ impl<'a> Run<'a> {
     pub(super) fn save<B: Serialize + Clone>(
         &mut self,
         session: &Session,
-        optimizer: &ShardedAdamW,
+        optimizer: &ShardedOptimizer,
         own: LoopState<B>,
     ) -> anyhow::Result<()> {
         if self.last_saved == Some(self.step) {

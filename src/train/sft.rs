@@ -28,7 +28,7 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
 use crate::ops::head;
 use crate::telemetry::Section;
-use crate::zero::{ShardedAdamW, Sharing};
+use crate::zero::{ShardedOptimizer, Sharing};
 
 /// Examples of one split, cut into the sequences that training draws from.
 struct Split {
@@ -69,7 +69,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks),
+        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -93,7 +93,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true)?;
     let resumed: Option<State<()>> =

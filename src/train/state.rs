@@ -21,7 +21,7 @@ use crate::fs::io_error;
 use crate::optim::LossScaler;
 use crate::ranks::Ranks;
 use crate::telemetry::Accumulator;
-use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
+use crate::zero::{FlatBlock, ParamStore, ShardedOptimizer};
 
 /// File of a checkpoint with the state below.
 pub(super) const STATE_FILE: &str = "trainer_state.json";
@@ -32,7 +32,7 @@ const STATE_VERSION: u32 = 1;
 /// What follows a parameter's name in the tensors file for the reference policy's values.
 const REFERENCE_SUFFIX: &str = ".reference";
 /// What may follow a parameter's name in the tensors file.
-const SUFFIXES: [&str; 3] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq"];
+const SUFFIXES: [&str; 4] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq", ".momentum_buffer"];
 
 /// Everything a resumed run needs besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -238,7 +238,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     checkpoint: &Checkpoint,
     settings: &TrainingSettings,
     session: &Session,
-    optimizer: &mut ShardedAdamW,
+    optimizer: &mut ShardedOptimizer,
     (inputs, splits): (&Inputs, &Splits),
 ) -> anyhow::Result<State<B>> {
     let place = checkpoint.path().display().to_string();
@@ -309,7 +309,7 @@ pub(super) struct RunState<'a> {
 pub(super) fn write_checkpoint<B: Serialize + Clone>(
     settings: &TrainingSettings,
     session: &Session,
-    optimizer: &ShardedAdamW,
+    optimizer: &ShardedOptimizer,
     run: RunState<'_>,
     own: LoopState<B>,
 ) -> anyhow::Result<Option<checkpoint::Committed>> {
@@ -344,7 +344,7 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         let tensors = named(store, values, "")
             .into_iter()
             .chain(named(store, references, REFERENCE_SUFFIX))
-            .chain(ShardedAdamW::state(store, moments));
+            .chain(optimizer.state(store, moments));
         writer.add_tensors(TENSORS_FILE, tensors)?;
     }
     Ok(Some(writer.commit(settings.save_total_limit)?))
@@ -358,7 +358,7 @@ struct Tensors {
 }
 
 /// All of it on the first rank; the others help to gather it.
-fn collect(session: &Session, optimizer: &ShardedAdamW) -> anyhow::Result<Option<Tensors>> {
+fn collect(session: &Session, optimizer: &ShardedOptimizer) -> anyhow::Result<Option<Tensors>> {
     let store = session.engine.store();
     let (values, references) = (store.collect_values()?, store.collect_references()?);
     let moments = optimizer.collect(store)?;

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::{Error, Sums};
-use crate::config::settings::{RankSettings, ZeroStage};
+use crate::config::settings::{OptimizerKind, RankSettings, ZeroStage};
 use crate::ops::buffer;
 use crate::ranks::{Alone, Ranks};
 
@@ -17,6 +17,7 @@ pub struct Sharing {
     ranks: Arc<dyn Ranks>,
     stage: ZeroStage,
     persistence_threshold: usize,
+    keeps_whole: bool,
 }
 
 impl std::fmt::Debug for Sharing {
@@ -28,13 +29,19 @@ impl std::fmt::Debug for Sharing {
 impl Sharing {
     /// One rank, which has everything.
     pub fn alone() -> Self {
-        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0 }
+        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0, keeps_whole: false }
     }
 
-    /// `ranks` that share what `settings` say. One rank alone has everything.
-    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings) -> Self {
+    /// `ranks` that share what `settings` say, for an optimizer of this kind. One rank alone has everything.
+    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings, optimizer: OptimizerKind) -> Self {
         let stage = if ranks.world_size() > 1 { settings.stage } else { ZeroStage::Replicated };
-        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold }
+        let keeps_whole = optimizer == OptimizerKind::Muon;
+        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold, keeps_whole }
+    }
+
+    /// Whether a parameter is in one shard as a whole.
+    pub(super) fn keeps_whole(&self) -> bool {
+        self.keeps_whole
     }
 
     /// The ranks.
