@@ -42,7 +42,7 @@ impl Map {
             let scale = 10f64.powi(decade - 6);
             let step = |index: usize| f64::from((0.1 + 0.9 * index as f64 / count as f64) as f32);
             for index in 0..count {
-                let middle = f64::from(((step(index) + step(index + 1)) / 2.0) as f32);
+                let middle = f64::from(f64::midpoint(step(index), step(index + 1)) as f32);
                 all.push(scale * middle);
                 if is_signed {
                     all.push(-scale * middle);
@@ -133,10 +133,10 @@ pub(super) fn adamw_step(
     second: &mut Blocks,
     hyper: &AdamWStep,
 ) -> Result<(), Error> {
+    const VALUES: usize = BLOCK * BLOCKS_PER_TASK;
     super::adamw::check(params.len(), grads.len(), first.len(), second.len(), hyper)?;
     let factors = AdamWFactors::checked(hyper)?;
     let (signed, unsigned) = (first.map, second.map);
-    const VALUES: usize = BLOCK * BLOCKS_PER_TASK;
     params
         .par_chunks_mut(VALUES)
         .zip(grads.par_chunks(VALUES))
