@@ -111,11 +111,19 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once.
-    pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &[PromptExample]) -> u64 {
-        let longest = prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
+    /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once, in training
+    /// or in an evaluation.
+    pub(super) fn most_cache_bytes(
+        &self,
+        session: &Session,
+        prompts: &[PromptExample],
+        eval: Option<&[PromptExample]>,
+    ) -> u64 {
+        let eval = eval.unwrap_or_default();
+        let longest = prompts.iter().chain(eval).map(|p| p.prompt_ids.len()).max().unwrap_or(0);
         let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
-        let of_rank = self.settings.generation_batch_size.div_ceil(self.settings.training.ranks.world_size);
+        let most = self.settings.generation_batch_size.max(eval.len() * self.settings.num_generations_eval);
+        let of_rank = most.div_ceil(self.settings.training.ranks.world_size);
         let lanes = self.settings.max_num_seqs.min(of_rank) + 1;
         (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }

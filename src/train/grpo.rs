@@ -106,7 +106,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &session,
         &optimizer,
         training.gradient_accumulation_steps,
-        generator.most_cache_bytes(&session, &prompts),
+        generator.most_cache_bytes(&session, &prompts, eval_prompts.as_deref()),
     );
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 
 use super::Backend;
-use crate::config::settings::{ModelSettings, TrainingSettings};
+use crate::config::settings::{ModelSettings, TrainingSettings, ZeroStage};
 use crate::data::hub;
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::engine::{Activations, Engine};
@@ -75,7 +76,9 @@ pub fn open(
         tokenizer_place.pop();
     }
     let started = Instant::now();
-    let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
+    // What is cut into shards is cut in host memory.
+    let place = if sharing.stage() == ZeroStage::Parameters { &Device::Cpu } else { &backend.device };
+    let mut loaded = load(&folder, settings, seed, purpose, place)?;
     if !backend.device.is_cpu() {
         loaded.keep_embedding_on_host();
     }
