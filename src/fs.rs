@@ -204,9 +204,14 @@ impl Region {
             return Err(io_error("make room for", path)(io::ErrorKind::OutOfMemory.into()));
         }
         let mut bytes = vec![0; self.range.len()];
-        let pieces = bytes.par_chunks_mut(Self::PIECE).enumerate();
-        let done = pieces
-            .try_for_each(|(piece, bytes)| read_exact_at(file, bytes, (self.range.start + piece * Self::PIECE) as u64));
+        let read = |(piece, bytes): (usize, &mut [u8])| {
+            read_exact_at(file, bytes, (self.range.start + piece * Self::PIECE) as u64)
+        };
+        // Handing a short piece to other threads takes longer than reading it.
+        let done = match bytes.len() {
+            0..=Self::PIECE => read((0, &mut bytes)),
+            _ => bytes.par_chunks_mut(Self::PIECE).enumerate().try_for_each(read),
+        };
         let now = OpenFile::state(file).map_err(io_error("read", path))?;
         if now != *state {
             return Err(Error::Changed { path: path.clone(), before: state.0, after: now.0 });
@@ -413,7 +418,8 @@ pub fn sampled_checksum(path: &Path) -> Result<(String, u64), Error> {
     Ok((hasher.finalize().to_hex().to_string(), length))
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that a path lies in.
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

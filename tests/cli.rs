@@ -13,10 +13,10 @@ fn trainer(arguments: &[&str]) -> (Option<i32>, String, String) {
 fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
     let (code, out, err) = trainer(&["--help"]);
     assert_eq!((code, err.as_str()), (Some(0), ""));
-    for expected in ["sft", "grpo", "generate", "config", "Examples:", "Exit codes:", "TRAINER_LOG"] {
+    for expected in ["sft", "grpo", "generate", "config", "preprocess", "Examples:", "Exit codes:", "TRAINER_LOG"] {
         assert!(out.contains(expected), "{expected} is missing in\n{out}");
     }
-    for subcommand in ["sft", "grpo", "generate", "config", "bench"] {
+    for subcommand in ["sft", "grpo", "preprocess", "generate", "config", "bench"] {
         let (code, out, _) = trainer(&[subcommand, "--help"]);
         assert_eq!(code, Some(0), "{subcommand}");
         assert!(out.contains("Examples:") && out.contains(&format!("trainer {subcommand}")), "{out}");

@@ -84,6 +84,7 @@ fn sft_defaults_are_those_of_trl() {
             eval_fraction: None,
             max_train_samples: None,
             max_eval_samples: None,
+            preprocessed: None,
             chat_template_kwargs: serde_json::Map::new(),
             system_prompt: None,
         },

@@ -25,6 +25,8 @@ mod disk;
 mod generate;
 #[path = "e2e/interrupt.rs"]
 mod interrupt;
+#[path = "e2e/preprocess.rs"]
+mod preprocess;
 #[path = "e2e/ranks.rs"]
 mod ranks;
 #[path = "e2e/recipes.rs"]

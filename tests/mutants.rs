@@ -19,6 +19,8 @@ mod hub;
 mod models;
 #[path = "mutants/planted.rs"]
 mod planted;
+#[path = "mutants/prepared.rs"]
+mod prepared;
 #[path = "mutants/rows.rs"]
 mod rows;
 #[path = "mutants/texts.rs"]
@@ -27,7 +29,7 @@ mod texts;
 use mutate::{Reader, survives};
 
 /// Every reader that is tested.
-const READERS: [Reader; 16] = [
+const READERS: [Reader; 17] = [
     rows::JSON,
     rows::CSV,
     rows::PARQUET,
@@ -44,6 +46,7 @@ const READERS: [Reader; 16] = [
     texts::TEMPLATE,
     checkpoints::MANIFEST,
     checkpoints::STATE,
+    prepared::PREPARED,
 ];
 
 #[test]
@@ -77,6 +80,7 @@ survive! {
     template_survives: texts::TEMPLATE,
     manifest_survives: checkpoints::MANIFEST,
     state_survives: checkpoints::STATE,
+    prepared_survives: prepared::PREPARED,
 }
 
 #[test]

@@ -11,6 +11,7 @@ pub mod grpo;
 mod interrupt;
 mod keys;
 mod launch;
+pub mod preprocess;
 pub mod sft;
 mod training;
 
@@ -37,6 +38,10 @@ Examples:
   trainer grpo config.yaml --set learning_rate=2e-6 --set output_dir=out/b
   trainer grpo --config config.yaml --learning_rate 2e-6 --output_dir out/b --overwrite_output_dir
   trainer grpo config.yaml --set output_dir=out/b --resume
+
+  # The data half first, once, on any machine
+  trainer preprocess config.yaml --output data/ready
+  trainer sft config.yaml --set preprocessed=data/ready
 
   # Ask a model, with or without an adapter
   trainer generate --model Qwen/Qwen2.5-0.5B-Instruct --prompt 'What is 12 * 7?'
@@ -66,6 +71,7 @@ enum Command {
     Sft(sft::Args),
     Grpo(grpo::Args),
     Generate(generate::Args),
+    Preprocess(preprocess::Args),
     Config(config::Args),
     Bench(bench::Args),
 }
@@ -137,6 +143,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Sft(args) => sft::run(args, context),
         Command::Grpo(args) => grpo::run(args, context),
         Command::Generate(args) => generate::run(args, context),
+        Command::Preprocess(args) => preprocess::run(args, context),
         Command::Config(args) => config::run(args, context),
         Command::Bench(args) => bench::run(args, context),
     }

@@ -191,7 +191,7 @@ fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<(
     Ok(())
 }
 
-fn parse_override(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_override(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().into(), value.trim().into())),
         _ => Err("expected KEY=VALUE, e.g. `learning_rate=2e-6`".into()),

@@ -205,6 +205,10 @@ keys! {
         max_train_samples: Option<usize> = Text("null"), ROWS, "rows";
         /// Use at most this many evaluation rows. Not in TRL.
         max_eval_samples: Option<usize> = Text("null"), ROWS, "rows";
+        /// A folder that `trainer preprocess` wrote for this configuration: its tokens are trained on, and no data set is read.
+        /// The keys that say what the data are stay as they are and are compared, as are tokenizer and chat template. Not in
+        /// TRL.
+        preprocessed: Option<PathBuf> = Text("null"), ANY, "";
         /// Extra variables for the chat template, e.g. `{enable_thinking: false}`.
         chat_template_kwargs: Map<String, Value> = Text("{}"), ANY, "";
         /// A system message put in front of conversational prompts that have none. Not in TRL.

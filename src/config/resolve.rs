@@ -285,6 +285,7 @@ pub(super) fn build_data(raw: &RawConfig) -> DataSettings {
         eval_fraction: *raw.eval_fraction.value(),
         max_train_samples: *raw.max_train_samples.value(),
         max_eval_samples: *raw.max_eval_samples.value(),
+        preprocessed: raw.preprocessed.value().clone(),
         chat_template_kwargs: raw.chat_template_kwargs.value().clone(),
         system_prompt: raw.system_prompt.value().clone(),
     }

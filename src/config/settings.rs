@@ -340,6 +340,8 @@ pub struct DataSettings {
     pub max_train_samples: Option<usize>,
     /// Use at most this many evaluation rows.
     pub max_eval_samples: Option<usize>,
+    /// The folder that `trainer preprocess` wrote; its rows are taken instead of those of the data set.
+    pub preprocessed: Option<PathBuf>,
     /// Extra variables for the chat template, e.g. `enable_thinking: false`.
     pub chat_template_kwargs: serde_json::Map<String, serde_json::Value>,
     /// A system message put in front of conversational prompts that have none.

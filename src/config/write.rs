@@ -274,6 +274,7 @@ fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
         eval_fraction,
         max_train_samples,
         max_eval_samples,
+        preprocessed,
         chat_template_kwargs,
         system_prompt,
     } = data;
@@ -305,6 +306,7 @@ fn write_data(data: &DataSettings, command: Command, texts: &mut Texts) {
         ("eval_fraction", optional_float(*eval_fraction)),
         ("max_train_samples", optional(*max_train_samples)),
         ("max_eval_samples", optional(*max_eval_samples)),
+        ("preprocessed", optional_path(preprocessed.as_deref())),
         ("chat_template_kwargs", map(chat_template_kwargs)),
         ("system_prompt", optional_string(system_prompt.as_deref())),
     ]);

@@ -119,6 +119,7 @@ mod tests {
             eval_fraction: None,
             max_train_samples: None,
             max_eval_samples: None,
+            preprocessed: None,
             chat_template_kwargs: serde_json::Map::new(),
             system_prompt: None,
         }

@@ -3,6 +3,8 @@
 //! A resumed run stands at a place in its data, which means nothing if the rows are others. [`RowsFingerprint`] goes into
 //! checkpoints; [`RowsFingerprint::difference`] says what changed since.
 
+use std::collections::BTreeSet;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -23,10 +25,37 @@ pub struct RowsFingerprint {
     checksums: Vec<u64>,
 }
 
+/// Rows that a run has.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a> {
+    /// They were read.
+    Read(&'a Dataset),
+    /// They were read when they were prepared.
+    Known(&'a RowsFingerprint),
+}
+
+impl Rows<'_> {
+    /// What they are.
+    pub fn fingerprint(self) -> RowsFingerprint {
+        match self {
+            Self::Read(dataset) => RowsFingerprint::of(dataset),
+            Self::Known(fingerprint) => fingerprint.clone(),
+        }
+    }
+}
+
 impl RowsFingerprint {
     /// Of the rows of a data set, in their order.
     pub fn of(dataset: &Dataset) -> Self {
-        let own = row_checksums(dataset.rows());
+        Self::without(dataset, &[])
+    }
+
+    /// Of the rows of a data set but some.
+    pub fn without(dataset: &Dataset, left_out: &[usize]) -> Self {
+        let left_out: BTreeSet<usize> = left_out.iter().copied().collect();
+        let mut own = row_checksums(dataset.rows());
+        let mut row = 0..own.len();
+        own.retain(|_| row.next().is_some_and(|row| !left_out.contains(&row)));
         let rows_per_checksum = own.len().div_ceil(MOST_CHECKSUMS).max(1);
         Self {
             rows: own.len(),
@@ -34,6 +63,22 @@ impl RowsFingerprint {
             rows_per_checksum,
             checksums: own.chunks(rows_per_checksum).map(joined).collect(),
         }
+    }
+
+    /// What is different about the rows of a run: `None` if they are these in this order.
+    pub fn difference_from(&self, rows: Rows<'_>) -> Option<String> {
+        let now = match rows {
+            Rows::Read(dataset) => return self.difference(dataset),
+            Rows::Known(now) => now,
+        };
+        if now == self {
+            return None;
+        }
+        Some(match (self.rows, now.rows) {
+            (then, count) if then != count => format!("there were {then} rows, there are {count}"),
+            (_, count) if now.sum == self.sum => format!("the same {count} rows stand in another order"),
+            (_, count) => format!("there are still {count} rows, and some were edited"),
+        })
     }
 
     /// What is different about `dataset`: `None` if it has these rows in this order.
@@ -137,6 +182,18 @@ mod tests {
             let text = then.difference(&dataset(0..count - shorter)).unwrap();
             assert!(text.contains(&format!("there are {}", count - shorter)), "{text}");
         }
+    }
+
+    #[test]
+    fn rows_that_are_only_known_by_their_fingerprint_are_compared_as_well() {
+        let then = RowsFingerprint::of(&dataset(0..10));
+        let difference = |now: RowsFingerprint| then.difference_from(Rows::Known(&now));
+        assert_eq!(difference(then.clone()), None);
+        assert_eq!(difference(RowsFingerprint::without(&dataset((0..5).chain([3, 9]).chain(5..10)), &[5, 6])), None);
+        assert!(difference(RowsFingerprint::without(&dataset(0..10), &[3])).unwrap().contains("there are 9"));
+        assert!(difference(RowsFingerprint::of(&dataset((0..10).rev()))).unwrap().contains("another order"));
+        assert!(difference(RowsFingerprint::of(&dataset(1..11))).unwrap().contains("some were edited"));
+        assert_eq!(then.difference_from(Rows::Read(&dataset(0..10))), None);
     }
 
     #[test]

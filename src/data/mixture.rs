@@ -4,6 +4,8 @@
 //! `get_dataset`); TRL's takes all rows, or the first ones in given proportions, one data set after the other
 //! (`trl/scripts/utils.py`, `get_dataset`).
 
+use serde::{Deserialize, Serialize};
+
 use super::Error;
 use super::hub::{Access, Progress};
 use super::rows::Dataset;
@@ -12,7 +14,7 @@ use crate::config::settings::{MixturePart, MixtureSettings, Share};
 use crate::rng::Stream;
 
 /// What a run read from one data set, for the plan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
     /// Name and split, e.g. `open-thoughts/x train[:10%]`.
     pub name: String,

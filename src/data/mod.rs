@@ -2,7 +2,7 @@
 //!
 //! From a data set's name to ragged batches: [`load`] finds and reads files ([`Dataset`]), [`prepare_sft`] and
 //! [`prepare_prompts`] turn rows into tokens by way of [`ChatTemplate`] and [`Tokenizer`], [`pack`] and [`collate`] make
-//! [`Batch`]es, [`Sampler`] says in which order. The training loops, evaluation and `generate` call it; [`hub`] serves
+//! [`Batch`]es, [`Sampler`] says in which order; [`prepared`] keeps what was made for later runs. The training loops, evaluation and `generate` call it; [`hub`] serves
 //! the model room too. Invariants: nothing here depends on the number of ranks or threads; nothing prints; every
 //! complaint about a row names its file and line.
 
@@ -32,6 +32,7 @@ mod messages;
 mod mixture;
 mod packing;
 mod parquet;
+pub mod prepared;
 mod probe;
 mod prompts;
 mod rendering;
@@ -56,10 +57,11 @@ pub use epoch::{Epoch, Place, PromptBatches, RowBatches, Slice};
 pub use error::Error;
 pub use files::{Splits, load};
 pub use findings::{Findings, Note};
-pub use fingerprint::RowsFingerprint;
+pub use fingerprint::{Rows, RowsFingerprint};
 pub use gguf_tokenizer::GgufTokenizer;
 pub use mixture::Part;
 pub use packing::{Bin, Piece, pack, whole};
+pub use prepared::{Prompts, Sequences};
 pub use prompts::{PromptData, PromptExample, PromptOptions, prepare_prompts};
 pub use rows::{Dataset, Row};
 pub use sampler::{Sampler, SamplerState};

@@ -3,7 +3,7 @@
 //! As TRL's `GRPOTrainer`: conversations go through the chat template with the header of the next assistant turn; plain
 //! prompts are tokenised as they are. All other columns travel along for the reward functions.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -65,10 +65,40 @@ impl PromptOptions {
 pub struct PromptData {
     /// Prompts in the order of the rows.
     pub prompts: Vec<PromptExample>,
+    /// Rows there were.
+    pub num_rows: usize,
+    /// Rows whose prompts [`PromptData::remove_duplicates`] took out.
+    pub duplicates: Vec<usize>,
+    /// Prompts cut to the length limit.
+    pub truncated: usize,
     /// Whether the rows went through the chat template.
     pub is_conversational: bool,
     /// What was lost, guessed or adapted.
     pub findings: Findings,
+}
+
+impl PromptData {
+    /// Takes out every prompt that an earlier one equals in its tokens and in all columns of its row.
+    pub fn remove_duplicates(&mut self) {
+        let mut seen = HashSet::new();
+        let duplicates = &mut self.duplicates;
+        self.prompts.retain(|prompt| {
+            let is_new = seen.insert(prompt.checksum());
+            duplicates.extend((!is_new).then_some(prompt.index));
+            is_new
+        });
+    }
+}
+
+impl PromptExample {
+    fn checksum(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(self.prompt_ids.len() as u64).to_le_bytes());
+        self.prompt_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+        // A map of JSON values always has a JSON form, and a hasher takes everything.
+        let _ = serde_json::to_writer(&mut hasher, &self.row);
+        *hasher.finalize().as_bytes()
+    }
 }
 
 /// Turns rows into prompts, on all cores. `progress` gets the number of rows done so far.
@@ -118,27 +148,30 @@ pub fn prepare_prompts(
     let rows = dataset.rows().par_iter().enumerate();
     let prepared: Vec<Result<(PromptExample, BTreeSet<Finding>), Error>> =
         rows.map_init(|| tokenizer.encoder(), prepare).collect();
-    let mut data = PromptData { is_conversational: layout.is_conversational(), ..PromptData::default() };
+    let is_conversational = layout.is_conversational();
+    let mut data = PromptData { is_conversational, num_rows: dataset.len(), ..PromptData::default() };
     for (index, prepared) in prepared.into_iter().enumerate() {
         let (prompt, findings) = prepared?;
         data.findings.add(findings, || dataset.place(index));
         data.prompts.push(prompt);
     }
     if let Some(limit) = options.max_prompt_length {
-        limit_lengths(&mut data.prompts, limit, dataset, tokenizer, options.truncate_prompts)?;
+        data.truncated = limit_lengths(&mut data.prompts, limit, dataset, tokenizer, options.truncate_prompts)?;
     }
     Ok(data)
 }
 
+/// Refuses or cuts long prompts; returns how many were cut.
 fn limit_lengths(
     prompts: &mut [PromptExample],
     limit: usize,
     dataset: &Dataset,
     tokenizer: &Tokenizer,
     truncate: bool,
-) -> Result<(), Error> {
+) -> Result<usize, Error> {
     let is_long = |prompt: &PromptExample| prompt.prompt_ids.len() > limit;
-    let others = prompts.iter().filter(|prompt| is_long(prompt)).count().saturating_sub(1);
+    let count = prompts.iter().filter(|prompt| is_long(prompt)).count();
+    let others = count.saturating_sub(1);
     for prompt in prompts.iter_mut().filter(|prompt| is_long(prompt)) {
         let tokens = prompt.prompt_ids.len();
         if !truncate {
@@ -147,7 +180,7 @@ fn limit_lengths(
         prompt.prompt_ids.drain(..tokens - limit);
         prompt.prompt_text = tokenizer.decode(&prompt.prompt_ids, false)?;
     }
-    Ok(())
+    Ok(count)
 }
 
 #[cfg(test)]
@@ -205,6 +238,16 @@ mod tests {
         options.truncate_prompts = true;
         let texts: Vec<String> = prepare(&values, &options).unwrap().into_iter().map(|p| p.prompt_text).collect();
         assert_eq!(texts, ["ab", "cdef", "hijk"]);
+    }
+
+    #[test]
+    fn of_equal_prompts_the_first_stays_unless_a_column_differs() {
+        let values = [json!({"prompt": "a", "x": 1}), json!({"prompt": "a", "x": 2}), json!({"prompt": "a", "x": 1})];
+        let rows = values.iter().map(|v| v.as_object().unwrap().clone()).collect();
+        let rows = Dataset::from_rows("memory", rows);
+        let mut data = prepare_prompts(&rows, &tokenizer(), None, &PromptOptions::default(), &|_| {}).unwrap();
+        data.remove_duplicates();
+        assert_eq!((data.prompts.len(), data.duplicates, data.num_rows), (2, vec![2], 3));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! completion is what follows the prompt's tokens; masks are combined; examples are cut at the end, or at the start with
 //! `truncation_mode: keep_end`; what has nothing left to learn is dropped.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -35,14 +35,46 @@ pub struct SftExample {
 pub struct SftData {
     /// Examples in the order of the rows.
     pub examples: Vec<SftExample>,
+    /// The row of each.
+    pub rows: Vec<usize>,
+    /// Rows there were.
+    pub num_rows: usize,
+    /// Rows whose examples [`SftData::remove_duplicates`] took out.
+    pub duplicates: Vec<usize>,
     /// Rows left out because no token of theirs is learnt.
     pub dropped: usize,
+    /// Those of them whose tokens to learn all lie beyond the length limit.
+    pub beyond_limit: usize,
     /// Examples cut to the length limit.
     pub truncated: usize,
     /// Whether the rows went through the chat template.
     pub is_conversational: bool,
     /// What was lost, guessed or adapted.
     pub findings: Findings,
+}
+
+impl SftData {
+    /// Takes out every example that an earlier one equals.
+    pub fn remove_duplicates(&mut self) {
+        let mut seen = HashSet::new();
+        let kept: Vec<bool> = self.examples.iter().map(|example| seen.insert(example.checksum())).collect();
+        let pairs = self.rows.iter().zip(&kept);
+        self.duplicates.extend(pairs.filter(|(_, is_kept)| !**is_kept).map(|(&row, _)| row));
+        let mut is_kept = kept.iter().copied();
+        self.examples.retain(|_| is_kept.next() == Some(true));
+        let mut is_kept = kept.iter().copied();
+        self.rows.retain(|_| is_kept.next() == Some(true));
+    }
+}
+
+impl SftExample {
+    fn checksum(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for (id, is_learnt) in self.input_ids.iter().zip(&self.labels_mask) {
+            hasher.update(&id.to_le_bytes()).update(&[u8::from(*is_learnt)]);
+        }
+        *hasher.finalize().as_bytes()
+    }
 }
 
 /// How rows become examples.
@@ -108,12 +140,14 @@ pub fn prepare_sft(
             },
         )
         .collect();
-    let mut data = SftData { is_conversational: layout.is_conversational(), ..SftData::default() };
+    let is_conversational = layout.is_conversational();
+    let mut data = SftData { is_conversational, num_rows: dataset.len(), ..SftData::default() };
     for (index, prepared) in prepared.into_iter().enumerate() {
         let Prepared { mut example, findings } = prepared?;
         data.findings.add(findings, || dataset.place(index));
         let limit = options.max_length.unwrap_or(usize::MAX);
         let is_cut = example.input_ids.len() > limit;
+        let has_learnt = example.labels_mask.contains(&true);
         if options.keeps_end && is_cut {
             let first = example.input_ids.len() - limit;
             example.input_ids.drain(..first);
@@ -124,8 +158,10 @@ pub fn prepare_sft(
         if example.labels_mask.contains(&true) {
             data.truncated += usize::from(is_cut);
             data.examples.push(example);
+            data.rows.push(index);
         } else {
             data.dropped += 1;
+            data.beyond_limit += usize::from(has_learnt);
         }
     }
     if data.examples.is_empty() {
@@ -440,6 +476,17 @@ mod tests {
         assert_eq!((data.dropped, data.truncated), (0, 2));
         let text = prepare(&values, &SftOptions { max_length: Some(1), ..options() }).unwrap_err().to_string();
         assert!(text.contains("none of the 3 rows has a token to learn within `max_length: 1` tokens"), "{text}");
+    }
+
+    #[test]
+    fn of_equal_examples_the_first_stays_and_why_rows_are_left_out_is_counted() {
+        let pair = |prompt: &str, completion: &str| json!({"prompt": prompt, "completion": completion});
+        let values = [pair("a", "b"), pair("abc", "d"), pair("a", "b"), pair("", "ab"), pair("a", "b")];
+        let mut data = prepare(&values, &SftOptions { max_length: Some(3), ..options() }).unwrap();
+        assert_eq!((data.num_rows, data.dropped, data.beyond_limit, data.examples.len()), (5, 1, 1, 4));
+        data.remove_duplicates();
+        // The same tokens of which others are learnt are another example.
+        assert_eq!((data.examples.len(), &data.rows[..], &data.duplicates[..]), (2, &[0, 3][..], &[2, 4][..]));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Token counts of a data set, for the plan that a run opens with.
 
+use serde::{Deserialize, Serialize};
+
 /// One bar of the histogram.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
     /// Lengths up to this many tokens, and above the bucket before.
     pub up_to: usize,
@@ -10,7 +12,7 @@ pub struct Bucket {
 }
 
 /// Lengths of examples, in tokens.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TokenStatistics {
     /// Number of examples.
     pub count: usize,
@@ -20,10 +22,18 @@ pub struct TokenStatistics {
     pub mean: f64,
     /// Shortest.
     pub min: usize,
+    /// 5% of the examples are at most this long.
+    pub p5: usize,
+    /// A quarter of the examples is at most this long.
+    pub p25: usize,
     /// Half of the examples are at most this long.
     pub median: usize,
+    /// Three quarters of the examples are at most this long.
+    pub p75: usize,
     /// 95% of the examples are at most this long.
     pub p95: usize,
+    /// 99% of the examples are at most this long.
+    pub p99: usize,
     /// Longest.
     pub max: usize,
     /// Histogram over powers of two, from the first to the last that has an example.
@@ -50,8 +60,12 @@ impl TokenStatistics {
             total,
             mean: total as f64 / count as f64,
             min,
+            p5: quantile(0.05),
+            p25: quantile(0.25),
             median: quantile(0.5),
+            p75: quantile(0.75),
             p95: quantile(0.95),
+            p99: quantile(0.99),
             max,
             buckets,
         }
@@ -66,7 +80,8 @@ mod tests {
     fn counts_quantiles_and_buckets_add_up() {
         let statistics = TokenStatistics::of([5, 3, 100, 8, 9]);
         assert_eq!((statistics.count, statistics.total, statistics.min, statistics.max), (5, 125, 3, 100));
-        assert_eq!((statistics.median, statistics.p95), (8, 100));
+        assert_eq!((statistics.p5, statistics.p25, statistics.median), (3, 5, 8));
+        assert_eq!((statistics.p75, statistics.p95, statistics.p99), (9, 100, 100));
         assert!((statistics.mean - 25.0).abs() < 1e-12);
         let bucket = |up_to, count| Bucket { up_to, count };
         let expected = [bucket(4, 1), bucket(8, 2), bucket(16, 1), bucket(32, 0), bucket(64, 0), bucket(128, 1)];

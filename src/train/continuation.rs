@@ -318,6 +318,8 @@ mod tests {
         "activation_offloading",
         "per_device_eval_batch_size",
         "max_num_seqs",
+        // The rows themselves are compared, wherever they come from.
+        "preprocessed",
         // That other keys decide.
         "generation_batch_size",
         "disable_dropout",

@@ -11,7 +11,7 @@ use super::run::Run;
 use super::session::Session;
 use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
 use crate::config::settings::{GrpoSettings, SamplingSettings};
-use crate::data::{PromptExample, Tokenizer};
+use crate::data::{self, Prompts, Tokenizer};
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::ranks::Ranks;
 use crate::reward::{self, Progress, Rewards, Scores};
@@ -113,17 +113,12 @@ impl<'a> Generator<'a> {
 
     /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once, in training
     /// or in an evaluation.
-    pub(super) fn most_cache_bytes(
-        &self,
-        session: &Session,
-        prompts: &[PromptExample],
-        eval: Option<&[PromptExample]>,
-    ) -> u64 {
-        let eval = eval.unwrap_or_default();
-        let longest = prompts.iter().chain(eval).map(|p| p.prompt_ids.len()).max().unwrap_or(0);
+    pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &Prompts, eval: Option<&Prompts>) -> u64 {
+        let longest = eval.map_or(0, Prompts::longest).max(prompts.longest());
         let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
-        let most = self.settings.generation_batch_size.max(eval.len() * self.settings.num_generations_eval);
-        let of_rank = most.div_ceil(self.settings.training.ranks.world_size);
+        let evaluated = eval.map_or(0, Prompts::len) * self.settings.num_generations_eval;
+        let of_rank =
+            self.settings.generation_batch_size.max(evaluated).div_ceil(self.settings.training.ranks.world_size);
         let lanes = self.settings.max_num_seqs.min(of_rank) + 1;
         (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }
@@ -135,25 +130,25 @@ impl<'a> Generator<'a> {
     pub(super) fn sample(
         &mut self,
         session: &Session,
-        examples: &[PromptExample],
+        examples: &Prompts,
         prompts: &[usize],
         key: u64,
         sampling: &SamplingSettings,
         run: &Run<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
         let ranks = run.ranks();
-        let lengths: Vec<usize> = prompts.iter().map(|&prompt| examples[prompt].prompt_ids.len()).collect();
+        let lengths = prompts.iter().map(|&prompt| Ok(examples.get(prompt)?.prompt_ids.len()));
+        let lengths: Vec<usize> = lengths.collect::<Result<_, data::Error>>()?;
         let owners = deal(prompts, &lengths, ranks.world_size());
         let requests: Vec<Request> = prompts
             .iter()
             .enumerate()
             .filter(|(sample, _)| owners[*sample] == ranks.rank())
-            .map(|(sample, &prompt)| Request {
-                sample_id: sample as u64,
-                prompt_ids: examples[prompt].prompt_ids.clone(),
-                group: prompt,
+            .map(|(sample, &prompt)| {
+                let prompt_ids = examples.get(prompt)?.prompt_ids.clone();
+                Ok(Request { sample_id: sample as u64, prompt_ids, group: prompt })
             })
-            .collect();
+            .collect::<Result<_, data::Error>>()?;
         let bar = run.console.progress("rollout", requests.len() as u64, "sequences");
         let mut model = EngineModel::new(&session.engine, true)?;
         let (mut finished, mut tokens) = (0, 0);
@@ -198,7 +193,7 @@ impl<'a> Generator<'a> {
     pub(super) fn score(
         &mut self,
         session: &Session,
-        examples: &[PromptExample],
+        examples: &Prompts,
         completions: &[Completion],
         group_size: usize,
         step: u64,
@@ -210,8 +205,8 @@ impl<'a> Generator<'a> {
             .iter()
             .zip(&texts)
             .map(|(completion, text)| {
-                let example = &examples[completion.group];
-                reward::Sample {
+                let example = examples.get(completion.group)?;
+                Ok(reward::Sample {
                     prompt: &example.prompt,
                     prompt_text: &example.prompt_text,
                     completion: text,
@@ -220,9 +215,9 @@ impl<'a> Generator<'a> {
                     max_completion_length: self.settings.longest_completion(),
                     is_truncated: completion.is_truncated(),
                     row: &example.row,
-                }
+                })
             })
-            .collect();
+            .collect::<Result<_, data::Error>>()?;
         let scores = self.score_shared(&samples, group_size, &|| run.is_interrupted(), &*run.ranks());
         let scores =
             scores.map_err(|error| match error.downcast_ref::<reward::Error>().map(reward::Error::reward) {
@@ -369,7 +364,7 @@ pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32]) -> RolloutS
 }
 
 /// A completion as reward functions see it: without special tokens.
-fn completion_text(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, crate::data::Error> {
+fn completion_text(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, data::Error> {
     tokenizer.decode(ids, true)
 }
 
@@ -428,17 +423,16 @@ impl GenerationBatch {
     /// last token of a completion predicts nothing and is left out.
     pub(super) fn micro_batch(
         samples: &[Sampled],
-        examples: &[PromptExample],
+        examples: &Prompts,
         mask_truncated: bool,
     ) -> anyhow::Result<MicroBatch> {
         let mut builder = BatchBuilder::new();
         let mut prompts = HashMap::new();
         let (mut row_starts, mut mask) = (vec![0], Vec::new());
         for (index, sample) in samples.iter().enumerate() {
-            let prompt = prompts
-                .entry(sample.prompt)
-                .or_insert_with(|| builder.push(&examples[sample.prompt].prompt_ids, prompt_key(sample.prompt)))
-                .clone();
+            let ids = &examples.get(sample.prompt)?.prompt_ids;
+            let prompt =
+                prompts.entry(sample.prompt).or_insert_with(|| builder.push(ids, prompt_key(sample.prompt))).clone();
             let ids = &sample.completion_ids;
             let (Some(&first), Some((_, inputs))) = (ids.first(), ids.split_last()) else {
                 row_starts.push(mask.len());

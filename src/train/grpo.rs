@@ -9,6 +9,7 @@ use super::continuation::Continuation;
 use super::gathered;
 use super::generation::{GenerationBatch, Generator, MicroBatch};
 use super::inputs::Inputs;
+use super::material::Material;
 use super::notices;
 use super::output_dir;
 use super::plan;
@@ -21,9 +22,7 @@ use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{EntropyControl, Metrics};
 use crate::config;
 use crate::config::settings::GrpoSettings;
-use crate::data::{
-    self, Dataset, Findings, Part, PromptBatches, PromptData, PromptExample, PromptOptions, Sampler, TokenStatistics,
-};
+use crate::data::{Part, PromptBatches, Prompts, Sampler};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::batch::Batch;
 use crate::model::load::Purpose;
@@ -71,16 +70,14 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     if training.full_determinism {
         session.engine.fix_sums();
     }
-    let splits = data::load(&settings.data, training.seed, plan::evaluation_key(training), &mut progress)?;
+    let material = Material::of_grpo(settings, &session, &mut progress)?;
     drop(progress);
-    let inputs = Inputs::of(&settings.model, &session, &splits, continuation.value("reward_funcs"))?;
-    let PromptData { prompts, is_conversational, findings } = prepare(settings, &session, "training", &splits.train)?;
-    let eval_prompts = splits.eval.as_ref().map(|rows| prepare(settings, &session, "evaluation", rows)).transpose()?;
-    let eval_prompts = eval_prompts.map(|data| data.prompts);
-    if is_conversational {
+    let inputs = Inputs::of(&settings.model, &session, &material, continuation.value("reward_funcs"))?;
+    let (prompts, eval_prompts) = prepare(settings, &session, &material)?;
+    if prompts.summary().is_conversational {
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
     }
-    let settings = &close_length(settings, &session, prompts.iter().chain(eval_prompts.iter().flatten()));
+    let settings = &close_length(settings, &session, [Some(&prompts), eval_prompts.as_ref()]);
     keep_reference(settings, &mut session)?;
     let mut generator = Generator::new(settings, &session, rewards)?;
 
@@ -93,7 +90,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut entropy = settings.adaptive_entropy.map(|_| EntropyControl::new(settings.entropy_coef));
     let sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset)?;
     let mut resumed: Option<State<GenerationBatch>> =
-        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
+        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &material))).transpose()?;
     let mut source = Source { sampler, batches, generation: resumed.as_mut().and_then(|state| state.buffer.take()) };
     if let Some(state) = &resumed {
         source.count_for(ranks.world_size(), state);
@@ -106,14 +103,11 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &session,
         &optimizer,
         training.gradient_accumulation_steps,
-        generator.most_cache_bytes(&session, &prompts, eval_prompts.as_deref()),
+        generator.most_cache_bytes(&session, &prompts, eval_prompts.as_ref()),
     );
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
-    run.open(
-        &backend,
-        show_plan(settings, &session, (&prompts, &findings), &splits.parts, &generator, &batches, total),
-    )?;
+    run.open(&backend, show_plan(settings, &session, &prompts, material.parts(), &generator, &batches, total))?;
 
     let mut due = run.due_at_first(resumed.as_ref());
     loop {
@@ -255,7 +249,7 @@ fn gradients(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
     session: &mut Session,
-    prompts: &[PromptExample],
+    prompts: &Prompts,
     source: &mut Source,
     scale: Scale,
     run: &mut Run<'_>,
@@ -316,29 +310,31 @@ fn gradients(
     Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
 }
 
-fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
-    let options = PromptOptions::from_settings(settings);
-    let data = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
-    turns::warn(split, &data.findings);
-    let limit = session.engine.config().max_position_embeddings;
-    let longest = data.prompts.iter().map(|p| p.prompt_ids.len()).max().unwrap_or(0);
-    let room = settings.max_completion_length.unwrap_or(1);
-    if longest + room > limit {
-        bail!(
-            "the longest prompt has {longest} tokens and `max_completion_length` is {room}, together more than the {limit} \
-             that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
-        );
+fn prepare(
+    settings: &GrpoSettings,
+    session: &Session,
+    material: &Material,
+) -> anyhow::Result<(Prompts, Option<Prompts>)> {
+    let (train, eval) = material.prompts(settings, session)?;
+    for (split, prompts) in std::iter::once(("training", &train)).chain(eval.as_ref().map(|eval| ("evaluation", eval)))
+    {
+        turns::warn(split, &prompts.summary().notes);
+        let limit = session.engine.config().max_position_embeddings;
+        let longest = prompts.longest();
+        let room = settings.max_completion_length.unwrap_or(1);
+        if longest + room > limit {
+            bail!(
+                "the longest prompt has {longest} tokens and `max_completion_length` is {room}, together more than the \
+                 {limit} that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
+            );
+        }
     }
-    Ok(data)
+    Ok((train, eval))
 }
 
 /// The settings with a longest completion: where they name none, what the model holds after the longest prompt.
-fn close_length<'a>(
-    settings: &GrpoSettings,
-    session: &Session,
-    prompts: impl Iterator<Item = &'a PromptExample>,
-) -> GrpoSettings {
-    let longest = prompts.map(|prompt| prompt.prompt_ids.len()).max().unwrap_or(0);
+fn close_length(settings: &GrpoSettings, session: &Session, prompts: [Option<&Prompts>; 2]) -> GrpoSettings {
+    let longest = prompts.into_iter().flatten().map(Prompts::longest).max().unwrap_or(0);
     let room = session.engine.config().max_position_embeddings.saturating_sub(longest);
     let length = settings.max_completion_length.unwrap_or(room);
     GrpoSettings { max_completion_length: Some(length), ..settings.clone() }
@@ -359,7 +355,7 @@ fn generate(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
     session: &mut Session,
-    prompts: &[PromptExample],
+    prompts: &Prompts,
     indices: &[usize],
     (key, life): (u64, usize),
     run: &mut Run<'_>,
@@ -408,7 +404,7 @@ fn sample(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
     session: &mut Session,
-    prompts: &[PromptExample],
+    prompts: &Prompts,
     indices: &[usize],
     key: u64,
     run: &Run<'_>,
@@ -424,7 +420,7 @@ fn sample(
 fn add_logprobs(
     settings: &GrpoSettings,
     session: &Session,
-    prompts: &[PromptExample],
+    prompts: &Prompts,
     life: usize,
     batch: &mut GenerationBatch,
 ) -> anyhow::Result<()> {
@@ -474,7 +470,7 @@ fn evaluate(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
     session: &mut Session,
-    prompts: &[PromptExample],
+    prompts: &Prompts,
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<(String, Value)>> {
     /// Keeps evaluation's random draws apart from training's, whose keys are optimizer steps.
@@ -497,7 +493,7 @@ fn evaluate(
 fn show_plan(
     settings: &GrpoSettings,
     session: &Session,
-    (prompts, findings): (&[PromptExample], &Findings),
+    prompts: &Prompts,
     parts: &[Part],
     generator: &Generator<'_>,
     batches: &PromptBatches,
@@ -543,9 +539,12 @@ fn show_plan(
         };
         policy.push("KL", format!("beta {} against {reference}", settings.beta));
     }
-    let mut data =
-        plan::data_section(&settings.data, parts, &TokenStatistics::of(prompts.iter().map(|p| p.prompt_ids.len())));
-    turns::show_adapted(&mut data, findings);
+    let summary = prompts.summary();
+    let mut data = plan::data_section(&settings.data, parts, &summary.statistics);
+    turns::show_adapted(&mut data, &summary.notes);
+    if summary.duplicates > 0 {
+        data.push("duplicates", format!("{} rows left out when they were preprocessed", summary.duplicates));
+    }
     vec![
         plan::run_section("grpo", training, session, (batches.epoch(), total), &batch),
         plan::model_section(&settings.model, session),

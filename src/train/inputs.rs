@@ -9,10 +9,11 @@ use std::path::Path;
 use anyhow::bail;
 use serde::{Deserialize, Serialize};
 
+use super::material::Material;
 use super::session::Session;
 use crate::checkpoint::Checkpoint;
 use crate::config::settings::ModelSettings;
-use crate::data::{Dataset, RowsFingerprint, Splits};
+use crate::data::{Rows, RowsFingerprint};
 use crate::fs;
 use crate::model::source;
 
@@ -57,7 +58,7 @@ impl Inputs {
     pub(super) fn of(
         model: &ModelSettings,
         session: &Session,
-        splits: &Splits,
+        material: &Material,
         rewards: Option<&str>,
     ) -> anyhow::Result<Self> {
         let mut contents = BTreeMap::new();
@@ -81,11 +82,11 @@ impl Inputs {
         let template = session.template.as_ref().map_or("", |template| template.source());
         let (bytes, blake3) = (template.len() as u64, blake3::hash(template.as_bytes()).to_hex().to_string());
         contents.insert("chat template".into(), Content { bytes, blake3 });
-        let eval = splits.eval.as_ref().map(RowsFingerprint::of);
-        Ok(Self { train: RowsFingerprint::of(&splits.train), eval, contents })
+        let (train, eval) = material.rows();
+        Ok(Self { train: train.fingerprint(), eval: eval.map(Rows::fingerprint), contents })
     }
 
-    fn differences(&self, then: &Self, train: &Dataset, eval: Option<&Dataset>) -> Differences {
+    fn differences(&self, then: &Self, (train, eval): (Rows<'_>, Option<Rows<'_>>)) -> Differences {
         let mut others = Vec::new();
         for (name, before) in &then.contents {
             let label = match name.split_once(' ') {
@@ -108,8 +109,8 @@ impl Inputs {
                 others.push(format!("`{file}` (`{key}`) was not read then"));
             }
         }
-        let evaluation = then.eval.as_ref().zip(eval).and_then(|(then, eval)| then.difference(eval));
-        Differences { rows: then.train.difference(train), others, evaluation }
+        let evaluation = then.eval.as_ref().zip(eval).and_then(|(then, eval)| then.difference_from(eval));
+        Differences { rows: then.train.difference_from(train), others, evaluation }
     }
 
     /// Compares with what a checkpoint was made with; whether the rows differ, where that is allowed.
@@ -120,7 +121,7 @@ impl Inputs {
         &self,
         checkpoint: &Checkpoint,
         then: Option<&Self>,
-        splits: &Splits,
+        material: &Material,
         may_differ: bool,
     ) -> anyhow::Result<bool> {
         let place = checkpoint.path().display();
@@ -131,7 +132,7 @@ impl Inputs {
             );
             return Ok(false);
         };
-        let Differences { rows, others, evaluation } = self.differences(then, &splits.train, splits.eval.as_ref());
+        let Differences { rows, others, evaluation } = self.differences(then, material.rows());
         if let Some(evaluation) = evaluation {
             tracing::warn!("`{place}` was made with other evaluation rows: {evaluation}; its results do not compare");
         }
@@ -176,6 +177,7 @@ fn is_text_file(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Dataset;
 
     #[test]
     fn programs_are_the_text_files_that_rewards_name() {
@@ -220,7 +222,7 @@ mod tests {
                 ("chat template", 3, "j"),
             ],
         );
-        let same = then.differences(&then, &train, Some(&rows(&["e"])));
+        let same = then.differences(&then, (Rows::Read(&train), Some(Rows::Read(&rows(&["e"])))));
         assert_eq!(same, Differences::default());
         let other = rows(&["b", "a"]);
         let now = inputs(
@@ -233,7 +235,8 @@ mod tests {
                 ("chat template", 4, "J"),
             ],
         );
-        let Differences { rows: train, others, evaluation } = now.differences(&then, &other, Some(&rows(&["f"])));
+        let Differences { rows: train, others, evaluation } =
+            now.differences(&then, (Rows::Read(&other), Some(Rows::Read(&rows(&["f"])))));
         assert!(train.is_some_and(|text| text.contains("another order")));
         assert!(evaluation.is_some_and(|text| text.contains("edited")));
         assert_eq!(

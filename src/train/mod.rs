@@ -3,7 +3,7 @@
 //! `sft.rs` and `grpo.rs` read top to bottom as the algorithms they run; everything that is not the algorithm is beside
 //! them: `backend.rs` picks the device, `session.rs` opens a model, `run.rs` keeps a run's metrics and console,
 //! `cadence.rs` says when it logs, evaluates and saves, `notices.rs` what it says of steps that teach nothing,
-//! `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
+//! `material.rs` has the rows, read or prepared by `preprocess.rs`, `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
 //! products are made, `save.rs` writes models,
 //! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch.
@@ -18,10 +18,12 @@ mod generation;
 pub mod grpo;
 mod inputs;
 mod lock;
+mod material;
 mod notices;
 mod output_dir;
 mod plan;
 mod policy_loss;
+pub mod preprocess;
 mod results;
 mod run;
 mod save;

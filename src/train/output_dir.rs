@@ -100,6 +100,7 @@ fn inputs(model: &ModelSettings, data: &DataSettings) -> Vec<(&'static str, Path
         ("adapter_name_or_path", model.adapter_name_or_path.clone()),
         ("chat_template_path", model.chat_template_path.clone()),
         ("dataset_name", Some(PathBuf::from(&data.dataset_name))),
+        ("preprocessed", data.preprocessed.clone()),
     ];
     let parts = data.mixture.iter().flat_map(|mixture| &mixture.parts);
     let parts = parts.map(|part| ("datasets", Some(PathBuf::from(&part.path))));

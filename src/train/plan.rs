@@ -220,6 +220,9 @@ pub(super) fn data_section(settings: &DataSettings, parts: &[Part], statistics: 
     if settings.mixture.is_none() {
         section.push("set", &settings.dataset_name);
     }
+    if let Some(folder) = &settings.preprocessed {
+        section.push("preprocessed", folder.display());
+    }
     for Part { name, taken, available } in parts {
         let (taken, available) = (units::count(*taken as u64), units::count(*available as u64));
         section.push("set", format!("{name}: {taken} of {available} rows"));

@@ -66,15 +66,7 @@ pub fn open(
 ) -> anyhow::Result<Session> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
-    let mut tokenizer_place = match &settings.tokenizer_name_or_path {
-        Some(name) => {
-            local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?
-        }
-        None => folder.clone(),
-    };
-    if tokenizer_place.is_file() && tokenizer_place.file_name().is_some_and(|name| name == "tokenizer.json") {
-        tokenizer_place.pop();
-    }
+    let tokenizer_place = tokenizer_place(settings, progress)?.unwrap_or_else(|| folder.clone());
     let started = Instant::now();
     // What is cut into shards is cut in host memory.
     let place = if sharing.stage() == ZeroStage::Parameters { &Device::Cpu } else { &backend.device };
@@ -126,15 +118,58 @@ pub fn open(
     Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None })
 }
 
+/// The tokenizer and the chat template that a run with these settings has; no weights are read, and none downloaded where
+/// the tokenizer has files of its own.
+pub(super) fn open_text(
+    settings: &ModelSettings,
+    progress: &mut hub::Progress<'_>,
+) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
+    let place = match tokenizer_place(settings, progress)? {
+        Some(place) => place,
+        None => {
+            let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
+            let of_text = fetched(name, revision, &["json", "jinja", "txt"], progress).ok();
+            let place = match of_text.filter(|place| place.join("tokenizer.json").is_file()) {
+                Some(place) => Ok(place),
+                None => local_path(name, revision, progress),
+            };
+            place.with_context(|| format!("cannot get the model `{name}`"))?
+        }
+    };
+    let mut tokenizer = open_tokenizer(&place)?;
+    let template = super::turns::open_template(settings, &place, &mut tokenizer, progress)?;
+    Ok((tokenizer, template))
+}
+
+/// Where the tokenizer lies, if elsewhere than beside the model.
+fn tokenizer_place(settings: &ModelSettings, progress: &mut hub::Progress<'_>) -> anyhow::Result<Option<PathBuf>> {
+    let Some(name) = &settings.tokenizer_name_or_path else { return Ok(None) };
+    let mut place = local_path(name, "main", progress).with_context(|| format!("cannot get the tokenizer `{name}`"))?;
+    if place.is_file() && place.file_name().is_some_and(|name| name == "tokenizer.json") {
+        place.pop();
+    }
+    Ok(Some(place))
+}
+
 /// A local path as it is; a hub id through the cache.
 pub(super) fn local_path(name: &str, revision: &str, progress: &mut hub::Progress<'_>) -> anyhow::Result<PathBuf> {
+    fetched(name, revision, &["json", "safetensors", "jinja", "txt", "gguf"], progress)
+}
+
+/// As [`local_path`], of a hub id only files with some extensions.
+fn fetched(
+    name: &str,
+    revision: &str,
+    extensions: &[&str],
+    progress: &mut hub::Progress<'_>,
+) -> anyhow::Result<PathBuf> {
     let path = Path::new(name);
     if path.exists() || !hub::is_repo_id(name) {
         return Ok(path.to_path_buf());
     }
     let is_wanted = |file: &str| {
         let extension = Path::new(file).extension().and_then(|e| e.to_str()).unwrap_or_default();
-        !file.contains('/') && matches!(extension, "json" | "safetensors" | "jinja" | "txt" | "gguf")
+        !file.contains('/') && extensions.contains(&extension)
     };
     Ok(hub::fetch(name, hub::Kind::Model, revision, is_wanted, progress)?)
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::continuation::Continuation;
 use super::gathered;
 use super::inputs::Inputs;
+use super::material::Material;
 use super::output_dir;
 use super::plan;
 use super::run::Run;
@@ -19,9 +20,7 @@ use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{Metrics, SftInputs, SftOutput, sft_loss};
 use crate::config;
 use crate::config::settings::{SftLossType, SftSettings};
-use crate::data::{
-    self, Bin, Dataset, IGNORE, Part, RowBatches, Sampler, SftData, SftOptions, Splits, TokenStatistics,
-};
+use crate::data::{IGNORE, Part, RowBatches, Sampler, Sequences};
 use crate::engine::{DropoutKey, Speaker, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -30,14 +29,11 @@ use crate::ops::head;
 use crate::telemetry::Section;
 use crate::zero::{ShardedOptimizer, Sharing};
 
-/// Examples of one split, cut into the sequences that training draws from.
+/// The sequences of one split that training draws from.
 struct Split {
-    data: SftData,
-    bins: Vec<Bin>,
+    sequences: Sequences,
     /// What the rows were taken from, if from several data sets.
     parts: Vec<Part>,
-    /// Bins without a token that has another before it to be predicted from.
-    without_target: usize,
 }
 
 /// Trains on the examples that `settings` name.
@@ -78,13 +74,13 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         session.engine.fix_sums();
     }
     let smoothing = settings.label_smoothing_factor;
-    let splits = data::load(&settings.data, training.seed, plan::evaluation_key(training), &mut progress)?;
+    let material = Material::of_sft(settings, &session, &mut progress)?;
     drop(progress);
-    let inputs = Inputs::of(&settings.model, &session, &splits, None)?;
-    let (train, eval) = prepare(settings, &mut session, &splits)?;
+    let inputs = Inputs::of(&settings.model, &session, &material, None)?;
+    let (train, eval) = prepare(settings, &mut session, &material)?;
 
     let batches = RowBatches::new(
-        train.bins.len(),
+        train.len(),
         training.per_device_train_batch_size,
         ranks.world_size(),
         settings.dataloader_drop_last,
@@ -95,11 +91,11 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let schedule = plan::schedule(training, total)?;
     let mut optimizer = ShardedOptimizer::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
-    let mut sampler = Sampler::new(train.bins.len(), training.data_seed, true)?;
+    let mut sampler = Sampler::new(train.len(), training.data_seed, true)?;
     let resumed: Option<State<()>> =
-        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &splits))).transpose()?;
+        checkpoint.map(|c| restore(&c, training, &session, &mut optimizer, (&inputs, &material))).transpose()?;
     if let Some(state) = &resumed {
-        state.check_place(batches.state_after(state.step), train.bins.len())?;
+        state.check_place(batches.state_after(state.step), train.len())?;
         scaler = scaler.map(|fresh| state.loss_scaler.clone().unwrap_or(fresh));
     }
     let memory = plan::Memory::new(&session, &optimizer, training.gradient_accumulation_steps, 0);
@@ -270,44 +266,34 @@ fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> 
     })
 }
 
-fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
+fn prepare(
+    settings: &SftSettings,
+    session: &mut Session,
+    material: &Material,
+) -> anyhow::Result<(Split, Option<Split>)> {
     let limit = session.engine.config().max_position_embeddings;
-    let split = |name: &str, dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
-        let options = SftOptions::from_settings(settings, packing);
-        let data = data::prepare_sft(dataset, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
-        let lengths: Vec<usize> = data.examples.iter().map(|e| e.input_ids.len()).collect();
-        let bins = match settings.max_length.filter(|_| packing) {
-            Some(length) => data::pack(&lengths, length, settings.packing_strategy)?,
-            None => data::whole(&lengths),
-        };
-        if let Some(longest) = lengths.iter().max().filter(|&&longest| longest > limit && !packing) {
+    let split = |name: &str, sequences: Sequences, packing: bool| -> anyhow::Result<Split> {
+        let longest = sequences.summary().statistics.max;
+        if longest > limit && !packing {
             bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
         }
-        turns::warn(name, &data.findings);
-        let has_target = |bin: &Bin| data::collate(&data.examples, [bin]).num_targets() > 0;
-        let without_target = bins.iter().filter(|bin| !has_target(bin)).count();
-        if without_target == bins.len() {
-            bail!(
-                "none of the {} rows has a token to learn that comes after another one in its sequence; check the texts, \
-                 `max_length` and the masks (`completion_only_loss`, `assistant_only_loss`)",
-                dataset.len()
-            );
-        }
-        Ok(Split { data, bins, parts: Vec::new(), without_target })
+        turns::warn(name, &sequences.summary().notes);
+        Ok(Split { sequences, parts: Vec::new() })
     };
-    let mut train = split("training", &splits.train, settings.packing)?;
-    train.parts.clone_from(&splits.parts);
-    let eval = splits.eval.as_ref().map(|dataset| split("evaluation", dataset, settings.eval_packing)).transpose()?;
-    if train.data.is_conversational {
+    let (train, eval) = material.sequences(settings, session)?;
+    let mut train = split("training", train, settings.packing)?;
+    train.parts = material.parts().to_vec();
+    let eval = eval.map(|eval| split("evaluation", eval, settings.eval_packing)).transpose()?;
+    if train.sequences.summary().is_conversational {
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
     }
     Ok((train, eval))
 }
 
 impl Split {
-    /// The bins `indices` as one ragged batch with a target for every learnt token.
+    /// The sequences `indices` as one ragged batch with a target for every learnt token.
     fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
-        let collated = data::collate(&self.data.examples, indices.iter().map(|&i| &self.bins[i]));
+        let collated = self.sequences.collate(indices)?;
         let targets = collated.targets();
         let mut builder = BatchBuilder::new();
         if wants_means {
@@ -315,7 +301,7 @@ impl Split {
         }
         for (sequence, ends) in collated.cu_seqlens.windows(2).enumerate() {
             let range = ends[0] as usize..ends[1] as usize;
-            // A bin's index is the same in every epoch and on every rank; its sequences follow one another.
+            // The index is the same in every epoch and on every rank; its sequences follow one another.
             let sample = (indices[sequence.min(indices.len() - 1)] as u64) << 20 | sequence as u64;
             let rows = builder.push(&collated.tokens[range.clone()], sample);
             for (row, &target) in rows.zip(&targets[range]) {
@@ -327,8 +313,8 @@ impl Split {
         Ok(builder.build()?)
     }
 
-    fn statistics(&self) -> TokenStatistics {
-        TokenStatistics::of(self.data.examples.iter().map(|e| e.input_ids.len()))
+    fn len(&self) -> usize {
+        self.sequences.len()
     }
 }
 
@@ -340,10 +326,10 @@ fn evaluate(
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<(String, Value)>> {
     let started = std::time::Instant::now();
-    let bar = run.console.progress("eval", eval.bins.len() as u64, "sequences");
+    let bar = run.console.progress("eval", eval.len() as u64, "sequences");
     let ranks = run.ranks();
     let (mut terms, mut tokens) = (Vec::new(), 0);
-    let indices: Vec<usize> = (0..eval.bins.len()).collect();
+    let indices: Vec<usize> = (0..eval.len()).collect();
     let chunks: Vec<&[usize]> = indices.chunks(settings.training.per_device_eval_batch_size).collect();
     for turn in chunks.chunks(ranks.world_size()) {
         let chunk = turn.get(ranks.rank()).copied().unwrap_or_default();
@@ -368,7 +354,7 @@ fn evaluate(
     let mut values = vec![("eval_loss".to_string(), Value::from(sum / count.max(1) as f64))];
     values.extend(metrics.values().into_iter().map(|(name, value)| (format!("eval_{name}"), Value::from(value))));
     values.push(("eval_runtime".into(), secs.into()));
-    values.push(("eval_samples_per_second".into(), (eval.data.examples.len() as f64 / secs).into()));
+    values.push(("eval_samples_per_second".into(), (eval.sequences.summary().statistics.count as f64 / secs).into()));
     Ok(values)
 }
 
@@ -380,27 +366,29 @@ fn show_plan(
     batches: &RowBatches,
     total: u64,
 ) -> Vec<Section> {
-    let training = &settings.training;
-    let mut data = plan::data_section(&settings.data, &train.parts, &train.statistics());
-    turns::show_adapted(&mut data, &train.data.findings);
-    if train.data.dropped > 0 {
-        data.push("left out", format!("{} rows without a token to learn", train.data.dropped));
+    let (training, summary) = (&settings.training, train.sequences.summary());
+    let mut data = plan::data_section(&settings.data, &train.parts, &summary.statistics);
+    turns::show_adapted(&mut data, &summary.notes);
+    if summary.dropped > 0 {
+        data.push("left out", format!("{} rows without a token to learn", summary.dropped));
     }
-    if train.data.truncated > 0 {
-        data.push("cut", format!("{} examples at `max_length`", train.data.truncated));
+    if summary.duplicates > 0 {
+        data.push("duplicates", format!("{} rows left out when they were preprocessed", summary.duplicates));
+    }
+    if summary.truncated > 0 {
+        data.push("cut", format!("{} examples at `max_length`", summary.truncated));
     }
     if settings.packing {
-        let tokens: usize = train.bins.iter().map(Bin::num_tokens).sum();
-        let fill = tokens as f64 / (train.bins.len() * settings.max_length.unwrap_or(1)) as f64;
-        data.push("packing", format!("{} sequences, {:.1}% full", train.bins.len(), 100.0 * fill));
+        let fill = summary.tokens as f64 / (train.len() * settings.max_length.unwrap_or(1)) as f64;
+        data.push("packing", format!("{} sequences, {:.1}% full", train.len(), 100.0 * fill));
     }
-    if train.without_target > 0 {
+    if summary.without_target > 0 {
         data.push(
             "nothing to learn",
             format!(
                 "{} of {} sequences have no token to predict; a step of such alone changes nothing",
-                train.without_target,
-                train.bins.len()
+                summary.without_target,
+                train.len()
             ),
         );
     }
@@ -409,11 +397,11 @@ fn show_plan(
         data.push("dropped", format!("{} {unit}", batches.left_out()));
     }
     if let Some(eval) = eval {
-        data.push("evaluation", format!("{} examples", eval.data.examples.len()));
+        data.push("evaluation", format!("{} examples", eval.sequences.summary().statistics.count));
     }
     let of_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps;
-    let sequences = (of_rank * training.ranks.world_size).min(train.bins.len());
-    let mean = train.bins.iter().map(Bin::num_tokens).sum::<usize>() as f64 / train.bins.len() as f64;
+    let sequences = (of_rank * training.ranks.world_size).min(train.len());
+    let mean = summary.tokens as f64 / train.len() as f64;
     let world_size = training.ranks.world_size;
     let batch = format!(
         "{}{} x {} sequences, about {:.0} tokens",

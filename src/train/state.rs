@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use super::best::Best;
 use super::continuation::{self, Continuation, Values};
 use super::inputs::Inputs;
+use super::material::Material;
 use super::output_dir::OutputDir;
 use super::save;
 use super::session::Session;
 use crate::algo::EntropyControl;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::{Resume, TrainingSettings};
-use crate::data::{SamplerState, Splits};
+use crate::data::SamplerState;
 use crate::fs::io_error;
 use crate::optim::LossScaler;
 use crate::ranks::Ranks;
@@ -239,13 +240,13 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     settings: &TrainingSettings,
     session: &Session,
     optimizer: &mut ShardedOptimizer,
-    (inputs, splits): (&Inputs, &Splits),
+    (inputs, material): (&Inputs, &Material),
 ) -> anyhow::Result<State<B>> {
     let place = checkpoint.path().display().to_string();
     let mut state: State<B> = checkpoint.json(STATE_FILE)?;
     state.place = checkpoint.path().to_path_buf();
     let has_other_rows =
-        inputs.check(checkpoint, state.inputs.as_ref(), splits, settings.resume_with_changed_inputs)?;
+        inputs.check(checkpoint, state.inputs.as_ref(), material, settings.resume_with_changed_inputs)?;
     if has_other_rows && state.buffer.take().is_some() {
         // Its completions answer prompts that may not be there any more.
         tracing::warn!("the generation batch in `{place}` is thrown away, since the rows have changed");

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 
 use super::session::{self, Session};
 use crate::config::settings::ModelSettings;
-use crate::data::{ChatTemplate, Findings, Tokenizer, hub};
+use crate::data::{ChatTemplate, Note, Tokenizer, hub};
 use crate::telemetry::Section;
 
 /// The chat template that `settings` name, or the model's own. Sets the tokens that end a sequence by `eos_token`, by the
@@ -129,15 +129,15 @@ impl Session {
 }
 
 /// Warns of what preparing a split lost or guessed.
-pub(super) fn warn(split: &str, findings: &Findings) {
-    for note in findings.notes().iter().filter(|note| note.is_warning) {
+pub(super) fn warn(split: &str, notes: &[Note]) {
+    for note in notes.iter().filter(|note| note.is_warning) {
         tracing::warn!("{split} data: {}", note.text);
     }
 }
 
 /// Adds what preparing a split adapted to the plan.
-pub(super) fn show_adapted(section: &mut Section, findings: &Findings) {
-    for note in findings.notes().into_iter().filter(|note| !note.is_warning) {
-        section.push("note", note.text);
+pub(super) fn show_adapted(section: &mut Section, notes: &[Note]) {
+    for note in notes.iter().filter(|note| !note.is_warning) {
+        section.push("note", &note.text);
     }
 }

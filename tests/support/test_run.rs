@@ -191,6 +191,16 @@ impl TestRun {
         command
     }
 
+    /// Makes the run's rows ready with `trainer preprocess`.
+    pub(crate) fn preprocess(&self, more: &[&str]) -> Ended {
+        let mut command = trainer();
+        command.arg("preprocess").arg(&self.config);
+        for set in &self.sets {
+            command.args(["--set", set]);
+        }
+        end(start(command.args(more)))
+    }
+
     /// Runs to the end.
     pub(crate) fn run(&self, more: &[&str]) -> Ended {
         end(start(&mut self.command(more)))
