@@ -316,7 +316,16 @@ fn gradients(
     Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
 }
 
-fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Dataset) -> anyhow::Result<PromptData> {
+/// The prompts of a split.
+///
+/// # Errors
+/// If a row is unusable, or the longest prompt leaves no room for a completion.
+pub(super) fn prepare(
+    settings: &GrpoSettings,
+    session: &Session,
+    split: &str,
+    rows: &Dataset,
+) -> anyhow::Result<PromptData> {
     let options = PromptOptions::from_settings(settings);
     let data = data::prepare_prompts(rows, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
     turns::warn(split, &data.findings);
@@ -333,7 +342,7 @@ fn prepare(settings: &GrpoSettings, session: &Session, split: &str, rows: &Datas
 }
 
 /// The settings with a longest completion: where they name none, what the model holds after the longest prompt.
-fn close_length<'a>(
+pub(super) fn close_length<'a>(
     settings: &GrpoSettings,
     session: &Session,
     prompts: impl Iterator<Item = &'a PromptExample>,
@@ -377,7 +386,14 @@ fn generate(
     run.ranks().all_reduce_sum_f64(&mut rate)?;
     run.accumulator.mean("rollout/tokens_per_second", rate[0]);
     generator.show_progress(run.step, run.total());
-    let scored = generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, run)?;
+    let scored = generator.score(
+        session,
+        prompts,
+        &completions,
+        settings.num_generations,
+        Some(run.step + 1),
+        &run.surroundings(),
+    )?;
     for (name, value) in &scored.metrics {
         run.accumulator.mean(name, *value);
     }
@@ -414,7 +430,7 @@ fn sample(
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<Completion>> {
     session.engine.store_mut().gather_all()?;
-    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run);
+    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings());
     session.engine.store_mut().let_go();
     completions
 }
@@ -469,6 +485,9 @@ fn temperature(settings: &GrpoSettings) -> f64 {
     if settings.sampling.temperature > 0.0 { settings.sampling.temperature } else { 1.0 }
 }
 
+/// Keeps evaluation's random draws apart from training's, whose keys are optimizer steps.
+pub(super) const EVALUATION_KEY: u64 = 1 << 63;
+
 /// Rewards of the evaluation prompts, `num_generations_eval` completions each.
 fn evaluate(
     settings: &GrpoSettings,
@@ -477,15 +496,13 @@ fn evaluate(
     prompts: &[PromptExample],
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<(String, Value)>> {
-    /// Keeps evaluation's random draws apart from training's, whose keys are optimizer steps.
-    const EVALUATION_KEY: u64 = 1 << 63;
     let started = std::time::Instant::now();
     let group = settings.num_generations_eval;
     let indices: Vec<usize> = (0..prompts.len()).flat_map(|p| std::iter::repeat_n(p, group)).collect();
     let completions = sample(settings, generator, session, prompts, &indices, EVALUATION_KEY | run.step, run)?;
     generator.make_room(session);
     generator.show_progress(run.step, run.total());
-    let scored = generator.score(session, prompts, &completions, group, run.step, run)?;
+    let scored = generator.score(session, prompts, &completions, group, Some(run.step), &run.surroundings())?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
         scored.metrics.iter().map(|(name, &value)| (format!("eval_{name}"), Value::from(value))).collect();

@@ -31,9 +31,9 @@ use crate::telemetry::Section;
 use crate::zero::{ShardedAdamW, Sharing};
 
 /// Examples of one split, cut into the sequences that training draws from.
-struct Split {
-    data: SftData,
-    bins: Vec<Bin>,
+pub(super) struct Split {
+    pub(super) data: SftData,
+    pub(super) bins: Vec<Bin>,
     /// What the rows were taken from, if from several data sets.
     parts: Vec<Part>,
     /// Bins without a token that has another before it to be predicted from.
@@ -52,12 +52,7 @@ struct Split {
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
     let backend = Backend::of_rank(training.device, training.precision, context.local_rank)?;
-    if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
-        bail!(
-            "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
-            settings.label_smoothing_factor
-        );
-    }
+    check_smoothing(settings, &backend)?;
     let ranks = Arc::clone(&context.ranks);
     let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
@@ -164,6 +159,17 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     }
 }
 
+/// Refuses smoothed labels where nothing computes them.
+pub(super) fn check_smoothing(settings: &SftSettings, backend: &Backend) -> anyhow::Result<()> {
+    if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
+        bail!(
+            "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
+            settings.label_smoothing_factor
+        );
+    }
+    Ok(())
+}
+
 /// Sums the gradients of a step's micro-batches over all ranks; returns the loss and its metrics, or `None` where no token is to
 /// be learnt.
 fn gradients(
@@ -245,7 +251,7 @@ impl StepLoss<anyhow::Error> for StepSum<'_> {
 
 /// The loss of all targets that the head was asked for, divided by `num_targets` of all ranks. Ranks' gradients are added, where
 /// TRL multiplies by the number of processes and takes the mean.
-fn loss_of(settings: &SftSettings, head: &head::Output, num_targets: usize) -> anyhow::Result<SftOutput> {
+pub(super) fn loss_of(settings: &SftSettings, head: &head::Output, num_targets: usize) -> anyhow::Result<SftOutput> {
     let inputs = SftInputs {
         logprobs: &head.logprobs,
         mean_logprobs: Some(&head.mean_logprobs),
@@ -271,8 +277,29 @@ fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> 
 }
 
 fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> anyhow::Result<(Split, Option<Split>)> {
-    let limit = session.engine.config().max_position_embeddings;
-    let split = |name: &str, dataset: &Dataset, packing: bool| -> anyhow::Result<Split> {
+    let mut train = Split::prepare(settings, session, "training", &splits.train, settings.packing)?;
+    train.parts.clone_from(&splits.parts);
+    let eval = |rows| Split::prepare(settings, session, "evaluation", rows, settings.eval_packing);
+    let eval = splits.eval.as_ref().map(eval).transpose()?;
+    if train.data.is_conversational {
+        session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
+    }
+    Ok((train, eval))
+}
+
+impl Split {
+    /// The examples of a split in sequences.
+    ///
+    /// # Errors
+    /// If a row is unusable, an example is longer than the model holds, or there is nothing to learn.
+    pub(super) fn prepare(
+        settings: &SftSettings,
+        session: &Session,
+        name: &str,
+        dataset: &Dataset,
+        packing: bool,
+    ) -> anyhow::Result<Self> {
+        let limit = session.engine.config().max_position_embeddings;
         let options = SftOptions::from_settings(settings, packing);
         let data = data::prepare_sft(dataset, &session.tokenizer, session.template.as_ref(), &options, &|_| ())?;
         let lengths: Vec<usize> = data.examples.iter().map(|e| e.input_ids.len()).collect();
@@ -293,20 +320,19 @@ fn prepare(settings: &SftSettings, session: &mut Session, splits: &Splits) -> an
                 dataset.len()
             );
         }
-        Ok(Split { data, bins, parts: Vec::new(), without_target })
-    };
-    let mut train = split("training", &splits.train, settings.packing)?;
-    train.parts.clone_from(&splits.parts);
-    let eval = splits.eval.as_ref().map(|dataset| split("evaluation", dataset, settings.eval_packing)).transpose()?;
-    if train.data.is_conversational {
-        session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
+        Ok(Self { data, bins, parts: Vec::new(), without_target })
     }
-    Ok((train, eval))
-}
 
-impl Split {
+    /// Targets of each sequence of the bins `indices`, in the order of [`Split::batch`].
+    pub(super) fn target_counts(&self, indices: &[usize]) -> Vec<usize> {
+        let collated = data::collate(&self.data.examples, indices.iter().map(|&i| &self.bins[i]));
+        let targets = collated.targets();
+        let count = |ends: &[u32]| targets[ends[0] as usize..ends[1] as usize].iter().filter(|&&t| t != IGNORE).count();
+        collated.cu_seqlens.windows(2).map(count).collect()
+    }
+
     /// The bins `indices` as one ragged batch with a target for every learnt token.
-    fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
+    pub(super) fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
         let collated = data::collate(&self.data.examples, indices.iter().map(|&i| &self.bins[i]));
         let targets = collated.targets();
         let mut builder = BatchBuilder::new();
