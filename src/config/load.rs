@@ -43,6 +43,15 @@ pub fn load_sft(
     )
 }
 
+/// The command whose config this is: GRPO's has `reward_funcs`, under this or an older name.
+#[must_use]
+pub fn command_of(source: &Source, overrides: &[String]) -> Command {
+    // What is wrong with it is said when it is read.
+    let (collected, _) = entries::collect(source, overrides, Command::Grpo, &mut Problems::default());
+    let has_rewards = collected.entries.iter().any(|given| given.entry.key == "reward_funcs");
+    if has_rewards { Command::Grpo } else { Command::Sft }
+}
+
 /// Reads the config of `trainer grpo`. `overrides` are `key=value` texts, each of which replaces what the file says.
 ///
 /// # Errors

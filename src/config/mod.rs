@@ -56,7 +56,7 @@ pub use diagnose::{ConfigError, Source};
 pub use field::{Bounds, Command, Commands, DefaultValue, Key};
 pub use foreign::{FOREIGN_KEYS, ForeignKey, Rule};
 pub use home::expand as expand_home;
-pub use load::{Loaded, load_grpo, load_sft};
+pub use load::{Loaded, command_of, load_grpo, load_sft};
 pub use reference::{explain, keys, reference};
 pub use resolve::{Context, RewardCheck};
 pub use write::{grpo_texts, grpo_yaml, sft_texts, sft_yaml};
