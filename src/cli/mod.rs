@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod config;
+pub mod evaluate;
 mod exit;
 pub mod generate;
 pub mod grpo;
@@ -38,6 +39,9 @@ Examples:
   trainer grpo --config config.yaml --learning_rate 2e-6 --output_dir out/b --overwrite_output_dir
   trainer grpo config.yaml --set output_dir=out/b --resume
 
+  # How good the run's result is, beside the model that it started from
+  trainer evaluate config.yaml --against base
+
   # Ask a model, with or without an adapter
   trainer generate --model Qwen/Qwen2.5-0.5B-Instruct --prompt 'What is 12 * 7?'
   trainer generate --model model.gguf --adapter out/b --prompt 'What is 12 * 7?'
@@ -65,6 +69,7 @@ pub struct Cli {
 enum Command {
     Sft(sft::Args),
     Grpo(grpo::Args),
+    Evaluate(evaluate::Args),
     Generate(generate::Args),
     Config(config::Args),
     Bench(bench::Args),
@@ -136,6 +141,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
     match &cli.command {
         Command::Sft(args) => sft::run(args, context),
         Command::Grpo(args) => grpo::run(args, context),
+        Command::Evaluate(args) => evaluate::run(args, context),
         Command::Generate(args) => generate::run(args, context),
         Command::Config(args) => config::run(args, context),
         Command::Bench(args) => bench::run(args, context),

@@ -9,7 +9,10 @@ use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::fs::io_error;
-use crate::ranks::{self, launch::Launcher};
+use crate::ranks::{
+    self,
+    launch::{Launcher, Place},
+};
 use crate::reward;
 use crate::train::{self, Outcome};
 
@@ -80,6 +83,29 @@ impl TrainingArgs {
     }
 }
 
+/// This process's place among the ranks that a launcher started, by its environment.
+pub(super) fn place() -> Result<Option<Place>, ranks::launch::Error> {
+    let text = |text: OsString| text.to_string_lossy().into_owned();
+    ranks::launch::place(&std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect())
+}
+
+/// The folder that a configuration lies in.
+pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok()?.parent().map(Path::to_path_buf)
+}
+
+/// What a configuration depends on besides its text.
+pub(super) fn surroundings(launched: Option<usize>, config_folder: Option<&Path>) -> config::Context<'_> {
+    config::Context {
+        launched,
+        visible_gpus: train::visible_gpus(),
+        config_folder,
+        git_commit: option_env!("TRAINER_GIT_COMMIT"),
+        check_reward: Some(reward::check),
+        has_bf16: train::has_bf16(),
+    }
+}
+
 /// Reads the configuration and runs a training loop on it.
 pub(super) fn run<S>(
     args: &TrainingArgs,
@@ -88,23 +114,14 @@ pub(super) fn run<S>(
     shared: impl Fn(&S) -> &TrainingSettings,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
-    let text = |text: OsString| text.to_string_lossy().into_owned();
-    let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
-    let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
+    let place = place().map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
-    let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
-    let surroundings = config::Context {
-        launched,
-        visible_gpus: train::visible_gpus(),
-        config_folder: config_folder.as_deref(),
-        git_commit: option_env!("TRAINER_GIT_COMMIT"),
-        check_reward: Some(reward::check),
-        has_bf16: train::has_bf16(),
-    };
+    let config_folder = args.file().and_then(|path| folder_of(&path));
+    let surroundings = surroundings(launched, config_folder.as_deref());
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
     let settings = shared(&loaded.settings);
     if launched.is_none() && settings.ranks.world_size > 1 {
@@ -165,7 +182,7 @@ fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<(
     Ok(())
 }
 
-fn parse_override(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_override(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().into(), value.trim().into())),
         _ => Err("expected KEY=VALUE, e.g. `learning_rate=2e-6`".into()),
