@@ -13,10 +13,12 @@ fn trainer(arguments: &[&str]) -> (Option<i32>, String, String) {
 fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
     let (code, out, err) = trainer(&["--help"]);
     assert_eq!((code, err.as_str()), (Some(0), ""));
-    for expected in ["sft", "grpo", "generate", "config", "preprocess", "Examples:", "Exit codes:", "TRAINER_LOG"] {
+    for expected in
+        ["sft", "grpo", "evaluate", "generate", "config", "preprocess", "Examples:", "Exit codes:", "TRAINER_LOG"]
+    {
         assert!(out.contains(expected), "{expected} is missing in\n{out}");
     }
-    for subcommand in ["sft", "grpo", "preprocess", "generate", "config", "bench"] {
+    for subcommand in ["sft", "grpo", "evaluate", "preprocess", "generate", "config", "bench"] {
         let (code, out, _) = trainer(&[subcommand, "--help"]);
         assert_eq!(code, Some(0), "{subcommand}");
         assert!(out.contains("Examples:") && out.contains(&format!("trainer {subcommand}")), "{out}");
@@ -26,7 +28,8 @@ fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
 
 #[test]
 fn bad_usage_is_exit_code_2_and_names_the_mistake() {
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
+        (&["evaluate", "c.yaml", "--k", "1,0"], "0 is not in"),
         (&["bench", "data/tiny-qwen", "--work", "4y2"], "SEQUENCESxTOKENS"),
         (&[], "Usage:"),
         (&["grop", "c.yaml"], "grpo"),

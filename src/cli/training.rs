@@ -85,6 +85,34 @@ impl TrainingArgs {
     }
 }
 
+/// The variables of this process.
+fn environment() -> BTreeMap<String, String> {
+    let text = |text: OsString| text.to_string_lossy().into_owned();
+    std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
+}
+
+/// This process's place among the ranks that a launcher started, by its environment.
+pub(super) fn place() -> Result<Option<Place>, ranks::launch::Error> {
+    ranks::launch::place(&environment())
+}
+
+/// The folder that a configuration lies in.
+pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok()?.parent().map(Path::to_path_buf)
+}
+
+/// What a configuration depends on besides its text.
+pub(super) fn surroundings(launched: Option<usize>, config_folder: Option<&Path>) -> config::Context<'_> {
+    config::Context {
+        launched,
+        visible_gpus: train::visible_gpus(),
+        config_folder,
+        git_commit: option_env!("TRAINER_GIT_COMMIT"),
+        check_reward: Some(reward::check),
+        has_bf16: train::has_bf16(),
+    }
+}
+
 /// Reads the configuration and runs a training loop on it.
 pub(super) fn run<S>(
     args: &TrainingArgs,
@@ -93,24 +121,15 @@ pub(super) fn run<S>(
     shared: impl Fn(&S) -> &TrainingSettings,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
-    let text = |text: OsString| text.to_string_lossy().into_owned();
-    let environment: BTreeMap<String, String> =
-        std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let environment = environment();
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
-    let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
-    let surroundings = config::Context {
-        launched,
-        visible_gpus: train::visible_gpus(),
-        config_folder: config_folder.as_deref(),
-        git_commit: option_env!("TRAINER_GIT_COMMIT"),
-        check_reward: Some(reward::check),
-        has_bf16: train::has_bf16(),
-    };
+    let config_folder = args.file().and_then(|path| folder_of(&path));
+    let surroundings = surroundings(launched, config_folder.as_deref());
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
     let settings = shared(&loaded.settings);
     if launched.is_none() && settings.ranks.world_size > 1 {

@@ -19,7 +19,7 @@ pub(super) enum Material {
     /// Read now.
     Read(Splits),
     /// Prepared; `evaluates` says whether the run wants the evaluation rows.
-    Prepared { folder: Folder, evaluates: bool },
+    Prepared { folder: Box<Folder>, evaluates: bool },
 }
 
 /// What turns rows into tokens, and whether examples that come again are left out.
@@ -72,7 +72,7 @@ impl Material {
             return Ok(Self::Read(data::load(data, training.seed, asked_by, progress)?));
         };
         let evaluates = asked_by.is_some();
-        let folder = Folder::open(path)?;
+        let folder = Box::new(Folder::open(path)?);
         folder.check(&Fingerprint::of(task, &texts(), evaluates, &session.tokenizer, session.template.as_ref())?)?;
         let changed = folder.changed_sources();
         if !changed.is_empty() {
@@ -153,7 +153,7 @@ impl Material {
 
 impl<'a> Making<'a> {
     /// As a run makes them.
-    fn of(session: &'a Session) -> Self {
+    pub(super) fn of(session: &'a Session) -> Self {
         let (tokenizer, template) = (&session.tokenizer, session.template.as_ref());
         Self { tokenizer, template, removes_duplicates: false, progress: &|_| () }
     }

@@ -7,12 +7,14 @@
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
 //! products are made, `save.rs` writes models,
 //! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch.
+//! `evaluate/` measures models outside of a run.
 
 mod backend;
 pub mod bench;
 mod best;
 mod cadence;
 mod continuation;
+pub mod evaluate;
 mod gathered;
 mod generation;
 pub mod grpo;
