@@ -19,7 +19,7 @@ pub(super) enum Material {
     /// Read now.
     Read(Splits),
     /// Prepared; `evaluates` says whether the run wants the evaluation rows.
-    Prepared { folder: Folder, evaluates: bool },
+    Prepared { folder: Box<Folder>, evaluates: bool },
 }
 
 /// What turns rows into tokens, and whether examples that come again are left out.
@@ -83,7 +83,7 @@ impl Material {
                 changed.join("; ")
             );
         }
-        Ok(Self::Prepared { folder, evaluates })
+        Ok(Self::Prepared { folder: Box::new(folder), evaluates })
     }
 
     /// The training and evaluation rows, to be compared with those of an earlier run.

@@ -121,17 +121,16 @@ pub(super) fn open_text(
     settings: &ModelSettings,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
-    let place = match tokenizer_place(settings, progress)? {
-        Some(place) => place,
-        None => {
-            let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
-            let of_text = fetched(name, revision, &["json", "jinja", "txt"], progress).ok();
-            let place = match of_text.filter(|place| place.join("tokenizer.json").is_file()) {
-                Some(place) => Ok(place),
-                None => local_path(name, revision, progress),
-            };
-            place.with_context(|| format!("cannot get the model `{name}`"))?
-        }
+    let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
+    let place = if let Some(place) = tokenizer_place(settings, progress)? {
+        place
+    } else {
+        let of_text = fetched(name, revision, &["json", "jinja", "txt"], progress).ok();
+        let place = match of_text.filter(|place| place.join("tokenizer.json").is_file()) {
+            Some(place) => Ok(place),
+            None => local_path(name, revision, progress),
+        };
+        place.with_context(|| format!("cannot get the model `{name}`"))?
     };
     let mut tokenizer = open_tokenizer(&place)?;
     let template = super::turns::open_template(settings, &place, &mut tokenizer, progress)?;
