@@ -17,7 +17,7 @@ use crate::data::{
 /// The training and evaluation rows of a run.
 pub(super) enum Material {
     /// Read now.
-    Read(Splits),
+    Read(Box<Splits>),
     /// Prepared; `evaluates` says whether the run wants the evaluation rows.
     Prepared { folder: Box<Folder>, evaluates: bool },
 }
@@ -69,7 +69,7 @@ impl Material {
     ) -> anyhow::Result<Self> {
         let asked_by = plan::evaluation_key(training);
         let Some(path) = &data.preprocessed else {
-            return Ok(Self::Read(data::load(data, training.seed, asked_by, progress)?));
+            return Ok(Self::Read(Box::new(data::load(data, training.seed, asked_by, progress)?)));
         };
         let evaluates = asked_by.is_some();
         let folder = Folder::open(path)?;
@@ -116,9 +116,9 @@ impl Material {
     ) -> anyhow::Result<(Sequences, Option<Sequences>)> {
         let make = |rows: &Dataset, packing: bool| Ok(Making::of(session).sequences(settings, rows, packing)?.0);
         match self {
-            Self::Read(Splits { train, eval, .. }) => {
-                let train = make(train, settings.packing)?;
-                let eval = eval.as_ref().map(|rows| make(rows, settings.eval_packing)).transpose();
+            Self::Read(splits) => {
+                let train = make(&splits.train, settings.packing)?;
+                let eval = splits.eval.as_ref().map(|rows| make(rows, settings.eval_packing)).transpose();
                 eval.map(|eval| (train, eval))
             }
             Self::Prepared { folder, evaluates } => {
@@ -139,9 +139,9 @@ impl Material {
     ) -> anyhow::Result<(Prompts, Option<Prompts>)> {
         let make = |rows: &Dataset| Ok(Making::of(session).prompts(settings, rows)?.0);
         match self {
-            Self::Read(Splits { train, eval, .. }) => {
-                let train = make(train)?;
-                eval.as_ref().map(make).transpose().map(|eval| (train, eval))
+            Self::Read(splits) => {
+                let train = make(&splits.train)?;
+                splits.eval.as_ref().map(make).transpose().map(|eval| (train, eval))
             }
             Self::Prepared { folder, evaluates } => {
                 let (train, eval) = folder.prompts()?;
