@@ -13,10 +13,12 @@ fn trainer(arguments: &[&str]) -> (Option<i32>, String, String) {
 fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
     let (code, out, err) = trainer(&["--help"]);
     assert_eq!((code, err.as_str()), (Some(0), ""));
-    for expected in ["sft", "grpo", "generate", "config", "preprocess", "Examples:", "Exit codes:", "TRAINER_LOG"] {
+    for expected in
+        ["sft", "grpo", "evaluate", "generate", "config", "preprocess", "Examples:", "Exit codes:", "TRAINER_LOG"]
+    {
         assert!(out.contains(expected), "{expected} is missing in\n{out}");
     }
-    for subcommand in ["sft", "grpo", "preprocess", "generate", "config", "bench"] {
+    for subcommand in ["sft", "grpo", "evaluate", "preprocess", "generate", "config", "bench"] {
         let (code, out, _) = trainer(&[subcommand, "--help"]);
         assert_eq!(code, Some(0), "{subcommand}");
         assert!(out.contains("Examples:") && out.contains(&format!("trainer {subcommand}")), "{out}");
@@ -26,7 +28,8 @@ fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
 
 #[test]
 fn bad_usage_is_exit_code_2_and_names_the_mistake() {
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
+        (&["evaluate", "c.yaml", "--k", "1,0"], "0 is not in"),
         (&["bench", "data/tiny-qwen", "--work", "4y2"], "SEQUENCESxTOKENS"),
         (&[], "Usage:"),
         (&["grop", "c.yaml"], "grpo"),
@@ -42,19 +45,23 @@ fn bad_usage_is_exit_code_2_and_names_the_mistake() {
 }
 
 #[test]
-fn a_run_of_several_ranks_is_refused_before_anything_is_read() {
+fn a_launcher_that_says_half_is_refused_before_anything_is_read() {
+    let cases: [(&[(&str, &str)], &str); 2] = [
+        (
+            &[("RANK", "1"), ("LOCAL_RANK", "1")],
+            "error: torchrun (RANK, WORLD_SIZE) environment: RANK is set but WORLD_SIZE is not",
+        ),
+        (&[("TRAINER_RANK", "3"), ("TRAINER_WORLD_SIZE", "2")], "error: TRAINER_RANK=`3`: TRAINER_WORLD_SIZE is 2"),
+    ];
     for subcommand in ["sft", "grpo"] {
-        let output = Command::new(env!("CARGO_BIN_EXE_trainer"))
-            .args([subcommand, "no-such-file.yaml"])
-            .envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")])
-            .output()
-            .unwrap();
-        let message = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{message}");
-        assert!(
-            message.starts_with("error: torchrun (RANK, WORLD_SIZE) started this process as rank 1 of 2"),
-            "{message}"
-        );
+        for (variables, expected) in cases {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+            let output =
+                command.args([subcommand, "no-such-file.yaml"]).envs(variables.iter().copied()).output().unwrap();
+            let message = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{message}");
+            assert!(message.starts_with(expected), "{message}");
+        }
     }
 }
 

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use trainer::config::settings::{
     AdaptiveEntropy, DataSettings, DeviceChoice, GrpoLossType, GrpoSettings, HubSettings, Interval, LrSchedulerType,
-    MixturePart, ModelSettings, ModuleSet, OptimizerSettings, PackingStrategy, Precision, QuantType, Quantization,
-    RankSettings, ReportTo, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
-    ScaleRewards, SftLossType, SftSettings, Share, TrainingSettings, TruncationMode, VespoSettings, Warmup,
-    WeightDtype,
+    MixturePart, ModelSettings, ModuleSet, OptimizerKind, OptimizerSettings, PackingStrategy, Precision, QuantType,
+    Quantization, RankSettings, ReportTo, Resume, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
+    SamplingSettings, ScaleRewards, SftLossType, SftSettings, Share, TrainingSettings, TruncationMode, VespoSettings,
+    Warmup, WeightDtype,
 };
 use trainer::config::{self, Command, ConfigError, Context, DefaultValue, FOREIGN_KEYS, Loaded, Rule, Source};
 
@@ -109,7 +109,13 @@ fn sft_defaults_are_those_of_trl() {
             lr_scheduler_type: LrSchedulerType::Linear,
             lr_scheduler_kwargs: serde_json::Map::new(),
             warmup: Warmup::Steps(0),
-            optimizer: OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 },
+            optimizer: OptimizerSettings {
+                kind: OptimizerKind::AdamW,
+                weight_decay: 0.0,
+                adam_beta1: 0.9,
+                adam_beta2: 0.999,
+                adam_epsilon: 1e-8,
+            },
             max_grad_norm: 1.0,
             neftune_noise_alpha: None,
             logging_strategy: Interval::Steps(10),
@@ -914,11 +920,33 @@ fn dropout_is_off_where_it_is_to_be() {
 }
 
 #[test]
+fn every_optimizer_is_there_on_the_cpu() {
+    use OptimizerKind::{AdamW, AdamW8bit, Lion, Muon};
+    for (name, kind) in [
+        ("adamw_torch_fused", AdamW),
+        ("paged_adamw_32bit", AdamW),
+        ("adamw_8bit", AdamW8bit),
+        ("paged_adamw_8bit", AdamW8bit),
+        ("lion_32bit", Lion),
+        ("muon", Muon),
+    ] {
+        let loaded = sft_with(&format!("optim: {name}\n"), &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!((loaded.settings.training.optimizer.kind, loaded.warnings), (kind, vec![]), "{name}");
+        // On a GPU there is AdamW.
+        let on_gpu = sft_with(&format!("optim: {name}\ndevice: cuda:0\n"), &[]);
+        match kind {
+            AdamW | AdamW8bit => assert_eq!(on_gpu.unwrap().settings.training.optimizer.kind, AdamW),
+            Lion | Muon => assert!(on_gpu.unwrap_err().to_string().contains("on the CPU only")),
+        }
+    }
+}
+
+#[test]
 fn what_a_name_asks_for_beside_what_it_gives_is_said() {
     for (lines, parts) in [
-        ("optim: paged_adamw_8bit\n", vec!["8 bytes for each parameter, 6 more than asked for"]),
-        ("optim: adamw_bnb_8bit\nuse_peft: true\n", vec!["the adapter's moments are kept in float32"]),
-        ("optim: paged_adamw_32bit\n", vec!["on the device"]),
+        ("device: cuda:0\noptim: paged_adamw_8bit\n", vec!["8 bytes for each parameter, 6 more than asked for"]),
+        ("device: cuda:0\noptim: adamw_bnb_8bit\nuse_peft: true\n", vec!["the adapter's moments are kept in float32"]),
+        ("device: cuda:0\noptim: paged_adamw_32bit\n", vec!["on the device"]),
         ("report_to: wandb\n", vec!["nothing is sent to a tracker", "wandb sync"]),
         ("report_to: [mlflow, tensorboard]\n", vec!["`mlflow`", "TensorBoard's files"]),
         ("report_to: all\n", vec!["`all`"]),

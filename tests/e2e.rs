@@ -21,6 +21,8 @@ mod command_line;
 mod courses;
 #[path = "e2e/disk.rs"]
 mod disk;
+#[path = "e2e/evaluate.rs"]
+mod evaluate;
 #[path = "e2e/generate.rs"]
 mod generate;
 #[path = "e2e/interrupt.rs"]

@@ -1,6 +1,7 @@
 //! The ranks that a run starts itself on this machine: one process for each, and this one, which passes signals on and sees to
 //! it that none outlives the others.
 
+use std::io::Write as _;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -106,15 +107,21 @@ fn exit_of(ranks: &[Started]) -> Exit {
     for Started { rank, ended, .. } in ranks {
         if let Some(number) = ended.and_then(|status| status.signal()) {
             let name = Signal::try_from(number).map_or("a signal", Signal::as_str);
-            eprintln!("error: rank {rank} was ended by {name}; resume from the newest checkpoint with `--resume`");
+            // With standard error gone there is nobody left to tell; the exit code still says it.
+            let _ = writeln!(
+                std::io::stderr(),
+                "error: rank {rank} was ended by {name}; resume from the newest checkpoint with `--resume`"
+            );
         }
     }
     let was_killed = ranks.iter().any(|rank| rank.ended.is_some_and(|status| status.signal().is_some()));
     match () {
         () if has(Exit::Usage) => Exit::Usage,
         () if has(Exit::Failed) => Exit::Failed,
-        () if was_killed || has(Exit::PeerLost) => Exit::PeerLost,
+        () if was_killed => Exit::PeerLost,
+        // A signal that comes while ranks prepare ends one at once, which the others lose.
         () if has(Exit::Interrupted) => Exit::Interrupted,
+        () if has(Exit::PeerLost) => Exit::PeerLost,
         () if codes().all(|code| code == 0) => Exit::Done,
         () => Exit::Failed,
     }

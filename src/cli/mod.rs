@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod config;
+pub mod evaluate;
 mod exit;
 pub mod generate;
 pub mod grpo;
@@ -43,6 +44,9 @@ Examples:
   trainer preprocess config.yaml --output data/ready
   trainer sft config.yaml --set preprocessed=data/ready
 
+  # How good the run's result is, beside the model that it started from
+  trainer evaluate config.yaml --against base
+
   # Ask a model, with or without an adapter
   trainer generate --model Qwen/Qwen2.5-0.5B-Instruct --prompt 'What is 12 * 7?'
   trainer generate --model model.gguf --adapter out/b --prompt 'What is 12 * 7?'
@@ -70,6 +74,7 @@ pub struct Cli {
 enum Command {
     Sft(sft::Args),
     Grpo(grpo::Args),
+    Evaluate(evaluate::Args),
     Generate(generate::Args),
     Preprocess(preprocess::Args),
     Config(config::Args),
@@ -142,6 +147,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
     match &cli.command {
         Command::Sft(args) => sft::run(args, context),
         Command::Grpo(args) => grpo::run(args, context),
+        Command::Evaluate(args) => evaluate::run(args, context),
         Command::Generate(args) => generate::run(args, context),
         Command::Preprocess(args) => preprocess::run(args, context),
         Command::Config(args) => config::run(args, context),

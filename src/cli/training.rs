@@ -1,5 +1,6 @@
 //! The arguments that `sft` and `grpo` share.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +10,10 @@ use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::fs::io_error;
-use crate::ranks::{self, launch::Launcher};
+use crate::ranks::{
+    self,
+    launch::{Launcher, Place},
+};
 use crate::reward;
 use crate::train::{self, Outcome};
 
@@ -41,7 +45,8 @@ pub struct TrainingArgs {
 
     /// Go on from a checkpoint: the newest whole one of `output_dir`, or the one given
     ///
-    /// Wins over `resume_from_checkpoint` in the file. The run continues as if it had never stopped.
+    /// `auto` is the newest one, or a start where there is none: for jobs that are put back into a queue. Wins over
+    /// `resume_from_checkpoint` in the file. The run continues as if it had never stopped.
     #[arg(long, value_name = "CHECKPOINT")]
     #[expect(clippy::option_option, reason = "clap's form of a flag with an optional value")]
     resume: Option<Option<PathBuf>>,
@@ -80,6 +85,34 @@ impl TrainingArgs {
     }
 }
 
+/// The variables of this process.
+fn environment() -> BTreeMap<String, String> {
+    let text = |text: OsString| text.to_string_lossy().into_owned();
+    std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
+}
+
+/// This process's place among the ranks that a launcher started, by its environment.
+pub(super) fn place() -> Result<Option<Place>, ranks::launch::Error> {
+    ranks::launch::place(&environment())
+}
+
+/// The folder that a configuration lies in.
+pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok()?.parent().map(Path::to_path_buf)
+}
+
+/// What a configuration depends on besides its text.
+pub(super) fn surroundings(launched: Option<usize>, config_folder: Option<&Path>) -> config::Context<'_> {
+    config::Context {
+        launched,
+        visible_gpus: train::visible_gpus(),
+        config_folder,
+        git_commit: option_env!("TRAINER_GIT_COMMIT"),
+        check_reward: Some(reward::check),
+        has_bf16: train::has_bf16(),
+    }
+}
+
 /// Reads the configuration and runs a training loop on it.
 pub(super) fn run<S>(
     args: &TrainingArgs,
@@ -88,23 +121,15 @@ pub(super) fn run<S>(
     shared: impl Fn(&S) -> &TrainingSettings,
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
-    let text = |text: OsString| text.to_string_lossy().into_owned();
-    let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let environment = environment();
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);
     let has_colours = context.terminal.is_interactive();
     let in_colour = |error: ConfigError| Diagnostics(error.render(has_colours));
     let source = args.source()?.map_err(in_colour)?;
-    let config_folder = args.file().and_then(|path| path.canonicalize().ok()?.parent().map(Path::to_path_buf));
-    let surroundings = config::Context {
-        launched,
-        visible_gpus: train::visible_gpus(),
-        config_folder: config_folder.as_deref(),
-        git_commit: option_env!("TRAINER_GIT_COMMIT"),
-        check_reward: Some(reward::check),
-        has_bf16: train::has_bf16(),
-    };
+    let config_folder = args.file().and_then(|path| folder_of(&path));
+    let surroundings = surroundings(launched, config_folder.as_deref());
     let loaded = load(&source, &args.overrides(), &surroundings).map_err(in_colour)?;
     let settings = shared(&loaded.settings);
     if launched.is_none() && settings.ranks.world_size > 1 {
@@ -114,17 +139,24 @@ pub(super) fn run<S>(
         become_rank(rank, place.as_ref().is_some_and(|place| place.launcher == Launcher::Own), &settings.output_dir)?;
     }
     let place = place.filter(|_| launched.is_some());
+    if let Some(place) = &place {
+        share_cores(place, &environment)?;
+    }
     let local_rank = place.as_ref().map_or(0, |place| place.local_rank);
     let interrupt = Interrupt::listen()?;
     let asked = interrupt.clone();
     let deadline = Duration::from_secs(settings.ranks.timeout_secs);
-    let ranks = ranks::join(place, deadline)?;
+    let ranks = ranks::join(place, deadline).map_err(|error| match error {
+        ranks::Error::NoPlace { .. } => UsageError(error.to_string()).into(),
+        error => anyhow::Error::from(error),
+    })?;
     let outcome = train(
         &loaded.settings,
         train::Context {
             terminal: context.terminal.clone(),
             ranks: Arc::clone(&ranks),
             local_rank,
+            visible_devices: environment.get("CUDA_VISIBLE_DEVICES").cloned(),
             ready: &|| interrupt.ready(),
             is_interrupted: Arc::new(move || asked.requested()),
             resolved_yaml: &loaded.resolved_yaml,
@@ -146,6 +178,18 @@ pub(super) fn run<S>(
     })
 }
 
+/// Gives this rank its part of the machine's cores, unless somebody said how many threads it has.
+fn share_cores(place: &Place, environment: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    let number = |name: &str| environment.get(name).and_then(|value| value.trim().parse::<usize>().ok());
+    if number("RAYON_NUM_THREADS").is_some() {
+        return Ok(());
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = || cores / place.local_world_size.unwrap_or(1).max(1);
+    let threads = number("SLURM_CPUS_PER_TASK").filter(|_| place.launcher == Launcher::Srun).unwrap_or_else(share);
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(threads.clamp(1, cores)).build_global()?)
+}
+
 /// Ends with the program that started this rank, if that was this one, and for every rank but the first puts what it prints into
 /// a file: one rank is on the console.
 fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<()> {
@@ -161,7 +205,8 @@ fn become_rank(rank: usize, is_own: bool, output_dir: &Path) -> anyhow::Result<(
     let path = folder.join(format!("rank-{rank}.log"));
     let file = std::fs::File::options().create(true).append(true).open(&path).map_err(io_error("open", &path))?;
     nix::unistd::dup2_stdout(&file).and_then(|()| nix::unistd::dup2_stderr(&file))?;
-    println!("rank {rank}, process {}, {}", std::process::id(), jiff::Timestamp::now());
+    let line = format!("rank {rank}, process {}, {}\n", std::process::id(), jiff::Timestamp::now());
+    std::io::Write::write_all(&mut &file, line.as_bytes()).map_err(io_error("write", &path))?;
     Ok(())
 }
 

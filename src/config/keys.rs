@@ -254,7 +254,8 @@ keys! {
         accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
         /// How long a rank waits for another before the run ends.
         ddp_timeout: u64 = Text("1800"), FROM_1, "seconds";
-        /// What ranks speak with: `gloo`, through host memory. `nccl` is an error for now.
+        /// What ranks speak with: `gloo`, through host memory, which they do anyway. Written out, it allows two ranks on one GPU.
+        /// `nccl` is an error for now.
         ddp_backend: Option<Backend> = Text("null"), ANY, "";
     }
     "Optimizer and schedule" for Both {
@@ -269,8 +270,9 @@ keys! {
         /// Linear warm-up as a share of all optimizer steps, rounded up. transformers 5 says it with a fraction in
         /// `warmup_steps`.
         warmup_ratio: Option<f64> = Text("null"), SHARE, "share of steps";
-        /// The optimizer: every name of an AdamW means that of this program, which keeps its moments in float32 on the
-        /// device.
+        /// The optimizer: every name of an AdamW means that of this program, with moments in float32, and in blocks of 8 bits for
+        /// names with `8bit` on the CPU; Lion with AdamW's betas; Muon for matrices, with AdamW's rate, and AdamW for the rest.
+        /// Lion and Muon are computed on the CPU only.
         optim: AdamW = Text("adamw_torch"), ANY, "";
         /// Decoupled weight decay of AdamW; biases and norm weights have none.
         weight_decay: f64 = Text("0.0"), Bounds::between(0.0, 1000.0), "";
@@ -317,7 +319,8 @@ keys! {
         output_dir: Option<PathBuf> = Text("trainer_output"), ANY, "";
         /// Allow an `output_dir` that already holds a run.
         overwrite_output_dir: bool = Text("false"), ANY, "";
-        /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one.
+        /// Go on from a checkpoint: true takes the newest whole one of `output_dir`, a path that one, and `auto` the newest one
+        /// or a start where there is none, for jobs that are put back into a queue.
         resume_from_checkpoint: Resume = Text("false"), ANY, "";
         /// When to log: every `logging_steps`, at the end of each epoch, or not at all; the last step is always logged.
         logging_strategy: Recurrence = Text("steps"), ANY, "";

@@ -10,10 +10,7 @@ use super::resolve_grpo;
 use super::settings::{GrpoSettings, SftSettings};
 use super::value::nearest;
 use super::write;
-use super::yaml::{self, Entry, Value};
-
-/// The key that GRPO has and SFT has not.
-const REWARDS: &str = "reward_funcs";
+use super::yaml::Entry;
 
 /// Settings, and what came with them.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +43,15 @@ pub fn load_sft(
     )
 }
 
+/// The command whose config this is: GRPO's has `reward_funcs`, under this or an older name.
+#[must_use]
+pub fn command_of(source: &Source, overrides: &[String]) -> Command {
+    // What is wrong with it is said when it is read.
+    let (collected, _) = entries::collect(source, overrides, Command::Grpo, &mut Problems::default());
+    let has_rewards = collected.entries.iter().any(|given| given.entry.key == "reward_funcs");
+    if has_rewards { Command::Grpo } else { Command::Sft }
+}
+
 /// Reads the config of `trainer grpo`. `overrides` are `key=value` texts, each of which replaces what the file says.
 ///
 /// # Errors
@@ -59,15 +65,6 @@ pub fn load_grpo(
         |raw: &RawConfig, uses_vllm, problems: &mut Problems| resolve_grpo::grpo(raw, context, uses_vllm, problems);
     let ranks = |settings: &GrpoSettings| settings.training.ranks.world_size;
     load(Command::Grpo, source, overrides, context, resolve, ranks, write::grpo_yaml)
-}
-
-/// The command that a configuration is for: `trainer grpo` if it has rewards.
-#[must_use]
-pub fn command_of(source: &Source, overrides: &[String]) -> Command {
-    let has_rewards = |node: &Value| matches!(node, Value::Map(entries) if entries.iter().any(|e| e.key == REWARDS));
-    let is_override = |text: &String| text.split_once('=').is_some_and(|(key, _)| key.trim() == REWARDS);
-    let is_in_file = yaml::parse(source.text()).is_ok_and(|root| has_rewards(&root.value));
-    if is_in_file || overrides.iter().any(is_override) { Command::Grpo } else { Command::Sft }
 }
 
 fn load<S>(

@@ -12,7 +12,7 @@ use super::field::Named;
 use super::home;
 use super::keys::RawConfig;
 use super::schedule;
-use super::services::{check_environment, check_services};
+use super::services::{self, check_environment, check_services};
 use super::settings::{
     DataSettings, DeviceChoice, HubSettings, Interval, LoraSettings, MixturePart, MixtureSettings, ModelSettings,
     OptimizerSettings, PackingStrategy, Precision, Quantization, RankSettings, RewardSpec, SftLossType, SftSettings,
@@ -71,7 +71,7 @@ pub(super) fn check_shared(raw: &RawConfig, context: &Context<'_>, problems: &mu
     check_data(raw, problems);
     check_model(raw, problems);
     check_training(raw, problems);
-    check_services(raw, problems);
+    check_services(raw, context, problems);
     check_environment(raw, problems);
     schedule::check(raw, problems);
     let ranks = world::resolve(raw, context, problems);
@@ -424,6 +424,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>, ranks: Rank
         lr_scheduler_kwargs: raw.lr_scheduler_kwargs.value().clone(),
         warmup: schedule::warmup(raw),
         optimizer: OptimizerSettings {
+            kind: services::optimizer(raw, context),
             weight_decay: *raw.weight_decay.value(),
             adam_beta1: *raw.adam_beta1.value(),
             adam_beta2: *raw.adam_beta2.value(),

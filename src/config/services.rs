@@ -6,12 +6,35 @@ use super::diagnose::Problems;
 use super::field::Named;
 use super::keys::RawConfig;
 use super::load::is_secret;
-use super::resolve::warn_idle;
+use super::resolve::{Context, warn_idle};
+use super::settings::OptimizerKind;
 use super::value::listed;
+use super::world;
 
-/// Says what a name asks for beside what it gives: an optimizer with smaller moments, a tracker, an upload.
-pub(super) fn check_services(raw: &RawConfig, problems: &mut Problems) {
+/// The optimizer that `optim` names. 8-bit moments are the CPU's.
+pub(super) fn optimizer(raw: &RawConfig, context: &Context<'_>) -> OptimizerKind {
     let optim = *raw.optim.value();
+    match optim.kind() {
+        OptimizerKind::AdamW8bit if world::is_on_gpu(raw, context) => OptimizerKind::AdamW,
+        kind => kind,
+    }
+}
+
+/// Says what the optimizer's name asks for beside what it gives.
+fn check_optimizer(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+    let (optim, is_on_gpu) = (*raw.optim.value(), world::is_on_gpu(raw, context));
+    if is_on_gpu && [OptimizerKind::Lion, OptimizerKind::Muon].contains(&optim.kind()) {
+        problems.clash(
+            &[(&raw.optim, String::new())],
+            format!("`optim: {}` is computed on the CPU only", optim.0),
+            "use an AdamW, or `device: cpu`",
+        );
+        return;
+    }
+    if optimizer(raw, context) == OptimizerKind::AdamW8bit || (!is_on_gpu && optim.promised_bytes().is_none()) {
+        // Moments are what was asked for, and in host memory anyway.
+        return;
+    }
     let held = if *raw.use_peft.value() {
         "the adapter's moments are kept in float32 on the device, 8 bytes for each of its parameters".to_owned()
     } else {
@@ -27,6 +50,11 @@ pub(super) fn check_services(raw: &RawConfig, problems: &mut Problems) {
         };
         problems.caution(&[(&raw.optim, String::new())], format!("`optim: {}` is AdamW here; {held}", optim.0), help);
     }
+}
+
+/// Says what a name asks for beside what it gives: an optimizer with smaller moments, a tracker, an upload.
+pub(super) fn check_services(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
+    check_optimizer(raw, context, problems);
     let trackers = &raw.report_to.value().trackers;
     if !trackers.is_empty() {
         let help = if trackers.contains(&"wandb") {

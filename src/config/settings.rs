@@ -441,9 +441,37 @@ pub struct HubSettings {
     pub is_private: Option<bool>,
 }
 
-/// AdamW (Loshchilov and Hutter, 1711.05101).
+/// The rule by which a step moves parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OptimizerKind {
+    /// AdamW (Loshchilov and Hutter, 1711.05101), moments in f32.
+    #[default]
+    AdamW,
+    /// AdamW with moments in blocks of 8 bits (Dettmers et al., 2110.02861).
+    AdamW8bit,
+    /// Lion (Chen et al., 2302.06675).
+    Lion,
+    /// Muon (Jordan 2024) for matrices, AdamW for the rest.
+    Muon,
+}
+
+impl OptimizerKind {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "AdamW",
+            Self::AdamW8bit => "AdamW in 8 bits",
+            Self::Lion => "Lion",
+            Self::Muon => "Muon",
+        }
+    }
+}
+
+/// The optimizer's settings; the names are AdamW's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OptimizerSettings {
+    /// By which rule parameters are moved.
+    pub kind: OptimizerKind,
     /// Decoupled weight decay; not applied to biases and norm weights.
     pub weight_decay: f64,
     /// Decay of the first moment.
@@ -484,6 +512,8 @@ pub enum Resume {
     No,
     /// The newest whole checkpoint of `output_dir`; an error if there is none.
     Latest,
+    /// The same, or a start if there is none: for jobs that are put back into a queue.
+    Auto,
     /// This one.
     Path(PathBuf),
 }

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use super::home;
-use super::settings::{DeviceChoice, ModuleSet, PackingStrategy, Projection, ReportTo, Resume, ScaleRewards};
+use super::settings::{
+    DeviceChoice, ModuleSet, OptimizerKind, PackingStrategy, Projection, ReportTo, Resume, ScaleRewards,
+};
 use super::value::{
     Mismatch, Parse, all, as_bool, as_float, describe, listed, parse_integer, parse_word, valid_values,
 };
@@ -124,12 +126,22 @@ impl Parse for ModuleNames {
     }
 }
 
-/// `optim`: the names transformers has for AdamW, whatever holds its moments. The names of its other optimizers, with which
-/// other updates are computed, are errors.
+/// `optim`: the names transformers has for AdamW, whatever holds its moments, and for Lion, and Muon. The names of other
+/// optimizers, with which other updates are computed, are errors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct AdamW(pub(super) &'static str);
 
 impl AdamW {
+    /// The rule that it names.
+    pub(super) fn kind(self) -> OptimizerKind {
+        match self.0 {
+            "muon" => OptimizerKind::Muon,
+            name if name.contains("lion") => OptimizerKind::Lion,
+            name if name.contains("8bit") => OptimizerKind::AdamW8bit,
+            _ => OptimizerKind::AdamW,
+        }
+    }
+
     /// Bytes that its moments take for each trained parameter, where it is named for something smaller than two f32.
     pub(super) fn promised_bytes(self) -> Option<usize> {
         match self.0 {
@@ -163,6 +175,9 @@ impl Parse for AdamW {
         "paged_adamw",
         "paged_adamw_32bit",
         "paged_adamw_8bit",
+        "lion_32bit",
+        "paged_lion_32bit",
+        "muon",
     ];
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
@@ -170,7 +185,7 @@ impl Parse for AdamW {
         if let Some(name) = Self::VALUES.iter().find(|name| *name == text) {
             return Ok(Self(name));
         }
-        let help = format!("AdamW is the only optimizer; {}", valid_values("", Self::VALUES));
+        let help = valid_values("", Self::VALUES);
         Err(vec![Mismatch::new(node, format!("does not know {}", describe(node))).help(help)])
     }
 }
@@ -431,7 +446,7 @@ impl Parse for MaxSteps {
 }
 
 impl Parse for Resume {
-    const KIND: &'static str = "true, false or a checkpoint folder";
+    const KIND: &'static str = "true, false, auto or a checkpoint folder";
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         match &node.value {
@@ -439,6 +454,7 @@ impl Parse for Resume {
             Value::Scalar { text, .. } if !text.is_empty() => Ok(match as_bool(text) {
                 Some(true) => Self::Latest,
                 Some(false) => Self::No,
+                None if text == "auto" => Self::Auto,
                 None => Self::Path(PathBuf::from(home::expand(text))),
             }),
             _ => Err(vec![Mismatch::expected(node, Self::KIND)]),

@@ -119,6 +119,7 @@ fn names_and_numbers_with_special_meanings() {
     assert!(read::<MaxSteps>("-2").is_err());
     assert_eq!(read("true"), Ok(Resume::Latest));
     assert_eq!(read("~"), Ok(Resume::No));
+    assert_eq!(read("auto"), Ok(Resume::Auto));
     assert_eq!(read("out/checkpoint-5"), Ok(Resume::Path("out/checkpoint-5".into())));
     assert_eq!(read("cuda:1"), Ok(DeviceChoice::Cuda(1)));
     assert!(read::<DeviceChoice>("gpu").is_err());

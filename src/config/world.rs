@@ -70,15 +70,23 @@ impl Parse for Backend {
     }
 }
 
+fn device(raw: &RawConfig) -> DeviceChoice {
+    if *raw.use_cpu.value() { DeviceChoice::Cpu } else { *raw.device.value() }
+}
+
+/// Whether the run computes on GPUs.
+pub(super) fn is_on_gpu(raw: &RawConfig, context: &Context<'_>) -> bool {
+    match device(raw) {
+        DeviceChoice::Auto => context.visible_gpus > 0,
+        DeviceChoice::Cpu => false,
+        DeviceChoice::Cuda(_) => true,
+    }
+}
+
 /// The ranks of the run. Reports what the launcher, the configuration and its launch files do not agree about.
 pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> RankSettings {
-    let device = if *raw.use_cpu.value() { DeviceChoice::Cpu } else { *raw.device.value() };
-    let (gpus, is_on_gpu) = match device {
-        DeviceChoice::Auto => (context.visible_gpus.max(1), context.visible_gpus > 0),
-        DeviceChoice::Cpu => (1, false),
-        DeviceChoice::Cuda(_) => (1, true),
-    };
-    let mut asked = launcher::asked(raw, is_on_gpu);
+    let gpus = if device(raw) == DeviceChoice::Auto { context.visible_gpus.max(1) } else { 1 };
+    let mut asked = launcher::asked(raw, is_on_gpu(raw, context));
     let world_size = world_size(raw, context, gpus, &mut asked, problems);
     let stage = match raw.zero_stage.value() {
         Some(Stage::Number(number)) => Some(*number),
@@ -107,6 +115,7 @@ pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Pro
         stage: stage.and_then(|stage| STAGES.get(stage).copied()).unwrap_or_default(),
         param_persistence_threshold: threshold.unwrap_or(default.param_persistence_threshold),
         timeout_secs: *raw.ddp_timeout.value(),
+        may_share_gpus: raw.ddp_backend.value().is_some(),
     }
 }
 

@@ -17,9 +17,9 @@ use super::field::Command;
 use super::keys::KEYS;
 use super::settings::{
     AdaptiveEntropy, BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings,
-    MixtureSettings, ModelSettings, ModuleSet, OptimizerSettings, Precision, QuantType, Quantization, RankSettings,
-    Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings, SftSettings,
-    TrainingSettings, VespoSettings, Warmup,
+    MixtureSettings, ModelSettings, ModuleSet, OptimizerKind, OptimizerSettings, Precision, QuantType, Quantization,
+    RankSettings, Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
+    SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 
 /// Key to YAML text.
@@ -335,7 +335,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         lr_scheduler_type,
         lr_scheduler_kwargs,
         warmup,
-        optimizer: OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon },
+        optimizer: OptimizerSettings { kind, weight_decay, adam_beta1, adam_beta2, adam_epsilon },
         max_grad_norm,
         neftune_noise_alpha,
         logging_strategy,
@@ -351,7 +351,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
-        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs },
+        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs, may_share_gpus },
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
@@ -359,7 +359,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
     // checkpoint is not.
     let resume = match resume_from_checkpoint {
         Resume::Path(path) if !is_inside(path, output_dir) => string(&path.to_string_lossy()),
-        Resume::No | Resume::Latest | Resume::Path(_) => "false".into(),
+        Resume::No | Resume::Latest | Resume::Auto | Resume::Path(_) => "false".into(),
     };
     let (warmup_steps, warmup_ratio) = match warmup {
         Warmup::Steps(steps) => (steps.to_string(), "null".into()),
@@ -393,7 +393,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("lr_scheduler_kwargs", map(lr_scheduler_kwargs)),
         ("warmup_steps", warmup_steps),
         ("warmup_ratio", warmup_ratio),
-        ("optim", "adamw_torch".into()),
+        ("optim", optim_name(*kind).into()),
         ("weight_decay", float(*weight_decay)),
         ("adam_beta1", float(*adam_beta1)),
         ("adam_beta2", float(*adam_beta2)),
@@ -418,7 +418,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("env", "{}".into()),
         ("deepspeed", "null".into()),
         ("accelerate_config", "null".into()),
-        ("ddp_backend", "null".into()),
+        ("ddp_backend", if *may_share_gpus { "gloo".into() } else { "null".into() }),
         ("num_processes", world_size.to_string()),
         ("zero_stage", stage.number().to_string()),
         ("stage3_param_persistence_threshold", param_persistence_threshold.to_string()),
@@ -431,6 +431,16 @@ fn device_text(device: DeviceChoice) -> String {
         DeviceChoice::Auto => "auto".into(),
         DeviceChoice::Cpu => "cpu".into(),
         DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+    }
+}
+
+/// The name in the field that gives the optimizer.
+fn optim_name(kind: OptimizerKind) -> &'static str {
+    match kind {
+        OptimizerKind::AdamW => "adamw_torch",
+        OptimizerKind::AdamW8bit => "adamw_8bit",
+        OptimizerKind::Lion => "lion_32bit",
+        OptimizerKind::Muon => "muon",
     }
 }
 

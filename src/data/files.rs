@@ -29,14 +29,7 @@ pub fn load(
     asked_by: Option<&str>,
     progress: &mut Progress<'_>,
 ) -> Result<Splits, Error> {
-    let (mut splits, missing) = match &settings.mixture {
-        Some(mixture) => load_mixture(mixture, progress)?,
-        None => load_one(settings, asked_by.is_some(), progress)?,
-    };
-    if let (None, Some(fraction)) = (&splits.eval, settings.eval_fraction) {
-        let (rest, share) = std::mem::take(&mut splits.train).split_off(fraction, seed)?;
-        (splits.train, splits.eval) = (rest, Some(share));
-    }
+    let (mut splits, missing) = read(settings, seed, asked_by.is_some(), progress)?;
     match asked_by {
         None => splits.eval = None,
         Some(key) if splits.eval.is_none() => {
@@ -47,6 +40,37 @@ pub fn load(
         }
         Some(_) => {}
     }
+    finish(settings, splits)
+}
+
+/// Reads the training rows, and the evaluation rows if there are some.
+///
+/// # Errors
+/// As [`load`], but for rows to evaluate on that are not there.
+pub fn load_all(settings: &DataSettings, seed: u64, progress: &mut Progress<'_>) -> Result<Splits, Error> {
+    finish(settings, read(settings, seed, true, progress)?.0)
+}
+
+/// The rows of the splits as the files have them, and what to say if there are none to evaluate on.
+fn read(
+    settings: &DataSettings,
+    seed: u64,
+    evaluates: bool,
+    progress: &mut Progress<'_>,
+) -> Result<(Splits, String), Error> {
+    let (mut splits, missing) = match &settings.mixture {
+        Some(mixture) => load_mixture(mixture, progress)?,
+        None => load_one(settings, evaluates, progress)?,
+    };
+    if let (None, Some(fraction)) = (&splits.eval, settings.eval_fraction) {
+        let (rest, share) = std::mem::take(&mut splits.train).split_off(fraction, seed)?;
+        (splits.train, splits.eval) = (rest, Some(share));
+    }
+    Ok((splits, missing))
+}
+
+/// As many rows as the settings say, with the columns that they name.
+fn finish(settings: &DataSettings, mut splits: Splits) -> Result<Splits, Error> {
     if let Some(count) = settings.max_train_samples {
         splits.train.truncate(count);
     }

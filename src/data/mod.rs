@@ -55,7 +55,7 @@ pub use conversation::{Layout, Shape};
 pub use encoder::Encoder;
 pub use epoch::{Epoch, Place, PromptBatches, RowBatches, Slice};
 pub use error::Error;
-pub use files::{Splits, load};
+pub use files::{Splits, load, load_all};
 pub use findings::{Findings, Note};
 pub use fingerprint::{Rows, RowsFingerprint};
 pub use gguf_tokenizer::GgufTokenizer;

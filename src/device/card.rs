@@ -80,6 +80,22 @@ pub fn device_name(device: &Device) -> Result<String, Error> {
     Stream::of(device)?.name()
 }
 
+/// The UUID of an open GPU, as `nvidia-smi -L` shows it: `GPU-...`.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn device_uuid(device: &Device) -> Result<String, Error> {
+    Ok(uuid_text(Stream::of(device)?.uuid()?))
+}
+
+fn uuid_text(bytes: [u8; 16]) -> String {
+    let byte = |(index, byte): (usize, &u8)| {
+        let dash = if [0, 4, 6, 8, 10].contains(&index) { "-" } else { "" };
+        format!("{dash}{byte:02x}")
+    };
+    std::iter::once("GPU".to_string()).chain(bytes.iter().enumerate().map(byte)).collect()
+}
+
 /// Opens GPU `ordinal` with a stream of its own and a pool that keeps what is freed.
 ///
 /// Event tracking is off: there is one compute stream, and every other stream is ordered by hand.
@@ -152,7 +168,13 @@ pub fn synchronize(device: &Device) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Footprint, MemoryUse};
+    use super::{Footprint, MemoryUse, uuid_text};
+
+    #[test]
+    fn a_uuid_is_written_as_the_driver_writes_it() {
+        let bytes = std::array::from_fn(|index| index as u8 * 17);
+        assert_eq!(uuid_text(bytes), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+    }
 
     #[test]
     fn what_holds_the_memory_adds_up_to_what_is_in_use() {

@@ -98,6 +98,12 @@ impl Stream {
         count.map(i32::cast_unsigned).map_err(failed("asking for the number of multiprocessors"))
     }
 
+    pub(super) fn uuid(&self) -> Result<[u8; 16], Error> {
+        let uuid = self.0.context().uuid().map_err(failed("asking for the UUID of the GPU"))?;
+        // C's `char` has a sign on some machines.
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     pub(super) fn name(&self) -> Result<String, Error> {
         self.0.context().name().map_err(failed("asking for the name of the GPU"))
     }

@@ -67,6 +67,10 @@ impl Stream {
         match *self {}
     }
 
+    pub(super) fn uuid(&self) -> Result<[u8; 16], Error> {
+        match *self {}
+    }
+
     pub(super) fn name(&self) -> Result<String, Error> {
         match *self {}
     }

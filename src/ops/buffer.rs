@@ -103,30 +103,18 @@ fn combine(op: &'static str, buffer: &Tensor, other: &Tensor, (keep, take): (f32
     })
 }
 
-/// Runs `update` on four buffers of one length in host memory, of which it may change all but the second: an optimizer's
-/// values, gradients, first and second moments.
+/// Runs `update` on values and gradients of one length in host memory, of which it may change the first.
 ///
 /// # Errors
 /// If the lengths differ.
-///
-/// # Panics
-/// If `update` panics.
-pub fn update(
-    values: &Tensor,
-    grads: &Tensor,
-    first: &mut [f32],
-    second: &mut [f32],
-    update: impl Fn(&mut [f32], &[f32], &mut [f32], &mut [f32]),
-) -> Result<(), Error> {
-    let length = values.elem_count();
-    if grads.elem_count() != length || first.len() != length || second.len() != length {
-        return Err(shape_error("optimizer update", "grads", [grads.elem_count(), first.len(), second.len()], length));
+pub fn update(values: &Tensor, grads: &Tensor, update: impl FnMut(&mut [f32], &[f32])) -> Result<(), Error> {
+    if grads.elem_count() != values.elem_count() {
+        return Err(shape_error("optimizer update", "grads", grads.elem_count(), values.elem_count()));
     }
     let grads = view("optimizer update", grads)?;
-    let moments = std::sync::Mutex::new((first, second));
+    let update = std::sync::Mutex::new(update);
     change("optimizer update", values, |values| {
-        let mut moments = moments.lock().expect("only this closure locks it");
-        let (first, second) = &mut *moments;
-        update(values, &grads, first, second);
+        let mut update = update.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        update(values, &grads);
     })
 }

@@ -145,7 +145,13 @@ fn update(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f3
 }
 
 /// One chunk; a plain loop over four slices of one length, which the compiler turns into vector instructions.
-fn update_chunk(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: &AdamWFactors) {
+pub(super) fn update_chunk(
+    params: &mut [f32],
+    grads: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    factors: &AdamWFactors,
+) {
     let f = *factors;
     for (((param, &grad), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
         let grad = grad * f.grad_scale;
@@ -157,7 +163,7 @@ fn update_chunk(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &m
     }
 }
 
-fn check(params: usize, grads: usize, first: usize, second: usize, hyper: &AdamWStep) -> Result<(), Error> {
+pub(super) fn check(params: usize, grads: usize, first: usize, second: usize, hyper: &AdamWStep) -> Result<(), Error> {
     for (what, got) in [("grads", grads), ("first_moment", first), ("second_moment", second)] {
         if got != params {
             return Err(Error::Length { what, got, expected: params });

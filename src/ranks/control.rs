@@ -14,9 +14,13 @@ pub fn join(place: Option<Place>, deadline: Duration) -> Result<Arc<dyn Ranks>, 
     let Some(place) = place.filter(|place| place.world_size > 1) else { return Ok(Arc::new(Alone)) };
     let Place { launcher, rank, world_size, rendezvous, .. } = place;
     let address = rendezvous.ok_or(Error::NoPlace { launcher, rank, world_size })?;
-    let host = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let meeting = tcp::Meeting { rank, world_size, address, host, deadline };
+    let meeting = tcp::Meeting { rank, world_size, address, host: host_name(), deadline };
     Ok(Arc::new(tcp::connect(&meeting)?))
+}
+
+/// The name of this machine; empty where it has none.
+pub fn host_name() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// The ranks of a run as one of them sees them: for what is small and lies on the host.

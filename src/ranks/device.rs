@@ -55,9 +55,26 @@ pub enum Error {
         /// What to do.
         fix: &'static str,
     },
+    /// Some ranks have a GPU and others none.
+    #[error(
+        "rank {} (host {}) computes on the CPU, rank {} (host {}) on a GPU; give every rank a GPU, or set `device: cpu` for all",
+        cpu.rank, cpu.host, gpu.rank, gpu.host
+    )]
+    Mixed {
+        /// The first rank without.
+        cpu: Box<RankDevice>,
+        /// The first rank with one.
+        gpu: Box<RankDevice>,
+    },
     /// The exchange between ranks failed.
-    #[error(transparent)]
-    Exchange(#[from] super::Error),
+    #[error("{0}")]
+    Exchange(#[source] super::Error),
+}
+
+impl From<super::Error> for Error {
+    fn from(error: super::Error) -> Self {
+        Self::Exchange(error)
+    }
 }
 
 const UNSET: &str = "run `unset CUDA_VISIBLE_DEVICES` before the launch: Slurm's cgroup already limits what is visible";
@@ -290,7 +307,7 @@ pub struct RankDevice {
     pub local_rank: usize,
     /// Its GPU's number among the visible ones.
     pub ordinal: usize,
-    /// Its GPU's UUID.
+    /// Its GPU's UUID; empty for a rank on the CPU.
     pub uuid: String,
     /// What `CUDA_VISIBLE_DEVICES` was.
     pub visible_devices: Option<String>,
@@ -304,7 +321,7 @@ pub fn check_duplicates(devices: &[RankDevice]) -> Result<(), Error> {
     let mut owners: BTreeMap<&str, &RankDevice> = BTreeMap::new();
     let mut in_order: Vec<&RankDevice> = devices.iter().collect();
     in_order.sort_by_key(|device| device.rank);
-    for device in in_order {
+    for device in in_order.into_iter().filter(|device| !device.uuid.is_empty()) {
         if let Some(first) = owners.insert(&device.uuid, device) {
             return Err(Error::Duplicate { first: Box::new(first.clone()), second: Box::new(device.clone()) });
         }
@@ -312,12 +329,12 @@ pub fn check_duplicates(devices: &[RankDevice]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Tells every rank every rank's GPU and checks that no two are the same. To be called over a CPU transport, before
-/// any collective on GPUs starts: those hang or fail obscurely where two ranks share a GPU.
+/// Tells every rank every rank's GPU and checks that all or none have one, and unless `may_share` that no two are the same. To be
+/// called over a CPU transport, before any collective on GPUs starts: those hang or fail obscurely where two ranks share a GPU.
 ///
 /// # Errors
-/// If the exchange fails, or as [`check_duplicates`], on every rank alike.
-pub fn exchange(ranks: &dyn Ranks, own: &RankDevice) -> Result<Vec<RankDevice>, Error> {
+/// If the exchange fails, only some ranks have a GPU, or as [`check_duplicates`], on every rank alike.
+pub fn exchange(ranks: &dyn Ranks, own: &RankDevice, may_share: bool) -> Result<Vec<RankDevice>, Error> {
     let unreadable = |peer: usize, problem: serde_json::Error| super::Error::Message {
         peer,
         what: "its GPU",
@@ -330,7 +347,13 @@ pub fn exchange(ranks: &dyn Ranks, own: &RankDevice) -> Result<Vec<RankDevice>, 
         .enumerate()
         .map(|(peer, bytes)| serde_json::from_slice(bytes).map_err(|problem| unreadable(peer, problem)))
         .collect::<Result<_, _>>()?;
-    check_duplicates(&devices)?;
+    let find = |is_on_cpu: bool| devices.iter().find(|device| device.uuid.is_empty() == is_on_cpu);
+    if let (Some(cpu), Some(gpu)) = (find(true), find(false)) {
+        return Err(Error::Mixed { cpu: Box::new(cpu.clone()), gpu: Box::new(gpu.clone()) });
+    }
+    if !may_share {
+        check_duplicates(&devices)?;
+    }
     Ok(devices)
 }
 

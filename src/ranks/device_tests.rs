@@ -122,21 +122,28 @@ fn two_ranks_on_one_gpu_are_named_with_their_hosts_and_the_fix() {
 
 #[test]
 fn every_rank_hears_of_a_duplicate() {
-    let run = |uuids: [&'static str; 3]| -> Vec<Result<Vec<RankDevice>, Error>> {
+    let run = |uuids: [&'static str; 3], may_share: bool| -> Vec<Result<Vec<RankDevice>, Error>> {
         let group = Threads::group(3, Duration::from_secs(20)).unwrap();
         std::thread::scope(|scope| {
             let handles: Vec<_> = group
                 .into_iter()
                 .enumerate()
-                .map(|(rank, threads)| scope.spawn(move || exchange(&threads, &device(rank, "n", rank, uuids[rank]))))
+                .map(|(rank, threads)| {
+                    scope.spawn(move || exchange(&threads, &device(rank, "n", rank, uuids[rank]), may_share))
+                })
                 .collect();
             handles.into_iter().map(|handle| handle.join().unwrap()).collect()
         })
     };
-    for result in run(["a", "b", "c"]) {
+    for result in run(["a", "b", "c"], false) {
         assert_eq!(result.unwrap().iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
     }
-    for result in run(["a", "b", "b"]) {
+    for result in run(["a", "b", "b"], false) {
         assert!(matches!(result, Err(Error::Duplicate { first, second }) if first.rank == 1 && second.rank == 2));
+    }
+    assert!(run(["a", "b", "b"], true).iter().chain(&run(["", "", ""], false)).all(Result::is_ok));
+    for result in run(["a", "", "b"], true) {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("rank 1 (host n) computes on the CPU, rank 0 (host n) on a GPU"), "{text}");
     }
 }

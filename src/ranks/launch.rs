@@ -189,7 +189,11 @@ fn torchrun(variables: &Variables<'_>) -> Result<Option<Place>, Error> {
     };
     let local_world_size = variables.count("LOCAL_WORLD_SIZE")?;
     check_local("LOCAL_RANK", local_rank, local_world_size.unwrap_or(world_size))?;
-    let rendezvous = variables.master()?;
+    let mut rendezvous = variables.master()?;
+    if let Some((_, port)) = rendezvous.as_mut().filter(|_| variables.has("TORCHELASTIC_RUN_ID")) {
+        // torchrun itself listens at the port that it names.
+        *port = port.checked_add(1).unwrap_or(FIRST_PORT as u16);
+    }
     Ok(Some(Place { launcher, rank, world_size, local_rank, local_world_size, hosts: Vec::new(), rendezvous }))
 }
 

@@ -122,6 +122,8 @@ fn the_inner_launcher_goes_first() {
     ];
     let place = with(&STEP, &inner).unwrap().unwrap();
     assert_eq!((place.launcher, place.rank, place.world_size), (Launcher::Torchrun, 7, 8));
+    // torchrun has the port itself.
+    assert_eq!(place.rendezvous, Some(("node01".into(), 29_501)));
     let mpi = [
         ("OMPI_COMM_WORLD_RANK", "6"),
         ("OMPI_COMM_WORLD_SIZE", "8"),

@@ -22,6 +22,6 @@ pub mod local;
 pub mod nccl;
 pub mod tcp;
 
-pub use control::{Alone, Ranks, join};
+pub use control::{Alone, Ranks, host_name, join};
 pub use error::Error;
 pub use exchange::{Exchange, Sum};

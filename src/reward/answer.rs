@@ -7,7 +7,8 @@ use super::Sample;
 use super::error::{Error, excerpt};
 use super::math::{self, Answer, Extraction, final_answer};
 use super::parameters::Parameters;
-use super::registry::Scorer;
+use super::registry::{self, Scorer};
+use crate::config::settings::RewardSpec;
 
 /// The columns that hold the right answer, unless `column` names another.
 const ANSWER_COLUMNS: [&str; 2] = ["answer", "solution"];
@@ -81,9 +82,7 @@ impl Accuracy {
 
     /// 1 or 0 for a sample, `None` if its right answer cannot be read.
     pub(super) fn score(&self, index: usize, sample: &Sample<'_>) -> Result<Option<f64>, Error> {
-        // A prompt that ends in `<think>` opens the reasoning that the completion must close before it answers.
-        let is_unfinished = math::opens_reasoning(sample.prompt_text) && !math::closes_reasoning(sample.completion);
-        self.score_of(index, sample, if is_unfinished { "" } else { sample.completion })
+        self.score_of(index, sample, finished(sample.prompt_text, sample.completion))
     }
 
     fn score_of(&self, index: usize, sample: &Sample<'_>, text: &str) -> Result<Option<f64>, Error> {
@@ -93,6 +92,52 @@ impl Accuracy {
         }
         let answer = final_answer(text, self.extraction).and_then(|a| Answer::parse(&a).ok());
         Ok(Some(f64::from(u8::from(answer.is_some_and(|a| right.iter().any(|r| r.is_answered_by(&a)))))))
+    }
+}
+
+/// What of a completion may hold an answer: nothing where it does not end the reasoning. A prompt that ends in `<think>` opens
+/// the reasoning that the completion must close before it answers.
+fn finished<'a>(prompt_text: &str, completion: &'a str) -> &'a str {
+    if math::opens_reasoning(prompt_text) && !math::closes_reasoning(completion) { "" } else { completion }
+}
+
+/// What follows the last of the first delimiter that occurs.
+fn conclusion<'a>(delimiters: &[String], completion: &'a str) -> Option<&'a str> {
+    delimiters.iter().find_map(|delimiter| completion.rsplit_once(delimiter.as_str())).map(|(_, text)| text)
+}
+
+fn delimiters(parameters: &mut Parameters<'_>) -> Result<Vec<String>, Error> {
+    Ok(parameters.texts("reasoning_delimiters")?.unwrap_or_else(|| vec!["</think>".to_owned()]))
+}
+
+/// Reads final answers as a reward does that looks at nothing else of a completion: to vote over them.
+#[derive(Clone, Debug)]
+pub struct AnswerReader {
+    extraction: Extraction,
+    /// Of `reasoning_accuracy`.
+    delimiters: Option<Vec<String>>,
+}
+
+impl AnswerReader {
+    /// The reader of `accuracy`, `reasoning_accuracy` and `numeric_match`; `None` for other rewards.
+    pub fn of(spec: &RewardSpec) -> Option<Self> {
+        let RewardSpec::Builtin { name, parameters } = registry::own_for_known(spec) else { return None };
+        let mut parameters = Parameters::new(&name, &parameters);
+        let delimiters = match name.strip_suffix("_reward").unwrap_or(&name) {
+            "accuracy" | "numeric_match" => None,
+            "reasoning_accuracy" => Some(delimiters(&mut parameters).ok()?),
+            _ => return None,
+        };
+        Some(Self { extraction: extraction(&mut parameters).ok()?, delimiters })
+    }
+
+    /// The final answer, if there is one.
+    pub fn read(&self, prompt_text: &str, completion: &str) -> Option<Answer> {
+        let text = match &self.delimiters {
+            Some(delimiters) => conclusion(delimiters, completion)?,
+            None => finished(prompt_text, completion),
+        };
+        Answer::parse(&final_answer(text, self.extraction)?).ok()
     }
 }
 
@@ -113,13 +158,10 @@ pub(super) fn accuracy(parameters: &mut Parameters<'_>) -> Result<Scorer, Error>
 /// Parameters: those of `accuracy`, and `reasoning_delimiters` (default `</think>`).
 pub(super) fn reasoning_accuracy(parameters: &mut Parameters<'_>) -> Result<Scorer, Error> {
     let accuracy = Accuracy::from_parameters(parameters)?;
-    let delimiters = parameters.texts("reasoning_delimiters")?.unwrap_or_else(|| vec!["</think>".to_owned()]);
-    Ok(Box::new(move |index, sample| {
-        let conclusion = delimiters.iter().find_map(|d| sample.completion.rsplit_once(d.as_str()));
-        match conclusion {
-            Some((_, text)) => accuracy.score_of(index, sample, text),
-            None => Ok(Some(0.0)),
-        }
+    let delimiters = delimiters(parameters)?;
+    Ok(Box::new(move |index, sample| match conclusion(&delimiters, sample.completion) {
+        Some(text) => accuracy.score_of(index, sample, text),
+        None => Ok(Some(0.0)),
     }))
 }
 

@@ -26,6 +26,7 @@ mod registry;
 mod sandbox;
 mod set;
 
+pub use answer::AnswerReader;
 pub use error::{Error, ProgramError};
 pub use keeper::run_if_asked;
 pub use python::PythonError;

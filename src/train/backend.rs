@@ -3,9 +3,11 @@
 use anyhow::{Context as _, bail};
 use candle_core::Device;
 
-use crate::config::settings::{DeviceChoice, Precision};
+use super::Context;
+use crate::config::settings::{DeviceChoice, Precision, TrainingSettings};
 use crate::device::{self, Footprint};
 use crate::engine::Types;
+use crate::ranks::device::{RankDevice, local_device};
 
 /// A device and the types of the passes on it.
 #[derive(Clone, Debug)]
@@ -22,20 +24,33 @@ impl Backend {
         Self { device: Device::Cpu, types: Types::F32 }
     }
 
-    /// Opens the device that the settings name; `auto` takes the GPU with the number of this rank on its machine where the
-    /// program was built for GPUs and there are some, else the CPU.
+    /// Opens the device that the settings name, on every rank; `auto` takes the GPU with the number of this rank on its machine
+    /// where the program was built for GPUs and there are some, else the CPU.
     ///
     /// # Errors
-    /// If a GPU is asked for that is not there, a rank has none, or a precision that it does not have.
-    pub fn of_rank(choice: DeviceChoice, precision: Precision, local_rank: usize) -> anyhow::Result<Self> {
-        match visible_gpus() {
-            0 | 1 => Self::open(choice, precision),
-            gpus if choice == DeviceChoice::Auto => {
-                let ordinal = crate::ranks::device::local_device(local_rank, local_rank + 1, gpus)?;
-                Self::open(DeviceChoice::Cuda(ordinal), precision)
-            }
-            _ => Self::open(choice, precision),
+    /// If a GPU is asked for that is not there, a rank has none or that of another one, or a precision that it does not have.
+    pub(super) fn of_rank(settings: &TrainingSettings, context: &Context<'_>) -> anyhow::Result<Self> {
+        let (ranks, local_rank, gpus) = (&*context.ranks, context.local_rank, visible_gpus());
+        let may_share = settings.ranks.may_share_gpus;
+        let choice = match settings.device {
+            DeviceChoice::Auto if gpus > 1 && may_share => DeviceChoice::Cuda(local_rank % gpus),
+            DeviceChoice::Auto if gpus > 1 => DeviceChoice::Cuda(local_device(local_rank, local_rank + 1, gpus)?),
+            choice => choice,
+        };
+        let opened = Self::open(choice, settings.precision)?;
+        if ranks.world_size() > 1 {
+            let is_gpu = opened.device.is_cuda();
+            let own = RankDevice {
+                rank: ranks.rank(),
+                host: crate::ranks::host_name(),
+                local_rank,
+                ordinal: if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 },
+                uuid: if is_gpu { device::device_uuid(&opened.device)? } else { String::new() },
+                visible_devices: context.visible_devices.clone(),
+            };
+            crate::ranks::device::exchange(ranks, &own, may_share)?;
         }
+        Ok(opened)
     }
 
     /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is
@@ -118,7 +133,9 @@ pub fn has_gpu(ordinal: usize) -> bool {
 
 /// GPUs that this process sees; none where the program was built without.
 pub fn visible_gpus() -> usize {
-    (0..).take_while(|&ordinal| has_gpu(ordinal)).count()
+    /// More than a machine has.
+    const MOST: usize = 1024;
+    (0..MOST).take_while(|&ordinal| has_gpu(ordinal)).count()
 }
 
 /// Whether the GPU that `auto` takes computes in bfloat16.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 
 use super::Backend;
 use super::tuning::Tuning;
-use crate::config::settings::{LoraSettings, ModuleSet, OptimizerSettings};
+use crate::config::settings::{LoraSettings, ModuleSet, OptimizerKind, OptimizerSettings};
 use crate::engine::{self, Activations, Engine, Order, Parked, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
@@ -20,11 +20,16 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::random_packed;
 use crate::ops::head;
 use crate::rng::Stream;
-use crate::zero::{ParamStore, ShardedAdamW};
+use crate::zero::{ParamStore, ShardedOptimizer};
 
 /// AdamW as transformers sets it.
-const OPTIMIZER: OptimizerSettings =
-    OptimizerSettings { weight_decay: 0.0, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 };
+const OPTIMIZER: OptimizerSettings = OptimizerSettings {
+    kind: OptimizerKind::AdamW,
+    weight_decay: 0.0,
+    adam_beta1: 0.9,
+    adam_beta2: 0.999,
+    adam_epsilon: 1e-8,
+};
 
 /// Sequences of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,7 +205,7 @@ impl Measured {
 /// A model of random weights, ready to be measured.
 pub struct Bench {
     engine: Engine,
-    optimizer: ShardedAdamW,
+    optimizer: ShardedOptimizer,
     settings: Settings,
     tuning: Option<Tuning>,
     /// Steps made so far, measured or not.
@@ -223,7 +228,7 @@ impl Bench {
         let tuning = Tuning::new(backend, !settings.tune)?;
         let store = ParamStore::new(loaded.blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
-        let optimizer = ShardedAdamW::new(OPTIMIZER, engine.store())?;
+        let optimizer = ShardedOptimizer::new(OPTIMIZER, engine.store())?;
         let peak_flops = peak_flops(backend)?;
         Ok(Self { engine, optimizer, settings, tuning, num_steps: 0, peak_flops })
     }

@@ -62,6 +62,7 @@ const MEANING: &[&str] = &[
     "num_generations",
     "steps_per_generation",
     "num_iterations",
+    "optim",
 ];
 
 /// Settings that change where the run goes from here, which people do on purpose.
@@ -212,10 +213,11 @@ impl Continuation {
         Ok(!changed.is_empty())
     }
 
-    /// What a number that each rank has comes to over all ranks of the saved run and of this one.
+    /// What a number that each rank has comes to over all ranks of the saved run and of this one, if either has several.
     fn over_ranks(&self, name: &str, saved: &Values) -> Option<(usize, usize)> {
         let over_ranks = |values: &Values| Some(values.get(name)?.parse::<usize>().ok()? * ranks_of(values));
-        over_ranks(saved).zip(over_ranks(&self.values))
+        let both = over_ranks(saved).zip(over_ranks(&self.values));
+        both.filter(|_| ranks_of(saved) > 1 || ranks_of(&self.values) > 1)
     }
 
     /// The differences that are refused, and those that are allowed.
@@ -318,9 +320,8 @@ mod tests {
         "max_num_seqs",
         // The rows themselves are compared, wherever they come from.
         "preprocessed",
-        // Two that other keys decide.
+        // That other keys decide.
         "generation_batch_size",
-        "optim",
         "disable_dropout",
         "reward_python",
         "reward_path",
@@ -367,7 +368,7 @@ mod tests {
             |then: usize, now: usize| [format!("`gradient_accumulation_steps` was {then} over all ranks, is {now}")];
         assert_eq!(refused(("4", "3"), ("4", "1")), differ(12, 4));
         assert_eq!(refused(("4", "1"), ("4", "2")), differ(4, 8));
-        assert_eq!(refused(("4", "1"), ("3", "1")), differ(4, 3));
+        assert_eq!(refused(("4", "1"), ("3", "1")), ["`gradient_accumulation_steps` was 4, is 3"]);
     }
 
     #[test]

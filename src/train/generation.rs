@@ -2,12 +2,12 @@
 //! advantages, and cut the batch into micro-batches.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::gathered;
-use super::run::Run;
 use super::session::Session;
 use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
 use crate::config::settings::{GrpoSettings, SamplingSettings};
@@ -17,7 +17,7 @@ use crate::ranks::Ranks;
 use crate::reward::{self, Progress, Rewards, Scores};
 use crate::rollout::forward::{EngineModel, kv_shape};
 use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
-use crate::telemetry::Sample;
+use crate::telemetry::{Console, Sample};
 
 /// One completion with everything the loss needs of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,9 +52,18 @@ pub(super) struct Generator<'a> {
     rewards: Rewards,
 }
 
+/// With whom completions are made, where it is shown, and whether it is to be given up.
+pub(super) struct Surroundings<'a> {
+    pub(super) ranks: Arc<dyn Ranks>,
+    pub(super) console: &'a Console,
+    pub(super) is_interrupted: &'a dyn Fn() -> bool,
+}
+
 /// What scoring a set of completions came to.
 pub(super) struct Scored {
     pub(super) outcome: AdvantageOutput,
+    /// By completion, then by reward function: `[N, F]`; NaN where a function gave none.
+    pub(super) rewards: Vec<f64>,
     pub(super) metrics: BTreeMap<String, f64>,
     /// One per completion, ready for `completions.jsonl`.
     pub(super) records: Vec<Value>,
@@ -81,6 +90,11 @@ impl<'a> Generator<'a> {
     /// The reward functions.
     pub(super) fn rewards(&self) -> &Rewards {
         &self.rewards
+    }
+
+    /// Gives the reward functions back.
+    pub(super) fn into_rewards(self) -> Rewards {
+        self.rewards
     }
 
     /// Tells the reward functions that ask how far the run is.
@@ -111,10 +125,14 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once.
-    pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &Prompts) -> u64 {
-        let pages = (prompts.longest() + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
-        let of_rank = self.settings.generation_batch_size.div_ceil(self.settings.training.ranks.world_size);
+    /// Bytes that it may take: as many of the longest prompts with the longest completions as are computed at once, in training
+    /// or in an evaluation.
+    pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &Prompts, eval: Option<&Prompts>) -> u64 {
+        let longest = eval.map_or(0, Prompts::longest).max(prompts.longest());
+        let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
+        let evaluated = eval.map_or(0, Prompts::len) * self.settings.num_generations_eval;
+        let of_rank =
+            self.settings.generation_batch_size.max(evaluated).div_ceil(self.settings.training.ranks.world_size);
         let lanes = self.settings.max_num_seqs.min(of_rank) + 1;
         (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
     }
@@ -130,9 +148,9 @@ impl<'a> Generator<'a> {
         prompts: &[usize],
         key: u64,
         sampling: &SamplingSettings,
-        run: &Run<'_>,
+        surroundings: &Surroundings<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
-        let ranks = run.ranks();
+        let ranks = &*surroundings.ranks;
         let lengths = prompts.iter().map(|&prompt| Ok(examples.get(prompt)?.prompt_ids.len()));
         let lengths: Vec<usize> = lengths.collect::<Result<_, data::Error>>()?;
         let owners = deal(prompts, &lengths, ranks.world_size());
@@ -145,7 +163,22 @@ impl<'a> Generator<'a> {
                 Ok(Request { sample_id: sample as u64, prompt_ids, group: prompt })
             })
             .collect::<Result<_, data::Error>>()?;
-        let bar = run.console.progress("rollout", requests.len() as u64, "sequences");
+        let own = self.complete(session, &requests, key, sampling, surroundings)?;
+        let mut all = gathered::in_order(own, ranks)?;
+        all.sort_by_key(|completion| completion.sample_id);
+        Ok(all)
+    }
+
+    /// The completions of these requests, in their order; `key` and the requests' ids key the random draws.
+    pub(super) fn complete(
+        &mut self,
+        session: &Session,
+        requests: &[Request],
+        key: u64,
+        sampling: &SamplingSettings,
+        surroundings: &Surroundings<'_>,
+    ) -> anyhow::Result<Vec<Completion>> {
+        let bar = surroundings.console.progress("rollout", requests.len() as u64, "sequences");
         let mut model = EngineModel::new(&session.engine, true)?;
         let (mut finished, mut tokens) = (0, 0);
         let mut on_event = |event: Event| match event {
@@ -155,13 +188,10 @@ impl<'a> Generator<'a> {
         };
         let detokenize = |ids: &[u32]| session.tokenizer.decode(ids, false).unwrap_or_default();
         // A rollout that a signal cuts short is made anew by the run that goes on, with the same random numbers.
-        let is_cancelled = || run.is_interrupted();
-        let mut caller = Caller { on_event: &mut on_event, is_cancelled: &is_cancelled, detokenize: Some(&detokenize) };
+        let is_cancelled = surroundings.is_interrupted;
+        let mut caller = Caller { on_event: &mut on_event, is_cancelled, detokenize: Some(&detokenize) };
         let seed = self.settings.training.seed;
-        let own = self.rollout.generate(&mut model, &requests, sampling, seed, key, &mut caller)?;
-        let mut all = gathered::in_order(own, &*ranks)?;
-        all.sort_by_key(|completion| completion.sample_id);
-        Ok(all)
+        Ok(self.rollout.generate(&mut model, requests, sampling, seed, key, &mut caller)?)
     }
 
     /// The scores of all samples; each rank makes those of its share.
@@ -185,15 +215,16 @@ impl<'a> Generator<'a> {
         Ok(Share::joined(shares, self.rewards.names().len()))
     }
 
-    /// Rewards completions and turns rewards into group-relative advantages.
+    /// Rewards completions and turns rewards into group-relative advantages. `step` is for records and messages; evaluation
+    /// outside of a run has none.
     pub(super) fn score(
         &mut self,
         session: &Session,
         examples: &Prompts,
         completions: &[Completion],
         group_size: usize,
-        step: u64,
-        run: &Run<'_>,
+        step: Option<u64>,
+        surroundings: &Surroundings<'_>,
     ) -> anyhow::Result<Scored> {
         let texts: Vec<String> =
             completions.iter().map(|c| completion_text(&session.tokenizer, &c.token_ids)).collect::<Result<_, _>>()?;
@@ -214,11 +245,12 @@ impl<'a> Generator<'a> {
                 })
             })
             .collect::<Result<_, data::Error>>()?;
-        let scores = self.score_shared(&samples, group_size, &|| run.is_interrupted(), &*run.ranks());
+        let scores = self.score_shared(&samples, group_size, surroundings.is_interrupted, &*surroundings.ranks);
         let scores =
             scores.map_err(|error| match error.downcast_ref::<reward::Error>().map(reward::Error::reward) {
                 Some(reward) => {
-                    let context = format!("reward `{reward}` failed at step {step}");
+                    let at = step.map_or_else(String::new, |step| format!(" at step {step}"));
+                    let context = format!("reward `{reward}` failed{at}");
                     error.context(context)
                 }
                 None => error,
@@ -282,7 +314,7 @@ impl<'a> Generator<'a> {
                 completion_tokens: Some(sample.completion_tokens),
             })
             .collect();
-        Ok(Scored { outcome, metrics, records, shown })
+        Ok(Scored { outcome, rewards, metrics, records, shown })
     }
 }
 

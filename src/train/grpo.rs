@@ -31,7 +31,7 @@ use crate::ops::head;
 use crate::reward::{self, Rewards};
 use crate::rollout::Completion;
 use crate::telemetry::Section;
-use crate::zero::{ShardedAdamW, Sharing};
+use crate::zero::{ShardedOptimizer, Sharing};
 
 /// Trains on the prompts that `settings` name.
 ///
@@ -45,7 +45,7 @@ use crate::zero::{ShardedAdamW, Sharing};
 #[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    let backend = Backend::of_rank(training.device, training.precision, context.local_rank)?;
+    let backend = Backend::of_rank(training, &context)?;
     let ranks = Arc::clone(&context.ranks);
     let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("grpo", config::grpo_texts(settings));
@@ -62,7 +62,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks),
+        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -85,7 +85,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut entropy = settings.adaptive_entropy.map(|_| EntropyControl::new(settings.entropy_coef));
     let sampler = Sampler::new(prompts.len(), training.data_seed, settings.shuffle_dataset)?;
@@ -103,7 +103,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         &session,
         &optimizer,
         training.gradient_accumulation_steps,
-        generator.most_cache_bytes(&session, &prompts),
+        generator.most_cache_bytes(&session, &prompts, eval_prompts.as_ref()),
     );
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
@@ -310,30 +310,48 @@ fn gradients(
     Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
 }
 
+/// The prompts of both splits.
+///
+/// # Errors
+/// If a row is unusable, or the longest prompt leaves no room for a completion.
 fn prepare(
     settings: &GrpoSettings,
     session: &Session,
     material: &Material,
 ) -> anyhow::Result<(Prompts, Option<Prompts>)> {
     let (train, eval) = material.prompts(settings, session)?;
-    for (split, prompts) in std::iter::once(("training", &train)).chain(eval.as_ref().map(|eval| ("evaluation", eval)))
-    {
-        turns::warn(split, &prompts.summary().notes);
-        let limit = session.engine.config().max_position_embeddings;
-        let longest = prompts.longest();
-        let room = settings.max_completion_length.unwrap_or(1);
-        if longest + room > limit {
-            bail!(
-                "the longest prompt has {longest} tokens and `max_completion_length` is {room}, together more than the \
-                 {limit} that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
-            );
-        }
+    check_prompts(settings, session, "training", &train)?;
+    if let Some(eval) = &eval {
+        check_prompts(settings, session, "evaluation", eval)?;
     }
     Ok((train, eval))
 }
 
+/// Says what was found in the prompts of a split.
+///
+/// # Errors
+/// If the longest leaves no room for a completion.
+pub(super) fn check_prompts(
+    settings: &GrpoSettings,
+    session: &Session,
+    split: &str,
+    prompts: &Prompts,
+) -> anyhow::Result<()> {
+    turns::warn(split, &prompts.summary().notes);
+    let limit = session.engine.config().max_position_embeddings;
+    let longest = prompts.longest();
+    let room = settings.max_completion_length.unwrap_or(1);
+    if longest + room > limit {
+        bail!(
+            "the longest prompt has {longest} tokens and `max_completion_length` is {room}, together more than the {limit} \
+             that the model holds; lower `max_completion_length`, or set `max_prompt_length`"
+        );
+    }
+    Ok(())
+}
+
 /// The settings with a longest completion: where they name none, what the model holds after the longest prompt.
-fn close_length(settings: &GrpoSettings, session: &Session, prompts: [Option<&Prompts>; 2]) -> GrpoSettings {
+pub(super) fn close_length(settings: &GrpoSettings, session: &Session, prompts: [Option<&Prompts>; 2]) -> GrpoSettings {
     let longest = prompts.into_iter().flatten().map(Prompts::longest).max().unwrap_or(0);
     let room = session.engine.config().max_position_embeddings.saturating_sub(longest);
     let length = settings.max_completion_length.unwrap_or(room);
@@ -373,7 +391,14 @@ fn generate(
     run.ranks().all_reduce_sum_f64(&mut rate)?;
     run.accumulator.mean("rollout/tokens_per_second", rate[0]);
     generator.show_progress(run.step, run.total());
-    let scored = generator.score(session, prompts, &completions, settings.num_generations, run.step + 1, run)?;
+    let scored = generator.score(
+        session,
+        prompts,
+        &completions,
+        settings.num_generations,
+        Some(run.step + 1),
+        &run.surroundings(),
+    )?;
     for (name, value) in &scored.metrics {
         run.accumulator.mean(name, *value);
     }
@@ -410,7 +435,7 @@ fn sample(
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<Completion>> {
     session.engine.store_mut().gather_all()?;
-    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, run);
+    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings());
     session.engine.store_mut().let_go();
     completions
 }
@@ -465,6 +490,9 @@ fn temperature(settings: &GrpoSettings) -> f64 {
     if settings.sampling.temperature > 0.0 { settings.sampling.temperature } else { 1.0 }
 }
 
+/// Keeps evaluation's random draws apart from training's, whose keys are optimizer steps.
+pub(super) const EVALUATION_KEY: u64 = 1 << 63;
+
 /// Rewards of the evaluation prompts, `num_generations_eval` completions each.
 fn evaluate(
     settings: &GrpoSettings,
@@ -473,15 +501,13 @@ fn evaluate(
     prompts: &Prompts,
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<(String, Value)>> {
-    /// Keeps evaluation's random draws apart from training's, whose keys are optimizer steps.
-    const EVALUATION_KEY: u64 = 1 << 63;
     let started = std::time::Instant::now();
     let group = settings.num_generations_eval;
     let indices: Vec<usize> = (0..prompts.len()).flat_map(|p| std::iter::repeat_n(p, group)).collect();
     let completions = sample(settings, generator, session, prompts, &indices, EVALUATION_KEY | run.step, run)?;
     generator.make_room(session);
     generator.show_progress(run.step, run.total());
-    let scored = generator.score(session, prompts, &completions, group, run.step, run)?;
+    let scored = generator.score(session, prompts, &completions, group, Some(run.step), &run.surroundings())?;
     let secs = started.elapsed().as_secs_f64();
     let mut values: Vec<(String, Value)> =
         scored.metrics.iter().map(|(name, &value)| (format!("eval_{name}"), Value::from(value))).collect();

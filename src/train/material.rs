@@ -72,7 +72,7 @@ impl Material {
             return Ok(Self::Read(Box::new(data::load(data, training.seed, asked_by, progress)?)));
         };
         let evaluates = asked_by.is_some();
-        let folder = Folder::open(path)?;
+        let folder = Box::new(Folder::open(path)?);
         folder.check(&Fingerprint::of(task, &texts(), evaluates, &session.tokenizer, session.template.as_ref())?)?;
         let changed = folder.changed_sources();
         if !changed.is_empty() {
@@ -83,7 +83,7 @@ impl Material {
                 changed.join("; ")
             );
         }
-        Ok(Self::Prepared { folder: Box::new(folder), evaluates })
+        Ok(Self::Prepared { folder, evaluates })
     }
 
     /// The training and evaluation rows, to be compared with those of an earlier run.
@@ -153,7 +153,7 @@ impl Material {
 
 impl<'a> Making<'a> {
     /// As a run makes them.
-    fn of(session: &'a Session) -> Self {
+    pub(super) fn of(session: &'a Session) -> Self {
         let (tokenizer, template) = (&session.tokenizer, session.template.as_ref());
         Self { tokenizer, template, removes_duplicates: false, progress: &|_| () }
     }

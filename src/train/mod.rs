@@ -7,12 +7,14 @@
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
 //! products are made, `save.rs` writes models,
 //! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch.
+//! `evaluate/` measures models outside of a run.
 
 mod backend;
 pub mod bench;
 mod best;
 mod cadence;
 mod continuation;
+pub mod evaluate;
 mod gathered;
 mod generation;
 pub mod grpo;
@@ -51,6 +53,8 @@ pub struct Context<'a> {
     pub ranks: Arc<dyn Ranks>,
     /// The number of this rank on its machine.
     pub local_rank: usize,
+    /// What `CUDA_VISIBLE_DEVICES` is.
+    pub visible_devices: Option<String>,
     /// Called when the run has prepared: from here on there is something to save, before a signal may end the process.
     pub ready: &'a dyn Fn(),
     /// Whether a signal asked the run to save and stop.

@@ -74,8 +74,14 @@ pub(super) fn claim(
         note: None,
         _lock: lock,
     };
-    if settings.resume_from_checkpoint == Resume::No {
-        claimed.start_anew(settings.overwrite_output_dir)?;
+    match settings.resume_from_checkpoint {
+        Resume::No => claimed.start_anew(settings.overwrite_output_dir)?,
+        // Rows of a run that was killed before its first checkpoint are nothing to go on from, and nothing to keep.
+        Resume::Auto if checkpoint::newest_step(folder).is_none() => {
+            let has_model = !results::final_model(folder, claimed.starts_from).is_empty();
+            claimed.start_anew(settings.overwrite_output_dir || !has_model)?;
+        }
+        Resume::Auto | Resume::Latest | Resume::Path(_) => {}
     }
     for name in APPENDED {
         let path = folder.join(name);

@@ -17,7 +17,7 @@ use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
-use crate::zero::{FlatBlock, ShardedAdamW, Sharing, StepReport};
+use crate::zero::{FlatBlock, ShardedOptimizer, Sharing, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
 pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
@@ -143,7 +143,12 @@ pub(super) fn run_section(
         .row("batch", batch)
         .row(
             "optimizer",
-            format!("AdamW, learning rate {:e} ({}), {clip}", training.learning_rate, training.lr_scheduler_type),
+            format!(
+                "{}, learning rate {:e} ({}), {clip}",
+                training.optimizer.kind.name(),
+                training.learning_rate,
+                training.lr_scheduler_type
+            ),
         )
         .row("seed", training.seed)
 }
@@ -245,7 +250,12 @@ pub(super) struct Memory {
 impl Memory {
     /// Registers the session's parameters, the gradients of steps of so many micro-batches, and the optimizer's state;
     /// `kv_cache_bytes` is what the rollout may need.
-    pub(super) fn new(session: &Session, optimizer: &ShardedAdamW, micro_steps: usize, kv_cache_bytes: u64) -> Self {
+    pub(super) fn new(
+        session: &Session,
+        optimizer: &ShardedOptimizer,
+        micro_steps: usize,
+        kv_cache_bytes: u64,
+    ) -> Self {
         let store = session.engine.store();
         let trained = 4 * store.num_kept() as u64;
         // Sums of all weights are laid aside block by block, which is little.

@@ -116,6 +116,7 @@ pub(super) fn left_courses(output_dir: &Path) -> Vec<String> {
 }
 
 /// The model that a run leaves.
+#[derive(Clone, Copy)]
 pub(super) enum Final<'a> {
     /// That of a checkpoint.
     Best(&'a Path),

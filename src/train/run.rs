@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::best::{Best, BestTracker};
 use super::cadence::{Cadence, Due};
 use super::continuation::Continuation;
+use super::generation::Surroundings;
 use super::inputs::Inputs;
 use super::notices::Notices;
 use super::output_dir::OutputDir;
@@ -24,7 +25,7 @@ use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
 use crate::ranks::{self, Ranks};
 use crate::telemetry::{self, Accumulator, Console, Metrics, Row, Sample, Section, read_rows, units, write_curves};
-use crate::zero::ShardedAdamW;
+use crate::zero::ShardedOptimizer;
 
 /// A run in progress.
 pub(super) struct Run<'a> {
@@ -139,6 +140,9 @@ impl<'a> Run<'a> {
             let folder = &self.settings.output_dir;
             tuning.keep(from.unwrap_or(folder), folder, self.resumed_from.is_some().then_some(self.step))?;
         }
+        if let (Some(place), Some(section)) = (&self.resumed_from, sections.first_mut()) {
+            section.push("goes on from", place.display());
+        }
         sections.push(self.memory.planned());
         self.console.sections(&sections);
         for warning in self.context.warnings {
@@ -166,6 +170,11 @@ impl<'a> Run<'a> {
         Arc::clone(&self.context.ranks)
     }
 
+    /// What completions are made in.
+    pub(super) fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { ranks: self.ranks(), console: &self.console, is_interrupted: &*self.context.is_interrupted }
+    }
+
     /// Whether all steps are taken, or the results of evaluations no longer get better.
     pub(super) fn is_over(&self) -> bool {
         self.step >= self.cadence.total || self.best.stops().is_some()
@@ -189,21 +198,14 @@ impl<'a> Run<'a> {
     /// The result of work that a signal cuts short; `None` if it did, on this rank or on another. What is given up is done anew
     /// by the run that goes on, and so is what failed when the run was to stop: a program may have got the same signal.
     pub(super) fn unless_interrupted<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
-        /// A signal to all processes of a job may come to a reward program first.
-        const GRACE: Duration = Duration::from_millis(300);
         let Err(error) = result else { return result.map(Some) };
-        let is_program = |cause: &(dyn std::error::Error + 'static)| {
-            use crate::reward::Error::{Program, Python};
-            matches!(cause.downcast_ref(), Some(Program { .. } | Python { .. }))
-        };
         let of_ranks = || error.chain().filter_map(|cause| cause.downcast_ref::<ranks::Error>());
         if of_ranks().any(ranks::Error::is_of_peer) {
             return Err(error);
         }
-        if error.chain().any(is_program) && !self.is_interrupted() {
-            std::thread::sleep(GRACE);
-        }
-        if self.is_interrupted() || of_ranks().any(|error| matches!(error, ranks::Error::StartOver { .. })) {
+        if is_of_interrupt(&error, &*self.context.is_interrupted)
+            || of_ranks().any(|error| matches!(error, ranks::Error::StartOver { .. }))
+        {
             tracing::debug!("given up: {error:#}");
             self.context.ranks.start_over()?;
             return Ok(None);
@@ -296,7 +298,7 @@ impl<'a> Run<'a> {
     pub(super) fn save<B: Serialize + Clone>(
         &mut self,
         session: &Session,
-        optimizer: &ShardedAdamW,
+        optimizer: &ShardedOptimizer,
         own: LoopState<B>,
     ) -> anyhow::Result<()> {
         if self.last_saved == Some(self.step) {
@@ -401,6 +403,20 @@ impl<'a> Run<'a> {
         ));
         Outcome::Interrupted
     }
+}
+
+/// Whether work failed because it was to stop.
+pub(super) fn is_of_interrupt(error: &anyhow::Error, is_interrupted: &dyn Fn() -> bool) -> bool {
+    /// A signal to all processes of a job may come to a reward program first.
+    const GRACE: Duration = Duration::from_millis(300);
+    let is_program = |cause: &(dyn std::error::Error + 'static)| {
+        use crate::reward::Error::{Program, Python};
+        matches!(cause.downcast_ref(), Some(Program { .. } | Python { .. }))
+    };
+    if error.chain().any(is_program) && !is_interrupted() {
+        std::thread::sleep(GRACE);
+    }
+    is_interrupted()
 }
 
 fn title(task: &str, output_dir: &Path) -> String {

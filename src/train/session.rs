@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 
 use super::Backend;
-use crate::config::settings::{ModelSettings, TrainingSettings};
+use crate::config::settings::{ModelSettings, TrainingSettings, ZeroStage};
 use crate::data::hub;
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::engine::{Activations, Engine};
@@ -67,7 +68,9 @@ pub fn open(
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
     let tokenizer_place = tokenizer_place(settings, progress)?.unwrap_or_else(|| folder.clone());
     let started = Instant::now();
-    let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
+    // What is cut into shards is cut in host memory.
+    let place = if sharing.stage() == ZeroStage::Parameters { &Device::Cpu } else { &backend.device };
+    let mut loaded = load(&folder, settings, seed, purpose, place)?;
     if !backend.device.is_cpu() {
         loaded.keep_embedding_on_host();
     }
@@ -121,10 +124,10 @@ pub(super) fn open_text(
     settings: &ModelSettings,
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<(Tokenizer, Option<ChatTemplate>)> {
-    let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
     let place = if let Some(place) = tokenizer_place(settings, progress)? {
         place
     } else {
+        let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
         let of_text = fetched(name, revision, &["json", "jinja", "txt"], progress).ok();
         let place = match of_text.filter(|place| place.join("tokenizer.json").is_file()) {
             Some(place) => Ok(place),

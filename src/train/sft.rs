@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::continuation::Continuation;
 use super::gathered;
 use super::inputs::Inputs;
-use super::material::Material;
+use super::material::{Making, Material};
 use super::output_dir;
 use super::plan;
 use super::run::Run;
@@ -20,18 +20,18 @@ use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{Metrics, SftInputs, SftOutput, sft_loss};
 use crate::config;
 use crate::config::settings::{SftLossType, SftSettings};
-use crate::data::{IGNORE, Part, RowBatches, Sampler, Sequences};
+use crate::data::{Dataset, IGNORE, Part, RowBatches, Sampler, Sequences};
 use crate::engine::{DropoutKey, Speaker, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
 use crate::ops::head;
 use crate::telemetry::Section;
-use crate::zero::{ShardedAdamW, Sharing};
+use crate::zero::{ShardedOptimizer, Sharing};
 
 /// The sequences of one split that training draws from.
-struct Split {
-    sequences: Sequences,
+pub(super) struct Split {
+    pub(super) sequences: Sequences,
     /// What the rows were taken from, if from several data sets.
     parts: Vec<Part>,
 }
@@ -47,13 +47,8 @@ struct Split {
 #[expect(clippy::too_many_lines, reason = "the loop reads from top to bottom as the algorithm")]
 pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outcome> {
     let training = &settings.training;
-    let backend = Backend::of_rank(training.device, training.precision, context.local_rank)?;
-    if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
-        bail!(
-            "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
-            settings.label_smoothing_factor
-        );
-    }
+    let backend = Backend::of_rank(training, &context)?;
+    check_smoothing(settings, &backend)?;
     let ranks = Arc::clone(&context.ranks);
     let mut folder = output_dir::claim(training, &settings.model, &settings.data, &*ranks)?;
     let continuation = Continuation::new("sft", config::sft_texts(settings));
@@ -65,7 +60,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks),
+        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -89,7 +84,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let epoch = batches.epoch();
     let total = epoch.total_steps(training.num_train_epochs, training.max_steps);
     let schedule = plan::schedule(training, total)?;
-    let mut optimizer = ShardedAdamW::new(training.optimizer, session.engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(training.optimizer, session.engine.store())?;
     let mut scaler = plan::loss_scaler(&backend)?;
     let mut sampler = Sampler::new(train.len(), training.data_seed, true)?;
     let resumed: Option<State<()>> =
@@ -158,6 +153,17 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
             }
         };
     }
+}
+
+/// Refuses smoothed labels where nothing computes them.
+pub(super) fn check_smoothing(settings: &SftSettings, backend: &Backend) -> anyhow::Result<()> {
+    if settings.label_smoothing_factor > 0.0 && !backend.device.is_cpu() {
+        bail!(
+            "`label_smoothing_factor: {}` is computed on the CPU only; set `device: cpu`, or remove it",
+            settings.label_smoothing_factor
+        );
+    }
+    Ok(())
 }
 
 /// Sums the gradients of a step's micro-batches over all ranks; returns the loss and its metrics, or `None` where no token is to
@@ -241,7 +247,7 @@ impl StepLoss<anyhow::Error> for StepSum<'_> {
 
 /// The loss of all targets that the head was asked for, divided by `num_targets` of all ranks. Ranks' gradients are added, where
 /// TRL multiplies by the number of processes and takes the mean.
-fn loss_of(settings: &SftSettings, head: &head::Output, num_targets: usize) -> anyhow::Result<SftOutput> {
+pub(super) fn loss_of(settings: &SftSettings, head: &head::Output, num_targets: usize) -> anyhow::Result<SftOutput> {
     let inputs = SftInputs {
         logprobs: &head.logprobs,
         mean_logprobs: Some(&head.mean_logprobs),
@@ -271,19 +277,10 @@ fn prepare(
     session: &mut Session,
     material: &Material,
 ) -> anyhow::Result<(Split, Option<Split>)> {
-    let limit = session.engine.config().max_position_embeddings;
-    let split = |name: &str, sequences: Sequences, packing: bool| -> anyhow::Result<Split> {
-        let longest = sequences.summary().statistics.max;
-        if longest > limit && !packing {
-            bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
-        }
-        turns::warn(name, &sequences.summary().notes);
-        Ok(Split { sequences, parts: Vec::new() })
-    };
     let (train, eval) = material.sequences(settings, session)?;
-    let mut train = split("training", train, settings.packing)?;
+    let mut train = Split::of(session, "training", train, settings.packing)?;
     train.parts = material.parts().to_vec();
-    let eval = eval.map(|eval| split("evaluation", eval, settings.eval_packing)).transpose()?;
+    let eval = eval.map(|eval| Split::of(session, "evaluation", eval, settings.eval_packing)).transpose()?;
     if train.sequences.summary().is_conversational {
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
     }
@@ -291,8 +288,48 @@ fn prepare(
 }
 
 impl Split {
+    /// Rows that are not those of a run, in sequences.
+    ///
+    /// # Errors
+    /// If a row is unusable, an example is longer than the model holds, or there is nothing to learn.
+    pub(super) fn prepare(
+        settings: &SftSettings,
+        session: &Session,
+        name: &str,
+        rows: &Dataset,
+        packing: bool,
+    ) -> anyhow::Result<Self> {
+        let (sequences, _) = Making::of(session).sequences(settings, rows, packing)?;
+        Self::of(session, name, sequences, packing)
+    }
+
+    /// Sequences, after a look at their lengths.
+    fn of(session: &Session, name: &str, sequences: Sequences, packing: bool) -> anyhow::Result<Self> {
+        let limit = session.engine.config().max_position_embeddings;
+        let longest = sequences.summary().statistics.max;
+        if longest > limit && !packing {
+            bail!("an example has {longest} tokens, the model holds {limit}; set `max_length: {limit}` or less");
+        }
+        turns::warn(name, &sequences.summary().notes);
+        Ok(Self { sequences, parts: Vec::new() })
+    }
+
+    /// Targets of each of the sequences `indices`, in the order of [`Split::batch`].
+    ///
+    /// # Errors
+    /// If they have to be read, and cannot be.
+    pub(super) fn target_counts(&self, indices: &[usize]) -> anyhow::Result<Vec<usize>> {
+        let collated = self.sequences.collate(indices)?;
+        let targets = collated.targets();
+        let count = |ends: &[u32]| targets[ends[0] as usize..ends[1] as usize].iter().filter(|&&t| t != IGNORE).count();
+        Ok(collated.cu_seqlens.windows(2).map(count).collect())
+    }
+
     /// The sequences `indices` as one ragged batch with a target for every learnt token.
-    fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
+    ///
+    /// # Errors
+    /// If they have to be read, and cannot be.
+    pub(super) fn batch(&self, indices: &[usize], wants_means: bool) -> anyhow::Result<Batch> {
         let collated = self.sequences.collate(indices)?;
         let targets = collated.targets();
         let mut builder = BatchBuilder::new();

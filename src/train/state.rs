@@ -22,7 +22,7 @@ use crate::fs::io_error;
 use crate::optim::LossScaler;
 use crate::ranks::Ranks;
 use crate::telemetry::Accumulator;
-use crate::zero::{FlatBlock, ParamStore, ShardedAdamW};
+use crate::zero::{FlatBlock, ParamStore, ShardedOptimizer};
 
 /// File of a checkpoint with the state below.
 pub(super) const STATE_FILE: &str = "trainer_state.json";
@@ -33,7 +33,7 @@ const STATE_VERSION: u32 = 1;
 /// What follows a parameter's name in the tensors file for the reference policy's values.
 const REFERENCE_SUFFIX: &str = ".reference";
 /// What may follow a parameter's name in the tensors file.
-const SUFFIXES: [&str; 3] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq"];
+const SUFFIXES: [&str; 4] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq", ".momentum_buffer"];
 
 /// Everything a resumed run needs besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -132,15 +132,16 @@ fn find(
 ) -> anyhow::Result<Option<Checkpoint>> {
     let checkpoint = match &settings.resume_from_checkpoint {
         Resume::No => return Ok(None),
+        Resume::Auto if checkpoint::newest_step(&settings.output_dir).is_none() => return Ok(None),
         Resume::Path(path) => checkpoint::open(path)?,
-        Resume::Latest => {
+        Resume::Latest | Resume::Auto => {
             let found = checkpoint::find_latest(&settings.output_dir)?;
             for skipped in &found.skipped {
                 tracing::warn!("passed over `{}`: {}", skipped.path.display(), skipped.reason);
             }
             found.checkpoint.with_context(|| {
                 format!(
-                    "`resume_from_checkpoint: true`, but `{}` holds no whole checkpoint; leave the key out to start anew",
+                    "`resume_from_checkpoint` asks for the newest checkpoint, but `{}` holds no whole checkpoint; leave the key out to start anew",
                     settings.output_dir.display()
                 )
             })?
@@ -238,7 +239,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     checkpoint: &Checkpoint,
     settings: &TrainingSettings,
     session: &Session,
-    optimizer: &mut ShardedAdamW,
+    optimizer: &mut ShardedOptimizer,
     (inputs, material): (&Inputs, &Material),
 ) -> anyhow::Result<State<B>> {
     let place = checkpoint.path().display().to_string();
@@ -309,7 +310,7 @@ pub(super) struct RunState<'a> {
 pub(super) fn write_checkpoint<B: Serialize + Clone>(
     settings: &TrainingSettings,
     session: &Session,
-    optimizer: &ShardedAdamW,
+    optimizer: &ShardedOptimizer,
     run: RunState<'_>,
     own: LoopState<B>,
 ) -> anyhow::Result<Option<checkpoint::Committed>> {
@@ -344,7 +345,7 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         let tensors = named(store, values, "")
             .into_iter()
             .chain(named(store, references, REFERENCE_SUFFIX))
-            .chain(ShardedAdamW::state(store, moments));
+            .chain(optimizer.state(store, moments));
         writer.add_tensors(TENSORS_FILE, tensors)?;
     }
     Ok(Some(writer.commit(settings.save_total_limit)?))
@@ -358,7 +359,7 @@ struct Tensors {
 }
 
 /// All of it on the first rank; the others help to gather it.
-fn collect(session: &Session, optimizer: &ShardedAdamW) -> anyhow::Result<Option<Tensors>> {
+fn collect(session: &Session, optimizer: &ShardedOptimizer) -> anyhow::Result<Option<Tensors>> {
     let store = session.engine.store();
     let (values, references) = (store.collect_values()?, store.collect_references()?);
     let moments = optimizer.collect(store)?;

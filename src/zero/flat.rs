@@ -9,7 +9,7 @@ use super::{Error, Sharing};
 use crate::config::settings::ZeroStage;
 use crate::model::params::Trainable;
 use crate::ops::buffer;
-use crate::optim::NORM_CHUNK;
+use crate::optim::{Layout, NORM_CHUNK};
 
 /// One parameter inside a flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,19 @@ pub struct Piece {
     pub range: Range<usize>,
     /// Whether weight decay applies.
     pub has_decay: bool,
+    /// What a rule of the optimizer needs to know of it.
+    pub layout: Layout,
+}
+
+impl Entry {
+    /// Rows and columns of a matrix that multiplies; a table of tokens does not.
+    pub fn matrix(&self) -> Option<(usize, usize)> {
+        let is_table = ["embed_tokens", "lm_head"].iter().any(|table| self.name.contains(table));
+        match *self.shape.as_slice() {
+            [rows, cols] if !is_table => Some((rows, cols)),
+            _ => None,
+        }
+    }
 }
 
 /// Values and gradients of a block's trained parameters.
@@ -65,7 +78,12 @@ impl FlatBlock {
         let all: Range<usize> = 0..count;
         let shards = match sharing.stage() {
             ZeroStage::Replicated => vec![all; sharing.world_size()],
-            _ => shards(&entries, count, sharing.world_size()),
+            _ => shards(
+                &entries,
+                count,
+                sharing.world_size(),
+                if sharing.keeps_whole() { usize::MAX } else { NORM_CHUNK },
+            ),
         };
         let own = shards[rank].clone();
         let is_cut = sharing.cuts_values(count);
@@ -153,7 +171,12 @@ impl FlatBlock {
         let own = self.own();
         self.entries.iter().filter_map(move |entry| {
             let (start, end) = (entry.range.start.max(own.start), entry.range.end.min(own.end));
-            let piece = || Piece { range: start - own.start..end - own.start, has_decay: entry.has_decay };
+            let piece = || {
+                let is_whole = (start..end) == entry.range;
+                let matrix = entry.matrix().filter(|_| is_whole);
+                let layout = Layout { count: end - start, of: entry.range.len(), matrix };
+                Piece { range: start - own.start..end - own.start, has_decay: entry.has_decay, layout }
+            };
             (start < end).then(piece)
         })
     }
@@ -186,10 +209,10 @@ impl FlatBlock {
     }
 }
 
-/// Cuts a buffer of `count` values into a shard for each rank, between chunks of which a norm is made: a rank that has all of a
-/// chunk makes the same part of the norm as one that has everything.
-fn shards(entries: &[Entry], count: usize, world_size: usize) -> Vec<Range<usize>> {
-    let starts: Vec<usize> = entries.iter().flat_map(|entry| entry.range.clone().step_by(NORM_CHUNK)).collect();
+/// Cuts a buffer of `count` values into a shard for each rank, between parameters or chunks of `chunk` values of one. Chunks are
+/// those of which a norm is made: a rank that has all of a chunk makes the same part of the norm as one that has everything.
+fn shards(entries: &[Entry], count: usize, world_size: usize, chunk: usize) -> Vec<Range<usize>> {
+    let starts: Vec<usize> = entries.iter().flat_map(|entry| entry.range.clone().step_by(chunk)).collect();
     // The cut that is nearest to an equal share.
     let cut = |rank: usize| {
         let wanted = count * rank / world_size;
@@ -218,7 +241,7 @@ mod tests {
         }
         let count = lengths.iter().sum();
         for world_size in [1, 2, 3, 4, 7, 16] {
-            let shards = shards_of(&entries, count, world_size);
+            let shards = shards_of(&entries, count, world_size, NORM_CHUNK);
             assert_eq!(shards.len(), world_size);
             assert_eq!((shards[0].start, shards[world_size - 1].end), (0, count));
             assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start), "{shards:?}");
@@ -231,6 +254,11 @@ mod tests {
                 assert!(shard.len() <= count / world_size + NORM_CHUNK, "{shard:?} of {count} over {world_size}");
             }
         }
-        assert_eq!(shards_of(&[], 0, 3), [0..0, 0..0, 0..0]);
+        assert_eq!(shards_of(&[], 0, 3, NORM_CHUNK), [0..0, 0..0, 0..0]);
+        // Whole parameters.
+        let starts: Vec<usize> = entries.iter().map(|entry| entry.range.start).collect();
+        for shard in shards_of(&entries, count, 3, usize::MAX) {
+            assert!(starts.contains(&shard.start) || shard.start == count, "{shard:?}");
+        }
     }
 }

@@ -29,14 +29,14 @@ struct Inside {
 
 impl Bucket {
     /// A bucket over a buffer: f32 `[n]`.
-    pub(super) fn new(grads: Tensor) -> Self {
+    pub(super) fn new(grads: &Tensor) -> Self {
         let inside = Inside { grads: Some(grads.clone()), ..Inside::default() };
         let (count, device) = (grads.elem_count(), grads.device().clone());
         Self { count, device, is_lasting: true, inside: Mutex::new(inside) }
     }
 
     pub(super) fn zeros(count: usize, device: &Device) -> Result<Self, Error> {
-        Ok(Self::new(Tensor::zeros(count, DType::F32, device)?))
+        Ok(Self::new(&Tensor::zeros(count, DType::F32, device)?))
     }
 
     /// A bucket that takes memory from the first gradient of a step until its sums are taken.

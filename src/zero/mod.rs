@@ -17,7 +17,7 @@ mod sums;
 
 pub use flat::{Entry, FlatBlock, Piece};
 pub use lease::{Lease, Needs, Speaker, Visit, Walk};
-pub use optimizer::{ShardedAdamW, StepReport};
+pub use optimizer::{ShardedOptimizer, StepReport};
 pub use sharing::Sharing;
 pub use store::{ParamStore, Slots};
 pub use sums::{Next, Node, Sums};

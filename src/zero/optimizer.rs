@@ -1,46 +1,78 @@
-//! AdamW over what this rank keeps of the store's flat buffers: clipping by the global norm, one step, its state.
+//! The optimizer over what this rank keeps of the store's flat buffers: clipping by the global norm, one step, its state.
 //!
-//! Moments are f32, one pair of buffers for each block, beside the values they belong to. All ranks make a step together, and
-//! none does where a gradient of any is not finite.
+//! `optim` has the rules; state lies beside the values it belongs to, cut as they are. All ranks make a step together, and none
+//! does where a gradient of any is not finite.
 
 use candle_core::{DType, Tensor};
 
-use super::{Error, FlatBlock, ParamStore};
-use crate::config::settings::OptimizerSettings;
+use super::{Error, FlatBlock, ParamStore, Piece};
+use crate::config::settings::{OptimizerKind, OptimizerSettings};
 use crate::ops::buffer;
-use crate::optim::{AdamWStep, ParamGroup, adamw_step_groups, clip_coefficient, norm_of_parts, sums_of_squares};
+use crate::optim::{AdamWStep, ParamGroup, State, clip_coefficient, norm_of_parts, sums_of_squares};
 
 /// Optimizer state of this rank.
 #[derive(Debug)]
-pub struct ShardedAdamW {
+pub struct ShardedOptimizer {
     settings: OptimizerSettings,
     /// Steps taken.
     step: u64,
-    moments: Vec<Moments>,
+    states: Vec<Kept>,
 }
 
-/// Moments of one block.
+/// State of this rank's part of one block.
 #[derive(Debug)]
-enum Moments {
-    Host { first: Vec<f32>, second: Vec<f32> },
+enum Kept {
+    /// Of each piece.
+    Host(Vec<State>),
+    /// AdamW's moments of all of it.
     Device { first: Tensor, second: Tensor },
 }
 
-impl Moments {
-    fn zeros(flat: &FlatBlock) -> Result<Self, Error> {
+impl Kept {
+    fn new(flat: &FlatBlock, kind: OptimizerKind) -> Result<Self, Error> {
         let (count, device) = (flat.own().len(), flat.values().device());
         if device.is_cpu() {
-            return Ok(Self::Host { first: vec![0.0; count], second: vec![0.0; count] });
+            return Ok(Self::Host(flat.own_pieces().map(|piece| State::new(kind, piece.layout)).collect()));
         }
         let zeros = || Tensor::zeros(count, DType::F32, device);
         Ok(Self::Device { first: zeros()?, second: zeros()? })
     }
 
-    fn to_vecs(&self) -> Result<[Vec<f32>; 2], Error> {
-        Ok(match self {
-            Self::Host { first, second } => [first.clone(), second.clone()],
-            Self::Device { first, second } => [buffer::to_vec(first)?, buffer::to_vec(second)?],
-        })
+    /// Two arrays of this rank's part; the second has zeros where a rule keeps one.
+    fn to_vecs(&self, flat: &FlatBlock) -> Result<[Vec<f32>; 2], Error> {
+        let states = match self {
+            Self::Host(states) => states,
+            Self::Device { first, second } => return Ok([buffer::to_vec(first)?, buffer::to_vec(second)?]),
+        };
+        let mut all = [vec![0.0; flat.own().len()], vec![0.0; flat.own().len()]];
+        for (piece, state) in flat.own_pieces().zip(states) {
+            for (all, own) in all.iter_mut().zip(state.to_vecs()) {
+                all[piece.range.clone()].copy_from_slice(&own);
+            }
+        }
+        Ok(all)
+    }
+
+    fn load(&mut self, flat: &FlatBlock, arrays: &[Vec<f32>; 2]) -> Result<(), Error> {
+        match self {
+            Self::Host(states) => {
+                for (piece, state) in flat.own_pieces().zip(states) {
+                    state.load(&arrays.each_ref().map(|all| all[piece.range.clone()].to_vec()))?;
+                }
+            }
+            Self::Device { first, second } => {
+                buffer::write(first, &arrays[0])?;
+                buffer::write(second, &arrays[1])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn size_bytes(&self) -> usize {
+        match self {
+            Self::Host(states) => states.iter().map(State::size_bytes).sum(),
+            Self::Device { first, .. } => 8 * first.elem_count(),
+        }
     }
 }
 
@@ -53,22 +85,19 @@ pub struct StepReport {
     pub is_skipped: bool,
 }
 
-impl ShardedAdamW {
+impl ShardedOptimizer {
     /// Fresh state for the store's parameters.
     ///
     /// # Errors
     /// If memory runs out.
     pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
-        Ok(Self { settings, step: 0, moments: store.flats().map(Moments::zeros).collect::<Result<_, _>>()? })
+        let states = store.flats().map(|flat| Kept::new(flat, settings.kind)).collect::<Result<_, _>>()?;
+        Ok(Self { settings, step: 0, states })
     }
 
-    /// Bytes of the moments.
+    /// Bytes of the state.
     pub fn size_bytes(&self) -> usize {
-        let count = |moments: &Moments| match moments {
-            Moments::Host { first, .. } => first.len(),
-            Moments::Device { first, .. } => first.elem_count(),
-        };
-        self.moments.iter().map(|m| 8 * count(m)).sum()
+        self.states.iter().map(Kept::size_bytes).sum()
     }
 
     /// Steps taken.
@@ -92,7 +121,7 @@ impl ShardedAdamW {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
         self.step += 1;
-        let OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon } = self.settings;
+        let OptimizerSettings { weight_decay, adam_beta1, adam_beta2, adam_epsilon, .. } = self.settings;
         let hyper = AdamWStep {
             lr,
             beta1: adam_beta1,
@@ -102,32 +131,21 @@ impl ShardedAdamW {
             step: self.step,
             grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
-        for (flat, moments) in store.flats().zip(&mut self.moments) {
-            if flat.is_empty() {
+        for (flat, kept) in store.flats().zip(&mut self.states) {
+            let pieces: Vec<Piece> = flat.own_pieces().collect();
+            if pieces.is_empty() {
                 continue;
             }
-            let decay = |has_decay: bool| if has_decay { weight_decay } else { 0.0 };
-            let groups: Vec<ParamGroup> = flat
-                .own_pieces()
-                .map(|piece| ParamGroup { weight_decay: decay(piece.has_decay), range: piece.range })
-                .collect();
-            if groups.is_empty() {
-                continue;
-            }
+            let decay = |piece: &Piece| if piece.has_decay { weight_decay } else { 0.0 };
             let (values, grads) = (flat.own_values()?, flat.own_grads()?);
-            match moments {
-                Moments::Host { first, second } => {
-                    let result = std::sync::Mutex::new(Ok(()));
-                    buffer::update(&values, &grads, first, second, |values, grads, first, second| {
-                        if let (Err(error), Ok(mut result)) =
-                            (adamw_step_groups(values, grads, first, second, &groups, &hyper), result.lock())
-                        {
-                            *result = Err(error);
-                        }
-                    })?;
-                    result.into_inner().unwrap_or(Ok(()))?;
-                }
-                Moments::Device { first, second } => {
+            match kept {
+                Kept::Host(states) => step_pieces(&values, &grads, &pieces, states, |piece| AdamWStep {
+                    weight_decay: decay(piece),
+                    ..hyper
+                })?,
+                Kept::Device { first, second } => {
+                    let group = |piece: &Piece| ParamGroup { weight_decay: decay(piece), range: piece.range.clone() };
+                    let groups: Vec<ParamGroup> = pieces.iter().map(group).collect();
                     super::device_optimizer::step(&values, &grads, first, second, &groups, &hyper)?;
                 }
             }
@@ -136,54 +154,57 @@ impl ShardedAdamW {
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
-    /// Moments of each block, all of them, copied to the host of the first rank: first and second. The others help to gather
-    /// them and get nothing.
+    /// The state of each block, all of it, copied to the host of the first rank: two arrays like the values. The others help to
+    /// gather them and get nothing.
     ///
     /// # Errors
     /// If the device failed or a rank is lost.
     pub fn collect(&self, store: &ParamStore) -> Result<Option<Vec<[Vec<f32>; 2]>>, Error> {
         let is_first = store.sharing().ranks().is_first();
         let mut all = Vec::new();
-        for (flat, moments) in store.flats().zip(&self.moments) {
+        for (flat, kept) in store.flats().zip(&self.states) {
             if flat.is_whole() {
-                all.extend(is_first.then(|| moments.to_vecs()).transpose()?);
+                all.extend(is_first.then(|| kept.to_vecs(flat)).transpose()?);
                 continue;
             }
-            let [first, second] = moments.to_vecs()?.map(|own| store.sharing().collect(&own, flat.shards()));
+            let [first, second] = kept.to_vecs(flat)?.map(|own| store.sharing().collect(&own, flat.shards()));
             all.extend(first?.zip(second?).map(|(first, second)| [first, second]));
         }
         Ok(is_first.then_some(all))
     }
 
-    /// Moments by parameter name with `exp_avg` and `exp_avg_sq` appended, for a checkpoint; `moments` as [`Self::collect`]
-    /// gave them.
+    /// State by parameter name with that of the array appended (`exp_avg`, ...), for a checkpoint; `arrays` as
+    /// [`Self::collect`] gave them.
     pub fn state<'a>(
+        &self,
         store: &'a ParamStore,
-        moments: &'a [[Vec<f32>; 2]],
-    ) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> {
-        store.flats().zip(moments).flat_map(|(flat, [first, second])| {
+        arrays: &'a [[Vec<f32>; 2]],
+    ) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> + use<'a> {
+        let kind = self.settings.kind;
+        store.flats().zip(arrays).flat_map(move |(flat, arrays)| {
             flat.entries().iter().flat_map(move |e| {
-                [("exp_avg", first), ("exp_avg_sq", second)]
-                    .map(|(kind, values)| (format!("{}.{kind}", e.name), &values[e.range.clone()], e.shape.clone()))
+                let named = State::names(kind, e.matrix().is_some()).iter().zip(arrays);
+                named.map(|(name, values)| (format!("{}.{name}", e.name), &values[e.range.clone()], e.shape.clone()))
             })
         })
     }
 
-    /// Takes saved moments back; `lookup` gives the values saved under a name.
+    /// Takes saved state back; `lookup` gives the values saved under a name.
     ///
     /// # Errors
-    /// If a parameter's moments are missing or of another size.
+    /// If a parameter's state is missing or of another size.
     pub fn load_state<'a>(
         &mut self,
         store: &ParamStore,
         step: u64,
         lookup: impl Fn(&str) -> Option<Vec<f32>> + 'a,
     ) -> Result<(), Error> {
-        for (flat, moments) in store.flats().zip(&mut self.moments) {
+        let kind = self.settings.kind;
+        for (flat, kept) in store.flats().zip(&mut self.states) {
             let mut loaded = [vec![0.0; flat.len()], vec![0.0; flat.len()]];
             for e in flat.entries() {
-                for (kind, target) in ["exp_avg", "exp_avg_sq"].into_iter().zip(&mut loaded) {
-                    let name = format!("{}.{kind}", e.name);
+                for (array, target) in State::names(kind, e.matrix().is_some()).iter().zip(&mut loaded) {
+                    let name = format!("{}.{array}", e.name);
                     match lookup(&name) {
                         Some(values) if values.len() == e.range.len() => {
                             target[e.range.clone()].copy_from_slice(&values);
@@ -196,18 +217,28 @@ impl ShardedAdamW {
                 }
             }
             let own = flat.own();
-            let [new_first, new_second] = loaded.map(|all| all[own.clone()].to_vec());
-            match moments {
-                Moments::Host { first, second } => (*first, *second) = (new_first, new_second),
-                Moments::Device { first, second } => {
-                    buffer::write(first, &new_first)?;
-                    buffer::write(second, &new_second)?;
-                }
-            }
+            kept.load(flat, &loaded.map(|all| all[own.clone()].to_vec()))?;
         }
         self.step = step;
         Ok(())
     }
+}
+
+/// One step on each piece of a buffer in host memory.
+fn step_pieces(
+    values: &Tensor,
+    grads: &Tensor,
+    pieces: &[Piece],
+    states: &mut [State],
+    hyper: impl Fn(&Piece) -> AdamWStep,
+) -> Result<(), Error> {
+    let mut result = Ok(());
+    buffer::update(values, grads, |values, grads| {
+        result = pieces.iter().zip(states.iter_mut()).try_for_each(|(piece, state)| {
+            state.step(&mut values[piece.range.clone()], &grads[piece.range.clone()], &hyper(piece))
+        });
+    })?;
+    Ok(result?)
 }
 
 /// The gradients' parts of their norm, in the order of the store, over all ranks.

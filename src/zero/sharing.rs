@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::{Error, Sums};
-use crate::config::settings::{RankSettings, ZeroStage};
+use crate::config::settings::{OptimizerKind, RankSettings, ZeroStage};
 use crate::ops::buffer;
 use crate::ranks::{Alone, Ranks};
 
@@ -17,6 +17,7 @@ pub struct Sharing {
     ranks: Arc<dyn Ranks>,
     stage: ZeroStage,
     persistence_threshold: usize,
+    keeps_whole: bool,
 }
 
 impl std::fmt::Debug for Sharing {
@@ -28,13 +29,19 @@ impl std::fmt::Debug for Sharing {
 impl Sharing {
     /// One rank, which has everything.
     pub fn alone() -> Self {
-        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0 }
+        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0, keeps_whole: false }
     }
 
-    /// `ranks` that share what `settings` say. One rank alone has everything.
-    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings) -> Self {
+    /// `ranks` that share what `settings` say, for an optimizer of this kind. One rank alone has everything.
+    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings, optimizer: OptimizerKind) -> Self {
         let stage = if ranks.world_size() > 1 { settings.stage } else { ZeroStage::Replicated };
-        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold }
+        let keeps_whole = optimizer == OptimizerKind::Muon;
+        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold, keeps_whole }
+    }
+
+    /// Whether a parameter is in one shard as a whole.
+    pub(super) fn keeps_whole(&self) -> bool {
+        self.keeps_whole
     }
 
     /// The ranks.
@@ -78,7 +85,7 @@ impl Sharing {
         let mut all = Vec::new();
         for (rank, bytes) in received.iter().enumerate() {
             let nodes = sums.on_rank(rank).nodes();
-            self.expect_length(rank, "gradients", bytes.len(), 4 * length * nodes.len())?;
+            expect_length(rank, "gradients", bytes.len(), 4 * length * nodes.len())?;
             for (index, node) in nodes.into_iter().enumerate() {
                 all.push((node, floats(&bytes[4 * length * index..4 * length * (index + 1)])));
             }
@@ -101,7 +108,7 @@ impl Sharing {
     pub(super) fn gather_bytes(&self, own: &[u8], lengths: impl Iterator<Item = usize>) -> Result<Vec<u8>, Error> {
         let all = self.ranks.all_gather_bytes(own)?;
         for ((rank, bytes), length) in all.iter().enumerate().zip(lengths) {
-            self.expect_length(rank, "values", bytes.len(), length)?;
+            expect_length(rank, "values", bytes.len(), length)?;
         }
         Ok(all.concat())
     }
@@ -115,18 +122,18 @@ impl Sharing {
             return Ok(None);
         }
         for ((rank, bytes), shard) in all.iter().enumerate().zip(shards) {
-            self.expect_length(rank, "values", bytes.len(), 4 * shard.len())?;
+            expect_length(rank, "values", bytes.len(), 4 * shard.len())?;
         }
         Ok(Some(floats(&all.concat())))
     }
+}
 
-    fn expect_length(&self, peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
-        if got == expected {
-            return Ok(());
-        }
-        let problem = format!("{got} bytes, expected {expected}");
-        Err(Error::Ranks(crate::ranks::Error::Message { peer, what, problem }))
+fn expect_length(peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
+    if got == expected {
+        return Ok(());
     }
+    let problem = format!("{got} bytes, expected {expected}");
+    Err(Error::Ranks(crate::ranks::Error::Message { peer, what, problem }))
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

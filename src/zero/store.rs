@@ -4,6 +4,8 @@
 //! for as long as it is lent, or keeps this rank's part of every block and gathers each from all ranks for as long as it is
 //! lent. All answer the same calls. Where ranks share anything, all of them must ask for the same blocks in the same order.
 
+mod together;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -327,96 +329,6 @@ impl ParamStore {
         own.frozen.kind_name(name).or_else(trained)
     }
 
-    /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
-    /// they are there anyway.
-    ///
-    /// # Errors
-    /// If a rank is lost or memory runs out.
-    pub fn gather_all(&mut self) -> Result<(), Error> {
-        for block in 0..self.blocks.len() {
-            if self.slots.is_none() && self.blocks[block].policy.is_none() {
-                let bound = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
-                self.blocks[block].policy = Some(bound);
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends [`Self::gather_all`].
-    pub fn let_go(&mut self) {
-        if self.sharing.stage() == ZeroStage::Parameters {
-            self.blocks.iter_mut().for_each(|block| block.policy = None);
-        }
-    }
-
-    /// All blocks' parameters for the first rank, to be read; the others help to gather them and get nothing.
-    ///
-    /// # Errors
-    /// If a rank is lost or memory runs out.
-    pub fn collect_params(&self) -> Result<Option<Vec<BlockParams>>, Error> {
-        let is_first = self.sharing.ranks().is_first();
-        let mut all = Vec::new();
-        for block in 0..self.blocks.len() {
-            if self.sharing.stage() == ZeroStage::Parameters || is_first {
-                let params = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
-                all.extend(is_first.then_some(params));
-            }
-        }
-        Ok(is_first.then_some(all))
-    }
-
-    /// All trained values by block for the first rank; the others help to gather them and get nothing.
-    ///
-    /// # Errors
-    /// If a rank is lost or the device failed.
-    pub fn collect_values(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        self.collect(self.flats().map(|flat| (flat, flat.values())))
-    }
-
-    /// As [`Self::collect_values`], of the reference; empty if none was kept.
-    ///
-    /// # Errors
-    /// As [`Self::collect_values`].
-    pub fn collect_references(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        self.collect(self.flats().zip(self.references()))
-    }
-
-    fn collect<'a>(
-        &'a self,
-        buffers: impl Iterator<Item = (&'a FlatBlock, &'a Tensor)>,
-    ) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        let is_first = self.sharing.ranks().is_first();
-        let mut all = Vec::new();
-        for (flat, values) in buffers {
-            if !flat.has_all_values() {
-                all.extend(self.sharing.collect(&buffer::to_vec(values)?, flat.shards())?);
-            } else if is_first {
-                all.push(buffer::to_vec(values)?);
-            }
-        }
-        Ok(is_first.then_some(all))
-    }
-
-    /// Replaces the reference's values by those of all parameters, by block.
-    ///
-    /// # Errors
-    /// If the lengths differ.
-    pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
-        match &self.blocks[block].reference {
-            Some(reference) => self.blocks[block].flat.write(&reference.values, all),
-            None => Ok(()),
-        }
-    }
-
-    /// After a step of the optimizer: values that every rank has come from the rank that moved them.
-    pub(super) fn share_values(&self) -> Result<(), Error> {
-        for flat in self.flats().filter(|flat| !flat.is_whole() && flat.has_all_values()) {
-            let all = self.sharing.gather(&buffer::to_vec(&flat.own_values()?)?, flat.shards())?;
-            buffer::write(flat.values(), &all)?;
-        }
-        Ok(())
-    }
-
     /// The flat buffers of every block.
     pub fn flats(&self) -> impl Iterator<Item = &FlatBlock> {
         self.blocks.iter().map(|block| &block.flat)
@@ -492,49 +404,6 @@ impl ParamStore {
         shared.filter_map(|shared| Some((shared, flat.entry(&shared.param.of_name)?)))
     }
 
-    /// The same over all ranks: each gets its part of the sums, or all of them where every rank moves everything.
-    fn reduce_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
-        let own = &self.blocks[block];
-        // As soon as it is there: its memory is free then.
-        for shared in &own.shared {
-            let Some(bucket) = &shared.bucket else { continue };
-            let source = &self.blocks[shared.param.of_block].flat;
-            let Some(entry) = source.entry(&shared.param.of_name) else { continue };
-            let inside = |shard: &std::ops::Range<usize>| {
-                let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
-                clipped(shard.start)..clipped(shard.end)
-            };
-            let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
-            let reduced = self.sharing.reduce(sums, &bucket.take_sums()?, &shards)?;
-            *shared.reduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(reduced);
-        }
-        if own.flat.is_empty() {
-            return Ok(());
-        }
-        let shards = self.reduced_shards(&own.flat);
-        let shard = shards[self.sharing.rank()].clone();
-        let mut reduced = self.sharing.reduce(sums, &own.bucket.take_sums()?, &shards)?;
-        for (shared, entry) in self.sharers(block) {
-            let more = shared.reduced.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
-            reduced[start..].iter_mut().zip(more.unwrap_or_default()).for_each(|(sum, more)| *sum += more);
-        }
-        if own.flat.is_whole() {
-            let all = self.sharing.gather(&reduced, &shards)?;
-            return Ok(buffer::write(own.flat.grads(), &all)?);
-        }
-        Ok(buffer::write(&own.flat.own_grads()?, &reduced)?)
-    }
-
-    /// Which rank adds what of a block's gradients.
-    fn reduced_shards(&self, flat: &FlatBlock) -> Vec<std::ops::Range<usize>> {
-        if !flat.is_whole() {
-            return flat.shards().to_vec();
-        }
-        let (count, ranks) = (flat.len(), self.sharing.world_size());
-        (0..ranks).map(|rank| count * rank / ranks..count * (rank + 1) / ranks).collect()
-    }
-
     /// Keeps a copy of the trained values as the reference policy.
     ///
     /// # Errors
@@ -587,19 +456,20 @@ impl Block {
         let passes = sharing.stage() >= ZeroStage::Gradients;
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
-            let bucket = trained.map(|entry| match passes {
-                true => Ok(Bucket::passing(entry.range.len(), device)),
-                false => Bucket::zeros(entry.range.len(), device),
+            let bucket = trained.map(|entry| {
+                let count = entry.range.len();
+                if passes { Ok(Bucket::passing(count, device)) } else { Bucket::zeros(count, device) }
             });
             Ok::<_, Error>(Shared { param, bucket: bucket.transpose()?, reduced: Mutex::default() })
         };
         let shared = shared_params.into_iter().map(shared).collect::<Result<_, _>>()?;
-        let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads().clone()) };
+        let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads()) };
         Ok(Self { frozen: Frozen::new(frozen), stays_on_host, flat, bucket, shared, policy: None, reference: None })
     }
 }
 
 /// A weight where it is.
+#[expect(clippy::unnecessary_wraps, reason = "the form of what places weights")]
 fn here(weight: &Weight) -> Result<Weight, Error> {
     Ok(weight.clone())
 }

@@ -90,10 +90,7 @@ impl Sums {
     /// What follows after micro-batch `index` of this rank.
     pub fn after(self, index: usize) -> Next {
         let is_last = index + 1 == self.micro_steps;
-        match self.ends_leaf(index) {
-            true => Next::Merge { count: self.nodes_after(index).1, is_last },
-            false => Next::Add,
-        }
+        if self.ends_leaf(index) { Next::Merge { count: self.nodes_after(index).1, is_last } } else { Next::Add }
     }
 
     /// This rank's sums at the end of a step.

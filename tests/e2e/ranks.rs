@@ -68,6 +68,27 @@ fn grpo_of_all_weights_with_a_reference_that_moves_is_the_same_on_ranks_that_sha
 }
 
 #[test]
+fn every_optimizer_is_the_same_over_shards_and_after_a_resume() {
+    for optim in ["adamw_8bit", "lion_32bit", "muon"] {
+        let run = |ranks, stage| {
+            let run = TestRun::full().set("max_train_samples", 48).set("max_steps", 4).set("optim", optim);
+            over(run.set("lr_scheduler_type", "constant").set("learning_rate", 1e-3), ranks, stage)
+        };
+        let alone = run(1, 0).done();
+        run(3, 1).done().assert_same(&alone);
+        run(2, 3).done().assert_same(&alone);
+        let resumed = run(4, 2);
+        resumed.run(&["--set", "max_steps=2"]).expect(0);
+        let more = ["--resume", "--set", "num_processes=1", "--set", "gradient_accumulation_steps=12"];
+        resumed.run(&more).expect(0);
+        resumed.assert_same(&alone);
+        // State of another rule is not taken for this one's.
+        let other = resumed.run(&["--resume", "--set", "optim=adamw_torch", "--set", "max_steps=6"]);
+        other.expect_error(1, &["`optim` was"]);
+    }
+}
+
+#[test]
 fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
     for run in [TestRun::sft, TestRun::grpo, || TestRun::full().set("save_strategy", "steps").set("save_steps", 1)] {
         let run = || run().set("lr_scheduler_type", "constant").set("eval_strategy", "no");

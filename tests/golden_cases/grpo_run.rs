@@ -6,13 +6,13 @@ use anyhow::Context;
 use serde_json::Value;
 use trainer::algo::{GrpoBatch, GrpoInputs, GrpoLossSettings, GrpoOutput, grpo_loss};
 use trainer::config::settings::{
-    GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, OptimizerSettings, VespoSettings,
+    GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, OptimizerKind, OptimizerSettings, VespoSettings,
 };
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::ops::{buffer, head};
 use trainer::optim::LrSchedule;
-use trainer::zero::ShardedAdamW;
+use trainer::zero::ShardedOptimizer;
 
 use crate::model_files::{Tensors, engine, name};
 use crate::report::{Report, max_difference};
@@ -67,6 +67,7 @@ impl Config {
                 max_completion_length: number("max_completion_length")? as usize,
             },
             optimizer: OptimizerSettings {
+                kind: OptimizerKind::AdamW,
                 weight_decay: number("weight_decay")?,
                 adam_beta1: number("adam_beta1")?,
                 adam_beta2: number("adam_beta2")?,
@@ -105,7 +106,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
     let io = Tensors::read(&folder.join("io.safetensors"))?;
     let weights = Tensors::read(&folder.join("weights_after_step.safetensors"))?;
     let engine = engine(folder, None, None, true)?;
-    let mut optimizer = ShardedAdamW::new(config.optimizer, engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(config.optimizer, engine.store())?;
     let logs = run["logs"].as_array().context("logs")?;
     for step in 0..config.steps {
         let slack = 1.0 + step as f64;

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde_json::Value;
-use trainer::config::settings::{LrSchedulerType, OptimizerSettings, QuantType, Quantization};
+use trainer::config::settings::{LrSchedulerType, OptimizerKind, OptimizerSettings, QuantType, Quantization};
 use trainer::engine::{self, Engine};
 use trainer::model::HeadGradient;
 use trainer::ops::{buffer, head};
 use trainer::optim::LrSchedule;
-use trainer::zero::ShardedAdamW;
+use trainer::zero::ShardedOptimizer;
 
 use crate::model_files::{Tensors, engine, folders, name, unpad};
 use crate::report::{Report, max_difference};
@@ -40,6 +40,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
     let number = |key: &str| config[key].as_f64().with_context(|| format!("`{key}`"));
     let count = |key: &str| config[key].as_u64().map(|c| c as usize).with_context(|| format!("`{key}`"));
     let settings = OptimizerSettings {
+        kind: OptimizerKind::AdamW,
         weight_decay: number("wd")?,
         adam_beta1: run["betas"][0].as_f64().context("betas")?,
         adam_beta2: run["betas"][1].as_f64().context("betas")?,
@@ -48,7 +49,7 @@ fn check(engine: &Engine, case: &Path, run: &Value, label: &str, report: &mut Re
     let lr = number("lr")?;
     let schedule =
         LrSchedule::new(LrSchedulerType::Cosine, lr, count("warmup")?, count("total")?, &serde_json::Map::new())?;
-    let mut optimizer = ShardedAdamW::new(settings, engine.store())?;
+    let mut optimizer = ShardedOptimizer::new(settings, engine.store())?;
     let max_grad_norm = run["max_grad_norm"].as_f64().context("max_grad_norm")?;
     for (step, expected) in run["steps"].as_array().context("steps")?.iter().enumerate() {
         let losses = expected["losses"].as_array().context("losses")?;

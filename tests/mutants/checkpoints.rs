@@ -130,6 +130,7 @@ fn context<'a>(resolved_yaml: &'a str, warnings: &'a [String]) -> train::Context
         terminal: Terminal::memory(100),
         ranks: Arc::new(Alone),
         local_rank: 0,
+        visible_devices: None,
         ready: &READY,
         is_interrupted: Arc::new(|| false),
         resolved_yaml,

@@ -244,7 +244,8 @@ fn settings(lines: &str) -> Result<ModelSettings, String> {
 /// Opens a model as a run does: weights, adapter, tokenizer, chat template. `lines` of YAML say which.
 pub(crate) fn open(lines: &str, purpose: Purpose) -> Result<session::Session, String> {
     let activations = (Activations::Keep, usize::MAX);
-    session::open(&settings(lines)?, 1, purpose, activations, &Backend::cpu(), &mut |_| {})
+    let alone = trainer::zero::Sharing::alone();
+    session::open(&settings(lines)?, 1, purpose, activations, &Backend::cpu(), alone, &mut |_| {})
         .map_err(|e| format!("{e:#}"))
 }
 

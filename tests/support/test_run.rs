@@ -206,6 +206,31 @@ impl TestRun {
         end(start(&mut self.command(more)))
     }
 
+    /// Evaluates with the configuration of the run.
+    pub(crate) fn evaluate(&self, more: &[&str]) -> Ended {
+        end(start(&mut self.evaluation(more)))
+    }
+
+    /// Evaluates, sends a signal a second after the console shows the line `after`, and returns how it ended.
+    pub(crate) fn evaluate_until(&self, more: &[&str], after: &'static str, signal: &'static str) -> Ended {
+        end_watching(start(&mut self.evaluation(more)), move |id, line| {
+            if line == after {
+                thread::sleep(Duration::from_secs(1));
+                Command::new("sh").args(["-c", &format!("kill -{signal} {id}")]).status().unwrap();
+            }
+        })
+    }
+
+    fn evaluation(&self, more: &[&str]) -> Command {
+        let mut command = trainer();
+        command.arg("evaluate").arg(&self.config);
+        for set in &self.sets {
+            command.args(["--set", set]);
+        }
+        command.args(more);
+        command
+    }
+
     /// Runs to the end and resumes nothing: the usual start of a test.
     #[track_caller]
     pub(crate) fn done(self) -> Self {

@@ -11,12 +11,20 @@ pub struct RankSettings {
     pub param_persistence_threshold: usize,
     /// Seconds that a rank waits for another before the job ends.
     pub timeout_secs: u64,
+    /// Whether ranks may have the same GPU: what they exchange goes through host memory.
+    pub may_share_gpus: bool,
 }
 
 impl Default for RankSettings {
     /// One rank, and the defaults of DeepSpeed and torch.
     fn default() -> Self {
-        Self { world_size: 1, stage: ZeroStage::Replicated, param_persistence_threshold: 100_000, timeout_secs: 1800 }
+        Self {
+            world_size: 1,
+            stage: ZeroStage::Replicated,
+            param_persistence_threshold: 100_000,
+            timeout_secs: 1800,
+            may_share_gpus: false,
+        }
     }
 }
 

@@ -28,7 +28,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Time between two signs of life.
 const BEAT: Duration = Duration::from_secs(1);
 /// Without a sign of life for so long a rank is taken for stopped, or its host for gone.
-const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+const LONGEST_SILENCE: Duration = Duration::from_mins(1);
 
 /// One rank of a group of processes.
 pub struct Tcp {

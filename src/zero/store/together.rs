@@ -1,0 +1,147 @@
+//! What the ranks of a run do together with a store: gather blocks and values, add gradients.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use candle_core::Tensor;
+
+use super::{ParamStore, here};
+use crate::config::settings::ZeroStage;
+use crate::model::params::BlockParams;
+use crate::ops::buffer;
+use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums};
+
+impl ParamStore {
+    /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
+    /// they are there anyway.
+    ///
+    /// # Errors
+    /// If a rank is lost or memory runs out.
+    pub fn gather_all(&mut self) -> Result<(), Error> {
+        for block in 0..self.blocks.len() {
+            if self.slots.is_none() && self.blocks[block].policy.is_none() {
+                let bound = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+                self.blocks[block].policy = Some(bound);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends [`Self::gather_all`].
+    pub fn let_go(&mut self) {
+        if self.sharing.stage() == ZeroStage::Parameters {
+            self.blocks.iter_mut().for_each(|block| block.policy = None);
+        }
+    }
+
+    /// All blocks' parameters for the first rank, to be read; the others help to gather them and get nothing.
+    ///
+    /// # Errors
+    /// If a rank is lost or memory runs out.
+    pub fn collect_params(&self) -> Result<Option<Vec<BlockParams>>, Error> {
+        let is_first = self.sharing.ranks().is_first();
+        let mut all = Vec::new();
+        for block in 0..self.blocks.len() {
+            if self.sharing.stage() == ZeroStage::Parameters || is_first {
+                let params = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+                all.extend(is_first.then_some(params));
+            }
+        }
+        Ok(is_first.then_some(all))
+    }
+
+    /// All trained values by block for the first rank; the others help to gather them and get nothing.
+    ///
+    /// # Errors
+    /// If a rank is lost or the device failed.
+    pub fn collect_values(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        self.collect(self.flats().map(|flat| (flat, flat.values())))
+    }
+
+    /// As [`Self::collect_values`], of the reference; empty if none was kept.
+    ///
+    /// # Errors
+    /// As [`Self::collect_values`].
+    pub fn collect_references(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        self.collect(self.flats().zip(self.references()))
+    }
+
+    fn collect<'a>(
+        &'a self,
+        buffers: impl Iterator<Item = (&'a FlatBlock, &'a Tensor)>,
+    ) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        let is_first = self.sharing.ranks().is_first();
+        let mut all = Vec::new();
+        for (flat, values) in buffers {
+            if !flat.has_all_values() {
+                all.extend(self.sharing.collect(&buffer::to_vec(values)?, flat.shards())?);
+            } else if is_first {
+                all.push(buffer::to_vec(values)?);
+            }
+        }
+        Ok(is_first.then_some(all))
+    }
+
+    /// Replaces the reference's values by those of all parameters, by block.
+    ///
+    /// # Errors
+    /// If the lengths differ.
+    pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
+        match &self.blocks[block].reference {
+            Some(reference) => self.blocks[block].flat.write(&reference.values, all),
+            None => Ok(()),
+        }
+    }
+
+    /// After a step of the optimizer: values that every rank has come from the rank that moved them.
+    pub(in crate::zero) fn share_values(&self) -> Result<(), Error> {
+        for flat in self.flats().filter(|flat| !flat.is_whole() && flat.has_all_values()) {
+            let all = self.sharing.gather(&buffer::to_vec(&flat.own_values()?)?, flat.shards())?;
+            buffer::write(flat.values(), &all)?;
+        }
+        Ok(())
+    }
+
+    /// The same over all ranks: each gets its part of the sums, or all of them where every rank moves everything.
+    pub(super) fn reduce_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        // As soon as it is there: its memory is free then.
+        for shared in &own.shared {
+            let Some(bucket) = &shared.bucket else { continue };
+            let source = &self.blocks[shared.param.of_block].flat;
+            let Some(entry) = source.entry(&shared.param.of_name) else { continue };
+            let inside = |shard: &Range<usize>| {
+                let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
+                clipped(shard.start)..clipped(shard.end)
+            };
+            let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
+            let reduced = self.sharing.reduce(sums, &bucket.take_sums()?, &shards)?;
+            *shared.reduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(reduced);
+        }
+        if own.flat.is_empty() {
+            return Ok(());
+        }
+        let shards = self.reduced_shards(&own.flat);
+        let shard = shards[self.sharing.rank()].clone();
+        let mut reduced = self.sharing.reduce(sums, &own.bucket.take_sums()?, &shards)?;
+        for (shared, entry) in self.sharers(block) {
+            let more = shared.reduced.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
+            reduced[start..].iter_mut().zip(more.unwrap_or_default()).for_each(|(sum, more)| *sum += more);
+        }
+        if own.flat.is_whole() {
+            let all = self.sharing.gather(&reduced, &shards)?;
+            return Ok(buffer::write(own.flat.grads(), &all)?);
+        }
+        Ok(buffer::write(&own.flat.own_grads()?, &reduced)?)
+    }
+
+    /// Which rank adds what of a block's gradients.
+    fn reduced_shards(&self, flat: &FlatBlock) -> Vec<Range<usize>> {
+        if !flat.is_whole() {
+            return flat.shards().to_vec();
+        }
+        let (count, ranks) = (flat.len(), self.sharing.world_size());
+        (0..ranks).map(|rank| count * rank / ranks..count * (rank + 1) / ranks).collect()
+    }
+}
