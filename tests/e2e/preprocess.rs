@@ -140,7 +140,8 @@ fn every_difference_in_settings_template_and_tokenizer_is_named() {
 
 #[test]
 fn a_damaged_or_missing_folder_is_an_error_with_the_name_of_the_file() {
-    let run = prepared(own_rows(TestRun::sft(), "sft.jsonl"));
+    // A record of evaluation is read after some steps.
+    let run = prepared(own_rows(TestRun::sft(), "sft.jsonl")).set("overwrite_output_dir", "true");
     let place = folder(&run);
     for name in ["train.bin", "eval.bin"] {
         let whole = fs::read(place.join(name)).unwrap();
