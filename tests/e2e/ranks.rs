@@ -137,7 +137,7 @@ fn wait_for_step(output: &Path) {
 
 /// A run long enough to be disturbed.
 fn long() -> TestRun {
-    over(TestRun::sft(), 3, 2).set("max_steps", 400).set("eval_strategy", "no").set("save_steps", 3)
+    over(TestRun::sft(), 3, 2).set("max_steps", 300).set("eval_strategy", "no").set("save_steps", 3)
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn a_rank_that_is_stopped_is_named_within_the_deadline() {
 
 #[test]
 fn a_signal_to_one_rank_or_to_all_saves_and_the_run_goes_on_as_if_it_had_not_come() {
-    let run = || over(TestRun::sft(), 3, 3).set("max_steps", 300).set("eval_strategy", "no").set("save_strategy", "no");
+    let run = || over(TestRun::sft(), 3, 3).set("max_steps", 100).set("eval_strategy", "no").set("save_strategy", "no");
     let straight = run().done();
     for whom in ["one", "all"] {
         let stopped = run();
