@@ -32,6 +32,14 @@ impl Backend {
     pub(super) fn of_rank(settings: &TrainingSettings, context: &Context<'_>) -> anyhow::Result<Self> {
         let (ranks, local_rank, gpus) = (&*context.ranks, context.local_rank, visible_gpus());
         let may_share = settings.ranks.may_share_gpus;
+        if let Some(value) = hidden_by(context.visible_devices.as_deref(), gpus)
+            && settings.device == DeviceChoice::Auto
+        {
+            tracing::warn!(
+                "`CUDA_VISIBLE_DEVICES={value}` names no GPU that the driver knows, so this run is on the CPU; `unset \
+                 CUDA_VISIBLE_DEVICES` before the start where the scheduler limits what is visible anyway, or set `device: cpu`"
+            );
+        }
         let choice = match settings.device {
             DeviceChoice::Auto if gpus > 1 && may_share => DeviceChoice::Cuda(local_rank % gpus),
             DeviceChoice::Auto if gpus > 1 => DeviceChoice::Cuda(local_device(local_rank, local_rank + 1, gpus)?),
@@ -129,6 +137,11 @@ impl Backend {
 /// Whether the program was built for GPUs and this one is there.
 pub fn has_gpu(ordinal: usize) -> bool {
     device::is_cuda_device(ordinal)
+}
+
+/// The value of `CUDA_VISIBLE_DEVICES` that leaves a program for GPUs without one, such as a scheduler's own numbers.
+fn hidden_by(value: Option<&str>, gpus: usize) -> Option<&str> {
+    value.filter(|value| device::IS_BUILT_FOR_GPUS && gpus == 0 && !value.trim().is_empty())
 }
 
 /// GPUs that this process sees; none where the program was built without.
