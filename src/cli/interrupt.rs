@@ -36,10 +36,7 @@ impl Interrupt {
         let code = i32::from(Exit::Interrupted.code());
         signal_hook::flag::register_conditional_shutdown(SIGINT, code, Arc::clone(&is_second))?;
         signal_hook::flag::register(SIGINT, is_second)?;
-        let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1];
-        if ignored_signals().is_some_and(|mask| mask >> (SIGHUP - 1) & 1 == 0) {
-            numbers.push(SIGHUP);
-        }
+        let numbers = heeded();
         for &number in &numbers {
             signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize)?;
         }
@@ -78,6 +75,15 @@ impl Interrupt {
             signal_hook::low_level::exit(i32::from(Exit::Interrupted.code()));
         }
     }
+}
+
+/// The signals that ask a run to stop: SIGHUP only where it was not ignored when the process started.
+pub(super) fn heeded() -> Vec<i32> {
+    let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1];
+    if ignored_signals().is_some_and(|mask| mask >> (SIGHUP - 1) & 1 == 0) {
+        numbers.push(SIGHUP);
+    }
+    numbers
 }
 
 fn name(number: i32) -> Option<&'static str> {

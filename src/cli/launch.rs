@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::Exit;
+use super::{Exit, interrupt};
 use crate::ranks::{launch, tcp};
 
 /// Time between two looks at the ranks.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Ranks notice by themselves that one is lost; those that still run after this are ended.
 const GRACE: Duration = Duration::from_secs(20);
+/// Ranks end together; those that still run so long after one that ended as it should are ended too.
+const GRACE_AFTER_END: Duration = Duration::from_mins(2);
 
 /// A rank and how it ended.
 struct Started {
@@ -31,7 +32,8 @@ struct Started {
 /// # Errors
 /// If a process cannot be started or waited for.
 pub(super) fn run(world_size: usize) -> anyhow::Result<Exit> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
+    // What was ignored when this process started stays ignored, here and by the ranks, which inherit it.
+    let mut signals = Signals::new(interrupt::heeded())?;
     let port = tcp::free_port().context("no port for the ranks to meet at")?;
     let mut ranks = Vec::with_capacity(world_size);
     for rank in 0..world_size {
@@ -43,7 +45,7 @@ pub(super) fn run(world_size: usize) -> anyhow::Result<Exit> {
             }
         }
     }
-    let mut first_loss: Option<(usize, ExitStatus, Instant)> = None;
+    let mut patience: Option<Instant> = None;
     let mut is_ended = false;
     while ranks.iter().any(|rank| rank.ended.is_none()) {
         for number in signals.pending() {
@@ -53,16 +55,16 @@ pub(super) fn run(world_size: usize) -> anyhow::Result<Exit> {
         }
         for Started { rank, child, ended } in ranks.iter_mut().filter(|rank| rank.ended.is_none()) {
             *ended = child.try_wait().with_context(|| format!("cannot wait for rank {rank}"))?;
-            if let Some(status) = ended.filter(|status| !is_fine(*status)) {
-                first_loss.get_or_insert((*rank, status, Instant::now()));
+            if let Some(status) = ended {
+                let grace = if is_fine(*status) { GRACE_AFTER_END } else { GRACE };
+                let until = Instant::now() + grace;
+                patience = Some(patience.map_or(until, |patience: Instant| patience.min(until)));
             }
         }
-        if let Some((_, _, since)) = first_loss
-            && since.elapsed() > GRACE
-        {
+        if patience.is_some_and(|until| Instant::now() > until) {
             // SIGKILL also reaches a rank that is stopped.
             end(&mut ranks, if is_ended { Signal::SIGKILL } else { Signal::SIGTERM });
-            first_loss = first_loss.map(|(rank, status, _)| (rank, status, Instant::now()));
+            patience = Some(Instant::now() + GRACE);
             is_ended = true;
         }
         std::thread::sleep(PAUSE);

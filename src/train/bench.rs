@@ -225,7 +225,7 @@ impl Bench {
         if !backend.device.is_cpu() {
             loaded.keep_embedding_on_host();
         }
-        let tuning = Tuning::new(backend, !settings.tune)?;
+        let tuning = Tuning::new(backend, !settings.tune, true)?;
         let store = ParamStore::new(loaded.blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedOptimizer::new(OPTIMIZER, engine.store())?;

@@ -13,7 +13,7 @@ use super::material::Material;
 use super::notices;
 use super::output_dir;
 use super::plan;
-use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale};
+use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale, Term};
 use super::run::Run;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
@@ -305,7 +305,7 @@ fn gradients(
     let terms = gathered::in_order(loss.terms, &*ranks)?;
     let mut metrics = Metrics::default();
     terms.iter().for_each(|term| metrics.merge(&term.metrics));
-    let attended = terms.iter().map(|term| term.attended_entropy);
+    let attended = terms.iter().map(Term::attended_entropy);
     let attended_entropy = attended.fold((0.0, 0.0), |(sum, count), (more, others)| (sum + more, count + others));
     Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
 }
@@ -434,8 +434,10 @@ fn sample(
     key: u64,
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<Completion>> {
-    session.engine.store_mut().gather_all()?;
-    let completions = generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings());
+    let gathered = session.engine.store_mut().gather_all();
+    let completions = gathered
+        .map_err(anyhow::Error::from)
+        .and_then(|()| generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings()));
     session.engine.store_mut().let_go();
     completions
 }
@@ -469,10 +471,13 @@ fn add_logprobs(
     let batches: Vec<Batch> = micros.into_iter().map(|micro| micro.batch).collect();
     let speak = |speaker: Speaker| -> anyhow::Result<Vec<Vec<f32>>> {
         let outputs = session.engine.logprobs(&batches, speaker, temperature(settings))?;
-        let rows = |(output, starts): (&head::Output, &Vec<usize>)| -> Vec<Vec<f32>> {
-            starts.windows(2).map(|w| output.logprobs[w[0]..w[1]].to_vec()).collect()
+        // As their bits: JSON has no infinity.
+        let rows = |(output, starts): (&head::Output, &Vec<usize>)| -> Vec<Vec<u32>> {
+            let bits = |row: &[f32]| row.iter().map(|value| value.to_bits()).collect();
+            starts.windows(2).map(|w| bits(&output.logprobs[w[0]..w[1]])).collect()
         };
-        gathered::in_order(outputs.iter().zip(&row_starts).flat_map(rows).collect(), ranks)
+        let rows = gathered::in_order(outputs.iter().zip(&row_starts).flat_map(rows).collect(), ranks)?;
+        Ok(rows.into_iter().map(|row: Vec<u32>| row.into_iter().map(f32::from_bits).collect()).collect())
     };
     if needs_old {
         let rows = speak(Speaker::Policy)?;

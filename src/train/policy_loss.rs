@@ -38,7 +38,15 @@ pub(super) struct Parts {
 pub(super) struct Term {
     pub(super) loss: f64,
     pub(super) metrics: Metrics,
-    pub(super) attended_entropy: (f64, f64),
+    /// As the bits of its numbers: JSON has no infinity.
+    attended_entropy: (u64, u64),
+}
+
+impl Term {
+    /// Sum and count of the entropies that count.
+    pub(super) fn attended_entropy(&self) -> (f64, f64) {
+        (f64::from_bits(self.attended_entropy.0), f64::from_bits(self.attended_entropy.1))
+    }
 }
 
 /// A micro-batch of a step, and what its loss needs.
@@ -127,7 +135,8 @@ impl StepLoss<anyhow::Error> for PolicyLoss<'_> {
         if let Some(correction) = correction {
             metrics.merge(&correction.metrics);
         }
-        self.terms.push(Term { loss: output.loss, metrics, attended_entropy: output.attended_entropy });
+        let (sum, count) = output.attended_entropy;
+        self.terms.push(Term { loss: output.loss, metrics, attended_entropy: (sum.to_bits(), count.to_bits()) });
         let gradient = HeadGradient {
             d_logprobs: output.d_logprobs,
             d_entropies: output.d_entropies.unwrap_or_default(),

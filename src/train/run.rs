@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
     /// Prints the plan and starts the clock; `backend` makes its products as they were made by the run that this one goes on
     /// from.
     pub(super) fn open(&mut self, backend: &Backend, mut sections: Vec<Section>) -> anyhow::Result<()> {
-        self.tuning = Tuning::new(backend, self.settings.full_determinism)?;
+        self.tuning = Tuning::new(backend, self.settings.full_determinism, self.context.ranks.is_first())?;
         if let Some(tuning) = &mut self.tuning {
             let from = self.resumed_from.as_deref().and_then(Path::parent);
             let folder = &self.settings.output_dir;
@@ -273,6 +273,10 @@ impl<'a> Run<'a> {
 
     /// Writes the results of an evaluation, which may be the best so far.
     pub(super) fn log_evaluation(&mut self, values: Vec<(String, Value)>) -> anyhow::Result<()> {
+        // Times are each rank's own, and what follows from them must not be.
+        let mut message = serde_json::to_vec(&values)?;
+        self.context.ranks.broadcast(&mut message, 0)?;
+        let values = if self.context.ranks.is_first() { values } else { serde_json::from_slice(&message)? };
         // What is wrong with them is said once the step is saved: training until here is not lost for it.
         self.evaluation_problem = self.best.observe(self.step, &values).err();
         self.log_now(values)

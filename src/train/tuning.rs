@@ -21,6 +21,8 @@ pub(super) struct Tuning {
     device: Device,
     /// Where choices are kept, if they are.
     file: Option<PathBuf>,
+    /// Whether this rank keeps its own there.
+    writes: bool,
 }
 
 impl Tuning {
@@ -29,13 +31,13 @@ impl Tuning {
     ///
     /// # Errors
     /// If the device refuses.
-    pub(super) fn new(backend: &Backend, is_deterministic: bool) -> anyhow::Result<Option<Self>> {
+    pub(super) fn new(backend: &Backend, is_deterministic: bool, writes: bool) -> anyhow::Result<Option<Self>> {
         if !backend.device.is_cuda() {
             return Ok(None);
         }
         set_deterministic(&backend.device, is_deterministic)?;
         start_choices(&backend.device, !is_deterministic)?;
-        Ok(Some(Self { device: backend.device.clone(), file: None }))
+        Ok(Some(Self { device: backend.device.clone(), file: None, writes }))
     }
 
     /// Takes the choices in that `from`, the folder of a run, holds, and keeps those to come in `folder`. Those of a run that is
@@ -71,7 +73,7 @@ impl Tuning {
     }
 
     fn write(&self) -> anyhow::Result<()> {
-        if let (Some(file), Some(text)) = (&self.file, choices_text(&self.device)?) {
+        if let (Some(file), Some(text), true) = (&self.file, choices_text(&self.device)?, self.writes) {
             crate::fs::write_atomic(file, text.as_bytes())?;
         }
         Ok(())

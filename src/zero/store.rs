@@ -246,9 +246,22 @@ impl ParamStore {
         }
     }
 
-    /// The parameters of a block with every weight given out by `place`. What is cut into shards is gathered.
+    /// The parameters of a block with every weight given out by `place`. What is cut into shards is gathered, to where blocks
+    /// compute.
     fn bind(
         &self,
+        block: usize,
+        speaker: Speaker,
+        needs: Needs,
+        place: &mut dyn FnMut(&Weight) -> Result<Weight, Error>,
+    ) -> Result<BlockParams, Error> {
+        self.bind_on(&self.device, block, speaker, needs, place)
+    }
+
+    /// As [`Self::bind`], with what is gathered on `device`.
+    fn bind_on(
+        &self,
+        device: &Device,
         block: usize,
         speaker: Speaker,
         needs: Needs,
@@ -262,10 +275,10 @@ impl ParamStore {
             None => Ok(()),
             Some(_) => Err(Error::Duplicate { name: name.into() }),
         };
-        for (name, weight) in own.frozen.all(&self.sharing, &own.stays_on_host, &self.device)?.iter() {
+        for (name, weight) in own.frozen.all(&self.sharing, &own.stays_on_host, device)?.iter() {
             add(name, place(weight)?, None)?;
         }
-        let (values, trains) = self.values_of(own, speaker)?;
+        let (values, trains) = self.values_of(own, speaker, device)?;
         let binds_grads = trains && (own.bucket.is_lasting() || needs == Needs::Gradients);
         let grads = |bucket: &Bucket| binds_grads.then(|| bucket.grads()).transpose();
         let own_grads = if own.flat.is_empty() { None } else { grads(&own.bucket)? };
@@ -276,14 +289,14 @@ impl ParamStore {
         }
         for Shared { param, bucket, .. } in &own.shared {
             let source = &self.blocks[param.of_block];
-            let frozen = source.frozen.one(&param.of_name, &self.sharing, &source.stays_on_host, &self.device)?;
+            let frozen = source.frozen.one(&param.of_name, &self.sharing, &source.stays_on_host, device)?;
             if let Some(weight) = frozen {
                 add(&param.name, weight, None)?;
                 continue;
             }
             let entry =
                 source.flat.entry(&param.of_name).ok_or_else(|| Error::NotShared { name: param.of_name.clone() })?;
-            let (values, _) = self.values_of(source, speaker)?;
+            let (values, _) = self.values_of(source, speaker, device)?;
             let grad = bucket.as_ref().map(&grads).transpose()?.flatten();
             let grad = grad.map(|grads| grads.reshape(entry.shape.as_slice()));
             add(&param.name, Weight::Dense(FlatBlock::view(&values, entry)?), grad.transpose()?)?;
@@ -292,7 +305,7 @@ impl ParamStore {
     }
 
     /// All trained values of a block as a speaker has them, and whether gradients are gathered for them.
-    fn values_of(&self, block: &Block, speaker: Speaker) -> Result<(Tensor, bool), Error> {
+    fn values_of(&self, block: &Block, speaker: Speaker, device: &Device) -> Result<(Tensor, bool), Error> {
         let (values, trains) = match (speaker, &block.reference) {
             (Speaker::Reference, Some(reference)) => (&reference.values, false),
             _ => (block.flat.values(), true),
@@ -300,9 +313,9 @@ impl ParamStore {
         if block.flat.has_all_values() {
             return Ok((values.clone(), trains));
         }
-        let all = self.sharing.gather(&buffer::to_vec(values)?, block.flat.shards())?;
+        let all = self.sharing.gather(&on_host(values)?, block.flat.shards())?;
         let count = all.len();
-        Ok((Tensor::from_vec(all, count, &self.device)?, trains))
+        Ok((Tensor::from_vec(all, count, device)?, trains))
     }
 
     /// The parameters of a block where they rest, to be read and not computed with.
@@ -440,7 +453,7 @@ impl ParamStore {
     /// If the device fails.
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
         for (flat, reference) in self.flats().zip(self.references()) {
-            if !flat.is_empty() {
+            if flat.values().elem_count() > 0 {
                 buffer::mix(reference, flat.values(), alpha as f32)?;
             }
         }
@@ -472,4 +485,9 @@ impl Block {
 #[expect(clippy::unnecessary_wraps, reason = "the form of what places weights")]
 fn here(weight: &Weight) -> Result<Weight, Error> {
     Ok(weight.clone())
+}
+
+/// The values of a buffer, which may be a rank's share of nothing.
+fn on_host(buffer: &Tensor) -> Result<Vec<f32>, Error> {
+    if buffer.elem_count() == 0 { Ok(Vec::new()) } else { Ok(buffer::to_vec(buffer)?) }
 }

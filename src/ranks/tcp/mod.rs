@@ -234,7 +234,7 @@ impl Shared {
     }
 
     fn waited(&self, since: u64) -> Duration {
-        TICK * (self.ticks.load(Ordering::Relaxed) - since) as u32
+        TICK * self.ticks.load(Ordering::Relaxed).saturating_sub(since) as u32
     }
 
     fn is_silent(&self, peer: usize) -> bool {

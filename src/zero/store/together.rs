@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
-use super::{ParamStore, here};
+use super::{ParamStore, here, on_host};
 use crate::config::settings::ZeroStage;
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
@@ -43,7 +43,8 @@ impl ParamStore {
         let mut all = Vec::new();
         for block in 0..self.blocks.len() {
             if self.sharing.stage() == ZeroStage::Parameters || is_first {
-                let params = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+                // In host memory: a device that holds a part may not hold all.
+                let params = self.bind_on(&Device::Cpu, block, Speaker::Policy, Needs::Values, &mut here)?;
                 all.extend(is_first.then_some(params));
             }
         }
@@ -74,7 +75,7 @@ impl ParamStore {
         let mut all = Vec::new();
         for (flat, values) in buffers {
             if !flat.has_all_values() {
-                all.extend(self.sharing.collect(&buffer::to_vec(values)?, flat.shards())?);
+                all.extend(self.sharing.collect(&on_host(values)?, flat.shards())?);
             } else if is_first {
                 all.push(buffer::to_vec(values)?);
             }
@@ -96,7 +97,7 @@ impl ParamStore {
     /// After a step of the optimizer: values that every rank has come from the rank that moved them.
     pub(in crate::zero) fn share_values(&self) -> Result<(), Error> {
         for flat in self.flats().filter(|flat| !flat.is_whole() && flat.has_all_values()) {
-            let all = self.sharing.gather(&buffer::to_vec(&flat.own_values()?)?, flat.shards())?;
+            let all = self.sharing.gather(&on_host(&flat.own_values()?)?, flat.shards())?;
             buffer::write(flat.values(), &all)?;
         }
         Ok(())
@@ -132,6 +133,9 @@ impl ParamStore {
         if own.flat.is_whole() {
             let all = self.sharing.gather(&reduced, &shards)?;
             return Ok(buffer::write(own.flat.grads(), &all)?);
+        }
+        if reduced.is_empty() {
+            return Ok(());
         }
         Ok(buffer::write(&own.flat.own_grads()?, &reduced)?)
     }
