@@ -11,7 +11,7 @@ use super::mutate::{Reader, Seeds, no_files, survives};
 pub(crate) const PLANTED: [(Reader, &str); 4] = [
     (faulty("panic", |_, _| harm(|| panic!("planted"))), "panics: planted"),
     (faulty("abort", |_, _| harm(|| std::process::abort())), "the process ends: signal"),
-    (faulty("memory", |_, _| harm(|| drop(vec![1u8; 2 << 30]))), "the process ends: signal"),
+    (faulty("memory", |_, _| harm(|| drop(std::hint::black_box(vec![1u8; 2 << 30])))), "the process ends: signal"),
     (faulty("hang", |_, _| harm(|| std::thread::sleep(Duration::from_mins(2)))), "no end after 10 s"),
 ];
 
