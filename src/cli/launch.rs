@@ -81,6 +81,7 @@ fn start(rank: usize, world_size: usize, port: u16) -> std::io::Result<Child> {
     if rank > 0 {
         command.stdin(std::process::Stdio::null());
     }
+    // In the environment: candle splits its products by this variable, not by the pool that a rank makes for itself.
     if std::env::var_os("RAYON_NUM_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         command.env("RAYON_NUM_THREADS", (cores / world_size).max(1).to_string());

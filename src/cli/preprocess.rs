@@ -1,6 +1,6 @@
 //! `trainer preprocess`: the data half of a run, once and before it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
@@ -87,7 +87,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let source =
         file.map_or_else(|| Ok(Source::new("command line", "")), |file| Source::read(file)).map_err(in_colour)?;
     let overrides: Vec<String> = args.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
-    let folder = file.and_then(|file| file.canonicalize().ok()?.parent().map(Path::to_path_buf));
+    let folder = file.and_then(|file| training::folder_of(file));
     let surroundings = |visible_gpus: usize| config::Context {
         launched: None,
         visible_gpus,

@@ -141,7 +141,8 @@ fn find(
             }
             found.checkpoint.with_context(|| {
                 format!(
-                    "`resume_from_checkpoint` asks for the newest checkpoint, but `{}` holds no whole checkpoint; leave the key out to start anew",
+                    "`resume_from_checkpoint` asks for the newest checkpoint, but `{}` holds no whole checkpoint; leave the \
+                     key out to start anew",
                     settings.output_dir.display()
                 )
             })?
