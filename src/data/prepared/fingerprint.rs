@@ -207,6 +207,20 @@ mod tests {
     }
 
     #[test]
+    fn every_key_about_data_is_one_that_rows_depend_on() {
+        // The folder itself, batches, the loss.
+        let others = ["preprocessed", "dataloader_drop_last", "loss_type", "label_smoothing_factor"];
+        let listed: Vec<&str> = SETTINGS.iter().chain(OF_EVALUATION).copied().collect();
+        let of_data =
+            crate::config::keys().iter().filter(|key| ["Data", "Supervised fine-tuning"].contains(&key.group));
+        let unknown: Vec<&str> = of_data.map(|key| key.name).filter(|name| !listed.contains(name)).collect();
+        assert_eq!(unknown, others);
+        let is_key = |name: &&&str| crate::config::keys().iter().any(|key| key.name == **name);
+        let names = listed.iter().chain(HOLD_OUT).chain(PLACES).chain([&SEED]);
+        assert_eq!(names.copied().find(|name| !is_key(&name)), None);
+    }
+
+    #[test]
     fn every_difference_is_named_with_then_and_now() {
         let then = fingerprint(&[("max_length", "64"), ("packing", "true"), ("seed", "1")], false);
         assert!(then.differences(&then).is_empty());
