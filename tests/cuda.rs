@@ -31,6 +31,8 @@ mod optimizer;
 mod padded;
 #[path = "cuda/paged_attention.rs"]
 mod paged_attention;
+#[path = "cuda/places.rs"]
+mod places;
 #[path = "cuda/pointwise.rs"]
 mod pointwise;
 #[path = "cuda/rollout.rs"]

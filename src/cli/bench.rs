@@ -2,15 +2,21 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Context, Exit};
-use crate::config::settings::{DeviceChoice, Precision};
+use super::{Context, Exit, UsageError, launch, training};
+use crate::config::settings::{
+    DeviceChoice, OffloadDevice, OffloadSettings, OptimizerKind, Precision, RankBackend, RankSettings, ZeroStage,
+};
 use crate::engine::{Activations, Order, Parked};
+use crate::ranks::{self, Ranks};
 use crate::telemetry::units;
 use crate::train::bench::{Bench, Measured, Settings, Work, lora};
 use crate::train::{self, Backend};
+use crate::zero::{Offload, Sharing};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -98,6 +104,39 @@ impl From<OrderArg> for Option<Order> {
     }
 }
 
+/// What ranks exchange the memory of GPUs with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BackendArg {
+    /// Through host memory
+    Gloo,
+    /// NCCL
+    Nccl,
+}
+
+impl Args {
+    /// How the ranks share the model's state, and what of it waits in host memory.
+    fn ranks(&self) -> RankSettings {
+        let place = |waits| if waits { OffloadDevice::Cpu } else { OffloadDevice::None };
+        let default = RankSettings::default();
+        RankSettings {
+            world_size: self.num_processes as usize,
+            stage: ZeroStage::of_number(usize::from(self.zero_stage)).unwrap_or_default(),
+            backend: match self.ddp_backend {
+                None => RankBackend::Auto,
+                Some(BackendArg::Gloo) => RankBackend::Gloo,
+                Some(BackendArg::Nccl) => RankBackend::Nccl,
+            },
+            offload: OffloadSettings {
+                optimizer: place(self.offload_optimizer),
+                params: place(self.offload_params),
+                max_live_parameters: Some(self.max_live_parameters),
+                ..default.offload
+            },
+            ..default
+        }
+    }
+}
+
 /// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
@@ -151,6 +190,30 @@ pub struct Args {
     #[arg(long)]
     pub no_tune: bool,
 
+    /// Ranks of the measured run, all on this machine: one process and GPU each
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub num_processes: u32,
+
+    /// What ranks share (stage of ZeRO, 0 to 3)
+    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..4))]
+    pub zero_stage: u8,
+
+    /// What ranks exchange the memory of GPUs with: `nccl`, or `gloo` through host memory, which lets them share a GPU
+    #[arg(long, value_name = "BACKEND", value_enum)]
+    pub ddp_backend: Option<BackendArg>,
+
+    /// Keep the optimizer's state, gradients and the values that it moves in host memory
+    #[arg(long)]
+    pub offload_optimizer: bool,
+
+    /// Keep parameters in host memory, from which each block comes while the one before computes
+    #[arg(long)]
+    pub offload_params: bool,
+
+    /// Values of parameters that may be on the GPU at a time where they come from elsewhere; two blocks always may
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub max_live_parameters: usize,
+
     /// Append the results to this file, one JSON object a line
     #[arg(long, value_name = "FILE", value_parser = super::path)]
     pub json: Option<PathBuf>,
@@ -165,8 +228,37 @@ fn parse_precision(text: &str) -> Result<Precision, String> {
 /// # Errors
 /// If the model cannot be made or a step fails.
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let settings = args.ranks();
+    let place = training::place().map_err(|error| UsageError(error.to_string()))?;
+    let launched = place.filter(|place| place.world_size > 1);
+    if launched.is_none() && settings.world_size > 1 {
+        return launch::run(settings.world_size);
+    }
+    if let Some(place) = &launched {
+        training::share_cores(place, &training::environment())?;
+    }
+    let local_rank = launched.as_ref().map_or(0, |place| place.local_rank);
+    let ranks = ranks::join(launched, Duration::from_secs(settings.timeout_secs))?;
+    let measured = measure(args, context, &settings, (&ranks, local_rank));
+    measured.inspect_err(|error| ranks.abandon(&format!("{error:#}")))?;
+    ranks.barrier()?;
+    Ok(Exit::Done)
+}
+
+/// Measures on one rank; the first prints.
+fn measure(
+    args: &Args,
+    context: &Context,
+    settings: &RankSettings,
+    (ranks, local_rank): (&Arc<dyn Ranks>, usize),
+) -> anyhow::Result<()> {
+    let print = |text: &str| if ranks.is_first() { context.print(text) } else { Ok(()) };
     let default = if train::has_bf16() { Precision::Bf16 } else { Precision::No };
-    let backend = Backend::open(args.device, args.precision.unwrap_or(default))?;
+    let precision = args.precision.unwrap_or(default);
+    let backend = Backend::for_bench(args.device, precision, settings.backend, (&**ranks, local_rank))?;
+    let exchange = backend.exchange(&**ranks, settings.backend)?;
+    let sharing = Sharing::new(Arc::clone(ranks), exchange, settings, OptimizerKind::AdamW);
+    let offload = Offload::of(settings, &backend.device);
     let settings = Settings {
         lora: lora(args.lora_r),
         warmup: args.warmup as usize,
@@ -175,10 +267,11 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         micro_batches: args.micro_batches as usize,
         tune: !args.no_tune,
         seed: 42,
+        offload,
     };
     let started = std::time::Instant::now();
-    let mut bench = Bench::new(&args.model, &backend, settings)?;
-    context.print(&format!(
+    let mut bench = Bench::new(&args.model, &backend, sharing, settings)?;
+    print(&format!(
         "{}; model of {} parameters made in {}; a large product runs at {:.1} TFLOP/s; LoRA r={}\n",
         backend.describe(),
         units::count(bench.config().num_parameters() as u64),
@@ -188,7 +281,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     ))?;
     for &activations in &args.activations {
         bench.set_activations(activations.into());
-        context.print(&format!("activations: {activations}\n"))?;
+        print(&format!("activations: {activations}\n"))?;
         // Only offloading parks anything.
         let park = if activations == ActivationsArg::Offload { &args.park[..] } else { &[ParkArg::Auto] };
         let ways = || args.order.iter().flat_map(|order| park.iter().map(move |park| (order, park)));
@@ -196,15 +289,15 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
             bench.force_parked(park.into());
             bench.force_order(order.into());
             // A reader that went away is found at the next row.
-            let say = |text: &str| context.print(&format!("{text}\n")).unwrap_or_default();
+            let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
             let measured = bench.measure(work, &say)?;
-            context.print(&row(&measured))?;
-            if let Some(path) = &args.json {
+            print(&row(&measured))?;
+            if let Some(path) = args.json.as_ref().filter(|_| ranks.is_first()) {
                 append(path, &record(args, activations, &backend, &bench, &measured))?;
             }
         }
     }
-    Ok(Exit::Done)
+    Ok(())
 }
 
 fn row(m: &Measured) -> String {
@@ -222,6 +315,9 @@ fn row(m: &Measured) -> String {
     if m.peak_bytes > 0 {
         let (peak, device) = (units::bytes(m.peak_bytes), units::bytes(m.device_bytes));
         let _ = write!(text, "   peak {peak}, device {device}");
+    }
+    if m.host_bytes > 0 {
+        let _ = write!(text, "   weights in host memory {}", units::bytes(m.host_bytes));
     }
     if m.micro_batches > 1 {
         let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order.name());
@@ -253,6 +349,12 @@ fn record(
         "micro_batches": m.micro_batches,
         "order": m.order.name(),
         "lora_r": args.lora_r,
+        "ranks": args.num_processes,
+        "zero_stage": args.zero_stage,
+        "offload_optimizer": args.offload_optimizer,
+        "offload_params": args.offload_params,
+        "max_live_parameters": args.max_live_parameters,
+        "host_bytes": m.host_bytes,
         "tokens_per_second": m.tokens as f64 / m.median_secs(),
         "step_secs": m.step_secs,
         "floor_secs": m.floor_secs,

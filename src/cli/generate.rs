@@ -15,7 +15,7 @@ use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
 use crate::telemetry::{peak_resident_bytes, units};
 use crate::train::session::{self, Session};
 use crate::train::{self, Backend};
-use crate::zero::Sharing;
+use crate::zero::{Offload, Sharing};
 
 /// Prompts completed at the same time.
 const MOST_SEQUENCES: usize = 16;
@@ -158,7 +158,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         Purpose::Inference,
         (Activations::Keep, 0),
         &Backend::open(args.device, args.precision())?,
-        Sharing::alone(),
+        (Sharing::alone(), Offload::default()),
         &mut progress,
     )?;
     drop(progress);

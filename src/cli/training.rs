@@ -86,7 +86,7 @@ impl TrainingArgs {
 }
 
 /// The variables of this process.
-fn environment() -> BTreeMap<String, String> {
+pub(super) fn environment() -> BTreeMap<String, String> {
     let text = |text: OsString| text.to_string_lossy().into_owned();
     std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
 }
@@ -179,7 +179,7 @@ pub(super) fn run<S>(
 }
 
 /// Gives this rank its part of the machine's cores, unless somebody said how many threads it has.
-fn share_cores(place: &Place, environment: &BTreeMap<String, String>) -> anyhow::Result<()> {
+pub(super) fn share_cores(place: &Place, environment: &BTreeMap<String, String>) -> anyhow::Result<()> {
     let number = |name: &str| environment.get(name).and_then(|value| value.trim().parse::<usize>().ok());
     if number("RAYON_NUM_THREADS").is_some() {
         return Ok(());

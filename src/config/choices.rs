@@ -66,6 +66,15 @@ choices! {
     }
 }
 choices! {
+    /// Where state waits while it is not computed with.
+    OffloadDevice {
+        /// In the GPU's memory.
+        None = "none",
+        /// In host memory.
+        Cpu = "cpu",
+    }
+}
+choices! {
     /// How examples are packed.
     PackingStrategy {
         /// Best fit decreasing; what is too long is cut.

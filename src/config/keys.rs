@@ -22,7 +22,7 @@ use super::special::{
     TestBatch, TopK,
 };
 use super::value::Parse;
-use super::world::{Backend, Stage};
+use super::world::{Backend, Offload, Stage};
 use super::yaml::Entry;
 
 use DefaultValue::{Derived, PerCommand, Required, Text};
@@ -233,7 +233,7 @@ keys! {
         /// Seed of the order of the data.
         data_seed: Option<u64> = Derived("`seed`"), ANY, "";
     }
-    "Ranks" for Both {
+    "Ranks and memory" for Both {
         /// Ranks of the run, each a process with a GPU or CPU cores of its own. They are started by this program, all on this
         /// machine. Under srun, torchrun or mpirun their number is what that started, and another one here is an error.
         num_processes: Option<usize> = Derived(
@@ -246,16 +246,29 @@ keys! {
         /// With stage 3: parameters of at most so many values stay on every rank. Not in TRL; DeepSpeed's key and default.
         stage3_param_persistence_threshold: Option<usize> = Derived("what a launch file says, else 100000"),
             Bounds::between(0.0, 1e12), "values";
-        /// A DeepSpeed configuration, as a JSON file or a map. Its stage of ZeRO acts, `auto` is what this file says, what is
-        /// not done and only saves memory is a warning, and what would change the result an error.
+        /// Where the optimizer's state, the gradients and the f32 values that it moves wait beside a GPU: `cpu` is host memory,
+        /// where the optimizer then works, on all cores. Results are the same but for the order of sums. Not in TRL;
+        /// accelerate's key.
+        offload_optimizer_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
+        /// Where parameters wait beside a GPU: `cpu` is host memory, from which each block comes for as long as it is computed
+        /// with, packed as it is, while the one before computes. With one rank too. Not in TRL; accelerate's key.
+        offload_param_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
+        /// Lock the pages of what waits in host memory, so that the GPU copies it by itself. Not in TRL; DeepSpeed's key.
+        pin_memory: bool = Text("true"), ANY, "";
+        /// Values of parameters that may be on a GPU at a time where blocks come from other ranks or from host memory: a block
+        /// that is needed again soon stays. Two blocks always may. Not in TRL; DeepSpeed's key.
+        stage3_max_live_parameters: Option<usize> = Derived("what a launch file says, else two blocks"),
+            Bounds::between(0.0, 1e12), "values";
+        /// A DeepSpeed configuration, as a JSON file or a map. Its stage of ZeRO and what it offloads act, `auto` is what this file
+        /// says, what is not done and only saves memory is a warning, and what would change the result an error.
         deepspeed: Option<LaunchFile> = Text("null"), ANY, "";
         /// accelerate's launch file, or TRL's name of one (`zero2`), taken in the same way; its number of processes acts too.
         /// `--config-file FILE` is the same. Keys of this group that stand here count more than the file.
         accelerate_config: Option<LaunchFile> = Text("null"), ANY, "";
         /// How long a rank waits for another before the run ends.
         ddp_timeout: u64 = Text("1800"), FROM_1, "seconds";
-        /// What ranks speak with: `gloo`, through host memory, which they do anyway. Written out, it allows two ranks on one GPU.
-        /// `nccl` is an error for now.
+        /// What ranks exchange the memory of GPUs with: `nccl`, which they do where each has its own, or `gloo`, through host
+        /// memory, which allows two ranks on one GPU. On CPUs it is host memory.
         ddp_backend: Option<Backend> = Text("null"), ANY, "";
     }
     "Optimizer and schedule" for Both {

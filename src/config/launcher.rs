@@ -17,6 +17,7 @@ use super::diagnose::Problems;
 use super::field::{Command, Named};
 use super::home;
 use super::keys::RawConfig;
+use super::settings::OffloadDevice;
 use super::value::{self, Mismatch, Parse, nearest};
 use super::yaml::{self, Node};
 
@@ -218,6 +219,12 @@ pub(super) struct Asked<'a> {
     pub(super) stage: Option<usize>,
     /// Values of a parameter up to which it is not sharded.
     pub(super) persistence_threshold: Option<usize>,
+    /// Where the optimizer's state waits.
+    pub(super) offload_optimizer: Option<OffloadDevice>,
+    /// Where parameters wait.
+    pub(super) offload_params: Option<OffloadDevice>,
+    /// Values of parameters that may be on a GPU at a time.
+    pub(super) max_live: Option<usize>,
     /// The batch of a step, to be held against that of all ranks.
     whole_batch: Option<Value>,
     /// What is wrong, and what to do.
@@ -238,6 +245,9 @@ impl<'a> Asked<'a> {
             machines: 1,
             stage: None,
             persistence_threshold: None,
+            offload_optimizer: None,
+            offload_params: None,
+            max_live: None,
             whole_batch: None,
             errors: Vec::new(),
             missing: Vec::new(),
@@ -382,12 +392,27 @@ impl<'a> Asked<'a> {
 
     /// A place for state that is not the GPU's memory. Where the CPU computes, its memory holds everything.
     fn offload(&mut self, path: &str, device: &Value) {
-        match device.as_str().unwrap_or(if is_on(device) { "?" } else { "none" }) {
-            "none" | "auto" | "" => {}
-            "cpu" if !self.is_on_gpu => {}
-            "cpu" => self.missing.push(format!("`{path}` to cpu")),
-            "nvme" => self.missing.push(format!("`{path}` to nvme")),
-            _ => self.error(format!("has `{path}: {device}`"), "write none, cpu or nvme"),
+        let place = match device.as_str().unwrap_or(if is_on(device) { "?" } else { "none" }) {
+            "auto" | "" => return,
+            "none" => OffloadDevice::None,
+            "cpu" => OffloadDevice::Cpu,
+            "nvme" => {
+                self.missing.push(format!("`{path}` to nvme"));
+                OffloadDevice::Cpu
+            }
+            _ => return self.error(format!("has `{path}: {device}`"), "write none, cpu or nvme"),
+        };
+        let is_optimizer = path.contains("optimizer");
+        let is_params = path.contains("param") && !is_optimizer;
+        // `cpu_offload` was the optimizer's in DeepSpeed, and is both in torch.
+        if !is_params {
+            self.offload_optimizer = Some(place);
+        }
+        if is_params || path.contains("fsdp") {
+            self.offload_params = Some(place);
+        }
+        if path.contains("fsdp") {
+            self.offload_optimizer = Some(place);
         }
     }
 }

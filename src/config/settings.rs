@@ -12,13 +12,13 @@ mod ranks;
 mod rewards;
 
 pub use mixture::{MixturePart, MixtureSettings, Share};
-pub use ranks::{RankSettings, ZeroStage};
+pub use ranks::{OffloadSettings, RankBackend, RankSettings, ZeroStage};
 pub use rewards::{CodeSettings, RewardSettings, RewardSpec};
 
 pub use super::choices::{
-    CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, PackingStrategy, Precision,
-    QuantType, ReportTo, RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, TruncationMode,
-    WeightDtype,
+    CodeSandbox, CodeScoring, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, OffloadDevice, PackingStrategy,
+    Precision, QuantType, ReportTo, RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType,
+    TruncationMode, WeightDtype,
 };
 
 /// Settings of `trainer sft`.

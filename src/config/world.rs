@@ -8,13 +8,9 @@ use super::field::Named;
 use super::keys::RawConfig;
 use super::launcher::{self, Asked};
 use super::resolve::Context;
-use super::settings::{DeviceChoice, RankSettings, ZeroStage};
+use super::settings::{DeviceChoice, OffloadDevice, OffloadSettings, RankBackend, RankSettings, ZeroStage};
 use super::value::{Mismatch, Parse, describe, parse_integer, valid_values};
 use super::yaml::{Node, Value};
-
-/// The stages by their numbers.
-const STAGES: [ZeroStage; 4] =
-    [ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters];
 
 /// `zero_stage`: a number, or `auto`, which leaves it to the launch file and to the program.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,7 +31,7 @@ impl Parse for Stage {
             return Ok(Self::Auto);
         }
         let number = parse_integer(node, Self::KIND).ok().and_then(|number| usize::try_from(number).ok());
-        number.filter(|number| *number < STAGES.len()).map(Self::Number).ok_or_else(|| {
+        number.filter(|number| ZeroStage::of_number(*number).is_some()).map(Self::Number).ok_or_else(|| {
             let what = format!("does not know {}", describe(node));
             vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))]
         })
@@ -44,11 +40,11 @@ impl Parse for Stage {
 
 /// `ddp_backend`: what ranks speak with.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Backend;
+pub(super) struct Backend(RankBackend);
 
 impl Parse for Backend {
     const KIND: &'static str = "one of";
-    const VALUES: &'static [&'static str] = &["gloo"];
+    const VALUES: &'static [&'static str] = &["gloo", "nccl"];
 
     fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
         let text = match &node.value {
@@ -56,18 +52,83 @@ impl Parse for Backend {
             _ => return Err(vec![Mismatch::expected(node, "one word")]),
         };
         match text.to_lowercase().as_str() {
-            "gloo" => Ok(Self),
-            "nccl" => {
-                let what = "is `nccl`: collectives go through host memory (gloo); NCCL between GPUs is not wired into \
-                            training yet";
-                Err(vec![Mismatch::new(node, what).help("leave it out")])
-            }
+            "gloo" => Ok(Self(RankBackend::Gloo)),
+            "nccl" => Ok(Self(RankBackend::Nccl)),
             _ => {
                 let what = format!("does not know {}", describe(node));
-                Err(vec![Mismatch::new(node, what).help("collectives are `gloo`'s: leave it out")])
+                Err(vec![Mismatch::new(node, what).help("GPUs speak `nccl`, and through host memory `gloo`")])
             }
         }
     }
+}
+
+/// `offload_optimizer_device` and `offload_param_device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Offload(pub(super) OffloadDevice);
+
+impl Parse for Offload {
+    const KIND: &'static str = "one of";
+    const VALUES: &'static [&'static str] = OffloadDevice::NAMES;
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let Value::Scalar { text, .. } = &node.value else {
+            return Err(vec![Mismatch::expected(node, "one word").help(valid_values("", Self::VALUES))]);
+        };
+        match text.to_lowercase().as_str() {
+            "nvme" => {
+                let what = "is `nvme`: state waits in host memory, and not yet in files";
+                Err(vec![Mismatch::new(node, what).help("write `cpu`")])
+            }
+            text => text.parse().map(Self).map_err(|()| {
+                let what = format!("does not know {}", describe(node));
+                vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))]
+            }),
+        }
+    }
+}
+
+/// What ranks speak with; on CPUs that is host memory.
+fn backend(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> RankBackend {
+    let key = &raw.ddp_backend;
+    match *key.value() {
+        None => RankBackend::Auto,
+        Some(Backend(RankBackend::Nccl)) if !is_on_gpu(raw, context) => {
+            let message = "`ddp_backend: nccl` is for GPUs, and the ranks of this run compute on CPUs";
+            problems.caution(&[(key, String::new())], message, "they speak through host memory, as with `gloo`");
+            RankBackend::Auto
+        }
+        Some(Backend(backend)) => backend,
+    }
+}
+
+/// What waits in host memory.
+fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> OffloadSettings {
+    let mut place = |key: &dyn Named, said: Option<Offload>, wish: &dyn Fn(&Asked<'_>) -> Option<OffloadDevice>| {
+        let mut chosen = said.map(|Offload(device)| (device, "the configuration"));
+        for file in files {
+            match (chosen, wish(file)) {
+                (None, Some(device)) => chosen = Some((device, file.key.name())),
+                (Some((device, source)), Some(other)) if device != other => problems.caution(
+                    &[(file.key, String::new())],
+                    format!(
+                        "{} says {other} for `{}`, and {source} says {device}, which counts",
+                        file.place(),
+                        key.name()
+                    ),
+                    "results are the same, memory and time are not",
+                ),
+                _ => {}
+            }
+        }
+        chosen.map_or(OffloadDevice::None, |(device, _)| device)
+    };
+    let (optimizer, params) = (&raw.offload_optimizer_device, &raw.offload_param_device);
+    let optimizer = place(optimizer, *optimizer.value(), &|file| file.offload_optimizer);
+    let params = place(params, *params.value(), &|file| file.offload_params);
+    let key = &raw.stage3_max_live_parameters;
+    let help = "results are the same, memory and time are not";
+    let max_live_parameters = Chosen::new(key, *key.value()).among(files, |file| file.max_live, help, problems);
+    OffloadSettings { optimizer, params, pin_memory: *raw.pin_memory.value(), max_live_parameters }
 }
 
 fn device(raw: &RawConfig) -> DeviceChoice {
@@ -106,16 +167,18 @@ pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Pro
             "`num_processes` says how many there are",
         );
     }
+    let offload = offload(raw, &asked, problems);
     for file in asked {
         file.report(world_size, problems);
     }
     let default = RankSettings::default();
     RankSettings {
         world_size,
-        stage: stage.and_then(|stage| STAGES.get(stage).copied()).unwrap_or_default(),
+        stage: stage.and_then(ZeroStage::of_number).unwrap_or_default(),
         param_persistence_threshold: threshold.unwrap_or(default.param_persistence_threshold),
         timeout_secs: *raw.ddp_timeout.value(),
-        may_share_gpus: raw.ddp_backend.value().is_some(),
+        backend: backend(raw, context, problems),
+        offload,
     }
 }
 

@@ -18,8 +18,8 @@ use super::keys::KEYS;
 use super::settings::{
     AdaptiveEntropy, BestSettings, DataSettings, DeviceChoice, GrpoSettings, HubSettings, Interval, LoraSettings,
     MixtureSettings, ModelSettings, ModuleSet, OptimizerKind, OptimizerSettings, Precision, QuantType, Quantization,
-    RankSettings, Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode, SamplingSettings,
-    SftSettings, TrainingSettings, VespoSettings, Warmup,
+    RankBackend, RankSettings, Resume, RewardSettings, RewardSpec, RolloutCorrection, RolloutCorrectionMode,
+    SamplingSettings, SftSettings, TrainingSettings, VespoSettings, Warmup,
 };
 
 /// Key to YAML text.
@@ -351,7 +351,7 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
-        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs, may_share_gpus },
+        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs, backend, offload },
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
@@ -418,12 +418,24 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("env", "{}".into()),
         ("deepspeed", "null".into()),
         ("accelerate_config", "null".into()),
-        ("ddp_backend", if *may_share_gpus { "gloo".into() } else { "null".into() }),
+        ("ddp_backend", backend_text(*backend).into()),
         ("num_processes", world_size.to_string()),
         ("zero_stage", stage.number().to_string()),
         ("stage3_param_persistence_threshold", param_persistence_threshold.to_string()),
+        ("offload_optimizer_device", offload.optimizer.to_string()),
+        ("offload_param_device", offload.params.to_string()),
+        ("pin_memory", offload.pin_memory.to_string()),
+        ("stage3_max_live_parameters", optional(offload.max_live_parameters)),
         ("ddp_timeout", timeout_secs.to_string()),
     ]);
+}
+
+fn backend_text(backend: RankBackend) -> &'static str {
+    match backend {
+        RankBackend::Auto => "null",
+        RankBackend::Gloo => "gloo",
+        RankBackend::Nccl => "nccl",
+    }
 }
 
 fn device_text(device: DeviceChoice) -> String {

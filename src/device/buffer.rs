@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use super::gpu::{self, Bytes, Locked};
+use super::gpu::{self, Bytes, Locked, LockedTensor};
 use super::view::{self, Matrix, Pointer};
 use super::{Error, Queue, Ticket, argument};
 
@@ -54,6 +54,8 @@ struct Use {
 enum Memory {
     Host(Lines),
     Pinned(Locked),
+    /// Of a tensor on the host.
+    PinnedTensor(LockedTensor),
     Device(Bytes),
     /// Of a tensor on a GPU, and where it begins.
     Tensor {
@@ -193,6 +195,19 @@ impl Buffer {
         Ok(Self::new(Memory::Tensor { _kept: tensor, address }, bytes, home, born))
     }
 
+    /// The bytes of a contiguous f32 tensor on the host, page-locked in their place for a queue of a GPU. Who reads or writes
+    /// the tensor waits for the copies first that were asked of the buffer ([`Self::wait`]): they are not in its order.
+    ///
+    /// # Errors
+    /// If it is another one, or the system does not allow so much.
+    pub fn of_host_tensor(tensor: Tensor, queue: &Queue) -> Result<Self, Error> {
+        let Some(stream) = queue.stream() else {
+            return Err(argument("buffer", "queue", "the host's", "a GPU's"));
+        };
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        Ok(Self::new(Memory::PinnedTensor(stream.lock_tensor(tensor)?), bytes, queue.clone(), Ticket::done()))
+    }
+
     /// Its length in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -207,7 +222,7 @@ impl Buffer {
     pub fn place(&self) -> Place {
         match self.memory() {
             Memory::Host(_) => Place::Host,
-            Memory::Pinned(_) => Place::Pinned,
+            Memory::Pinned(_) | Memory::PinnedTensor(_) => Place::Pinned,
             Memory::Device(_) | Memory::Tensor { .. } => Place::Device,
         }
     }
@@ -334,6 +349,7 @@ impl Buffer {
         match self.memory() {
             Memory::Host(lines) => lines.0.as_ptr().expose_provenance() as u64,
             Memory::Pinned(locked) => locked.address(),
+            Memory::PinnedTensor(locked) => locked.address(),
             Memory::Device(bytes) => bytes.address(),
             Memory::Tensor { address, .. } => *address,
         }
@@ -344,6 +360,13 @@ impl Buffer {
     }
 
     /// Lets the host wait for the copies that were asked for.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn wait(&self) -> Result<(), Error> {
+        self.settle()
+    }
+
     fn settle(&self) -> Result<(), Error> {
         let uses = std::mem::take(&mut *self.uses());
         for index in 0..uses.len() {
@@ -375,7 +398,7 @@ impl Drop for Buffer {
         let is_ordered = match &memory {
             Memory::Host(_) => true,
             Memory::Device(_) | Memory::Tensor { .. } => uses.iter().all(|one| self.home.after(&one.ticket).is_ok()),
-            Memory::Pinned(_) => {
+            Memory::Pinned(_) | Memory::PinnedTensor(_) => {
                 let is_free = uses.iter().all(|one| one.ticket.wait(None).is_ok());
                 is_free && (!*self.is_viewed.get_mut() || self.home.synchronize().is_ok())
             }
@@ -391,6 +414,9 @@ impl Drop for Buffer {
 pub(super) fn copy(queue: &Queue, from: &Part, to: &Part) -> Result<Ticket, Error> {
     if from.len() != to.len() {
         return Err(argument("copy", "to", to.len(), format!("{} bytes", from.len())));
+    }
+    if from.is_empty() {
+        return Ok(Ticket::done());
     }
     if Arc::ptr_eq(&from.buffer, &to.buffer) {
         return Err(argument("copy", "to", "the buffer that is copied from", "another buffer"));

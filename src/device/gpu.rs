@@ -4,11 +4,12 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 use cudarc::driver::sys::{
-    CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CUdevice_attribute, CUevent_flags, CUlimit,
-    CUmemPool_attribute, CUmemoryPool, cuCtxSetLimit, cuDeviceGetDefaultMemPool, cuMemFreeHost, cuMemHostAlloc,
-    cuMemPoolGetAttribute, cuMemPoolSetAttribute, cuMemcpyAsync,
+    CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTREGISTER_PORTABLE, CUdevice_attribute,
+    CUevent_flags, CUlimit, CUmemPool_attribute, CUmemoryPool, cuCtxSetLimit, cuDeviceGetDefaultMemPool, cuMemFreeHost,
+    cuMemHostAlloc, cuMemHostRegister_v2, cuMemHostUnregister, cuMemPoolGetAttribute, cuMemPoolSetAttribute,
+    cuMemcpyAsync,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
 
@@ -157,6 +158,23 @@ impl Stream {
         Ok(Locked { address: memory as u64, context: self.0.context().clone() })
     }
 
+    /// Locks the memory of a contiguous f32 tensor on the host.
+    pub(super) fn lock_tensor(&self, tensor: Tensor) -> Result<LockedTensor, Error> {
+        self.bind()?;
+        let address = {
+            let (storage, layout) = tensor.storage_and_layout();
+            match (&*storage, layout.contiguous_offsets()) {
+                (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => values[start..end].as_ptr() as u64,
+                _ => return Err(argument("locking", "tensor", tensor.dtype(), "contiguous f32 values on the host")),
+            }
+        };
+        let bytes = tensor.elem_count() * size_of::<f32>();
+        // SAFETY: the memory is that long and lives as long as the tensor, which is kept until it is unlocked.
+        let done = unsafe { cuMemHostRegister_v2(address as *mut c_void, bytes.max(1), CU_MEMHOSTREGISTER_PORTABLE) };
+        done.result().map_err(failed("locking host memory"))?;
+        Ok(LockedTensor { address, context: self.0.context().clone(), _kept: tensor })
+    }
+
     fn pool(&self) -> Result<CUmemoryPool, Error> {
         let mut pool = std::ptr::null_mut();
         // SAFETY: the device handle comes from an open context, and `pool` outlives the call.
@@ -240,6 +258,29 @@ impl Drop for Locked {
         if self.context.bind_to_thread().is_ok() {
             // SAFETY: the address came from `cuMemHostAlloc` and is freed once; nothing uses it any more.
             let _ = unsafe { cuMemFreeHost(self.address as *mut c_void) };
+        }
+    }
+}
+
+/// A tensor's memory on the host, page-locked for as long as this lives.
+#[derive(Debug)]
+pub(super) struct LockedTensor {
+    address: u64,
+    context: Arc<CudaContext>,
+    _kept: Tensor,
+}
+
+impl LockedTensor {
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for LockedTensor {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: it was registered once, and nothing uses it any more.
+            let _ = unsafe { cuMemHostUnregister(self.address as *mut c_void) };
         }
     }
 }

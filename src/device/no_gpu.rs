@@ -105,6 +105,10 @@ impl Stream {
         match *self {}
     }
 
+    pub(super) fn lock_tensor(&self, _tensor: Tensor) -> Result<LockedTensor, Error> {
+        match *self {}
+    }
+
     pub(super) fn memory_use(&self) -> Result<MemoryUse, Error> {
         match *self {}
     }
@@ -147,6 +151,16 @@ impl Bytes {
 pub(super) enum Locked {}
 
 impl Locked {
+    pub(super) fn address(&self) -> u64 {
+        match *self {}
+    }
+}
+
+/// There is no page-locked memory.
+#[derive(Debug)]
+pub(super) enum LockedTensor {}
+
+impl LockedTensor {
     pub(super) fn address(&self) -> u64 {
         match *self {}
     }

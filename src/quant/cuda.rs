@@ -3,6 +3,7 @@
 //! A multiply unpacks a matrix into a buffer that is used once ([`Weight::unpack_into`]); nothing but that buffer is ever
 //! unpacked.
 
+mod form;
 mod quantize;
 
 use std::sync::Arc;
@@ -14,10 +15,13 @@ use super::dense::DenseValues;
 use super::double_quant::Maxima;
 use super::lend::fill;
 use super::multiply::RowSource as _;
+use super::parts::dense_type;
 use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
+use crate::config::settings::QuantType;
 use crate::device::{Buffer, Matrix, Queue, array, empty, matrix, upload_f32, upload_u8};
 use crate::kernels::cuda::{GgufKind, Nf4Absmax, Nf4View, axpby, dequantize_gguf, dequantize_nf4};
+pub use form::DeviceForm;
 pub use quantize::Quantizer;
 
 /// A matrix `[N, K]` where a GPU can read it.
@@ -33,6 +37,7 @@ pub struct DeviceMatrix {
 #[derive(Clone, Debug)]
 enum Storage {
     Nf4 {
+        quant_type: QuantType,
         packed: Tensor,
         maxima: DeviceMaxima,
         values: Tensor,
@@ -83,6 +88,7 @@ impl DeviceMatrix {
             },
         };
         let storage = Storage::Nf4 {
+            quant_type: host.quant_type(),
             packed: upload_u8(device, &host.packed)?,
             maxima,
             values: upload_f32(device, &host.values)?,
@@ -97,19 +103,7 @@ impl DeviceMatrix {
     }
 
     fn from_gguf(host: &GgufMatrix, device: &Device) -> Result<Self, Error> {
-        let kind = match host.kind() {
-            GgmlDType::Q4_0 => GgufKind::Q4_0,
-            GgmlDType::Q4_1 => GgufKind::Q4_1,
-            GgmlDType::Q5_0 => GgufKind::Q5_0,
-            GgmlDType::Q5_1 => GgufKind::Q5_1,
-            GgmlDType::Q8_0 => GgufKind::Q8_0,
-            GgmlDType::Q2K => GgufKind::Q2K,
-            GgmlDType::Q3K => GgufKind::Q3K,
-            GgmlDType::Q4K => GgufKind::Q4K,
-            GgmlDType::Q5K => GgufKind::Q5K,
-            GgmlDType::Q6K => GgufKind::Q6K,
-            kind => return Err(Error::UnsupportedType { kind }),
-        };
+        let kind = kernel_kind(host.kind())?;
         let blocks = upload_u8(device, host.data())?;
         let size_bytes = host.data().len();
         let storage = Storage::Gguf { kind, blocks };
@@ -130,7 +124,7 @@ impl DeviceMatrix {
     /// The same matrix in device memory of its own; page-locked memory is not lent, and stays shared.
     pub(super) fn copy(&self) -> Result<Self, Error> {
         let storage = match &self.storage {
-            Storage::Nf4 { packed, maxima, values } => {
+            Storage::Nf4 { quant_type, packed, maxima, values } => {
                 let maxima = match maxima {
                     DeviceMaxima::Plain(maxima) => DeviceMaxima::Plain(maxima.copy()?),
                     DeviceMaxima::Nested { codes, absmax, map, offset } => DeviceMaxima::Nested {
@@ -140,7 +134,7 @@ impl DeviceMatrix {
                         offset: *offset,
                     },
                 };
-                Storage::Nf4 { packed: packed.copy()?, maxima, values: values.clone() }
+                Storage::Nf4 { quant_type: *quant_type, packed: packed.copy()?, maxima, values: values.clone() }
             }
             Storage::Gguf { kind, blocks } => Storage::Gguf { kind: *kind, blocks: blocks.copy()? },
             pinned @ Storage::Pinned(..) => pinned.clone(),
@@ -160,7 +154,7 @@ impl DeviceMatrix {
 
     fn unpack_into(&self, device: &Device, out: Matrix, first_row: usize) -> Result<(), Error> {
         match &self.storage {
-            Storage::Nf4 { packed, maxima, values } => {
+            Storage::Nf4 { packed, maxima, values, .. } => {
                 let absmax = match maxima {
                     DeviceMaxima::Plain(values) => Nf4Absmax::Plain(array(values)?),
                     DeviceMaxima::Nested { codes, absmax, map, offset } => Nf4Absmax::Nested {
@@ -185,6 +179,23 @@ impl DeviceMatrix {
     }
 }
 
+/// The kernels' name of a packed type.
+fn kernel_kind(kind: GgmlDType) -> Result<GgufKind, Error> {
+    Ok(match kind {
+        GgmlDType::Q4_0 => GgufKind::Q4_0,
+        GgmlDType::Q4_1 => GgufKind::Q4_1,
+        GgmlDType::Q5_0 => GgufKind::Q5_0,
+        GgmlDType::Q5_1 => GgufKind::Q5_1,
+        GgmlDType::Q8_0 => GgufKind::Q8_0,
+        GgmlDType::Q2K => GgufKind::Q2K,
+        GgmlDType::Q3K => GgufKind::Q3K,
+        GgmlDType::Q4K => GgufKind::Q4K,
+        GgmlDType::Q5K => GgufKind::Q5K,
+        GgmlDType::Q6K => GgufKind::Q6K,
+        kind => return Err(Error::UnsupportedType { kind }),
+    })
+}
+
 impl Weight {
     /// The same matrix in the memory of `device`; nothing to do for the CPU.
     ///
@@ -198,17 +209,12 @@ impl Weight {
         let matrix = match &self {
             Self::Dense(tensor) => return Ok(Self::Dense(tensor.to_device(device)?)),
             Self::Nf4(matrix) => DeviceMatrix::from_nf4(matrix, device)?,
-            Self::Gguf(matrix) => match matrix.kind() {
-                kind @ (GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) => {
-                    let dtype = match kind {
-                        GgmlDType::F32 => DType::F32,
-                        GgmlDType::F16 => DType::F16,
-                        _ => DType::BF16,
-                    };
+            Self::Gguf(matrix) => match dense_type(matrix.kind()) {
+                Some(dtype) => {
                     let shape = [matrix.rows(), matrix.cols()];
                     return Ok(Self::Dense(Tensor::from_raw_buffer(matrix.data(), dtype, &shape, device)?));
                 }
-                _ => DeviceMatrix::from_gguf(matrix, device)?,
+                None => DeviceMatrix::from_gguf(matrix, device)?,
             },
             Self::Device(_) => return Ok(self),
         };

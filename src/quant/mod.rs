@@ -22,9 +22,9 @@ mod tests;
 mod weight;
 
 pub use bitsandbytes::BitsandbytesParts;
-pub use cuda::{DeviceMatrix, Quantizer};
+pub use cuda::{DeviceForm, DeviceMatrix, Quantizer};
 pub use error::Error;
 pub use gguf::GgufMatrix;
 pub use nf4::Nf4Matrix;
-pub use parts::Form;
+pub use parts::{Array, Form};
 pub use weight::Weight;

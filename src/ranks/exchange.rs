@@ -1,6 +1,7 @@
 //! What ranks exchange where it lies: values gathered and gradients summed, without a wait of the host.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::{Alone, Error};
 use crate::device::{Part, Queue, Ticket};
@@ -45,6 +46,19 @@ pub trait Exchange: Send {
     /// As [`Self::all_gather`], or if `shard` is not made of whole values.
     fn reduce_scatter(&self, full: &Part, shard: &Part, sum: Sum, after: &Ticket) -> Result<Ticket, Error>;
 
+    /// Puts what each rank has of `full` there on every rank: `ranges` are the bytes of `full` that each has, of any lengths.
+    ///
+    /// # Errors
+    /// If there are not as many ranges as ranks, one leaves `full`, or earlier work has failed.
+    fn all_gather_ranges(&self, full: &Part, ranges: &[Range<usize>], after: &Ticket) -> Result<Ticket, Error>;
+
+    /// Sends `to[r]` to each rank `r`, which has as many parts of the same lengths for this one in its `from`. What is of this
+    /// rank itself stays.
+    ///
+    /// # Errors
+    /// If there are not as many as ranks, or earlier work has failed.
+    fn all_to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<Ticket, Error>;
+
     /// Does what `work` asks for together; the tickets of its pieces mean nothing, that of the group is returned.
     ///
     /// # Errors
@@ -79,6 +93,34 @@ pub(super) fn check_values(operation: &'static str, world_size: usize, shard: &P
     }
 }
 
+/// Checks that there is something for each rank.
+pub(super) fn check_ranks(operation: &'static str, world_size: usize, count: usize) -> Result<(), Error> {
+    if count == world_size {
+        return Ok(());
+    }
+    Err(Error::Length { operation, world_size, what: "ranks", got: count, expected: world_size })
+}
+
+/// The ranges of a part.
+pub(super) fn ranges_of(
+    operation: &'static str,
+    world_size: usize,
+    full: &Part,
+    ranges: &[Range<usize>],
+) -> Result<Vec<Part>, Error> {
+    check_ranks(operation, world_size, ranges.len())?;
+    let start = full.bytes().start;
+    let part = |range: &Range<usize>| {
+        if range.start > range.end || range.end > full.len() {
+            let (got, expected) = (range.end, full.len());
+            return Err(Error::Length { operation, world_size, what: "range", got, expected });
+        }
+        let part = full.buffer().part(start + range.start..start + range.end);
+        part.map_err(|error| device_error(0, operation, error))
+    };
+    ranges.iter().map(part).collect()
+}
+
 pub(super) fn device_error(rank: usize, operation: &'static str, problem: impl std::fmt::Display) -> Error {
     Error::Device { rank, operation, problem: problem.to_string() }
 }
@@ -104,6 +146,17 @@ impl Exchange for Alone {
         check_parts("reduce_scatter", 1, shard, full)?;
         check_values("reduce_scatter", 1, shard, sum)?;
         Self::pass("reduce_scatter", full, shard, after)
+    }
+
+    fn all_gather_ranges(&self, full: &Part, ranges: &[Range<usize>], after: &Ticket) -> Result<Ticket, Error> {
+        ranges_of("all_gather_ranges", 1, full, ranges)?;
+        Ok(after.clone())
+    }
+
+    fn all_to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<Ticket, Error> {
+        check_ranks("all_to_all", 1, to.len())?;
+        check_ranks("all_to_all", 1, from.len())?;
+        Ok(after.clone())
     }
 
     fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {
@@ -153,6 +206,16 @@ impl Exchange for Group {
         let ticket = Alone.reduce_scatter(full, shard, sum, after)?;
         self.add(shard, &ticket)?;
         Ok(ticket)
+    }
+
+    fn all_gather_ranges(&self, full: &Part, ranges: &[Range<usize>], after: &Ticket) -> Result<Ticket, Error> {
+        let ticket = Alone.all_gather_ranges(full, ranges, after)?;
+        self.add(full, &ticket)?;
+        Ok(ticket)
+    }
+
+    fn all_to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<Ticket, Error> {
+        Alone.all_to_all(to, from, after)
     }
 
     fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {

@@ -1,5 +1,6 @@
 //! An exchange over the control plane: bytes go through the host and a thread of their own, for ranks without NCCL.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -7,7 +8,7 @@ use std::thread::JoinHandle;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::exchange::{check_parts, check_values, device_error};
+use super::exchange::{check_parts, check_ranks, check_values, device_error, ranges_of};
 use super::{Error, Exchange, Ranks, Sum};
 use crate::device::{Buffer, Part, Queue, Ticket, Work};
 
@@ -37,6 +38,12 @@ enum Job {
         full: Part,
         shard: Part,
         sum: Sum,
+        after: Ticket,
+        work: Work,
+    },
+    ToAll {
+        to: Vec<Vec<Part>>,
+        from: Vec<Vec<Part>>,
         after: Ticket,
         work: Work,
     },
@@ -93,6 +100,21 @@ impl Exchange for OnHost {
         self.ask(|work| Job::Reduce { full: full.clone(), shard: shard.clone(), sum, after: after.clone(), work })
     }
 
+    fn all_gather_ranges(&self, full: &Part, ranges: &[Range<usize>], after: &Ticket) -> Result<Ticket, Error> {
+        let parts = ranges_of("all_gather_ranges", self.world_size, full, ranges)?;
+        let own = &parts[self.rank];
+        let of_others = |part: &Part, rank: usize| if rank == self.rank { Vec::new() } else { vec![part.clone()] };
+        let to: Vec<_> = (0..self.world_size).map(|rank| of_others(own, rank)).collect();
+        let from: Vec<_> = parts.iter().enumerate().map(|(rank, part)| of_others(part, rank)).collect();
+        self.all_to_all(&to, &from, after)
+    }
+
+    fn all_to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<Ticket, Error> {
+        check_ranks("all_to_all", self.world_size, to.len())?;
+        check_ranks("all_to_all", self.world_size, from.len())?;
+        self.ask(|work| Job::ToAll { to: to.to_vec(), from: from.to_vec(), after: after.clone(), work })
+    }
+
     fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {
         work(self)?;
         self.ask(Job::Mark)
@@ -118,6 +140,7 @@ impl Worker {
             let (result, work) = match job {
                 Job::Gather { shard, full, after, work } => (self.gather(&shard, &full, &after), work),
                 Job::Reduce { full, shard, sum, after, work } => (self.reduce(&full, &shard, sum, &after), work),
+                Job::ToAll { to, from, after, work } => (self.to_all(&to, &from, &after), work),
                 Job::Mark(work) => (Ok(()), work),
             };
             match result {
@@ -153,13 +176,50 @@ impl Worker {
         self.write(OPERATION, &bytes, shard)
     }
 
+    fn to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<(), Error> {
+        const OPERATION: &str = "all_to_all";
+        let own = self.ranks.rank();
+        let message = |(rank, parts): (usize, &Vec<Part>)| {
+            let others = parts.iter().filter(|_| rank != own);
+            let bytes = others.map(|part| self.read(OPERATION, part, after)).collect::<Result<Vec<_>, _>>()?;
+            Ok::<_, Error>(bytes.concat())
+        };
+        let messages = to.iter().enumerate().map(message).collect::<Result<Vec<_>, _>>()?;
+        let received = self.ranks.all_to_all_bytes(messages)?;
+        for (peer, (bytes, parts)) in received.iter().zip(from).enumerate().filter(|(peer, _)| *peer != own) {
+            let expected: usize = parts.iter().map(Part::len).sum();
+            if bytes.len() != expected {
+                return Err(Error::Mismatch {
+                    rank: own,
+                    operation: OPERATION,
+                    got: format!("{expected} bytes expected"),
+                    peer,
+                    peer_operation: OPERATION,
+                    expected: format!("{} bytes sent", bytes.len()),
+                });
+            }
+            let mut rest = bytes.as_slice();
+            for part in parts {
+                let (now, later) = rest.split_at(part.len());
+                self.write(OPERATION, now, part)?;
+                rest = later;
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a part.
+    fn read(&self, operation: &'static str, part: &Part, after: &Ticket) -> Result<Vec<u8>, Error> {
+        let failed = |error| device_error(self.ranks.rank(), operation, error);
+        let staging = Arc::new(Buffer::host(part.len()));
+        self.queue.copy(part, &staging.whole(), after).and_then(|copied| copied.wait(None)).map_err(failed)?;
+        staging.with_bytes(<[u8]>::to_vec).map_err(failed)
+    }
+
     /// Every rank's bytes of a part, in the order of the ranks and all of one length.
     fn all_bytes(&self, operation: &'static str, part: &Part, after: &Ticket) -> Result<Vec<Vec<u8>>, Error> {
         let rank = self.ranks.rank();
-        let failed = |error| device_error(rank, operation, error);
-        let staging = Arc::new(Buffer::host(part.len()));
-        self.queue.copy(part, &staging.whole(), after).and_then(|copied| copied.wait(None)).map_err(failed)?;
-        let own = staging.with_bytes(<[u8]>::to_vec).map_err(failed)?;
+        let own = self.read(operation, part, after)?;
         let all = self.ranks.all_gather_bytes(&own)?;
         match all.iter().position(|bytes| bytes.len() != own.len()) {
             None => Ok(all),

@@ -9,13 +9,16 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
+use std::ops::Range;
 
 use cudarc::nccl::result::{self, NcclError};
 use cudarc::nccl::sys;
 
-use super::exchange::{check_parts, check_values, device_error};
+use super::exchange::{check_parts, check_ranks, check_values, device_error, ranges_of};
 use super::{Error, Exchange, Ranks, Sum};
 use crate::device::{Part, Queue, Ticket};
+
+const BYTES: sys::ncclDataType_t = sys::ncclDataType_t::ncclUint8;
 
 /// One rank of a group of GPUs.
 #[derive(Debug)]
@@ -73,27 +76,28 @@ impl Nccl {
         Ok(Self { comm: Comm(comm), queue, rank, world_size, depth: Cell::new(0), held: RefCell::default() })
     }
 
-    /// Asks for `work`, which is given the addresses of both parts, after `after`.
+    /// Asks for `work`, which is given the addresses of the parts, after `after`.
     fn ask(
         &self,
         operation: &'static str,
-        (from, to): (&Part, &Part),
+        parts: &[&Part],
         after: &Ticket,
-        work: impl FnOnce(u64, u64, sys::cudaStream_t) -> Result<result::NcclStatus, NcclError>,
+        work: impl FnOnce(&[u64], sys::cudaStream_t) -> Result<(), NcclError>,
     ) -> Result<Ticket, Error> {
         let device = |error| device_error(self.rank, operation, error);
         let Some(stream) = self.queue.stream() else {
             return Err(device_error(self.rank, operation, "its queue is the host's"));
         };
         self.queue.after(after).map_err(device)?;
-        let addresses = (from.lend_to(&self.queue).map_err(device)?, to.lend_to(&self.queue).map_err(device)?);
+        let addresses = parts.iter().map(|part| part.lend_to(&self.queue)).collect::<Result<Vec<_>, _>>();
+        let addresses = addresses.map_err(device)?;
         self.queue.bind().map_err(device)?;
-        let asked = work(addresses.0, addresses.1, stream.raw().cast());
-        self.held.borrow_mut().extend([from.clone(), to.clone()]);
+        let asked = work(&addresses, stream.raw().cast());
+        self.held.borrow_mut().extend(parts.iter().map(|&part| part.clone()));
         let asked = asked.map_err(|error| failed(self.rank, operation, &error));
         // What a group asks for begins at its end.
         if self.depth.get() > 0 {
-            return asked.map(|_| Ticket::done());
+            return asked.map(|()| Ticket::done());
         }
         let ticket = self.settle(operation);
         asked.and(ticket)
@@ -116,6 +120,14 @@ impl Nccl {
     }
 }
 
+/// NCCL does what `work` asks for as one.
+fn together(work: impl FnOnce() -> Result<(), NcclError>) -> Result<(), NcclError> {
+    result::group_start()?;
+    let asked = work();
+    let ended = result::group_end();
+    asked.and(ended.map(drop))
+}
+
 fn failed(rank: usize, operation: &'static str, error: &NcclError) -> Error {
     device_error(rank, operation, format!("NCCL: {:?}", error.0))
 }
@@ -124,10 +136,10 @@ impl Exchange for Nccl {
     fn all_gather(&self, shard: &Part, full: &Part, after: &Ticket) -> Result<Ticket, Error> {
         const OPERATION: &str = "all_gather";
         check_parts(OPERATION, self.world_size, shard, full)?;
-        self.ask(OPERATION, (shard, full), after, |from, to, stream| {
-            let (from, to, kind) = (from as *const _, to as *mut _, sys::ncclDataType_t::ncclUint8);
+        self.ask(OPERATION, &[shard, full], after, |at, stream| {
+            let (from, to) = (at[0] as *const _, at[1] as *mut _);
             // SAFETY: both are device memory of the checked lengths, which lives until the queue is done with it.
-            unsafe { result::all_gather(from, to, shard.len(), kind, self.comm.0, stream) }
+            unsafe { result::all_gather(from, to, shard.len(), BYTES, self.comm.0, stream) }.map(drop)
         })
     }
 
@@ -140,10 +152,56 @@ impl Exchange for Nccl {
             Sum::Bf16 => sys::ncclDataType_t::ncclBfloat16,
             Sum::F16 => sys::ncclDataType_t::ncclFloat16,
         };
-        self.ask(OPERATION, (full, shard), after, |from, to, stream| {
-            let (from, to, count) = (from as *const _, to as *mut _, shard.len() / sum.size_in_bytes());
+        self.ask(OPERATION, &[full, shard], after, |at, stream| {
+            let (from, to, count) = (at[0] as *const _, at[1] as *mut _, shard.len() / sum.size_in_bytes());
+            let operation = sys::ncclRedOp_t::ncclSum;
             // SAFETY: as above.
-            unsafe { result::reduce_scatter(from, to, count, kind, sys::ncclRedOp_t::ncclSum, self.comm.0, stream) }
+            unsafe { result::reduce_scatter(from, to, count, kind, operation, self.comm.0, stream) }.map(drop)
+        })
+    }
+
+    fn all_gather_ranges(&self, full: &Part, ranges: &[Range<usize>], after: &Ticket) -> Result<Ticket, Error> {
+        const OPERATION: &str = "all_gather_ranges";
+        let parts = ranges_of(OPERATION, self.world_size, full, ranges)?;
+        let parts: Vec<&Part> = parts.iter().collect();
+        // NCCL makes one kernel of a group's broadcasts.
+        self.ask(OPERATION, &parts, after, |at, stream| {
+            together(|| {
+                (parts.iter().zip(at).enumerate()).filter(|(_, (part, _))| !part.is_empty()).try_for_each(
+                    |(root, (part, &at))| {
+                        let (from, to, root) = (at as *const _, at as *mut _, root as i32);
+                        // SAFETY: as above; in place.
+                        unsafe { result::broadcast(from, to, part.len(), BYTES, root, self.comm.0, stream) }.map(drop)
+                    },
+                )
+            })
+        })
+    }
+
+    fn all_to_all(&self, to: &[Vec<Part>], from: &[Vec<Part>], after: &Ticket) -> Result<Ticket, Error> {
+        const OPERATION: &str = "all_to_all";
+        check_ranks(OPERATION, self.world_size, to.len())?;
+        check_ranks(OPERATION, self.world_size, from.len())?;
+        let of_others = |all: &[Vec<Part>]| -> Vec<(usize, Part)> {
+            let others = all.iter().enumerate().filter(|(peer, _)| *peer != self.rank);
+            let parts = others.flat_map(|(peer, parts)| parts.iter().map(move |part| (peer, part.clone())));
+            parts.filter(|(_, part)| !part.is_empty()).collect()
+        };
+        let (to, from) = (of_others(to), of_others(from));
+        let parts: Vec<&Part> = to.iter().chain(&from).map(|(_, part)| part).collect();
+        self.ask(OPERATION, &parts, after, |at, stream| {
+            let (sent, received) = at.split_at(to.len());
+            together(|| {
+                for ((peer, part), &at) in to.iter().zip(sent) {
+                    // SAFETY: as above.
+                    unsafe { result::send(at as *const _, part.len(), BYTES, *peer as i32, self.comm.0, stream)? };
+                }
+                for ((peer, part), &at) in from.iter().zip(received) {
+                    // SAFETY: as above.
+                    unsafe { result::recv(at as *mut _, part.len(), BYTES, *peer as i32, self.comm.0, stream)? };
+                }
+                Ok(())
+            })
         })
     }
 

@@ -45,7 +45,7 @@ impl<'a> EngineModel<'a> {
                 head: engine.bind_head(blocks[1 + layers], use_adapter)?,
             })
         };
-        Ok(Self { engine, bound: engine.store().hold().map(bind).transpose()?, use_adapter })
+        Ok(Self { engine, bound: engine.store().hold()?.map(bind).transpose()?, use_adapter })
     }
 
     fn attend(

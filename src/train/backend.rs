@@ -1,13 +1,16 @@
 //! Where a run computes and in which types.
 
+use std::sync::{Arc, Mutex};
+
 use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use super::Context;
-use crate::config::settings::{DeviceChoice, Precision, TrainingSettings};
+use crate::config::settings::{DeviceChoice, Precision, RankBackend, TrainingSettings};
 use crate::device::{self, Footprint};
 use crate::engine::Types;
 use crate::ranks::device::{RankDevice, local_device};
+use crate::ranks::{Exchange, Ranks};
 
 /// A device and the types of the passes on it.
 #[derive(Clone, Debug)]
@@ -31,7 +34,7 @@ impl Backend {
     /// If a GPU is asked for that is not there, a rank has none or that of another one, or a precision that it does not have.
     pub(super) fn of_rank(settings: &TrainingSettings, context: &Context<'_>) -> anyhow::Result<Self> {
         let (ranks, local_rank, gpus) = (&*context.ranks, context.local_rank, visible_gpus());
-        let may_share = settings.ranks.may_share_gpus;
+        let may_share = settings.ranks.backend.may_share_gpus();
         if let Some(value) = hidden_by(context.visible_devices.as_deref(), gpus)
             && settings.device == DeviceChoice::Auto
         {
@@ -47,18 +50,87 @@ impl Backend {
         };
         let opened = Self::open(choice, settings.precision)?;
         if ranks.world_size() > 1 {
-            let is_gpu = opened.device.is_cuda();
-            let own = RankDevice {
-                rank: ranks.rank(),
-                host: crate::ranks::host_name(),
-                local_rank,
-                ordinal: if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 },
-                uuid: if is_gpu { device::device_uuid(&opened.device)? } else { String::new() },
-                visible_devices: context.visible_devices.clone(),
-            };
-            crate::ranks::device::exchange(ranks, &own, may_share)?;
+            let ordinal = if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 };
+            let visible_devices = context.visible_devices.clone();
+            opened.introduce(ranks, (local_rank, ordinal), visible_devices, may_share)?;
         }
         Ok(opened)
+    }
+
+    /// As [`Self::open`] for one rank of several, each with the GPU of its number on its machine.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or if two ranks have one GPU and may not.
+    pub fn for_bench(
+        choice: DeviceChoice,
+        precision: Precision,
+        backend: RankBackend,
+        (ranks, local_rank): (&dyn Ranks, usize),
+    ) -> anyhow::Result<Self> {
+        let (gpus, may_share) = (visible_gpus(), backend.may_share_gpus());
+        let ordinal = match choice {
+            DeviceChoice::Auto if gpus > 0 && may_share => local_rank % gpus,
+            DeviceChoice::Auto if gpus > 0 => local_device(local_rank, local_rank + 1, gpus)?,
+            _ => 0,
+        };
+        let choice = if choice == DeviceChoice::Auto && gpus > 0 { DeviceChoice::Cuda(ordinal) } else { choice };
+        let opened = Self::open(choice, precision)?;
+        if ranks.world_size() > 1 {
+            opened.introduce(ranks, (local_rank, ordinal), None, may_share)?;
+        }
+        Ok(opened)
+    }
+
+    /// Tells every rank of this one's device, and checks that they have what they may.
+    pub(super) fn introduce(
+        &self,
+        ranks: &dyn Ranks,
+        (local_rank, ordinal): (usize, usize),
+        visible_devices: Option<String>,
+        may_share: bool,
+    ) -> anyhow::Result<()> {
+        let uuid = if self.device.is_cuda() { device::device_uuid(&self.device)? } else { String::new() };
+        let (rank, host) = (ranks.rank(), crate::ranks::host_name());
+        let own = RankDevice { rank, host, local_rank, ordinal, uuid, visible_devices };
+        crate::ranks::device::exchange(ranks, &own, may_share)?;
+        Ok(())
+    }
+
+    /// What ranks with a GPU each exchange its memory with; `None`: what they exchange goes through host memory. Every rank must
+    /// call it.
+    ///
+    /// # Errors
+    /// If NCCL is asked for and the program was built without, or the GPUs do not find each other.
+    pub fn exchange(
+        &self,
+        ranks: &dyn Ranks,
+        backend: RankBackend,
+    ) -> anyhow::Result<Option<Arc<Mutex<dyn Exchange>>>> {
+        let is_wanted = match backend {
+            RankBackend::Gloo => false,
+            RankBackend::Auto => ranks.world_size() > 1,
+            RankBackend::Nccl => true,
+        };
+        if !is_wanted || !self.device.is_cuda() {
+            return Ok(None);
+        }
+        #[cfg(feature = "nccl")]
+        {
+            let nccl = crate::ranks::nccl::Nccl::connect(ranks, &device::Queue::of(&self.device)?)?;
+            Ok(Some(Arc::new(Mutex::new(nccl))))
+        }
+        #[cfg(not(feature = "nccl"))]
+        {
+            if backend == RankBackend::Nccl {
+                bail!("`ddp_backend: nccl`: this program was built without it; build it with `--features cuda,nccl`");
+            }
+            tracing::warn!(
+                "this program was built without NCCL: what the GPUs of {} ranks exchange goes through host memory; build it \
+                 with `--features cuda,nccl`",
+                ranks.world_size()
+            );
+            Ok(None)
+        }
     }
 
     /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is

@@ -20,7 +20,7 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::random_packed;
 use crate::ops::head;
 use crate::rng::Stream;
-use crate::zero::{ParamStore, ShardedOptimizer};
+use crate::zero::{Offload, ParamStore, ShardedOptimizer, Sharing};
 
 /// AdamW as transformers sets it.
 const OPTIMIZER: OptimizerSettings = OptimizerSettings {
@@ -153,6 +153,8 @@ pub struct Settings {
     pub tune: bool,
     /// Seed of weights and tokens.
     pub seed: u64,
+    /// What waits in host memory.
+    pub offload: Offload,
 }
 
 /// An adapter of rank `r` on all projections, `alpha = 2 r`, without dropout.
@@ -189,6 +191,8 @@ pub struct Measured {
     pub peak_bytes: u64,
     /// What the process holds of the device's memory, bytes; 0 on the CPU.
     pub device_bytes: u64,
+    /// Frozen weights that waited in host memory, bytes; 0 on the CPU.
+    pub host_bytes: u64,
     /// What of a layer waited in host memory.
     pub parked: Option<Parked>,
 }
@@ -215,18 +219,21 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Makes the model that `config` describes (a `config.json` or its folder), packed to 4 bits.
+    /// Makes the model that `config` describes (a `config.json` or its folder), packed to 4 bits, as far as this rank of
+    /// `sharing` keeps it.
     ///
     /// # Errors
     /// If the configuration is unusable or memory runs out.
-    pub fn new(config: &Path, backend: &Backend, settings: Settings) -> anyhow::Result<Self> {
+    pub fn new(config: &Path, backend: &Backend, sharing: Sharing, settings: Settings) -> anyhow::Result<Self> {
         let mut loaded = random_packed(config, &settings.lora, settings.seed)
             .with_context(|| format!("cannot make a model of `{}`", config.display()))?;
         if !backend.device.is_cpu() {
             loaded.keep_embedding_on_host();
         }
-        let tuning = Tuning::new(backend, !settings.tune, true)?;
-        let store = ParamStore::new(loaded.blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device)?;
+        let is_first = sharing.ranks().is_first();
+        let tuning = Tuning::new(backend, !settings.tune, is_first)?;
+        let blocks = loaded.blocks.map(|block| block.map_err(anyhow::Error::from));
+        let store = ParamStore::placed(blocks, &backend.device, sharing, settings.offload.clone())?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedOptimizer::new(OPTIMIZER, engine.store())?;
         let peak_flops = peak_flops(backend)?;
@@ -280,11 +287,14 @@ impl Bench {
         }
         self.synchronize()?;
         self.reset_peak()?;
+        let sharing = self.engine.store().sharing().clone();
         let mut step_secs = Vec::with_capacity(self.settings.steps);
         for _ in 0..self.settings.steps {
+            sharing.ranks().barrier()?;
             let started = Instant::now();
             self.step(&step, work)?;
             self.synchronize()?;
+            sharing.ranks().barrier()?;
             step_secs.push(started.elapsed().as_secs_f64());
         }
         let (peak_bytes, device_bytes) = self.memory()?;
@@ -293,8 +303,11 @@ impl Bench {
         let floor: f64 = step.iter().map(|batch| floor_flops(&self.engine, batch, (step.len(), order), work)).sum();
         let floor_secs = floor / self.peak_flops;
         let parked = step.first().and_then(|batch| self.engine.parked(batch));
-        let tokens = micro_batches * work.tokens();
+        let tokens = micro_batches * work.tokens() * sharing.world_size();
+        let store = self.engine.store();
+        let host_bytes = if store.device().is_cuda() { store.offloaded_bytes() as u64 } else { 0 };
         Ok(Measured {
+            host_bytes,
             work,
             micro_batches,
             order,

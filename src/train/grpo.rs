@@ -31,7 +31,7 @@ use crate::ops::head;
 use crate::reward::{self, Rewards};
 use crate::rollout::Completion;
 use crate::telemetry::Section;
-use crate::zero::{ShardedOptimizer, Sharing};
+use crate::zero::ShardedOptimizer;
 
 /// Trains on the prompts that `settings` name.
 ///
@@ -62,7 +62,7 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
+        plan::placing(training, &ranks, &backend)?,
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());

@@ -1,6 +1,7 @@
 //! The sections that a run opens with, and checks that both loops make in each step.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::bail;
 
@@ -16,8 +17,9 @@ use crate::data::{Epoch, Part, TokenStatistics};
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
+use crate::ranks::Ranks;
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
-use crate::zero::{FlatBlock, ShardedOptimizer, Sharing, StepReport};
+use crate::zero::{FlatBlock, Offload, ShardedOptimizer, Sharing, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
 pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
@@ -40,6 +42,17 @@ pub(super) fn evaluation_key(training: &TrainingSettings) -> Option<&'static str
         Interval::No => training.eval_on_start.then_some("eval_on_start"),
         _ => Some("eval_strategy"),
     }
+}
+
+/// What ranks share of the model's state, and what of it waits in host memory.
+pub(super) fn placing(
+    training: &TrainingSettings,
+    ranks: &Arc<dyn Ranks>,
+    backend: &Backend,
+) -> anyhow::Result<(Sharing, Offload)> {
+    let exchange = backend.exchange(&**ranks, training.ranks.backend)?;
+    let sharing = Sharing::new(Arc::clone(ranks), exchange, &training.ranks, training.optimizer.kind);
+    Ok((sharing, Offload::of(&training.ranks, &backend.device)))
 }
 
 /// The learning-rate schedule over `total` optimizer steps.

@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 
 use super::Backend;
-use crate::config::settings::{ModelSettings, TrainingSettings, ZeroStage};
+use crate::config::settings::{ModelSettings, TrainingSettings};
 use crate::data::hub;
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::engine::{Activations, Engine};
@@ -16,7 +15,7 @@ use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
 use crate::model::source::{check_gguf_header, gguf_file_of};
 use crate::telemetry::units;
-use crate::zero::{ParamStore, Sharing};
+use crate::zero::{Offload, ParamStore, Sharing};
 
 /// A model ready to train or to speak.
 pub struct Session {
@@ -61,16 +60,14 @@ pub fn open(
     purpose: Purpose,
     (activations, recomputed_layers): (Activations, usize),
     backend: &Backend,
-    sharing: Sharing,
+    (sharing, offload): (Sharing, Offload),
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
     let tokenizer_place = tokenizer_place(settings, progress)?.unwrap_or_else(|| folder.clone());
     let started = Instant::now();
-    // What is cut into shards is cut in host memory.
-    let place = if sharing.stage() == ZeroStage::Parameters { &Device::Cpu } else { &backend.device };
-    let mut loaded = load(&folder, settings, seed, purpose, place)?;
+    let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
     if !backend.device.is_cpu() {
         loaded.keep_embedding_on_host();
     }
@@ -106,7 +103,8 @@ pub fn open(
             );
         }
     }
-    let store = ParamStore::shared(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device, sharing)?;
+    let store =
+        ParamStore::placed(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device, sharing, offload)?;
     let mut engine = Engine::new(config, adapter, store, backend.types, activations);
     engine.set_recomputed_layers(recomputed_layers);
     let secs = started.elapsed().as_secs_f64();

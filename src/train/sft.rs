@@ -27,7 +27,7 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::model::load::Purpose;
 use crate::ops::head;
 use crate::telemetry::Section;
-use crate::zero::{ShardedOptimizer, Sharing};
+use crate::zero::ShardedOptimizer;
 
 /// The sequences of one split that training draws from.
 pub(super) struct Split {
@@ -60,7 +60,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         Purpose::Training,
         session::activations(training),
         &backend,
-        Sharing::new(Arc::clone(&ranks), &training.ranks, training.optimizer.kind),
+        plan::placing(training, &ranks, &backend)?,
         &mut progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());

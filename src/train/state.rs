@@ -256,7 +256,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     let tensors: std::collections::BTreeMap<String, Vec<f32>> =
         checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
     let store = session.engine.store();
-    for flat in store.flats().filter(|flat| !flat.is_empty()) {
+    for (block, flat) in store.flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
         let mut values = vec![0.0; flat.len()];
         for entry in flat.entries() {
             let saved = tensors.get(&entry.name).filter(|v| v.len() == entry.range.len()).with_context(|| {
@@ -267,7 +267,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
             })?;
             values[entry.range.clone()].copy_from_slice(saved);
         }
-        flat.write_values(&values)?;
+        store.write_values(block, &values)?;
     }
     for (block, flat) in store.flats().enumerate().filter(|_| store.has_reference()) {
         let mut values = vec![0.0; flat.len()];

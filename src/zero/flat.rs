@@ -62,11 +62,17 @@ pub struct FlatBlock {
 }
 
 impl FlatBlock {
-    /// Lays the parameters out in their order on `device`, as far as this rank keeps them.
+    /// Lays the parameters out in their order on `device`, as far as this rank keeps them: where optimizer state is cut into
+    /// shards and `cuts_values`, the values are too.
     ///
     /// # Errors
     /// If the buffers cannot be allocated.
-    pub fn new(trainable: Vec<Trainable>, device: &Device, sharing: &Sharing) -> Result<Self, Error> {
+    pub fn new(
+        trainable: Vec<Trainable>,
+        device: &Device,
+        sharing: &Sharing,
+        cuts_values: bool,
+    ) -> Result<Self, Error> {
         let mut entries = Vec::with_capacity(trainable.len());
         let mut values = Vec::with_capacity(trainable.iter().map(|t| t.values.len()).sum());
         for Trainable { name, shape, values: own, has_decay } in trainable {
@@ -86,7 +92,7 @@ impl FlatBlock {
             ),
         };
         let own = shards[rank].clone();
-        let is_cut = sharing.cuts_values(count);
+        let is_cut = sharing.cuts_values(count) || (cuts_values && sharing.stage() >= ZeroStage::Optimizer);
         if is_cut {
             values = values[own.clone()].to_vec();
         }
@@ -122,6 +128,11 @@ impl FlatBlock {
         self.entries.is_empty()
     }
 
+    /// The same ranges in bytes.
+    pub(super) fn shard_bytes(&self) -> Vec<Range<usize>> {
+        self.shards.iter().map(|shard| size_of::<f32>() * shard.start..size_of::<f32>() * shard.end).collect()
+    }
+
     /// Of each rank, the values that its optimizer moves; each has all where optimizer state is not cut into shards.
     pub fn shards(&self) -> &[Range<usize>] {
         &self.shards
@@ -130,6 +141,11 @@ impl FlatBlock {
     /// The values that this rank's optimizer moves.
     pub fn own(&self) -> Range<usize> {
         self.shards[self.rank].clone()
+    }
+
+    /// This rank.
+    pub(super) fn rank(&self) -> usize {
+        self.rank
     }
 
     /// Whether every rank's optimizer moves all values.

@@ -1,147 +1,283 @@
-//! A block's weights that are not trained: where blocks compute, at rest, or this rank's part of them.
+//! A block's weights that are not trained: where blocks compute, or away from there until they are asked for.
+//!
+//! What is away lies in runs of bytes, one for each type of number, of which each rank has an equal part: in the memory that it
+//! is computed with where ranks share it, in host memory where it is offloaded. It comes as it is: nothing is unpacked.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 
-use super::{Error, Sharing};
+use super::{Coming, Error, Link, Sharing};
+use crate::device::{Buffer, Place, Ticket, empty};
 use crate::fs::Bytes;
-use crate::quant::{Form, Weight};
+use crate::quant::{self, DeviceForm, Form, Weight};
 
-/// Bytes at a multiple of which a weight begins in the run of a block's bytes.
+/// Bytes at a multiple of which an array begins in a run, and the part of a rank.
 const ALIGNMENT: usize = 64;
 
 /// Weights by name.
 #[derive(Debug)]
 pub(super) struct Frozen {
-    /// Those that every rank has.
-    whole: BTreeMap<String, Weight>,
-    cut: Option<Cut>,
+    /// Those that are there.
+    here: BTreeMap<String, Weight>,
+    away: Option<Away>,
 }
 
-/// The others, one behind the other in one run of bytes, of which each rank has an equal part.
+/// The others.
 #[derive(Debug)]
-struct Cut {
-    forms: BTreeMap<String, Placed>,
-    /// This rank's part.
-    own: Vec<u8>,
+struct Away {
+    weights: BTreeMap<String, Placed>,
+    runs: Vec<Run>,
 }
 
 #[derive(Debug)]
 struct Placed {
     form: Form,
-    start: usize,
+    /// What stays on the GPU that computes with it.
+    on_device: Option<DeviceForm>,
+    /// Its arrays: which run, and which of its values.
+    arrays: Vec<(usize, Range<usize>)>,
+    /// Its values.
+    count: usize,
     kind_name: String,
+}
+
+/// Arrays of one type, one behind the other.
+#[derive(Debug)]
+struct Run {
+    dtype: DType,
+    /// Bytes over all ranks.
+    len: usize,
+    /// This rank's part.
+    own: Arc<Buffer>,
+}
+
+/// Weights that have been asked for, and what they come in.
+#[derive(Debug, Default)]
+pub(super) struct Arriving {
+    weights: BTreeMap<String, Weight>,
+    /// On a GPU, where all lie.
+    runs: Vec<Tensor>,
+    coming: Vec<Coming>,
+}
+
+impl Arriving {
+    /// Has what computes wait until they are there.
+    pub(super) fn arrive(&self) -> Result<&BTreeMap<String, Weight>, Error> {
+        self.coming.iter().try_for_each(Coming::arrive)?;
+        Ok(&self.weights)
+    }
+
+    /// Overwrites the weights for whoever still reads them.
+    pub(super) fn spoil(self) -> Result<(), (String, quant::Error)> {
+        let Self { weights, runs, .. } = self;
+        if runs.is_empty() {
+            return weights.into_iter().try_for_each(|(name, weight)| weight.spoil().map_err(|error| (name, error)));
+        }
+        let spoiled = runs.into_iter().try_for_each(|run| Weight::Dense(run).spoil());
+        spoiled.map_err(|error| (weights.into_keys().next().unwrap_or_default(), error))
+    }
+
+    /// The weights, of which nobody else knows.
+    pub(super) fn into_weights(self) -> Result<BTreeMap<String, Weight>, Error> {
+        self.arrive()?;
+        Ok(self.weights)
+    }
 }
 
 impl Frozen {
     /// Weights where they were loaded.
     pub(super) fn new(weights: BTreeMap<String, Weight>) -> Self {
-        Self { whole: weights, cut: None }
+        Self { here: weights, away: None }
     }
 
     /// Moves all to where they are computed with, one after the other.
     pub(super) fn move_to(&mut self, stays_on_host: &BTreeSet<String>, device: &Device) -> Result<(), Error> {
-        for (name, weight) in std::mem::take(&mut self.whole) {
+        for (name, weight) in std::mem::take(&mut self.here) {
             let weight = placed(&name, weight, stays_on_host, device)?;
-            self.whole.insert(name, weight);
+            self.here.insert(name, weight);
         }
         Ok(())
     }
 
-    /// Keeps this rank's part of all weights but the small ones, which go to where they are computed with.
-    pub(super) fn cut(
+    /// Puts this rank's part of all weights away but of those with few values, which go to where they are computed with.
+    pub(super) fn put_away(
         &mut self,
         sharing: &Sharing,
         stays_on_host: &BTreeSet<String>,
-        device: &Device,
+        link: &Link,
     ) -> Result<(), Error> {
-        let mut forms = BTreeMap::new();
-        let mut all: Vec<u8> = Vec::new();
-        for (name, weight) in std::mem::take(&mut self.whole) {
+        let (world_size, rank) = (sharing.world_size(), sharing.rank());
+        let mut weights = BTreeMap::new();
+        let mut runs: Vec<(DType, Vec<u8>)> = Vec::new();
+        for (name, weight) in std::mem::take(&mut self.here) {
             let count = match &weight {
                 Weight::Dense(tensor) => tensor.elem_count(),
                 weight => weight.rows() * weight.cols(),
             };
-            if !sharing.cuts_values(count) {
-                self.whole.insert(name.clone(), placed(&name, weight, stays_on_host, device)?);
+            let is_small = match sharing.cuts_parameters() {
+                true => !sharing.cuts_values(count),
+                false => count <= link.offload().persistence_threshold,
+            };
+            if is_small || stays_on_host.contains(&name) {
+                self.here.insert(name.clone(), placed(&name, weight, stays_on_host, link.device())?);
                 continue;
             }
             let (form, bytes) = weight.take_apart()?;
-            let start = all.len().next_multiple_of(ALIGNMENT);
-            all.resize(start, 0);
-            all.extend(bytes);
-            forms.insert(name, Placed { form, start, kind_name: weight.kind_name() });
+            let kind_name = weight.kind_name();
+            drop(weight);
+            let mut arrays = Vec::new();
+            for (array, bytes) in form.arrays().into_iter().zip(bytes) {
+                let index = runs.iter().position(|(dtype, _)| *dtype == array.dtype).unwrap_or_else(|| {
+                    runs.push((array.dtype, Vec::new()));
+                    runs.len() - 1
+                });
+                let run = &mut runs[index].1;
+                let start = run.len().next_multiple_of(ALIGNMENT);
+                run.resize(start, 0);
+                run.extend_from_slice(&bytes);
+                let first = start / array.dtype.size_in_bytes();
+                arrays.push((index, first..first + array.count));
+            }
+            let on_device = link.device().is_cuda().then(|| form.on_device(link.device())).transpose()?;
+            let on_device = on_device.map(|form| form.named(kind_name.clone()));
+            weights.insert(name, Placed { form, on_device, arrays, count, kind_name });
         }
-        if !forms.is_empty() {
-            let part = all.len().div_ceil(sharing.world_size());
-            all.resize(part * sharing.world_size(), 0);
-            let own = all[part * sharing.rank()..part * (sharing.rank() + 1)].to_vec();
-            self.cut = Some(Cut { forms, own });
+        if weights.is_empty() {
+            return Ok(());
         }
+        let run = |(dtype, mut bytes): (DType, Vec<u8>)| {
+            let part = bytes.len().div_ceil(world_size).next_multiple_of(ALIGNMENT);
+            bytes.resize(part * world_size, 0);
+            let own = link.keep(&bytes[part * rank..part * (rank + 1)])?;
+            Ok::<_, Error>(Run { dtype, len: part * world_size, own: Arc::new(own) })
+        };
+        let runs = runs.into_iter().map(run).collect::<Result<_, _>>()?;
+        self.away = Some(Away { weights, runs });
         Ok(())
     }
 
-    /// All weights, ready to compute with on `device` as far as they are cut; the ranks gather them together.
-    pub(super) fn all(
-        &self,
-        sharing: &Sharing,
-        stays_on_host: &BTreeSet<String>,
-        device: &Device,
-    ) -> Result<Cow<'_, BTreeMap<String, Weight>>, Error> {
-        let Some(cut) = &self.cut else { return Ok(Cow::Borrowed(&self.whole)) };
-        let bytes = cut.gather(sharing)?;
-        let mut all = self.whole.clone();
-        for (name, at) in &cut.forms {
-            all.insert(name.clone(), placed(name, at.weight(&bytes)?, stays_on_host, device)?);
-        }
-        Ok(Cow::Owned(all))
+    /// Whether some have to come before a visit.
+    pub(super) fn is_away(&self) -> bool {
+        self.away.is_some()
     }
 
-    /// One of the weights, as [`Self::all`]; `None` if there is none of this name.
-    pub(super) fn one(
-        &self,
-        name: &str,
-        sharing: &Sharing,
-        stays_on_host: &BTreeSet<String>,
-        device: &Device,
-    ) -> Result<Option<Weight>, Error> {
-        if let Some(weight) = self.whole.get(name) {
-            return Ok(Some(weight.clone()));
+    /// Values of the weights that come for a visit.
+    pub(super) fn values_away(&self) -> usize {
+        self.away.iter().flat_map(|away| away.weights.values()).map(|weight| weight.count).sum()
+    }
+
+    /// Those that are there.
+    pub(super) fn here(&self) -> &BTreeMap<String, Weight> {
+        &self.here
+    }
+
+    /// Starts the way of all that are away to `device`; ranks that share them ask for them together.
+    pub(super) fn fetch(&self, sharing: &Sharing, (link, device): (&Link, &Device)) -> Result<Arriving, Error> {
+        let Some(away) = &self.away else { return Ok(Arriving::default()) };
+        let mut arriving = Arriving::default();
+        if device.is_cuda() {
+            for run in &away.runs {
+                let all = empty(device, run.len / run.dtype.size_in_bytes(), run.dtype)?;
+                let target = Arc::new(Buffer::of_tensor(all.clone())?);
+                let ticket = run.come_to(&target, sharing, link)?;
+                arriving.coming.push(Coming::new(target, ticket));
+                arriving.runs.push(all);
+            }
+            for (name, Placed { on_device, arrays, .. }) in &away.weights {
+                let Some(form) = on_device else { continue };
+                let runs = &arriving.runs;
+                let array = |(run, range): &(usize, Range<usize>)| runs[*run].narrow(0, range.start, range.len());
+                let arrays: Vec<Tensor> = arrays.iter().map(array).collect::<Result<_, _>>()?;
+                arriving.weights.insert(name.clone(), form.weight(&arrays)?);
+            }
+            return Ok(arriving);
         }
-        let Some((cut, at)) = self.cut.as_ref().and_then(|cut| Some((cut, cut.forms.get(name)?))) else {
-            return Ok(None);
-        };
-        let weight = at.weight(&cut.gather(sharing)?)?;
-        Ok(Some(placed(name, weight, stays_on_host, device)?))
+        let runs = away.on_host(sharing)?;
+        for (name, at) in &away.weights {
+            arriving.weights.insert(name.clone(), at.weight(&runs, &away.runs, sharing.world_size() > 1)?);
+        }
+        Ok(arriving)
     }
 
     /// How the weight `name` is stored, if it is one of them.
     pub(super) fn kind_name(&self, name: &str) -> Option<String> {
-        let cut = || self.cut.as_ref()?.forms.get(name).map(|at| at.kind_name.clone());
-        self.whole.get(name).map(Weight::kind_name).or_else(cut)
+        let away = || self.away.as_ref()?.weights.get(name).map(|at| at.kind_name.clone());
+        self.here.get(name).map(Weight::kind_name).or_else(away)
     }
 
-    /// Bytes on this rank.
+    /// Bytes on this rank, wherever they lie.
     pub(super) fn size_bytes(&self) -> usize {
-        let cut = self.cut.as_ref().map_or(0, |cut| cut.own.len());
-        self.whole.values().map(Weight::size_bytes).sum::<usize>() + cut
+        let away = self.away.iter().flat_map(|away| &away.runs).map(|run| run.own.len());
+        self.here.values().map(Weight::size_bytes).sum::<usize>() + away.sum::<usize>()
+    }
+
+    /// Those of them that lie in host memory for as long as they are not asked for.
+    pub(super) fn offloaded_bytes(&self) -> usize {
+        let runs = self.away.iter().flat_map(|away| &away.runs).filter(|run| run.own.place() != Place::Device);
+        runs.map(|run| run.own.len()).sum()
     }
 }
 
-impl Cut {
-    fn gather(&self, sharing: &Sharing) -> Result<Bytes, Error> {
-        let lengths = std::iter::repeat_n(self.own.len(), sharing.world_size());
-        Ok(sharing.gather_bytes(&self.own, lengths)?.into())
+impl Away {
+    /// All runs in host memory.
+    fn on_host(&self, sharing: &Sharing) -> Result<Vec<Bytes>, Error> {
+        let whole = |run: &Run| Ok(run.gathered(sharing)?.into());
+        self.runs.iter().map(whole).collect()
+    }
+}
+
+impl Run {
+    /// The bytes of all ranks, gathered through host memory.
+    fn gathered(&self, sharing: &Sharing) -> Result<Vec<u8>, Error> {
+        let own = match self.own.place() {
+            Place::Device => {
+                let host = Arc::new(Buffer::host(self.own.len()));
+                let queue = crate::device::Queue::of(self.own.of_device())?;
+                queue.copy(&self.own.whole(), &host.whole(), &Ticket::done())?.wait(None)?;
+                host.with_bytes(<[u8]>::to_vec)?
+            }
+            Place::Pinned | Place::Host => self.own.with_bytes(<[u8]>::to_vec)?,
+        };
+        if sharing.world_size() == 1 {
+            return Ok(own);
+        }
+        sharing.gather_bytes(&own, std::iter::repeat_n(own.len(), sharing.world_size()))
+    }
+
+    /// Starts the way of all ranks' parts to `target` on a GPU.
+    fn come_to(&self, target: &Arc<Buffer>, sharing: &Sharing, link: &Link) -> Result<Ticket, Error> {
+        let own = self.own.whole();
+        let Some(exchange) = sharing.exchange() else {
+            if sharing.world_size() == 1 {
+                return Ok(link.copies().copy(&own, &target.whole(), &Ticket::done())?);
+            }
+            let mut host = Buffer::host(self.len);
+            host.write(0, &self.gathered(sharing)?)?;
+            return Ok(link.copies().copy(&Arc::new(host).whole(), &target.whole(), &Ticket::done())?);
+        };
+        if self.own.place() == Place::Device {
+            return Ok(exchange.all_gather(&own, &target.whole(), &Ticket::done())?);
+        }
+        let part = self.own.len();
+        let place = target.part(part * sharing.rank()..part * (sharing.rank() + 1))?;
+        let copied = link.copies().copy(&own, &place, &Ticket::done())?;
+        Ok(exchange.all_gather(&place, &target.whole(), &copied)?)
     }
 }
 
 impl Placed {
-    fn weight(&self, all: &Bytes) -> Result<Weight, Error> {
-        let range = self.start..self.start + self.form.len();
-        let part = all.slice(range).unwrap_or_else(|| Bytes::from(Vec::new()));
-        Ok(self.form.weight(&part)?)
+    /// The weight in host memory, of all runs there. If it does not share their memory, whether it is still read is seen by whether
+    /// its own is shared.
+    fn weight(&self, runs: &[Bytes], types: &[Run], shares_memory: bool) -> Result<Weight, Error> {
+        let array = |(run, range): &(usize, Range<usize>)| {
+            let size = types[*run].dtype.size_in_bytes();
+            let bytes = runs[*run].slice(size * range.start..size * range.end).unwrap_or_else(|| Vec::new().into());
+            if shares_memory { bytes } else { bytes.to_vec().into() }
+        };
+        Ok(self.form.weight(&self.arrays.iter().map(array).collect::<Vec<_>>())?)
     }
 }
 

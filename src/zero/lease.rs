@@ -3,9 +3,10 @@
 //!
 //! What is bound to a lease borrows from it, so that nothing reads a slot that has been given to another block.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::store::ParamStore;
+use super::store::{Arriving, ParamStore};
 use super::{Error, Sums};
 use crate::model::params::BlockParams;
 
@@ -44,11 +45,13 @@ pub struct Walk<'s> {
     at: usize,
     speaker: Speaker,
     sums: Sums,
+    /// Blocks that were lent and stay for a later visit, and those on their way for the next.
+    live: BTreeMap<usize, Arriving>,
 }
 
 impl<'s> Walk<'s> {
     pub(super) fn new(store: &'s ParamStore, order: Arc<[Visit]>, speaker: Speaker, sums: Sums) -> Self {
-        Self { store, order, at: 0, speaker, sums }
+        Self { store, order, at: 0, speaker, sums, live: BTreeMap::new() }
     }
 
     /// The next block of the order, ready to compute with.
@@ -58,8 +61,71 @@ impl<'s> Walk<'s> {
     pub fn advance(&mut self) -> Result<Lease<'s>, Error> {
         let visit = *self.order.get(self.at).ok_or(Error::WalkIsOver { visits: self.order.len() })?;
         self.at += 1;
-        let params = self.store.lend(visit.block, self.speaker, visit.needs)?;
+        let params = self.lend(visit)?;
         Ok(Lease { store: self.store, visit, params, sums: self.sums })
+    }
+
+    fn lend(&mut self, Visit { block, needs }: Visit) -> Result<Lent<'s>, Error> {
+        let store = self.store;
+        store.begin_visit(block)?;
+        if let Some(params) = store.resident(block, self.speaker, needs) {
+            self.look_ahead(block)?;
+            return Ok(Lent::Resident(params));
+        }
+        store.take_slot(block)?;
+        let bound = self.live.remove(&block).map_or_else(|| store.start(block, self.speaker, store.device()), Ok);
+        let bound = bound.and_then(|arriving| {
+            arriving.arrive()?;
+            Ok((store.bind(block, self.speaker, needs, &arriving)?, arriving))
+        });
+        let (params, arriving) = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                if store.has_slots() {
+                    store.take_back(block, BlockParams::default(), Arriving::default());
+                }
+                return Err(error);
+            }
+        };
+        if store.has_slots() {
+            return Ok(Lent::Slot(params, arriving));
+        }
+        if store.comes_ahead() {
+            self.live.insert(block, arriving);
+        }
+        self.look_ahead(block)?;
+        Ok(Lent::Bound(params))
+    }
+
+    /// Lets go of blocks that others need the memory of, and starts the way of the next that has one, so that it comes while
+    /// block `now` computes.
+    ///
+    /// What stays is what is asked for soonest, as far as it fits (Belady's rule: the order is known).
+    fn look_ahead(&mut self, now: usize) -> Result<(), Error> {
+        let store = self.store;
+        if !store.comes_ahead() {
+            return Ok(());
+        }
+        let mut live = if self.live.contains_key(&now) { store.values_away(now) } else { 0 };
+        let mut stays = vec![now];
+        let mut next = None;
+        for visit in &self.order[self.at..] {
+            let own = store.values_away(visit.block);
+            if stays.contains(&visit.block) || own == 0 {
+                continue;
+            }
+            if next.is_some() && live + own > store.offload().most_live {
+                break;
+            }
+            live += own;
+            stays.push(visit.block);
+            next.get_or_insert(visit.block);
+        }
+        self.live.retain(|block, _| stays.contains(block));
+        if let Some(next) = next.filter(|next| !self.live.contains_key(next)) {
+            self.live.insert(next, store.start(next, self.speaker, store.device())?);
+        }
+        Ok(())
     }
 }
 
@@ -71,7 +137,7 @@ pub(super) enum Lent<'s> {
     /// Put together for this visit.
     Bound(BlockParams),
     /// In a slot, until the lease ends.
-    Slot(BlockParams),
+    Slot(BlockParams, Arriving),
 }
 
 /// The parameters of a block, for as long as this lives.
@@ -93,7 +159,7 @@ impl Lease<'_> {
     pub fn params(&self) -> &BlockParams {
         match &self.params {
             Lent::Resident(params) => params,
-            Lent::Bound(params) | Lent::Slot(params) => params,
+            Lent::Bound(params) | Lent::Slot(params, _) => params,
         }
     }
 
@@ -125,8 +191,8 @@ impl Lease<'_> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        if let Lent::Slot(params) = &mut self.params {
-            self.store.take_back(self.visit.block, std::mem::take(params));
+        if let Lent::Slot(params, arriving) = &mut self.params {
+            self.store.take_back(self.visit.block, std::mem::take(params), std::mem::take(arriving));
         }
     }
 }

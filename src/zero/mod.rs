@@ -10,6 +10,7 @@ mod flat;
 mod frozen;
 mod gradients;
 mod lease;
+mod link;
 mod optimizer;
 mod sharing;
 mod store;
@@ -17,6 +18,8 @@ mod sums;
 
 pub use flat::{Entry, FlatBlock, Piece};
 pub use lease::{Lease, Needs, Speaker, Visit, Walk};
+pub use link::Offload;
+use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
 pub use sharing::Sharing;
 pub use store::{ParamStore, Slots};
@@ -90,6 +93,9 @@ pub enum Error {
         /// What is shared.
         source: crate::quant::Error,
     },
+    /// The thread of the optimizer could not be started.
+    #[error("cannot start a thread for the optimizer: {0}")]
+    Thread(#[source] std::io::Error),
     /// Ranks could not come together.
     #[error("{0}")]
     Ranks(#[source] crate::ranks::Error),

@@ -3,8 +3,12 @@
 //! `optim` has the rules; state lies beside the values it belongs to, cut as they are. All ranks make a step together, and none
 //! does where a gradient of any is not finite.
 
-use candle_core::{DType, Tensor};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use super::store::Errand;
 use super::{Error, FlatBlock, ParamStore, Piece};
 use crate::config::settings::{OptimizerKind, OptimizerSettings};
 use crate::ops::buffer;
@@ -17,13 +21,15 @@ pub struct ShardedOptimizer {
     /// Steps taken.
     step: u64,
     states: Vec<Kept>,
+    /// What kept another thread from moving values.
+    problem: Arc<Mutex<Option<Error>>>,
 }
 
 /// State of this rank's part of one block.
 #[derive(Debug)]
 enum Kept {
     /// Of each piece.
-    Host(Vec<State>),
+    Host(Arc<Mutex<Vec<State>>>),
     /// AdamW's moments of all of it.
     Device { first: Tensor, second: Tensor },
 }
@@ -32,7 +38,8 @@ impl Kept {
     fn new(flat: &FlatBlock, kind: OptimizerKind) -> Result<Self, Error> {
         let (count, device) = (flat.own().len(), flat.values().device());
         if device.is_cpu() {
-            return Ok(Self::Host(flat.own_pieces().map(|piece| State::new(kind, piece.layout)).collect()));
+            let states = flat.own_pieces().map(|piece| State::new(kind, piece.layout)).collect();
+            return Ok(Self::Host(Arc::new(Mutex::new(states))));
         }
         let zeros = || Tensor::zeros(count, DType::F32, device);
         Ok(Self::Device { first: zeros()?, second: zeros()? })
@@ -41,11 +48,11 @@ impl Kept {
     /// Two arrays of this rank's part; the second has zeros where a rule keeps one.
     fn to_vecs(&self, flat: &FlatBlock) -> Result<[Vec<f32>; 2], Error> {
         let states = match self {
-            Self::Host(states) => states,
+            Self::Host(states) => lock(states),
             Self::Device { first, second } => return Ok([buffer::to_vec(first)?, buffer::to_vec(second)?]),
         };
         let mut all = [vec![0.0; flat.own().len()], vec![0.0; flat.own().len()]];
-        for (piece, state) in flat.own_pieces().zip(states) {
+        for (piece, state) in flat.own_pieces().zip(states.iter()) {
             for (all, own) in all.iter_mut().zip(state.to_vecs()) {
                 all[piece.range.clone()].copy_from_slice(&own);
             }
@@ -56,7 +63,7 @@ impl Kept {
     fn load(&mut self, flat: &FlatBlock, arrays: &[Vec<f32>; 2]) -> Result<(), Error> {
         match self {
             Self::Host(states) => {
-                for (piece, state) in flat.own_pieces().zip(states) {
+                for (piece, state) in flat.own_pieces().zip(lock(states).iter_mut()) {
                     state.load(&arrays.each_ref().map(|all| all[piece.range.clone()].to_vec()))?;
                 }
             }
@@ -70,7 +77,7 @@ impl Kept {
 
     fn size_bytes(&self) -> usize {
         match self {
-            Self::Host(states) => states.iter().map(State::size_bytes).sum(),
+            Self::Host(states) => lock(states).iter().map(State::size_bytes).sum(),
             Self::Device { first, .. } => 8 * first.elem_count(),
         }
     }
@@ -92,7 +99,7 @@ impl ShardedOptimizer {
     /// If memory runs out.
     pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
         let states = store.flats().map(|flat| Kept::new(flat, settings.kind)).collect::<Result<_, _>>()?;
-        Ok(Self { settings, step: 0, states })
+        Ok(Self { settings, step: 0, states, problem: Arc::default() })
     }
 
     /// Bytes of the state.
@@ -116,7 +123,10 @@ impl ShardedOptimizer {
         max_grad_norm: f64,
         loss_scale: f64,
     ) -> Result<StepReport, Error> {
-        let grad_norm = (norm_of_parts(&gradient_parts(store)?) / loss_scale) as f32;
+        let parts = gradient_parts(store);
+        // What kept an errand from its end says more than that it was given up.
+        lock(&self.problem).take().map_or(Ok(()), Err)?;
+        let grad_norm = (norm_of_parts(&parts?) / loss_scale) as f32;
         if !grad_norm.is_finite() {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
@@ -131,27 +141,48 @@ impl ShardedOptimizer {
             step: self.step,
             grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
-        for (flat, kept) in store.flats().zip(&mut self.states) {
+        let mut errands = Vec::new();
+        for (block, (flat, kept)) in store.flats().zip(&mut self.states).enumerate() {
             let pieces: Vec<Piece> = flat.own_pieces().collect();
-            if pieces.is_empty() {
-                continue;
-            }
-            let decay = |piece: &Piece| if piece.has_decay { weight_decay } else { 0.0 };
-            let (values, grads) = (flat.own_values()?, flat.own_grads()?);
             match kept {
-                Kept::Host(states) => step_pieces(&values, &grads, &pieces, states, |piece| AdamWStep {
-                    weight_decay: decay(piece),
-                    ..hyper
-                })?,
+                _ if pieces.is_empty() => {}
+                Kept::Host(states) if store.may_run_errands() => {
+                    errands.extend(store.errand(block)?.map(|errand| (errand, states.clone(), pieces)));
+                    continue;
+                }
+                Kept::Host(states) => step_pieces(flat, &pieces, &mut lock(states), &hyper)?,
                 Kept::Device { first, second } => {
-                    let group = |piece: &Piece| ParamGroup { weight_decay: decay(piece), range: piece.range.clone() };
+                    let (values, grads) = (flat.own_values()?, flat.own_grads()?);
+                    let group = |piece: &Piece| {
+                        let AdamWStep { weight_decay, .. } = hyper_of(piece, &hyper);
+                        ParamGroup { weight_decay, range: piece.range.clone() }
+                    };
                     let groups: Vec<ParamGroup> = pieces.iter().map(group).collect();
                     super::device_optimizer::step(&values, &grads, first, second, &groups, &hyper)?;
                 }
             }
+            store.share_values(block)?;
         }
-        store.share_values()?;
+        if !errands.is_empty() {
+            self.run(errands, hyper)?;
+        }
         Ok(StepReport { grad_norm, is_skipped: false })
+    }
+
+    /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
+    /// the first block while the host moves the second.
+    fn run(&self, errands: Vec<(Errand, Arc<Mutex<Vec<State>>>, Vec<Piece>)>, hyper: AdamWStep) -> Result<(), Error> {
+        let problem = self.problem.clone();
+        let all = move || {
+            for (errand, states, pieces) in errands {
+                if let Err(error) = errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
+                    *lock(&problem) = Some(error);
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
+        thread.map(drop).map_err(Error::Thread)
     }
 
     /// The state of each block, all of it, copied to the host of the first rank: two arrays like the values. The others help to
@@ -160,6 +191,7 @@ impl ShardedOptimizer {
     /// # Errors
     /// If the device failed or a rank is lost.
     pub fn collect(&self, store: &ParamStore) -> Result<Option<Vec<[Vec<f32>; 2]>>, Error> {
+        store.settle()?;
         let is_first = store.sharing().ranks().is_first();
         let mut all = Vec::new();
         for (flat, kept) in store.flats().zip(&self.states) {
@@ -199,6 +231,7 @@ impl ShardedOptimizer {
         step: u64,
         lookup: impl Fn(&str) -> Option<Vec<f32>> + 'a,
     ) -> Result<(), Error> {
+        store.settle()?;
         let kind = self.settings.kind;
         for (flat, kept) in store.flats().zip(&mut self.states) {
             let mut loaded = [vec![0.0; flat.len()], vec![0.0; flat.len()]];
@@ -224,18 +257,30 @@ impl ShardedOptimizer {
     }
 }
 
-/// One step on each piece of a buffer in host memory.
-fn step_pieces(
-    values: &Tensor,
-    grads: &Tensor,
-    pieces: &[Piece],
-    states: &mut [State],
-    hyper: impl Fn(&Piece) -> AdamWStep,
-) -> Result<(), Error> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The numbers of a step for one piece.
+fn hyper_of(piece: &Piece, hyper: &AdamWStep) -> AdamWStep {
+    AdamWStep { weight_decay: if piece.has_decay { hyper.weight_decay } else { 0.0 }, ..*hyper }
+}
+
+/// One step on each piece of this rank's part of a block in host memory.
+fn step_pieces(flat: &FlatBlock, pieces: &[Piece], states: &mut [State], hyper: &AdamWStep) -> Result<(), Error> {
+    let (values, grads) = (flat.own_values()?, flat.own_grads()?);
     let mut result = Ok(());
-    buffer::update(values, grads, |values, grads| {
-        result = pieces.iter().zip(states.iter_mut()).try_for_each(|(piece, state)| {
-            state.step(&mut values[piece.range.clone()], &grads[piece.range.clone()], &hyper(piece))
+    buffer::update(&values, &grads, |mut values, grads| {
+        let mut parts = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            // They lie one behind the other.
+            let (own, rest) = std::mem::take(&mut values).split_at_mut(piece.range.len());
+            values = rest;
+            parts.push(own);
+        }
+        let all = parts.into_par_iter().zip(pieces).zip(states.par_iter_mut());
+        result = all.try_for_each(|((values, piece), state)| {
+            state.step(values, &grads[piece.range.clone()], &hyper_of(piece, hyper))
         });
     })?;
     Ok(result?)
@@ -243,6 +288,7 @@ fn step_pieces(
 
 /// The gradients' parts of their norm, in the order of the store, over all ranks.
 fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
+    store.settle()?;
     let own = own_parts(store)?;
     // Each rank has the parts of its shard of every block; where every rank has all, that is what they are.
     if store.flats().all(|flat| flat.is_empty() || flat.is_whole()) {
@@ -267,14 +313,16 @@ fn gradient_parts(store: &ParamStore) -> Result<Vec<f64>, Error> {
 
 /// The same of this rank's gradients, by block.
 fn own_parts(store: &ParamStore) -> Result<Vec<Vec<f64>>, Error> {
-    if store.device().is_cuda() {
+    if store.home().is_cuda() {
         return super::device_optimizer::gradient_parts(store);
     }
     let mut parts = Vec::new();
     for flat in store.flats().filter(|flat| !flat.is_empty()) {
         let grads = flat.own_grads()?;
+        let pieces: Vec<Piece> = flat.own_pieces().collect();
         parts.push(buffer::read(&grads, |grads| {
-            flat.own_pieces().flat_map(|piece| sums_of_squares(&grads[piece.range])).collect()
+            let of_piece = |piece: &Piece| sums_of_squares(&grads[piece.range.clone()]);
+            pieces.par_iter().map(of_piece).collect::<Vec<_>>().concat()
         })?);
     }
     Ok(parts)

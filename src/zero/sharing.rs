@@ -1,7 +1,7 @@
 //! What the ranks of a run share of a store, and how it comes together: gradients to the rank that keeps them, values to all.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -9,12 +9,14 @@ use rayon::prelude::*;
 use super::{Error, Sums};
 use crate::config::settings::{OptimizerKind, RankSettings, ZeroStage};
 use crate::ops::buffer;
-use crate::ranks::{Alone, Ranks};
+use crate::ranks::{Alone, Exchange, Ranks};
 
 /// The ranks of a run and what each of them keeps.
 #[derive(Clone)]
 pub struct Sharing {
     ranks: Arc<dyn Ranks>,
+    /// Between the memories of the ranks' GPUs; `None`: through host memory.
+    exchange: Option<Arc<Mutex<dyn Exchange>>>,
     stage: ZeroStage,
     persistence_threshold: usize,
     keeps_whole: bool,
@@ -29,14 +31,39 @@ impl std::fmt::Debug for Sharing {
 impl Sharing {
     /// One rank, which has everything.
     pub fn alone() -> Self {
-        Self { ranks: Arc::new(Alone), stage: ZeroStage::Replicated, persistence_threshold: 0, keeps_whole: false }
+        Self {
+            ranks: Arc::new(Alone),
+            exchange: None,
+            stage: ZeroStage::Replicated,
+            persistence_threshold: 0,
+            keeps_whole: false,
+        }
     }
 
     /// `ranks` that share what `settings` say, for an optimizer of this kind. One rank alone has everything.
-    pub fn new(ranks: Arc<dyn Ranks>, settings: &RankSettings, optimizer: OptimizerKind) -> Self {
-        let stage = if ranks.world_size() > 1 { settings.stage } else { ZeroStage::Replicated };
+    ///
+    /// With an `exchange` what lies in the memory of GPUs goes through it, and else through host memory.
+    pub fn new(
+        ranks: Arc<dyn Ranks>,
+        exchange: Option<Arc<Mutex<dyn Exchange>>>,
+        settings: &RankSettings,
+        optimizer: OptimizerKind,
+    ) -> Self {
+        let is_shared = ranks.world_size() > 1 || exchange.is_some();
+        let stage = if is_shared { settings.stage } else { ZeroStage::Replicated };
         let keeps_whole = optimizer == OptimizerKind::Muon;
-        Self { ranks, stage, persistence_threshold: settings.param_persistence_threshold, keeps_whole }
+        let persistence_threshold = settings.param_persistence_threshold;
+        Self { ranks, exchange, stage, persistence_threshold, keeps_whole }
+    }
+
+    /// Whether what ranks exchange stays in the memory of their GPUs.
+    pub(super) fn exchanges_on_device(&self) -> bool {
+        self.exchange.is_some()
+    }
+
+    /// The exchange between the memories of the ranks' GPUs.
+    pub(super) fn exchange(&self) -> Option<MutexGuard<'_, dyn Exchange + 'static>> {
+        self.exchange.as_ref().map(|exchange| exchange.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether a parameter is in one shard as a whole.
@@ -62,6 +89,11 @@ impl Sharing {
     /// What is cut into shards.
     pub fn stage(&self) -> ZeroStage {
         self.stage
+    }
+
+    /// Whether every rank has a part of the parameters.
+    pub(super) fn cuts_parameters(&self) -> bool {
+        self.stage == ZeroStage::Parameters
     }
 
     /// Whether so many values of a parameter, or of a block's trained parameters, are cut into shards.

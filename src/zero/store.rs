@@ -1,12 +1,15 @@
 //! Owns every block's parameters, lends them to the walk and gathers their gradients.
 //!
-//! A store either keeps all blocks where blocks compute, or keeps the layers at rest and copies each into one of a few slots
-//! for as long as it is lent, or keeps this rank's part of every block and gathers each from all ranks for as long as it is
-//! lent. All answer the same calls. Where ranks share anything, all of them must ask for the same blocks in the same order.
+//! A store keeps blocks where they compute, or what of them waits elsewhere comes for as long as it is lent: from this machine's
+//! host memory, from all ranks, or both. All answer the same calls. Where ranks share anything, all of them must ask for the same
+//! blocks in the same order.
 
+mod arrival;
+mod exchanged;
+mod home;
 mod together;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,32 +17,35 @@ use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
 use super::gradients::Bucket;
-use super::lease::Lent;
-use super::{Entry, Error, FlatBlock, Needs, Sharing, Speaker, Sums, Visit, Walk};
+use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Visit, Walk};
 use crate::config::settings::ZeroStage;
-use crate::model::params::{BlockInit, BlockParams, SharedParam, Slot};
+use crate::model::params::{BlockInit, BlockParams, SharedParam};
 use crate::ops::buffer;
-use crate::quant::Weight;
+pub(super) use arrival::Arriving;
+use exchanged::OnTheirWay;
+pub(super) use home::Errand;
+use home::Home;
 
-/// How many layers are where blocks compute at a time.
+/// How many of the blocks that wait elsewhere are lent at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slots {
-    /// Most layers at a time.
+    /// Most at a time.
     pub most_live: usize,
-    /// Whether a slot's values are overwritten with NaN when it is given back, so that a late read is seen.
+    /// Whether values are overwritten with NaN when a block is given back, so that a late read is seen.
     pub is_spoiled: bool,
 }
 
 /// Parameters of all blocks.
 #[derive(Debug)]
 pub struct ParamStore {
-    device: Device,
+    link: Link,
     blocks: Vec<Block>,
-    /// `None`: all blocks stay where blocks compute.
     slots: Option<Slots>,
     sharing: Sharing,
     live: AtomicUsize,
     fetches: AtomicU64,
+    /// Between GPUs.
+    on_their_way: Mutex<OnTheirWay>,
     /// What went wrong when a slot was given back, told by the next call.
     spoiled: Mutex<Option<Error>>,
 }
@@ -50,10 +56,14 @@ struct Block {
     /// Those of them that a GPU reads in host memory.
     stays_on_host: BTreeSet<String>,
     flat: FlatBlock,
+    /// Where the flat buffers lie elsewhere than the block computes.
+    home: Option<Arc<Home>>,
+    /// The values where the block computes, while those of other ranks come.
+    values_coming: Mutex<Option<Coming>>,
     bucket: Bucket,
     /// Parameters of other blocks that this one reads too.
     shared: Vec<Shared>,
-    /// Bound to the trained values, and to the buckets that last; `None` where the block is at rest.
+    /// Bound to the trained values, and to the buckets that last; `None` where something of the block waits elsewhere.
     policy: Option<BlockParams>,
     reference: Option<Reference>,
 }
@@ -66,6 +76,8 @@ struct Shared {
     bucket: Option<Bucket>,
     /// This rank's part of the step's sum, until the block that has the parameter adds it.
     reduced: Mutex<Option<Vec<f32>>>,
+    /// The same on a GPU.
+    exchanged: Mutex<Option<Tensor>>,
 }
 
 /// A second set of trained values.
@@ -85,24 +97,25 @@ impl ParamStore {
         blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
         device: &Device,
     ) -> Result<Self, E> {
-        Self::build(blocks, device, None, Sharing::alone())
+        Self::build(blocks, device, None, Sharing::alone(), Offload::default())
     }
 
-    /// As [`Self::new`], with what the ranks of `sharing` share: of a block that is cut into shards this rank keeps its own as
-    /// soon as the block is loaded.
+    /// As [`Self::new`], with what the ranks of `sharing` share, and what waits elsewhere: of a block that is cut into shards this
+    /// rank keeps its own as soon as the block is loaded.
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn shared<E: From<Error>>(
+    pub fn placed<E: From<Error>>(
         blocks: impl IntoIterator<Item = Result<BlockInit, E>>,
         device: &Device,
         sharing: Sharing,
+        offload: Offload,
     ) -> Result<Self, E> {
-        Self::build(blocks, device, None, sharing)
+        Self::build(blocks, device, None, sharing, offload)
     }
 
-    /// As [`Self::new`], but the frozen weights of all blocks between the first and the last stay in host memory, and their
-    /// values are copied to `device` for each visit.
+    /// As [`Self::new`], but the weights of all blocks stay in host memory, and their values are copied to `device` for each
+    /// visit.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -111,7 +124,8 @@ impl ParamStore {
         device: &Device,
         slots: Slots,
     ) -> Result<Self, E> {
-        Self::build(blocks, device, Some(slots), Sharing::alone())
+        let offload = Offload { params: true, ..Offload::default() };
+        Self::build(blocks, device, Some(slots), Sharing::alone(), offload)
     }
 
     fn build<E: From<Error>>(
@@ -119,34 +133,36 @@ impl ParamStore {
         device: &Device,
         slots: Option<Slots>,
         sharing: Sharing,
+        offload: Offload,
     ) -> Result<Self, E> {
+        let link = Link::new(device, offload, sharing.exchanges_on_device())?;
         let mut blocks: Vec<Block> = Vec::new();
         for init in inits {
-            let mut block = Block::new(init?, &blocks, device, &sharing)?;
-            // What others may share does not come and go.
-            if sharing.stage() == ZeroStage::Parameters {
-                block.frozen.cut(&sharing, &block.stays_on_host, device)?;
-            } else if slots.is_none() || blocks.is_empty() {
+            let mut block = Block::new(init?, &blocks, &link, &sharing)?;
+            if sharing.cuts_parameters() || link.offload().params {
+                block.frozen.put_away(&sharing, &block.stays_on_host, &link)?;
+            } else {
                 block.frozen.move_to(&block.stays_on_host, device)?;
             }
             blocks.push(block);
         }
-        if let Some(last) = blocks.last_mut().filter(|_| slots.is_some()) {
-            last.frozen.move_to(&last.stays_on_host, device)?;
-        }
         let mut store = Self {
-            device: device.clone(),
+            link,
             blocks,
             slots,
             sharing,
             live: AtomicUsize::new(0),
             fetches: AtomicU64::new(0),
+            on_their_way: Mutex::default(),
             spoiled: Mutex::new(None),
         };
         for block in 0..store.blocks.len() {
+            if store.link.has_home_elsewhere() {
+                store.share_values(block)?;
+            }
             if store.is_resident(block) {
-                store.blocks[block].policy =
-                    Some(store.bind(block, Speaker::Policy, store.bound_at_rest(), &mut here)?);
+                let params = store.bind(block, Speaker::Policy, store.bound_at_rest(), &Arriving::default())?;
+                store.blocks[block].policy = Some(params);
             }
         }
         Ok(store)
@@ -159,7 +175,12 @@ impl ParamStore {
 
     /// Where blocks compute.
     pub fn device(&self) -> &Device {
-        &self.device
+        self.link.device()
+    }
+
+    /// What waits elsewhere.
+    pub fn offload(&self) -> &Offload {
+        self.link.offload()
     }
 
     /// Number of blocks.
@@ -169,20 +190,28 @@ impl ParamStore {
 
     /// Whether all blocks are where blocks compute.
     pub fn holds_all(&self) -> bool {
-        self.slots.is_none() && self.blocks.iter().all(|block| block.policy.is_some())
+        self.blocks.iter().all(|block| block.policy.is_some())
     }
 
     /// Whether a step should finish with one block before it takes the next, so that gradients of one block take memory at a
     /// time; `None` where that is not asked.
     pub fn passing_gradient_bytes(&self) -> Option<usize> {
-        (self.sharing.stage() >= ZeroStage::Gradients).then(|| size_of::<f32>() * self.num_trainable())
+        self.gradients_pass().then(|| size_of::<f32>() * self.num_trainable())
+    }
+
+    fn gradients_pass(&self) -> bool {
+        gradients_pass(&self.sharing, &self.link)
+    }
+
+    /// Whether a block's trained values come for a visit.
+    fn values_wait(&self) -> bool {
+        self.link.offload().params && self.link.home().is_cpu()
     }
 
     fn is_resident(&self, block: usize) -> bool {
-        match (self.sharing.stage(), self.slots) {
-            (ZeroStage::Parameters, _) => false,
-            (_, slots) => slots.is_none() || block == 0 || block + 1 == self.blocks.len(),
-        }
+        let own = &self.blocks[block];
+        let reads_values = !own.flat.is_empty() || !own.shared.is_empty();
+        !self.sharing.cuts_parameters() && !own.frozen.is_away() && !(self.values_wait() && reads_values)
     }
 
     /// Announces a walk: the blocks in the order in which they will be asked for, and how the gradients of the step's
@@ -193,8 +222,12 @@ impl ParamStore {
 
     /// The policy's parameters of all blocks, for as long as the store is borrowed; `None` where they are not all there at a
     /// time.
-    pub fn hold(&self) -> Option<Vec<&BlockParams>> {
-        self.blocks.iter().map(|block| block.policy.as_ref()).collect()
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn hold(&self) -> Result<Option<Vec<&BlockParams>>, Error> {
+        (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
+        Ok(self.blocks.iter().map(|block| block.policy.as_ref()).collect())
     }
 
     /// Blocks that were asked for so far.
@@ -202,120 +235,73 @@ impl ParamStore {
         self.fetches.load(Ordering::Relaxed)
     }
 
-    pub(super) fn lend(&self, block: usize, speaker: Speaker, needs: Needs) -> Result<Lent<'_>, Error> {
+    /// Counts a visit of a block, before anything of it is asked for.
+    pub(super) fn begin_visit(&self, block: usize) -> Result<(), Error> {
         if let Some(error) = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);
         }
         self.fetches.fetch_add(1, Ordering::Relaxed);
-        let own = self.blocks.get(block).ok_or(Error::NoBlock { block, blocks: self.blocks.len() })?;
-        let resident = match (speaker, &own.reference) {
+        if block >= self.blocks.len() {
+            return Err(Error::NoBlock { block, blocks: self.blocks.len() });
+        }
+        self.values_arrive(block)
+    }
+
+    /// Has what computes wait for the values of a block that the optimizer, here or on other ranks, moved last.
+    fn values_arrive(&self, block: usize) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        own.home.as_ref().map_or(Ok(()), |home| home.arrive())?;
+        let arriving = own.values_coming.lock().unwrap_or_else(PoisonError::into_inner).take();
+        arriving.map_or(Ok(()), |coming| coming.arrive())
+    }
+
+    /// The parameters of a block that is where it computes.
+    pub(super) fn resident(&self, block: usize, speaker: Speaker, needs: Needs) -> Option<&BlockParams> {
+        let own = &self.blocks[block];
+        let params = match (speaker, &own.reference) {
             (Speaker::Reference, Some(reference)) => reference.params.as_ref(),
             _ => own.policy.as_ref(),
         };
-        let Some(slots) = self.slots else {
-            // What is resident has no place for gradients where those come and go.
-            return match resident {
-                Some(params) if needs == Needs::Values || own.bucket.is_lasting() => Ok(Lent::Resident(params)),
-                _ => Ok(Lent::Bound(self.bind(block, speaker, needs, &mut here)?)),
-            };
-        };
-        if let Some(params) = resident {
-            return Ok(Lent::Resident(params));
-        }
+        // What is resident has no place for gradients where those come and go.
+        params.filter(|_| needs == Needs::Values || own.bucket.is_lasting())
+    }
+
+    /// Takes a slot for a block that is lent.
+    pub(super) fn take_slot(&self, block: usize) -> Result<(), Error> {
+        let Some(slots) = self.slots else { return Ok(()) };
         if self.live.fetch_add(1, Ordering::Relaxed) >= slots.most_live {
             self.live.fetch_sub(1, Ordering::Relaxed);
             return Err(Error::NoSlot { block, slots: slots.most_live });
         }
-        let params = self.bind(block, speaker, needs, &mut |weight| Ok(weight.copy_to(&self.device)?));
-        if params.is_err() {
-            self.live.fetch_sub(1, Ordering::Relaxed);
-        }
-        Ok(Lent::Slot(params?))
+        Ok(())
+    }
+
+    /// Whether blocks can come while others compute.
+    pub(super) fn comes_ahead(&self) -> bool {
+        let is_beside = self.sharing.world_size() == 1 || self.sharing.exchanges_on_device();
+        self.device().is_cuda() && is_beside && !self.has_slots()
+    }
+
+    /// Where flat buffers lie.
+    pub(super) fn home(&self) -> &Device {
+        self.link.home()
+    }
+
+    /// Whether what is lent is not to be read later, and so is neither fetched ahead nor kept.
+    pub(super) fn has_slots(&self) -> bool {
+        self.slots.is_some()
     }
 
     /// Ends the use of a slot.
-    pub(super) fn take_back(&self, block: usize, params: BlockParams) {
+    pub(super) fn take_back(&self, block: usize, params: BlockParams, arriving: Arriving) {
         self.live.fetch_sub(1, Ordering::Relaxed);
         if self.slots.is_some_and(|slots| slots.is_spoiled) {
-            for (name, slot) in params.into_slots() {
-                if let Err(source) = slot.weight.spoil() {
-                    let mut spoiled = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner);
-                    *spoiled = Some(Error::StillRead { block, name, source });
-                }
+            drop(params);
+            if let Err((name, source)) = arriving.spoil() {
+                let mut spoiled = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner);
+                *spoiled = Some(Error::StillRead { block, name, source });
             }
         }
-    }
-
-    /// The parameters of a block with every weight given out by `place`. What is cut into shards is gathered, to where blocks
-    /// compute.
-    fn bind(
-        &self,
-        block: usize,
-        speaker: Speaker,
-        needs: Needs,
-        place: &mut dyn FnMut(&Weight) -> Result<Weight, Error>,
-    ) -> Result<BlockParams, Error> {
-        self.bind_on(&self.device, block, speaker, needs, place)
-    }
-
-    /// As [`Self::bind`], with what is gathered on `device`.
-    fn bind_on(
-        &self,
-        device: &Device,
-        block: usize,
-        speaker: Speaker,
-        needs: Needs,
-        place: &mut dyn FnMut(&Weight) -> Result<Weight, Error>,
-    ) -> Result<BlockParams, Error> {
-        let own = &self.blocks[block];
-        let mut slots: BTreeMap<String, Slot> = BTreeMap::new();
-        let mut add = |name: &str, weight: Weight, grad: Option<Tensor>| match slots
-            .insert(name.to_string(), Slot { weight, grad })
-        {
-            None => Ok(()),
-            Some(_) => Err(Error::Duplicate { name: name.into() }),
-        };
-        for (name, weight) in own.frozen.all(&self.sharing, &own.stays_on_host, device)?.iter() {
-            add(name, place(weight)?, None)?;
-        }
-        let (values, trains) = self.values_of(own, speaker, device)?;
-        let binds_grads = trains && (own.bucket.is_lasting() || needs == Needs::Gradients);
-        let grads = |bucket: &Bucket| binds_grads.then(|| bucket.grads()).transpose();
-        let own_grads = if own.flat.is_empty() { None } else { grads(&own.bucket)? };
-        for entry in own.flat.entries() {
-            let value = FlatBlock::view(&values, entry)?;
-            let grad = own_grads.as_ref().map(|grads| FlatBlock::view(grads, entry)).transpose()?;
-            add(&entry.name, place(&Weight::Dense(value))?, grad)?;
-        }
-        for Shared { param, bucket, .. } in &own.shared {
-            let source = &self.blocks[param.of_block];
-            let frozen = source.frozen.one(&param.of_name, &self.sharing, &source.stays_on_host, device)?;
-            if let Some(weight) = frozen {
-                add(&param.name, weight, None)?;
-                continue;
-            }
-            let entry =
-                source.flat.entry(&param.of_name).ok_or_else(|| Error::NotShared { name: param.of_name.clone() })?;
-            let (values, _) = self.values_of(source, speaker, device)?;
-            let grad = bucket.as_ref().map(&grads).transpose()?.flatten();
-            let grad = grad.map(|grads| grads.reshape(entry.shape.as_slice()));
-            add(&param.name, Weight::Dense(FlatBlock::view(&values, entry)?), grad.transpose()?)?;
-        }
-        Ok(BlockParams::new(slots))
-    }
-
-    /// All trained values of a block as a speaker has them, and whether gradients are gathered for them.
-    fn values_of(&self, block: &Block, speaker: Speaker, device: &Device) -> Result<(Tensor, bool), Error> {
-        let (values, trains) = match (speaker, &block.reference) {
-            (Speaker::Reference, Some(reference)) => (&reference.values, false),
-            _ => (block.flat.values(), true),
-        };
-        if block.flat.has_all_values() {
-            return Ok((values.clone(), trains));
-        }
-        let all = self.sharing.gather(&on_host(values)?, block.flat.shards())?;
-        let count = all.len();
-        Ok((Tensor::from_vec(all, count, device)?, trains))
     }
 
     /// The parameters of a block where they rest, to be read and not computed with.
@@ -324,15 +310,15 @@ impl ParamStore {
     /// If there is no such block, or it is cut into shards.
     pub fn at_rest(&self, block: usize) -> Result<BlockParams, Error> {
         let own = self.blocks.get(block).ok_or(Error::NoBlock { block, blocks: self.blocks.len() })?;
-        if self.sharing.stage() == ZeroStage::Parameters {
+        if self.sharing.cuts_parameters() {
             return own.policy.clone().ok_or(Error::IsCut { block });
         }
-        self.bind(block, Speaker::Policy, self.bound_at_rest(), &mut here)
+        self.fetched(block, Speaker::Policy, self.bound_at_rest(), self.device())
     }
 
     /// What is bound for longer than a visit: gradients too, unless their places come and go.
     fn bound_at_rest(&self) -> Needs {
-        if self.sharing.stage() >= ZeroStage::Gradients { Needs::Values } else { Needs::Gradients }
+        if self.gradients_pass() { Needs::Values } else { Needs::Gradients }
     }
 
     /// The name of how the frozen weight `name` of a block is stored, if it has it.
@@ -377,6 +363,18 @@ impl ParamStore {
         self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
     }
 
+    /// Those of them that wait in host memory.
+    pub fn offloaded_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
+    }
+
+    /// Values of a block that come for a visit.
+    pub(super) fn values_away(&self, block: usize) -> usize {
+        let own = &self.blocks[block];
+        let comes = self.values_wait() || (self.sharing.cuts_parameters() && !own.flat.has_all_values());
+        own.frozen.values_away() + if comes { own.flat.len() } else { 0 }
+    }
+
     /// Sets all gradients to zero.
     ///
     /// # Errors
@@ -398,8 +396,14 @@ impl ParamStore {
     /// backward.
     pub(super) fn finish_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
         let own = &self.blocks[block];
+        if self.sharing.exchanges_on_device() {
+            return self.exchange_gradients(block, sums);
+        }
         if self.sharing.world_size() > 1 {
             return self.reduce_gradients(block, sums);
+        }
+        if self.link.has_home_elsewhere() {
+            return self.send_gradients_home(block);
         }
         for (Shared { bucket, .. }, entry) in self.sharers(block) {
             if let Some(bucket) = bucket {
@@ -427,7 +431,7 @@ impl ParamStore {
         }
         for block in 0..self.blocks.len() {
             if self.is_resident(block) {
-                let params = self.bind(block, Speaker::Reference, Needs::Values, &mut here)?;
+                let params = self.fetched(block, Speaker::Reference, Needs::Values, self.device())?;
                 if let Some(reference) = &mut self.blocks[block].reference {
                     reference.params = Some(params);
                 }
@@ -463,28 +467,33 @@ impl ParamStore {
 
 impl Block {
     /// A block whose frozen weights are where they were loaded.
-    fn new(init: BlockInit, before: &[Self], device: &Device, sharing: &Sharing) -> Result<Self, Error> {
+    fn new(init: BlockInit, before: &[Self], link: &Link, sharing: &Sharing) -> Result<Self, Error> {
         let BlockInit { frozen, stays_on_host, trainable, shared: shared_params } = init;
-        let flat = FlatBlock::new(trainable, device, sharing)?;
-        let passes = sharing.stage() >= ZeroStage::Gradients;
+        let device = link.device();
+        let flat = FlatBlock::new(trainable, link.home(), sharing, link.has_home_elsewhere())?;
+        let passes = gradients_pass(sharing, link);
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));
             let bucket = trained.map(|entry| {
                 let count = entry.range.len();
                 if passes { Ok(Bucket::passing(count, device)) } else { Bucket::zeros(count, device) }
             });
-            Ok::<_, Error>(Shared { param, bucket: bucket.transpose()?, reduced: Mutex::default() })
+            let (reduced, exchanged) = (Mutex::default(), Mutex::default());
+            Ok::<_, Error>(Shared { param, bucket: bucket.transpose()?, reduced, exchanged })
         };
         let shared = shared_params.into_iter().map(shared).collect::<Result<_, _>>()?;
         let bucket = if passes { Bucket::passing(flat.len(), device) } else { Bucket::new(flat.grads()) };
-        Ok(Self { frozen: Frozen::new(frozen), stays_on_host, flat, bucket, shared, policy: None, reference: None })
+        let stays = !sharing.cuts_parameters();
+        let home = link.has_home_elsewhere().then(|| Home::new(&flat, link, stays).map(Arc::new)).transpose()?;
+        let frozen = Frozen::new(frozen);
+        let values_coming = Mutex::default();
+        Ok(Self { frozen, stays_on_host, flat, home, values_coming, bucket, shared, policy: None, reference: None })
     }
 }
 
-/// A weight where it is.
-#[expect(clippy::unnecessary_wraps, reason = "the form of what places weights")]
-fn here(weight: &Weight) -> Result<Weight, Error> {
-    Ok(weight.clone())
+/// Whether gradients take memory where blocks compute from the first of a step until they are final, and lie elsewhere then.
+fn gradients_pass(sharing: &Sharing, link: &Link) -> bool {
+    sharing.stage() >= ZeroStage::Gradients || link.has_home_elsewhere()
 }
 
 /// The values of a buffer, which may be a rank's share of nothing.

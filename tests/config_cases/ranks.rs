@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use trainer::config::settings::{RankSettings, TrainingSettings, ZeroStage};
+use trainer::config::settings::{
+    OffloadDevice, OffloadSettings, RankBackend, RankSettings, TrainingSettings, ZeroStage,
+};
 use trainer::config::{self, ConfigError, Context, Source};
 
 use super::{GRPO, SFT, assert_one, assert_same};
@@ -43,6 +45,19 @@ fn errors(lines: &str, context: &Context<'_>) -> Vec<String> {
 
 fn of(stage: ZeroStage, world_size: usize) -> RankSettings {
     RankSettings { stage, world_size, ..RankSettings::default() }
+}
+
+/// The same with DeepSpeed's own number of parameters that may be on a GPU at a time.
+fn with_live(settings: RankSettings) -> RankSettings {
+    let offload = OffloadSettings { max_live_parameters: Some(1_000_000_000), ..settings.offload };
+    RankSettings { offload, ..settings }
+}
+
+/// The same with what is named in host memory.
+fn offloading(settings: RankSettings, optimizer: bool, params: bool) -> RankSettings {
+    let place = |waits| if waits { OffloadDevice::Cpu } else { OffloadDevice::None };
+    let offload = OffloadSettings { optimizer: place(optimizer), params: place(params), ..settings.offload };
+    RankSettings { offload, ..settings }
 }
 
 /// Files in a folder of their own.
@@ -189,18 +204,10 @@ fn the_launch_files_of_the_repository_go_with_its_configurations() {
     for (task, number, stage) in [("sft", 2, ZeroStage::Gradients), ("grpo", 3, ZeroStage::Parameters)] {
         let path = root.join(format!("accelerate_deepspeed_zero{number}.yaml"));
         let load = |context: &Context<'_>| with_file(task, &path, context).unwrap_or_else(|error| panic!("{error}"));
-        for context in [cpu(), machine(Some(2), 0)] {
+        for context in [cpu(), machine(Some(2), 0), machine(None, 2)] {
             let (training, warnings) = load(&context);
-            assert_eq!((training.ranks, warnings), (of(stage, 2), vec![]), "{task}");
+            assert_eq!((training.ranks, warnings), (offloading(of(stage, 2), true, number == 3), vec![]), "{task}");
         }
-        let (training, warnings) = load(&machine(None, 2));
-        assert_eq!(training.ranks, of(stage, 2));
-        assert_one(&warnings, "asks for `offload_optimizer_device` to cpu");
-        assert_eq!(
-            warnings[0].contains("`offload_param_device` to cpu, which is not done"),
-            number == 3,
-            "{warnings:?}"
-        );
         // The file, with one thing changed.
         let text = std::fs::read_to_string(&path).expect("a file of the repository");
         let with = |old: &str, new: &str| {
@@ -244,10 +251,11 @@ fn the_launch_files_of_the_repository_go_with_its_configurations() {
             (&stage_line, &format!("{stage_line}\n  stage3_max_live_parameters: 5e8\n  overlap_comm: true"), 2, stage),
         ] {
             let (training, warnings) = with(old, new).unwrap_or_else(|error| panic!("{error}"));
-            assert_eq!((training.ranks, warnings), (of(stage, world_size), vec![]), "{new}");
+            let ranks = RankSettings { offload: OffloadSettings::default(), ..training.ranks };
+            assert_eq!((ranks, warnings), (of(stage, world_size), vec![]), "{new}");
         }
         let (training, warnings) = with("offload_optimizer_device: cpu", "offload_optimizer_device: nvme").unwrap();
-        assert_eq!(training.ranks, of(stage, 2));
+        assert_eq!(training.ranks, offloading(of(stage, 2), true, number == 3));
         assert_one(&warnings, "`offload_optimizer_device` to nvme, which is not done");
     }
 }
@@ -290,7 +298,7 @@ fn presets_and_files_of_trl_say_what_is_shared() {
     assert_one(&warnings, "sharded over the ranks of all nodes");
     let offload = files.accelerate(&accelerate_file("FSDP", 8, &FSDP2.replace("params: false", "params: true")));
     assert_eq!(silent(&offload, &cpu()).stage, ZeroStage::Parameters);
-    assert_one(&ranks(&offload, &machine(None, 8)).1, "`fsdp_config.offload_params` to cpu");
+    assert_eq!(silent(&offload, &machine(None, 8)), offloading(of(ZeroStage::Parameters, 8), true, true));
     for (old, new, part) in [
         ("FULL_SHARD", "HALF_SHARD", "has `fsdp_config.reshard_after_forward: \"HALF_SHARD\"`"),
         ("fsdp_version", "fsdp_versions", "has `fsdp_config.versions`, which is not known"),
@@ -345,8 +353,9 @@ fn every_key_of_zero_optimization_has_its_answer() {
         let path = files.write("ds.json", &AUTO.replace(old, new));
         format!("deepspeed: {}\nnum_processes: 2\n", path.display())
     };
-    assert_eq!(silent(&text("", ""), &cpu()), of(ZeroStage::Parameters, 2));
-    assert_eq!(silent(&text("", ""), &machine(None, 2)), of(ZeroStage::Parameters, 2));
+    let plain = || with_live(of(ZeroStage::Parameters, 2));
+    assert_eq!(silent(&text("", ""), &cpu()), plain());
+    assert_eq!(silent(&text("", ""), &machine(None, 2)), plain());
     let inside = |entry: &str| text("\"stage\": 3,", &format!("\"stage\": 3, {entry},"));
     for fine in [
         r#""contiguous_gradients": false"#,
@@ -361,7 +370,7 @@ fn every_key_of_zero_optimization_has_its_answer() {
         r#""save_muon_momentum_buffer_in_memory": false, "leaf_module": {}, "prefetch_bucket_size": 5e7"#,
         r#""cpu_offload": false, "cpu_offload_param": false, "mics_hierarchical_params_gather": false"#,
     ] {
-        assert_eq!(silent(&inside(fine), &machine(None, 2)), of(ZeroStage::Parameters, 2), "{fine}");
+        assert_eq!(silent(&inside(fine), &machine(None, 2)), plain(), "{fine}");
     }
     for (entry, part) in [
         (r#""zero_hpz_partition_size": 8"#, "`zero_optimization.zero_hpz_partition_size`"),
@@ -370,9 +379,18 @@ fn every_key_of_zero_optimization_has_its_answer() {
         (r#""zero_quantized_gradients": true"#, "`zero_optimization.zero_quantized_gradients`"),
         (r#""zeropp_loco_param": {"err_beta": 0.8}"#, "`zero_optimization.zeropp_loco_param`"),
         (r#""mics_shard_size": 4"#, "`zero_optimization.mics_shard_size`"),
-        (r#""cpu_offload": true"#, "`zero_optimization.cpu_offload` to cpu"),
     ] {
         assert_one(&ranks(&inside(entry), &machine(None, 2)).1, part);
+    }
+    // As they were written long ago.
+    for (entry, optimizer) in [(r#""cpu_offload": true"#, true), (r#""cpu_offload_param": true"#, false)] {
+        let other = text("\"offload_optimizer\": {\"device\": \"none\", \"pin_memory\": true},", &format!("{entry},"));
+        let other = if optimizer {
+            other
+        } else {
+            text("\"offload_param\": {\"device\": \"none\", \"pin_memory\": true},", &format!("{entry},"))
+        };
+        assert_eq!(silent(&other, &machine(None, 2)), offloading(plain(), optimizer, !optimizer), "{entry}");
     }
     for (entry, part) in [
         (r#""zenflow": {"topk_ratio": 0.1}"#, "asks for `zero_optimization.zenflow`, which is not supported"),
@@ -400,8 +418,8 @@ fn every_key_of_zero_optimization_has_its_answer() {
     let cpu_offload = text("\"none\"", "\"cpu\"");
     silent(&cpu_offload, &cpu());
     silent(&format!("{cpu_offload}use_cpu: true\n"), &machine(None, 2));
-    let (_, warnings) = ranks(&cpu_offload, &machine(None, 2));
-    assert_one(&warnings, "`zero_optimization.offload_optimizer` to cpu, `zero_optimization.offload_param` to cpu");
+    let plain = with_live(of(ZeroStage::Parameters, 2));
+    assert_eq!(silent(&cpu_offload, &machine(None, 2)), offloading(plain, true, true));
     let (_, warnings) = ranks(&text("\"none\"", "\"nvme\", \"nvme_path\": \"/x\""), &cpu());
     assert_one(&warnings, "`zero_optimization.offload_param` to nvme");
     // As it was written long ago.
@@ -462,8 +480,8 @@ fn a_file_within_a_file_says_it_once() {
             format!("deepspeed_config: {{deepspeed_config_file: {}, zero3_init_flag: true{more}}}\n", json.display());
         files.accelerate(&accelerate_file("DEEPSPEED", 4, &inner))
     };
-    assert_eq!(silent(&outer(""), &cpu()), of(ZeroStage::Parameters, 4));
-    assert_eq!(silent(&outer(", zero_stage: 3"), &cpu()), of(ZeroStage::Parameters, 4));
+    assert_eq!(silent(&outer(""), &cpu()), with_live(of(ZeroStage::Parameters, 4)));
+    assert_eq!(silent(&outer(", zero_stage: 3"), &cpu()), with_live(of(ZeroStage::Parameters, 4)));
     assert_one(&errors(&outer(", zero_stage: 2"), &cpu()), "asks for ZeRO stage 3");
     std::fs::write(&json, r#"{"train_micro_batch_size_per_gpu": "auto"}"#).expect("the file again");
     assert_eq!(silent(&outer(""), &cpu()), of(ZeroStage::Replicated, 4));
@@ -486,13 +504,35 @@ fn ranks_speak_through_host_memory() {
     for text in ["null", "gloo", "GLOO"] {
         silent(&format!("ddp_backend: {text}\n"), &cpu());
     }
-    assert_one(&errors("ddp_backend: nccl\n", &cpu()), "NCCL between GPUs is not wired into training yet");
+    let (found, warnings) = ranks("ddp_backend: nccl\n", &cpu());
+    assert_eq!(found.backend, RankBackend::Auto);
+    assert_one(&warnings, "`ddp_backend: nccl` is for GPUs");
+    assert_eq!(silent("ddp_backend: NCCL\n", &machine(None, 2)).backend, RankBackend::Nccl);
+    assert!(silent("ddp_backend: gloo\n", &machine(None, 2)).backend.may_share_gpus());
     for text in ["mpi", "ccl", "hccl", "[gloo]"] {
         assert_one(&errors(&format!("ddp_backend: {text}\n"), &cpu()), "`ddp_backend` ");
     }
     assert_eq!(silent("", &cpu()).timeout_secs, 1800);
     assert_eq!(silent("ddp_timeout: 18000\n", &cpu()).timeout_secs, 18_000);
     assert_one(&errors("ddp_timeout: 0\n", &cpu()), "at least 1 and at most 1e9 (seconds)");
+}
+
+#[test]
+fn what_waits_in_host_memory_is_said_by_keys_and_files() {
+    let gpu = machine(None, 2);
+    let both = "offload_optimizer_device: cpu\noffload_param_device: CPU\n";
+    assert_eq!(silent(both, &gpu), offloading(of(ZeroStage::Replicated, 2), true, true));
+    let live = "stage3_max_live_parameters: 5e8\npin_memory: false\noffload_param_device: cpu\n";
+    let OffloadSettings { max_live_parameters, pin_memory, .. } = silent(live, &gpu).offload;
+    assert_eq!((max_live_parameters, pin_memory), (Some(500_000_000), false));
+    let file = "accelerate_config: {distributed_type: DEEPSPEED, num_processes: 2, deepspeed_config: \
+                {zero_stage: 3, offload_param_device: cpu}}\n";
+    assert_eq!(silent(file, &gpu), offloading(of(ZeroStage::Parameters, 2), false, true));
+    let (found, warnings) = ranks(&format!("{file}offload_param_device: none\n"), &gpu);
+    assert_eq!(found, of(ZeroStage::Parameters, 2));
+    assert_one(&warnings, "says cpu for `offload_param_device`, and the configuration says none, which counts");
+    assert_one(&errors("offload_param_device: nvme\n", &gpu), "state waits in host memory, and not yet in files");
+    assert_one(&errors("offload_optimizer_device: disk\n", &gpu), "`offload_optimizer_device` ");
 }
 
 #[test]
@@ -503,6 +543,8 @@ fn ranks_survive_the_round_trip() {
         ("", machine(None, 4)),
         ("", machine(Some(3), 1)),
         ("num_processes: 2\nzero_stage: 2\nddp_timeout: 60\nddp_backend: gloo\n", cpu()),
+        ("offload_optimizer_device: cpu\npin_memory: false\nstage3_max_live_parameters: 7\n", machine(None, 2)),
+        ("offload_param_device: cpu\n", machine(None, 2)),
         ("zero_stage: 3\nstage3_param_persistence_threshold: 1000000000000\n", cpu()),
         (eight.as_str(), cpu()),
         (eight.as_str(), machine(Some(8), 0)),
@@ -519,4 +561,8 @@ fn ranks_survive_the_round_trip() {
             }
         }
     }
+    let nccl = Source::new("a.yaml", format!("{SFT}ddp_backend: nccl\n"));
+    let first = config::load_sft(&nccl, &[], &machine(None, 2)).unwrap_or_else(|error| panic!("{error}"));
+    let again = config::load_sft(&Source::new("b.yaml", first.resolved_yaml.as_str()), &[], &machine(None, 2));
+    assert_same(&first, again).unwrap_or_else(|error| panic!("{error}"));
 }

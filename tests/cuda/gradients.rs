@@ -21,7 +21,7 @@ const TOLERANCES: [(Types, f32); 3] = [(Types::F32, 1e-4), (Types::BF16, 8e-2), 
 pub(crate) const LOSS_SCALE: f64 = 256.0;
 
 /// Packed sequences and a group that shares its prompt.
-fn batch() -> Batch {
+pub(crate) fn batch() -> Batch {
     let tokens = |length: usize, item: u64| -> Vec<u32> {
         let mut stream = Stream::new(seed(), "gradient tests", 0, item);
         (0..length).map(|_| stream.below(VOCABULARY) as u32).collect()

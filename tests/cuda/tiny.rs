@@ -6,9 +6,9 @@ use trainer::config::settings::{
 };
 use trainer::engine::{Activations, Engine, Types};
 use trainer::model::load::{Purpose, load};
-use trainer::ops::buffer;
+use trainer::model::params::BlockInit;
 use trainer::rng::Stream;
-use trainer::zero::{self, ParamStore, Slots};
+use trainer::zero::{self, Offload, ParamStore, Sharing, Slots};
 
 /// Entries in the vocabulary.
 pub(crate) const VOCABULARY: u64 = 300;
@@ -48,6 +48,26 @@ impl Tiny {
 
     /// As [`Self::engine`], from weights that `home` quantised, with the layers in slots if some are named.
     pub(crate) fn engine_in(self, device: &Device, types: Types, home: &Device, slots: Option<Slots>) -> Engine {
+        self.engine_with(device, types, home, |blocks| match slots {
+            Some(slots) => ParamStore::with_slots(blocks, device, slots).unwrap(),
+            None => ParamStore::new(blocks, device).unwrap(),
+        })
+    }
+
+    /// As [`Self::engine`], with what the ranks of `sharing` share, and what waits in host memory.
+    pub(crate) fn engine_placed(self, device: &Device, types: Types, sharing: Sharing, offload: Offload) -> Engine {
+        self.engine_with(device, types, &Device::Cpu, |blocks| {
+            ParamStore::placed(blocks, device, sharing, offload).unwrap()
+        })
+    }
+
+    fn engine_with(
+        self,
+        device: &Device,
+        types: Types,
+        home: &Device,
+        store: impl FnOnce(&mut dyn Iterator<Item = Result<BlockInit, zero::Error>>) -> ParamStore,
+    ) -> Engine {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), self.config()).unwrap();
         let lora = LoraSettings {
@@ -78,20 +98,15 @@ impl Tiny {
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }
-        let blocks = loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>);
-        let store = match slots {
-            Some(slots) => ParamStore::with_slots(blocks, device, slots),
-            None => ParamStore::new(blocks, device),
-        };
-        let store = store.unwrap();
-        let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
         // lora_B starts at zero, which would hide half of the adapter.
-        for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-            let mut values = buffer::to_vec(flat.values()).unwrap();
-            let mut stream = Stream::new(5, "rollout tests", 0, block as u64);
-            values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
-            buffer::write(flat.values(), &values).unwrap();
-        }
-        engine
+        let mut blocks = loaded.blocks.enumerate().map(|(index, block)| {
+            let mut block = block.unwrap();
+            let mut stream = Stream::new(5, "rollout tests", 0, index as u64);
+            let values = block.trainable.iter_mut().flat_map(|trainable| &mut trainable.values);
+            values.for_each(|value| *value += 0.02 * stream.normal() as f32);
+            Ok(block)
+        });
+        let store = store(&mut blocks);
+        Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute)
     }
 }

@@ -245,8 +245,16 @@ fn settings(lines: &str) -> Result<ModelSettings, String> {
 pub(crate) fn open(lines: &str, purpose: Purpose) -> Result<session::Session, String> {
     let activations = (Activations::Keep, usize::MAX);
     let alone = trainer::zero::Sharing::alone();
-    session::open(&settings(lines)?, 1, purpose, activations, &Backend::cpu(), alone, &mut |_| {})
-        .map_err(|e| format!("{e:#}"))
+    session::open(
+        &settings(lines)?,
+        1,
+        purpose,
+        activations,
+        &Backend::cpu(),
+        (alone, trainer::zero::Offload::default()),
+        &mut |_| {},
+    )
+    .map_err(|e| format!("{e:#}"))
 }
 
 fn read_gguf(path: &Path, good: &Path) -> Result<(), String> {

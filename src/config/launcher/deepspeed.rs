@@ -74,6 +74,8 @@ pub(super) const ZERO: &Fates = &[
     ("stage", Read),
     ("stage3_param_persistence_threshold", Read),
     ("param_persistence_threshold", Read),
+    ("stage3_max_live_parameters", Read),
+    ("max_live_parameters", Read),
     ("offload_optimizer", Read),
     ("offload_param", Read),
     ("cpu_offload", Read),
@@ -90,8 +92,6 @@ pub(super) const ZERO: &Fates = &[
     ("sub_group_size", Fine),
     ("stage3_prefetch_bucket_size", Fine),
     ("prefetch_bucket_size", Fine),
-    ("stage3_max_live_parameters", Fine),
-    ("max_live_parameters", Fine),
     ("stage3_max_reuse_distance", Fine),
     ("max_reuse_distance", Fine),
     ("stage3_model_persistence_threshold", Fine),
@@ -240,6 +240,9 @@ impl Asked<'_> {
                 if let Some(threshold) = self.count(path, value, (0, i64::MAX as usize)) {
                     self.persistence_threshold = Some(threshold.min(MOST_VALUES));
                 }
+            }
+            "stage3_max_live_parameters" | "max_live_parameters" => {
+                self.max_live = self.count(path, value, (0, i64::MAX as usize)).map(|count| count.min(MOST_VALUES));
             }
             "offload_optimizer" | "offload_param" => {
                 let Some(map) = self.map(path, value) else { return };

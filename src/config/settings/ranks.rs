@@ -1,5 +1,7 @@
 //! The ranks of a run, and how they share its state.
 
+use super::OffloadDevice;
+
 /// The processes (ranks) of a run, and how they share its state (ZeRO; Rajbhandari et al., 1910.02054).
 #[derive(Clone, Debug, PartialEq)]
 pub struct RankSettings {
@@ -11,8 +13,35 @@ pub struct RankSettings {
     pub param_persistence_threshold: usize,
     /// Seconds that a rank waits for another before the job ends.
     pub timeout_secs: u64,
-    /// Whether ranks may have the same GPU: what they exchange goes through host memory.
-    pub may_share_gpus: bool,
+    /// What ranks speak with about what lies in the memory of GPUs.
+    pub backend: RankBackend,
+    /// What waits in host memory beside a GPU.
+    pub offload: OffloadSettings,
+}
+
+/// What waits in host memory beside a GPU (ZeRO-Offload; Ren et al., 2101.06840).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OffloadSettings {
+    /// The optimizer's state, gradients and the f32 values that it moves; the optimizer works there.
+    pub optimizer: OffloadDevice,
+    /// Parameters, which come block by block.
+    pub params: OffloadDevice,
+    /// Whether that memory is page-locked.
+    pub pin_memory: bool,
+    /// Values of parameters that may be on the GPU at a time; two blocks always may. `None`: two blocks.
+    pub max_live_parameters: Option<usize>,
+}
+
+impl Default for OffloadSettings {
+    /// Nothing waits.
+    fn default() -> Self {
+        Self {
+            optimizer: OffloadDevice::None,
+            params: OffloadDevice::None,
+            pin_memory: true,
+            max_live_parameters: None,
+        }
+    }
 }
 
 impl Default for RankSettings {
@@ -23,8 +52,28 @@ impl Default for RankSettings {
             stage: ZeroStage::Replicated,
             param_persistence_threshold: 100_000,
             timeout_secs: 1800,
-            may_share_gpus: false,
+            backend: RankBackend::Auto,
+            offload: OffloadSettings::default(),
         }
+    }
+}
+
+/// What ranks exchange the memory of GPUs with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RankBackend {
+    /// NCCL where each has a GPU and the program was built for it, else host memory.
+    #[default]
+    Auto,
+    /// Host memory: ranks may have the same GPU.
+    Gloo,
+    /// NCCL, with one rank too.
+    Nccl,
+}
+
+impl RankBackend {
+    /// Whether ranks may have the same GPU.
+    pub fn may_share_gpus(self) -> bool {
+        self == Self::Gloo
     }
 }
 
@@ -43,6 +92,11 @@ pub enum ZeroStage {
 }
 
 impl ZeroStage {
+    /// The stage of that number.
+    pub fn of_number(number: usize) -> Option<Self> {
+        [Self::Replicated, Self::Optimizer, Self::Gradients, Self::Parameters].get(number).copied()
+    }
+
     /// DeepSpeed's number of it.
     pub fn number(self) -> u8 {
         self as u8

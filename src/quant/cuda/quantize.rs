@@ -72,7 +72,12 @@ impl Quantizer {
             cols,
             kind_name: if double_quant { format!("{name} double quantised") } else { name.into() },
             size_bytes: packed.elem_count() + maxima.size_bytes(),
-            storage: Storage::Nf4 { packed, maxima, values: upload_f32(device, &codebook_of(quant_type).values)? },
+            storage: Storage::Nf4 {
+                quant_type,
+                packed,
+                maxima,
+                values: upload_f32(device, &codebook_of(quant_type).values)?,
+            },
         };
         Ok(Some(Weight::Device(matrix)))
     }

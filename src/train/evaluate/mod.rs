@@ -35,7 +35,7 @@ use crate::fs::io_error;
 use crate::model::load::Purpose;
 use crate::reward::Rewards;
 use crate::telemetry::{Console, Section, units};
-use crate::zero::Sharing;
+use crate::zero::{Offload, Sharing};
 
 /// What is asked for beside the settings of the run.
 #[derive(Clone, Debug, Default)]
@@ -244,7 +244,15 @@ fn open(
 ) -> anyhow::Result<Session> {
     let activations = (Activations::Keep, 0);
     let (seed, purpose) = (shared.training.seed, Purpose::Inference);
-    let mut session = session::open(&choice.settings, seed, purpose, activations, backend, Sharing::alone(), progress)?;
+    let mut session = session::open(
+        &choice.settings,
+        seed,
+        purpose,
+        activations,
+        backend,
+        (Sharing::alone(), Offload::default()),
+        progress,
+    )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     Ok(session)
 }

@@ -5,8 +5,7 @@ use std::sync::PoisonError;
 
 use candle_core::{Device, Tensor};
 
-use super::{ParamStore, here, on_host};
-use crate::config::settings::ZeroStage;
+use super::{ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
 use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums};
@@ -19,8 +18,8 @@ impl ParamStore {
     /// If a rank is lost or memory runs out.
     pub fn gather_all(&mut self) -> Result<(), Error> {
         for block in 0..self.blocks.len() {
-            if self.slots.is_none() && self.blocks[block].policy.is_none() {
-                let bound = self.bind(block, Speaker::Policy, Needs::Values, &mut here)?;
+            if self.blocks[block].policy.is_none() {
+                let bound = self.fetched(block, Speaker::Policy, Needs::Values, self.device())?;
                 self.blocks[block].policy = Some(bound);
             }
         }
@@ -29,8 +28,10 @@ impl ParamStore {
 
     /// Ends [`Self::gather_all`].
     pub fn let_go(&mut self) {
-        if self.sharing.stage() == ZeroStage::Parameters {
-            self.blocks.iter_mut().for_each(|block| block.policy = None);
+        for block in 0..self.blocks.len() {
+            if !self.is_resident(block) {
+                self.blocks[block].policy = None;
+            }
         }
     }
 
@@ -42,9 +43,9 @@ impl ParamStore {
         let is_first = self.sharing.ranks().is_first();
         let mut all = Vec::new();
         for block in 0..self.blocks.len() {
-            if self.sharing.stage() == ZeroStage::Parameters || is_first {
+            if self.sharing.cuts_parameters() || is_first {
                 // In host memory: a device that holds a part may not hold all.
-                let params = self.bind_on(&Device::Cpu, block, Speaker::Policy, Needs::Values, &mut here)?;
+                let params = self.fetched(block, Speaker::Policy, Needs::Values, &Device::Cpu)?;
                 all.extend(is_first.then_some(params));
             }
         }
@@ -72,6 +73,7 @@ impl ParamStore {
         buffers: impl Iterator<Item = (&'a FlatBlock, &'a Tensor)>,
     ) -> Result<Option<Vec<Vec<f32>>>, Error> {
         let is_first = self.sharing.ranks().is_first();
+        self.settle()?;
         let mut all = Vec::new();
         for (flat, values) in buffers {
             if !flat.has_all_values() {
@@ -94,11 +96,23 @@ impl ParamStore {
         }
     }
 
-    /// After a step of the optimizer: values that every rank has come from the rank that moved them.
-    pub(in crate::zero) fn share_values(&self) -> Result<(), Error> {
-        for flat in self.flats().filter(|flat| !flat.is_whole() && flat.has_all_values()) {
-            let all = self.sharing.gather(&on_host(&flat.own_values()?)?, flat.shards())?;
-            buffer::write(flat.values(), &all)?;
+    /// After a step of the optimizer: values that every rank computes with come from the rank that moved them.
+    pub(in crate::zero) fn share_values(&self, block: usize) -> Result<(), Error> {
+        if self.sharing.exchanges_on_device() {
+            return self.exchange_values(block);
+        }
+        let (flat, home) = (&self.blocks[block].flat, &self.blocks[block].home);
+        let has_working = home.as_ref().is_some_and(|home| home.working_values().is_some());
+        if flat.is_whole() || flat.is_empty() {
+            return self.send_values(block);
+        }
+        if flat.has_all_values() || has_working {
+            let own = if flat.has_all_values() { flat.own_values()? } else { flat.values().clone() };
+            let all = self.sharing.gather(&on_host(&own)?, flat.shards())?;
+            match home {
+                Some(home) => home.write_working(&all)?,
+                None => buffer::write(flat.values(), &all)?,
+            }
         }
         Ok(())
     }
@@ -141,7 +155,7 @@ impl ParamStore {
     }
 
     /// Which rank adds what of a block's gradients.
-    fn reduced_shards(&self, flat: &FlatBlock) -> Vec<Range<usize>> {
+    pub(super) fn reduced_shards(&self, flat: &FlatBlock) -> Vec<Range<usize>> {
         if !flat.is_whole() {
             return flat.shards().to_vec();
         }

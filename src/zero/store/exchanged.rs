@@ -1,0 +1,226 @@
+//! What the ranks of a run do together in the memory of their GPUs: as `together`, without a wait of the host.
+//!
+//! Gradients go to the rank that keeps them, from each rank as it has them, and are added there in the order of one rank: the bits
+//! are those of ranks on CPUs. They travel while backward goes on with the block before.
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Tensor};
+
+use super::{ParamStore, Shared};
+use crate::device::{Buffer, Part, Queue, empty};
+use crate::ops::buffer;
+use crate::zero::{Coming, Error, FlatBlock, Node, Sums};
+
+/// Gradients that are not yet where the optimizer takes them.
+#[derive(Debug, Default)]
+pub(super) struct OnTheirWay {
+    /// Of the block whose gradients were final last.
+    reducing: Option<(usize, Parts)>,
+    /// Sums that come from other ranks.
+    gathering: Vec<Coming>,
+}
+
+/// The parts of a sum: this rank's stretch of what each rank has.
+#[derive(Debug)]
+struct Parts {
+    nodes: Vec<(Node, Tensor)>,
+    coming: Vec<Coming>,
+}
+
+impl Parts {
+    /// Their sum, in the order of the ranks; `None` if this rank's stretch is empty.
+    fn total(self) -> Result<Option<Tensor>, Error> {
+        self.coming.iter().try_for_each(Coming::arrive)?;
+        let problem = Cell::new(None);
+        let add = |left: Tensor, right: Tensor| {
+            if let Err(error) = buffer::add(&left, &right) {
+                problem.set(Some(error));
+            }
+            left
+        };
+        let total = Sums::total(self.nodes, add);
+        problem.into_inner().map_or(Ok(total), |error| Err(error.into()))
+    }
+}
+
+impl ParamStore {
+    /// Starts the way of a block's gradients to the ranks that keep them, and ends that of the block before.
+    pub(super) fn exchange_gradients(&self, block: usize, sums: Sums) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        self.end_reducing()?;
+        for shared in &own.shared {
+            self.exchange_shared(shared, sums)?;
+        }
+        if own.flat.is_empty() {
+            return Ok(());
+        }
+        let parts = self.start_reducing(sums, &own.bucket.take_sums()?, &self.reduced_shards(&own.flat))?;
+        lock(&self.on_their_way).reducing = Some((block, parts));
+        Ok(())
+    }
+
+    /// The gradients of a parameter of another block, as that block is cut.
+    fn exchange_shared(&self, shared: &Shared, sums: Sums) -> Result<(), Error> {
+        let Some(bucket) = &shared.bucket else { return Ok(()) };
+        let source = &self.blocks[shared.param.of_block].flat;
+        let Some(entry) = source.entry(&shared.param.of_name) else { return Ok(()) };
+        let inside = |shard: &Range<usize>| {
+            let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
+            clipped(shard.start)..clipped(shard.end)
+        };
+        let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
+        let total = self.start_reducing(sums, &bucket.take_sums()?, &shards)?.total()?;
+        *lock(&shared.exchanged) = total;
+        Ok(())
+    }
+
+    /// Sends each rank its stretch of the sums that this one has, and asks for this one's of every other.
+    fn start_reducing(&self, sums: Sums, own: &[Tensor], shards: &[Range<usize>]) -> Result<Parts, Error> {
+        let (rank, device) = (self.sharing.rank(), self.device());
+        let mine = shards[rank].clone();
+        let (mut nodes, mut buffers) = (Vec::new(), Vec::new());
+        let mut to: Vec<Vec<Part>> = vec![Vec::new(); shards.len()];
+        let mut from: Vec<Vec<Part>> = vec![Vec::new(); shards.len()];
+        for sum in own {
+            let buffer = Arc::new(Buffer::of_tensor(sum.clone())?);
+            for (to, shard) in to.iter_mut().zip(shards) {
+                to.push(buffer.part(size_of::<f32>() * shard.start..size_of::<f32>() * shard.end)?);
+            }
+            buffers.push(buffer);
+        }
+        for (peer, from) in from.iter_mut().enumerate().filter(|_| !mine.is_empty()) {
+            for (index, node) in sums.on_rank(peer).nodes().into_iter().enumerate() {
+                if peer == rank {
+                    nodes.push((node, own[index].narrow(0, mine.start, mine.len())?));
+                    continue;
+                }
+                let there = empty(device, mine.len(), DType::F32)?;
+                let buffer = Arc::new(Buffer::of_tensor(there.clone())?);
+                from.push(buffer.whole());
+                buffers.push(buffer);
+                nodes.push((node, there));
+            }
+        }
+        let made = Queue::of(device)?.ticket()?;
+        let came = match self.sharing.exchange() {
+            Some(exchange) => exchange.all_to_all(&to, &from, &made)?,
+            None => made,
+        };
+        let coming = buffers.into_iter().map(|buffer| Coming::new(buffer, came.clone())).collect();
+        Ok(Parts { nodes, coming })
+    }
+
+    /// Adds what came of the block whose gradients were final last, and takes the sum to where the optimizer has it.
+    fn end_reducing(&self) -> Result<(), Error> {
+        let Some((block, parts)) = lock(&self.on_their_way).reducing.take() else { return Ok(()) };
+        let own = &self.blocks[block];
+        let shards = self.reduced_shards(&own.flat);
+        let shard = shards[self.sharing.rank()].clone();
+        let total = parts.total()?;
+        for (shared, entry) in self.sharers(block) {
+            if let (Some(total), Some(more)) = (&total, lock(&shared.exchanged).take()) {
+                let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
+                buffer::add(&total.narrow(0, start, more.elem_count())?, &more)?;
+            }
+        }
+        if !own.flat.is_whole() {
+            return match (total, &own.home) {
+                (None, _) => Ok(()),
+                (Some(total), Some(home)) => home.send_gradients(total, &own.flat, &self.link),
+                (Some(total), None) => Ok(buffer::copy(&total, &own.flat.own_grads()?)?),
+            };
+        }
+        // Every rank moves all values.
+        let all = match &own.home {
+            Some(_) => empty(self.device(), own.flat.len(), DType::F32)?,
+            None => own.flat.grads().clone(),
+        };
+        if let Some(total) = total {
+            buffer::copy(&total, &all.narrow(0, shard.start, shard.len())?)?;
+        }
+        let coming = self.gather_in(Arc::new(Buffer::of_tensor(all.clone())?), &shards)?;
+        match &own.home {
+            Some(home) => {
+                coming.arrive()?;
+                home.send_gradients(all, &own.flat, &self.link)?;
+            }
+            None => lock(&self.on_their_way).gathering.push(coming),
+        }
+        Ok(())
+    }
+
+    /// Starts the gathering of what each rank has of a buffer, by its values.
+    fn gather_in(&self, target: Arc<Buffer>, shards: &[Range<usize>]) -> Result<Coming, Error> {
+        let bytes: Vec<_> =
+            shards.iter().map(|shard| size_of::<f32>() * shard.start..size_of::<f32>() * shard.end).collect();
+        let made = Queue::of(self.device())?.ticket()?;
+        let came = match self.sharing.exchange() {
+            Some(exchange) => exchange.all_gather_ranges(&target.whole(), &bytes, &made)?,
+            None => made,
+        };
+        Ok(Coming::new(target, came))
+    }
+
+    /// Has what computes wait for all gradients that come from other ranks.
+    pub(super) fn gradients_arrive(&self) -> Result<(), Error> {
+        self.end_reducing()?;
+        let gathering = std::mem::take(&mut lock(&self.on_their_way).gathering);
+        gathering.iter().try_for_each(Coming::arrive)
+    }
+
+    /// After a step of the optimizer: starts the way of a block's values from the ranks that moved them to all.
+    pub(super) fn exchange_values(&self, block: usize) -> Result<(), Error> {
+        let own = &self.blocks[block];
+        if own.flat.is_empty() || own.flat.is_whole() {
+            return self.send_values(block);
+        }
+        let target = match &own.home {
+            Some(home) => home.send_own_values(&own.flat, &self.link)?,
+            None if own.flat.has_all_values() => Some(Arc::new(Buffer::of_tensor(own.flat.values().clone())?)),
+            None => None,
+        };
+        let Some(target) = target else { return Ok(()) };
+        *lock(&own.values_coming) = Some(self.gather_in(target, own.flat.shards())?);
+        Ok(())
+    }
+
+    /// All values of a block that is cut into shards, on their way to this rank's GPU, of what each rank has: f32 `[own]`.
+    pub(super) fn exchange_cut_values(
+        &self,
+        flat: &FlatBlock,
+        values: &Tensor,
+        locked: Option<&Arc<Buffer>>,
+        coming: &mut Vec<Coming>,
+    ) -> Result<Tensor, Error> {
+        let all = empty(self.device(), flat.len(), DType::F32)?;
+        let target = Arc::new(Buffer::of_tensor(all.clone())?);
+        let own = flat.own();
+        let mut placed = Queue::of(self.device())?.ticket()?;
+        if !own.is_empty() {
+            let place = all.narrow(0, own.start, own.len())?;
+            match locked {
+                Some(locked) => {
+                    let part = target.part(flat.shard_bytes()[self.sharing.rank()].clone())?;
+                    placed = self.link.copies().copy(&locked.whole(), &part, &placed)?;
+                }
+                None => {
+                    buffer::copy(&values.to_device(self.device())?, &place)?;
+                    placed = Queue::of(self.device())?.ticket()?;
+                }
+            }
+        }
+        let came = match self.sharing.exchange() {
+            Some(exchange) => exchange.all_gather_ranges(&target.whole(), &flat.shard_bytes(), &placed)?,
+            None => placed,
+        };
+        coming.push(Coming::new(target, came));
+        Ok(all)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

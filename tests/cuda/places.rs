@@ -1,0 +1,222 @@
+//! Steps of the optimizer with what waits in host memory or lies with other ranks, against everything in one place: the same bits.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use candle_core::Device;
+use trainer::config::settings::{OptimizerKind, OptimizerSettings, Projection, RankSettings, ZeroStage};
+use trainer::engine::{self, DropoutKey, Engine, Order, Types};
+use trainer::kernels::cuda::set_deterministic;
+use trainer::model::HeadGradient;
+use trainer::model::batch::{Batch, BatchBuilder};
+use trainer::ops::head;
+use trainer::ranks::host::OnHost;
+use trainer::ranks::local::Threads;
+use trainer::ranks::{Alone, Exchange, Ranks};
+use trainer::rng::Stream;
+use trainer::zero::{Offload, ShardedOptimizer, Sharing};
+
+use crate::support::{device, seed};
+use crate::tiny::{Tiny, VOCABULARY};
+
+const STEPS: u64 = 3;
+const MICRO_BATCHES: usize = 4;
+const DEADLINE: Duration = Duration::from_secs(60);
+const STAGES: [ZeroStage; 4] =
+    [ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters];
+
+fn settings(kind: OptimizerKind) -> OptimizerSettings {
+    OptimizerSettings { kind, weight_decay: 0.1, adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8 }
+}
+
+fn micro_batch(step: u64, index: usize) -> Batch {
+    let mut builder = BatchBuilder::new();
+    for sequence in 0..2 {
+        let item = step * 100 + index as u64 * 10 + sequence;
+        let mut stream = Stream::new(seed(), "place tests", 0, item);
+        let length = 5 + stream.below(40) as usize;
+        let tokens: Vec<u32> = (0..length).map(|_| stream.below(VOCABULARY) as u32).collect();
+        let rows = builder.push(&tokens, item);
+        builder.predict_within(rows);
+    }
+    builder.build().unwrap()
+}
+
+/// What steps come to: trained values by block, norms of gradients, and log-probabilities after them.
+type Results = (Vec<Vec<f32>>, Vec<f32>, Vec<f32>);
+
+/// Some steps on this rank's micro-batches; the values are with the first rank alone.
+fn train(mut engine: Engine, order: Order, kind: OptimizerKind) -> Results {
+    set_deterministic(engine.device(), true).unwrap();
+    engine.force_order(Some(order));
+    engine.fix_sums();
+    let sharing = engine.store().sharing().clone();
+    let (rank, each) = (sharing.rank(), MICRO_BATCHES / sharing.world_size());
+    let mut optimizer = ShardedOptimizer::new(settings(kind), engine.store()).unwrap();
+    let mut norms = Vec::new();
+    for step in 0..STEPS {
+        let batches: Vec<Batch> = (each * rank..each * (rank + 1)).map(|index| micro_batch(step, index)).collect();
+        let gradient = |output: &head::Output| HeadGradient {
+            d_logprobs: vec![-0.01; output.logprobs.len()],
+            ..HeadGradient::default()
+        };
+        let mut loss = |_: usize, output: &head::Output| Ok::<_, engine::Error>(gradient(output));
+        engine.accumulate(&batches, 1.0, Some(DropoutKey { seed: 4, step }), &mut loss).unwrap();
+        let report = optimizer.step(engine.store(), 1e-2, 0.5, 1.0).unwrap();
+        assert!(!report.is_skipped);
+        norms.push(report.grad_norm);
+    }
+    let outputs = engine.logprobs(&[micro_batch(99, 0)], engine::Speaker::Policy, 1.0).unwrap();
+    engine.store().settle().unwrap();
+    let values = engine.store().collect_values().unwrap().unwrap_or_default();
+    (values, norms, outputs[0].logprobs.clone())
+}
+
+fn tinies() -> Vec<Tiny> {
+    let some: &[Projection] = &[Projection::QProj, Projection::VProj];
+    let tiny = |architecture, head_dim, adapters, dropout| Tiny { architecture, head_dim, adapters, dropout };
+    vec![tiny("qwen2", 64, &Projection::ALL[..], 0.0), tiny("qwen3", 64, some, 0.3), tiny("qwen2", 16, &[], 0.0)]
+}
+
+fn places() -> Vec<Offload> {
+    let nothing = Offload::default();
+    vec![
+        nothing.clone(),
+        Offload { params: true, ..nothing.clone() },
+        Offload { params: true, most_live: usize::MAX, persistence_threshold: 100, ..nothing.clone() },
+        Offload { optimizer: true, ..nothing.clone() },
+        Offload { params: true, optimizer: true, persistence_threshold: 100, ..nothing.clone() },
+        Offload { params: true, optimizer: true, is_pinned: false, ..nothing },
+    ]
+}
+
+fn sharing(ranks: Arc<dyn Ranks>, exchange: Option<Arc<Mutex<dyn Exchange>>>, stage: ZeroStage) -> Sharing {
+    let settings = RankSettings { stage, param_persistence_threshold: 100, ..RankSettings::default() };
+    Sharing::new(ranks, exchange, &settings, OptimizerKind::AdamW)
+}
+
+#[track_caller]
+fn assert_same(what: &str, got: &Results, want: &Results) {
+    assert_eq!(got.1, want.1, "{what}: norms");
+    assert_eq!(got.2, want.2, "{what}: log-probabilities");
+    for (block, (got, want)) in got.0.iter().zip(&want.0).enumerate() {
+        let unlike = got.iter().zip(want).position(|(got, want)| got.to_bits() != want.to_bits());
+        assert!(got.len() == want.len() && unlike.is_none(), "{what}: value {unlike:?} of block {block}");
+    }
+    assert_eq!(got.0.len(), want.0.len(), "{what}");
+}
+
+#[test]
+#[ignore = "gpu"]
+fn what_waits_in_host_memory_changes_no_bit() {
+    let device = device();
+    for tiny in tinies() {
+        for types in [Types::F32, Types::BF16, Types::F16] {
+            for order in [Order::DepthFirst, Order::BreadthFirst] {
+                let want = train(tiny.engine(&device, types), order, OptimizerKind::AdamW);
+                for place in places() {
+                    let engine = tiny.engine_placed(&device, types, Sharing::alone(), place.clone());
+                    let got = train(engine, order, OptimizerKind::AdamW);
+                    assert_same(&format!("{tiny:?} in {types:?}, {order:?}, {place:?}"), &got, &want);
+                }
+            }
+        }
+    }
+}
+
+/// With the optimizer in host memory there is every rule of it.
+#[test]
+#[ignore = "gpu"]
+fn every_rule_of_the_optimizer_works_beside_a_gpu() {
+    let (device, place) = (device(), Offload { optimizer: true, ..Offload::default() });
+    for kind in [OptimizerKind::AdamW8bit, OptimizerKind::Lion, OptimizerKind::Muon] {
+        for tiny in tinies() {
+            let engine = || tiny.engine_placed(&device, Types::F32, Sharing::alone(), place.clone());
+            let (first, again) = (train(engine(), Order::DepthFirst, kind), train(engine(), Order::BreadthFirst, kind));
+            assert_same(&format!("{kind:?}"), &first, &again);
+            let before = engine().store().collect_values().unwrap().unwrap();
+            assert!(before != first.0 && first.1.iter().all(|norm| norm.is_finite() && *norm > 0.0));
+        }
+    }
+}
+
+/// Ranks that share a GPU, each a thread with a stream of its own, exchange as ranks with a GPU each do, through the host.
+#[test]
+#[ignore = "gpu"]
+fn ranks_have_the_bits_of_one() {
+    for tiny in tinies() {
+        for (types, order) in [(Types::F32, Order::DepthFirst), (Types::BF16, Order::BreadthFirst)] {
+            let want = train(tiny.engine(&device(), types), order, OptimizerKind::AdamW);
+            for world_size in [2, 4] {
+                for (number, stage) in STAGES.into_iter().enumerate() {
+                    let places = places();
+                    let place = &places[[0, 3, 1, 4][(number + world_size / 2) % 4]];
+                    let what = format!("{tiny:?} in {types:?}, {world_size} ranks, {stage:?}, {place:?}");
+                    let got = of_ranks(world_size, |exchange, ranks| {
+                        let device = trainer::device::open(0).unwrap();
+                        let queue = trainer::device::Queue::of(&device).unwrap().beside().unwrap();
+                        let exchange = OnHost::over(Arc::new(exchange), queue).unwrap();
+                        let sharing = sharing(Arc::new(ranks), Some(Arc::new(Mutex::new(exchange))), stage);
+                        train(tiny.engine_placed(&device, types, sharing, place.clone()), order, OptimizerKind::AdamW)
+                    });
+                    assert_same(&what, &got[0], &want);
+                    assert!(got.iter().all(|results| results.1 == want.1 && results.2 == want.2), "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// Runs `work` on every rank, a thread each with two groups to talk over.
+fn of_ranks(world_size: usize, work: impl Fn(Threads, Threads) -> Results + Sync) -> Vec<Results> {
+    let work = &work;
+    let groups = || Threads::group(world_size, DEADLINE).unwrap();
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (groups().into_iter().zip(groups()))
+            .map(|(exchange, ranks)| scope.spawn(move || work(exchange, ranks)))
+            .collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+    })
+}
+
+/// As many ranks as there are GPUs, and one.
+#[cfg(feature = "nccl")]
+#[test]
+#[ignore = "gpu"]
+fn ranks_that_speak_nccl_have_the_bits_of_one() {
+    use trainer::ranks::nccl::Nccl;
+    let gpus = (0..4).take_while(|&ordinal| trainer::device::is_cuda_device(ordinal)).count();
+    let connect = |ranks: &dyn Ranks, device: &Device| -> Option<Arc<Mutex<dyn Exchange>>> {
+        Some(Arc::new(Mutex::new(Nccl::connect(ranks, &trainer::device::Queue::of(device).unwrap()).unwrap())))
+    };
+    for tiny in tinies() {
+        for (types, order) in [(Types::F32, Order::DepthFirst), (Types::BF16, Order::BreadthFirst)] {
+            let want = train(tiny.engine(&device(), types), order, OptimizerKind::AdamW);
+            for stage in STAGES {
+                for place in places() {
+                    let alone = device();
+                    let sharing = sharing(Arc::new(Alone), connect(&Alone, &alone), stage);
+                    let engine = tiny.engine_placed(&alone, types, sharing, place.clone());
+                    let got = train(engine, order, OptimizerKind::AdamW);
+                    assert_same(&format!("{tiny:?} in {types:?}, one rank, {stage:?}, {place:?}"), &got, &want);
+                }
+            }
+            for world_size in [2, 4].into_iter().filter(|&count| count <= gpus) {
+                for stage in STAGES {
+                    for place in places() {
+                        let what = format!("{tiny:?} in {types:?}, {world_size} ranks, {stage:?}, {place:?}");
+                        let got = of_ranks(world_size, |_, ranks| {
+                            let device = trainer::device::open(ranks.rank()).unwrap();
+                            let exchange = connect(&ranks, &device);
+                            let sharing = sharing(Arc::new(ranks), exchange, stage);
+                            let engine = tiny.engine_placed(&device, types, sharing, place.clone());
+                            train(engine, order, OptimizerKind::AdamW)
+                        });
+                        assert_same(&what, &got[0], &want);
+                        assert!(got.iter().all(|results| results.1 == want.1 && results.2 == want.2), "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
