@@ -95,6 +95,7 @@ fn sft_defaults_are_those_of_trl() {
             seed: 42,
             data_seed: 42,
             device: DeviceChoice::Auto,
+            device_memory_limit: None,
             precision: Precision::No, // TRL: bf16, which the default context does not have
             per_device_train_batch_size: 8,
             per_device_eval_batch_size: 8,

@@ -214,6 +214,10 @@ pub struct Args {
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub max_live_parameters: usize,
 
+    /// Most memory that a rank takes of its GPU, in GiB
+    #[arg(long, value_name = "GIB")]
+    pub device_memory_limit: Option<f64>,
+
     /// Append the results to this file, one JSON object a line
     #[arg(long, value_name = "FILE", value_parser = super::path)]
     pub json: Option<PathBuf>,
@@ -256,7 +260,10 @@ fn measure(
     let default = if train::has_bf16() { Precision::Bf16 } else { Precision::No };
     let precision = args.precision.unwrap_or(default);
     let backend = Backend::for_bench(args.device, precision, settings.backend, (&**ranks, local_rank))?;
-    let exchange = backend.exchange(&**ranks, settings.backend)?;
+    if let Some(gib) = args.device_memory_limit {
+        backend.limit_memory((gib * f64::from(1 << 30)) as u64, train::exchanging(settings, &**ranks))?;
+    }
+    let exchange = backend.exchange(ranks, settings)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, settings, OptimizerKind::AdamW);
     let offload = Offload::of(settings, &backend.device);
     let settings = Settings {

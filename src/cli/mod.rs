@@ -5,6 +5,8 @@
 
 pub mod bench;
 pub mod config;
+mod devices;
+pub mod estimate;
 pub mod evaluate;
 mod exit;
 pub mod generate;
@@ -77,6 +79,7 @@ enum Command {
     Evaluate(evaluate::Args),
     Generate(generate::Args),
     Preprocess(preprocess::Args),
+    Estimate(estimate::Args),
     Config(config::Args),
     Bench(bench::Args),
 }
@@ -150,6 +153,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Evaluate(args) => evaluate::run(args, context),
         Command::Generate(args) => generate::run(args, context),
         Command::Preprocess(args) => preprocess::run(args, context),
+        Command::Estimate(args) => estimate::run(args, context),
         Command::Config(args) => config::run(args, context),
         Command::Bench(args) => bench::run(args, context),
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
+use super::{Context, Diagnostics, Exit, Interrupt, UsageError, devices, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::fs::io_error;
@@ -122,6 +122,7 @@ pub(super) fn run<S>(
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
     let environment = environment();
+    devices::put_right(&environment)?;
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);

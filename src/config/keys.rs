@@ -18,8 +18,8 @@ use super::settings::{
     RewardAggregation, RolloutCorrectionMode, ScaleRewards, SftLossType, TruncationMode, WeightDtype,
 };
 use super::special::{
-    AdamW, Cadence, EvalCadence, Limit, MaxSteps, ModuleNames, Packing, Recurrence, Saving, Sinks, TargetModules,
-    TestBatch, TopK,
+    AdamW, ByteCount, Cadence, EvalCadence, Limit, MaxSteps, ModuleNames, Packing, Recurrence, Saving, Sinks,
+    TargetModules, TestBatch, TopK,
 };
 use super::value::Parse;
 use super::world::{Backend, Offload, Stage};
@@ -324,6 +324,9 @@ keys! {
         full_determinism: bool = Text("false"), ANY, "";
         /// Where to compute: `auto` takes a GPU if there is one and the build can use it. Not in TRL.
         device: DeviceChoice = Text("auto"), ANY, "";
+        /// Most memory that a rank takes of its GPU, all in all, e.g. `11GB` or `8GiB`: a run that needs more ends as on a smaller card.
+        /// null is all there is. Not in TRL.
+        device_memory_limit: Option<ByteCount> = Text("null"), ANY, "";
         /// Compute on the CPU: the same as `device: cpu`.
         use_cpu: bool = Text("false"), ANY, "";
     }

@@ -59,4 +59,5 @@ pub use home::expand as expand_home;
 pub use load::{Loaded, command_of, load_grpo, load_sft};
 pub use reference::{explain, keys, reference};
 pub use resolve::{Context, RewardCheck};
+pub use special::parse_bytes;
 pub use write::{grpo_texts, grpo_yaml, sft_texts, sft_yaml};

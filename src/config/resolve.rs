@@ -409,6 +409,7 @@ pub(super) fn build_training(raw: &RawConfig, context: &Context<'_>, ranks: Rank
         seed,
         data_seed: raw.data_seed.value().unwrap_or(seed),
         device,
+        device_memory_limit: raw.device_memory_limit.value().map(|limit| limit.0),
         precision,
         per_device_train_batch_size: *raw.per_device_train_batch_size.value(),
         per_device_eval_batch_size: *raw.per_device_eval_batch_size.value(),

@@ -15,19 +15,24 @@ use super::world;
 pub(super) fn optimizer(raw: &RawConfig, context: &Context<'_>) -> OptimizerKind {
     let optim = *raw.optim.value();
     match optim.kind() {
-        OptimizerKind::AdamW8bit if world::is_on_gpu(raw, context) => OptimizerKind::AdamW,
+        OptimizerKind::AdamW8bit if works_on_gpu(raw, context) => OptimizerKind::AdamW,
         kind => kind,
     }
 }
 
+/// Whether the optimizer works on a GPU.
+fn works_on_gpu(raw: &RawConfig, context: &Context<'_>) -> bool {
+    world::is_on_gpu(raw, context) && !world::offloads_optimizer(raw)
+}
+
 /// Says what the optimizer's name asks for beside what it gives.
 fn check_optimizer(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) {
-    let (optim, is_on_gpu) = (*raw.optim.value(), world::is_on_gpu(raw, context));
+    let (optim, is_on_gpu) = (*raw.optim.value(), works_on_gpu(raw, context));
     if is_on_gpu && [OptimizerKind::Lion, OptimizerKind::Muon].contains(&optim.kind()) {
         problems.clash(
             &[(&raw.optim, String::new())],
             format!("`optim: {}` is computed on the CPU only", optim.0),
-            "use an AdamW, or `device: cpu`",
+            "use an AdamW, `offload_optimizer_device: cpu`, or `device: cpu`",
         );
         return;
     }

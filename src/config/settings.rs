@@ -364,6 +364,8 @@ pub struct TrainingSettings {
     pub data_seed: u64,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Most bytes that a rank takes of its GPU's memory; `None`: all there are.
+    pub device_memory_limit: Option<u64>,
     /// Compute precision.
     pub precision: Precision,
     /// Sequences per rank and micro-step.

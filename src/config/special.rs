@@ -312,6 +312,44 @@ impl Parse for EvalCadence {
     }
 }
 
+/// An amount of memory: a number of bytes, or one with a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ByteCount(pub(super) u64);
+
+/// Units of memory, those of a thousand and those of 1,024.
+const UNITS: &[(&str, f64)] = &[
+    ("gib", (1u64 << 30) as f64),
+    ("mib", (1u64 << 20) as f64),
+    ("kib", 1024.0),
+    ("gb", 1e9),
+    ("mb", 1e6),
+    ("kb", 1e3),
+    ("b", 1.0),
+    ("", 1.0),
+];
+/// A pebibyte, which no device has.
+const MOST_BYTES: f64 = (1u64 << 50) as f64;
+
+impl Parse for ByteCount {
+    const KIND: &'static str = "an amount of memory";
+
+    fn parse(node: &Node) -> Result<Self, Vec<Mismatch>> {
+        let expected = || vec![Mismatch::expected(node, Self::KIND).help("write e.g. 11GB, 8GiB or 8589934592")];
+        let Value::Scalar { text, .. } = &node.value else { return Err(expected()) };
+        parse_bytes(text).map(Self).ok_or_else(expected)
+    }
+}
+
+/// An amount of memory in words: `11GB`, `8 GiB`, a number of bytes.
+pub fn parse_bytes(text: &str) -> Option<u64> {
+    let text = text.trim().to_lowercase();
+    let bytes = UNITS.iter().find_map(|(unit, factor)| {
+        let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+        Some(number * factor).filter(|bytes| (0.0..=MOST_BYTES).contains(bytes))
+    });
+    bytes.map(|bytes| bytes as u64)
+}
+
 /// `save_total_limit`: null, 0 and -1 keep every checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limit(pub(super) Option<usize>);

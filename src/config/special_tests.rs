@@ -127,3 +127,21 @@ fn names_and_numbers_with_special_meanings() {
     assert_eq!(read("none"), Ok(ScaleRewards::None));
     assert!(read::<ScaleRewards>("std").is_err());
 }
+
+#[test]
+fn amounts_of_memory_are_numbers_with_or_without_a_unit() {
+    for (text, bytes) in [
+        ("11GB", 11_000_000_000),
+        ("8GiB", 8 << 30),
+        ("1.5 gib", 3 << 29),
+        ("512MiB", 512 << 20),
+        ("4e9", 4_000_000_000),
+        ("8589934592", 8 << 30),
+        ("7 B", 7),
+    ] {
+        assert_eq!(read(text), Ok(ByteCount(bytes)), "{text}");
+    }
+    for text in ["-1GB", "11 GX", "GB", "nan", "1e30", "[8GB]", "''"] {
+        assert!(read::<ByteCount>(text).is_err(), "{text}");
+    }
+}

@@ -101,6 +101,13 @@ fn backend(raw: &RawConfig, context: &Context<'_>, problems: &mut Problems) -> R
     }
 }
 
+/// Whether the optimizer works in host memory.
+pub(super) fn offloads_optimizer(raw: &RawConfig) -> bool {
+    let said = raw.offload_optimizer_device.value().map(|Offload(place)| place);
+    let of_files = || launcher::asked(raw, true).iter().find_map(|file| file.offload_optimizer);
+    said.or_else(of_files).unwrap_or(OffloadDevice::None) != OffloadDevice::None
+}
+
 /// What waits in host memory.
 fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> OffloadSettings {
     let mut place = |key: &dyn Named, said: Option<Offload>, wish: &dyn Fn(&Asked<'_>) -> Option<OffloadDevice>| {

@@ -144,7 +144,23 @@ pub fn free_memory(device: &Device) -> Result<u64, Error> {
     stream.bind()?;
     let (free, _) = gpu::memory_info()?;
     let MemoryUse { used, reserved, .. } = stream.memory_use()?;
-    Ok(free as u64 + reserved.saturating_sub(used))
+    let limit = Queue::of(device)?.limit().saturating_sub(used);
+    Ok((free as u64 + reserved.saturating_sub(used)).min(limit))
+}
+
+/// Limits what this process takes of a GPU's memory to `bytes`, of which `beside` are for the context and libraries: tensors have
+/// the rest. Work that needs more gets the error of a smaller card. To be called before the first tensor is made.
+///
+/// # Errors
+/// If `device` is no GPU, the limit leaves nothing for tensors, or the driver refuses.
+pub fn limit_memory(device: &Device, bytes: u64, beside: u64) -> Result<(), Error> {
+    let Some(tensors) = bytes.checked_sub(beside).filter(|tensors| *tensors > 0) else {
+        let expected = format!("more than the {beside} bytes that context and libraries take");
+        return Err(argument("limit_memory", "bytes", bytes, expected));
+    };
+    Stream::of(device)?.limit_pool(tensors as usize)?;
+    Queue::of(device)?.note_limit(tensors);
+    Ok(())
 }
 
 /// Starts a new peak from what is in use now.

@@ -7,8 +7,9 @@ use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 use cudarc::driver::sys::{
     CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTREGISTER_PORTABLE, CUdevice_attribute,
-    CUevent_flags, CUlimit, CUmemPool_attribute, CUmemoryPool, cuCtxSetLimit, cuDeviceGetDefaultMemPool, cuMemFreeHost,
-    cuMemHostAlloc, cuMemHostRegister_v2, cuMemHostUnregister, cuMemPoolGetAttribute, cuMemPoolSetAttribute,
+    CUevent_flags, CUlimit, CUmemAllocationHandleType, CUmemAllocationType, CUmemLocationType, CUmemPool_attribute,
+    CUmemPoolProps, CUmemoryPool, cuCtxSetLimit, cuDeviceGetMemPool, cuDeviceSetMemPool, cuMemFreeHost, cuMemHostAlloc,
+    cuMemHostRegister_v2, cuMemHostUnregister, cuMemPoolCreate, cuMemPoolGetAttribute, cuMemPoolSetAttribute,
     cuMemcpyAsync,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
@@ -50,12 +51,7 @@ pub(super) fn open(ordinal: usize) -> Result<Device, Error> {
     limited.result().map_err(failed("setting the size of stacks"))?;
     // SAFETY: tensors are used on the device's one compute stream; copies on other streams are ordered by events.
     unsafe { inner.disable_event_tracking() };
-    let keep_all = u64::MAX;
-    Stream::of(&device)?.set_pool(
-        CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-        keep_all,
-        "keeping freed device memory",
-    )?;
+    Stream::of(&device)?.keep_freed_memory()?;
     Ok(device)
 }
 
@@ -175,12 +171,39 @@ impl Stream {
         Ok(LockedTensor { address, context: self.0.context().clone(), _kept: tensor })
     }
 
+    /// The pool that memory is taken from.
     fn pool(&self) -> Result<CUmemoryPool, Error> {
         let mut pool = std::ptr::null_mut();
         // SAFETY: the device handle comes from an open context, and `pool` outlives the call.
-        let result = unsafe { cuDeviceGetDefaultMemPool(&raw mut pool, self.0.context().cu_device()) };
+        let result = unsafe { cuDeviceGetMemPool(&raw mut pool, self.0.context().cu_device()) };
         result.result().map_err(failed("finding the device's memory pool"))?;
         Ok(pool)
+    }
+
+    /// From now on this process takes memory from a pool that does not grow beyond `bytes`.
+    pub(super) fn limit_pool(&self, bytes: usize) -> Result<(), Error> {
+        let device = self.0.context().cu_device();
+        // SAFETY: numbers and null pointers, for which zeros are a value.
+        let mut properties: CUmemPoolProps = unsafe { std::mem::zeroed() };
+        properties.allocType = CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.handleTypes = CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE;
+        properties.location.type_ = CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        properties.location.id = self.0.context().ordinal() as i32;
+        properties.maxSize = bytes;
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: `pool` and `properties` outlive the calls; the pool lives as long as the process.
+        let made = unsafe { cuMemPoolCreate(&raw mut pool, &raw const properties) };
+        made.result().map_err(failed("making a pool of limited memory"))?;
+        // SAFETY: as above.
+        let set = unsafe { cuDeviceSetMemPool(device, pool) };
+        set.result().map_err(failed("limiting the device's memory"))?;
+        self.keep_freed_memory()
+    }
+
+    /// What is freed stays with the pool.
+    fn keep_freed_memory(&self) -> Result<(), Error> {
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        self.set_pool(attribute, u64::MAX, "keeping freed device memory")
     }
 
     fn pool_number(&self, attribute: CUmemPool_attribute) -> Result<u64, Error> {

@@ -30,7 +30,8 @@ pub use arena::Arena;
 pub use buffer::{Buffer, Part, Place, Plain};
 pub use card::{
     Footprint, IS_BUILT_FOR_GPUS, MemoryUse, compute_capability, device_memory_used, device_name, device_uuid,
-    footprint, free_memory, has_bf16, is_cuda_device, memory_use, multiprocessors, open, reset_peak, synchronize,
+    footprint, free_memory, has_bf16, is_cuda_device, limit_memory, memory_use, multiprocessors, open, reset_peak,
+    synchronize,
 };
 pub use error::Error;
 pub(crate) use error::argument;

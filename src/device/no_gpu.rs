@@ -109,6 +109,10 @@ impl Stream {
         match *self {}
     }
 
+    pub(super) fn limit_pool(&self, _bytes: usize) -> Result<(), Error> {
+        match *self {}
+    }
+
     pub(super) fn memory_use(&self) -> Result<MemoryUse, Error> {
         match *self {}
     }

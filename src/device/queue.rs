@@ -32,6 +32,8 @@ struct Inner {
     timers: Timers,
     /// Bytes of the device that were in use when it was opened.
     at_opening: AtomicU64,
+    /// Most bytes for tensors.
+    limit: AtomicU64,
     #[cfg(feature = "cuda")]
     attached: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
 }
@@ -62,6 +64,7 @@ impl Inner {
             is_main,
             timers: Timers::default(),
             at_opening: AtomicU64::new(0),
+            limit: AtomicU64::new(u64::MAX),
             #[cfg(feature = "cuda")]
             attached: Mutex::default(),
         }
@@ -142,6 +145,14 @@ impl Queue {
 
     pub(super) fn at_opening(&self) -> u64 {
         self.inner.at_opening.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_limit(&self, bytes: u64) {
+        self.inner.limit.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn limit(&self) -> u64 {
+        self.inner.limit.load(Ordering::Relaxed)
     }
 
     pub(super) fn timers(&self) -> &Timers {

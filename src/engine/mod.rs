@@ -31,6 +31,7 @@ pub use ends::neftune_noise;
 use host::Host;
 use interrupt::Interrupt;
 pub use interrupt::IsInterrupted;
+pub(crate) use retention::micro_batches_at_a_time;
 pub use retention::{ComputedAgain, Parked};
 pub use step::{Order, StepLoss};
 

@@ -168,6 +168,18 @@ fn best(layer: &Layer, tokens: usize, rates: Rates) -> Parked {
     candidates.min_by(|&a, &b| layer.secs(a, rates).total_cmp(&layer.secs(b, rates))).unwrap_or(Parked::Input)
 }
 
+/// Batches with whose forward pass a layer takes as long as `bytes` on the bus do.
+fn group_size(layer: &Layer, bytes: usize, rates: Rates) -> usize {
+    let forward = (layer.qkv + layer.attention + layer.gate_up + layer.down) / rates.flops;
+    let copy = bytes as f64 / rates.bus;
+    if forward > 0.0 { ((copy / forward).ceil() as usize).max(1) } else { 1 }
+}
+
+/// As the engine's order of a step, on the fastest card, of a model whose layers have `bytes` on the bus.
+pub(crate) fn micro_batches_at_a_time(config: &ModelConfig, types: Types, tokens: usize, bytes: u64) -> usize {
+    group_size(&Layer::of(config, types, (tokens, 0)), bytes as usize, Rates { flops: 620e12, bus: 52e9 })
+}
+
 /// Bytes of the device's memory that are free; `None` where nobody knows.
 fn free_bytes(device: &Device) -> Option<u64> {
     crate::device::free_memory(device).ok()
@@ -227,11 +239,32 @@ impl Engine {
         if let Some(order) = self.forced_order {
             return order;
         }
+        if !self.store.holds_all() && self.store.sharing().world_size() > 1 && self.store.comes_ahead() {
+            // Ranks that gather blocks go through them in one order, whatever batches each has.
+            return if self.adapter.is_some() { Order::DepthFirst } else { Order::BreadthFirst };
+        }
         let tokens = step.iter().map(|batch| batch.tokens.len()).sum();
         let aside = self.store.bytes_aside(self.sums(step.len()));
         let passing = self.store.passing_gradient_bytes().filter(|_| step.len() > 1).unwrap_or(0);
         let is_less = self.activations != Activations::Keep && aside.max(passing) > self.input_bytes(tokens);
-        if !self.store.holds_all() || is_less { Order::BreadthFirst } else { Order::DepthFirst }
+        if is_less || (!self.store.holds_all() && !self.store.comes_ahead()) {
+            return Order::BreadthFirst;
+        }
+        if self.store.holds_all() {
+            return Order::DepthFirst;
+        }
+        let Some(largest) = step.iter().max_by_key(|batch| batch.tokens.len()) else { return Order::DepthFirst };
+        match self.group_size(largest.tokens.len(), largest.layout.num_pairs()) {
+            1 => Order::DepthFirst,
+            count if count >= step.len() => Order::BreadthFirst,
+            count => Order::Grouped(count),
+        }
+    }
+
+    /// Micro-batches of so many tokens with whose forward pass a layer takes as long as the next one's way to the device.
+    fn group_size(&self, tokens: usize, pairs: usize) -> usize {
+        let rates = Rates::of(self.device(), self.types.compute);
+        group_size(&Layer::of(&self.config, self.types, (tokens, pairs)), self.store.layer_bytes_from_host(), rates)
     }
 
     /// What is computed again for the backward of a batch, which follows its own forward (`is_alone`) or that of others.
@@ -286,6 +319,16 @@ mod tests {
             let recomputed = Rates { bus: f64::INFINITY, ..RATES };
             assert!(layer.secs(parked, RATES) <= 1.02 * layer.secs(Parked::Input, recomputed), "{hidden}: {parked:?}");
         }
+    }
+
+    #[test]
+    fn as_many_batches_go_together_as_hide_the_next_layer() {
+        let (tokens, bytes) = (2048, 115_000_000);
+        let layer = layer(3584, 18_944, 4608, tokens);
+        assert_eq!(group_size(&layer, bytes, RATES), 2);
+        assert_eq!(group_size(&layer, bytes, Rates { bus: 1e15, ..RATES }), 1);
+        assert_eq!(group_size(&layer, bytes, Rates { bus: 5e9, ..RATES }), 15);
+        assert_eq!(group_size(&layer, 0, RATES), 1);
     }
 
     #[test]

@@ -21,6 +21,9 @@ use crate::zero::{Needs, Sums, Visit, Walk};
 pub enum Order {
     /// One micro-batch after the other: the least activations.
     DepthFirst,
+    /// So many micro-batches at a time, one block after the other: every block is asked for twice a group, whose activations are
+    /// there.
+    Grouped(usize),
     /// One block after the other, each with all micro-batches: every block is asked for twice a step instead of twice a
     /// micro-batch, and its gradients are final at once.
     BreadthFirst,
@@ -31,6 +34,7 @@ impl Order {
     pub fn name(self) -> &'static str {
         match self {
             Self::DepthFirst => "depth first",
+            Self::Grouped(_) => "in groups",
             Self::BreadthFirst => "breadth first",
         }
     }
@@ -93,10 +97,17 @@ impl Engine {
     ) -> Result<(), E> {
         self.store.zero_gradients().map_err(Error::from)?;
         let order = self.order_of(step);
-        let sweeps: Vec<Range<usize>> = match order {
-            Order::DepthFirst => (0..step.len()).map(|index| index..index + 1).collect(),
-            Order::BreadthFirst => std::iter::once(0..step.len()).collect(),
+        let each = match order {
+            Order::DepthFirst => 1,
+            Order::Grouped(count) => count.max(1),
+            Order::BreadthFirst => step.len().max(1),
         };
+        let mut sweeps: Vec<Range<usize>> =
+            (0..step.len()).step_by(each).map(|first| first..(first + each).min(step.len())).collect();
+        // Without micro-batches ranks still go through the blocks together.
+        if sweeps.is_empty() && order == Order::BreadthFirst {
+            sweeps.push(0..0);
+        }
         let sums = self.sums(step.len());
         let mut walk = self.store.walk(self.visits(sweeps.len()), Speaker::Policy, sums);
         for sweep in sweeps {

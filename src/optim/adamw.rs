@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::Error;
 use crate::kernels::AdamWFactors;
+use crate::kernels::cpu::vector;
 
 /// Elements that one task updates; small enough to stay in the second-level cache (4 slices of 64 KiB).
 const CHUNK: usize = 16 * 1024;
@@ -144,7 +145,7 @@ fn update(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f3
         .for_each(|(((params, grads), first), second)| update_chunk(params, grads, first, second, factors));
 }
 
-/// One chunk; a plain loop over four slices of one length, which the compiler turns into vector instructions.
+/// One chunk.
 pub(super) fn update_chunk(
     params: &mut [f32],
     grads: &[f32],
@@ -152,15 +153,7 @@ pub(super) fn update_chunk(
     second: &mut [f32],
     factors: &AdamWFactors,
 ) {
-    let f = *factors;
-    for (((param, &grad), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
-        let grad = grad * f.grad_scale;
-        *m += (grad - *m) * f.first_weight;
-        // The order of the products is torch's (`addcmul`, `addcdiv`), so that results agree to the last bits.
-        *v = *v * f.second_decay + f.second_weight * grad * grad;
-        let denominator = v.sqrt() / f.root_correction + f.eps;
-        *param = *param * f.keep - f.step_size * *m / denominator;
-    }
+    vector::adamw(params, grads, first, second, *factors);
 }
 
 pub(super) fn check(params: usize, grads: usize, first: usize, second: usize, hyper: &AdamWStep) -> Result<(), Error> {

@@ -5,6 +5,8 @@
 
 use rayon::prelude::*;
 
+use crate::kernels::cpu::vector;
+
 /// Elements of one partial sum of a norm. The parts are what ranks tell each other, and shards may end where chunks do:
 /// 128 KiB are work enough for a block of a GPU's threads, a model of 7 billion weights trained whole has 1.8 MB of parts,
 /// and shards of whole chunks are as large as each other to a part in thousands.
@@ -15,7 +17,7 @@ const NORM_EPS: f32 = 1e-6;
 
 /// Sums of squares of a tensor's chunks, accumulated in f64: its parts of the norm.
 pub fn sums_of_squares(values: &[f32]) -> Vec<f64> {
-    parts(values, |v| v * v)
+    values.par_chunks(NORM_CHUNK).map(vector::sum_of_squares).collect()
 }
 
 /// The L2 norm of tensors whose parts stand one behind the other; rounded once, by whoever needs it in f32.

@@ -70,6 +70,11 @@ pub trait Ranks: Send + Sync {
     /// Tells the others why this rank ends, so that they end with that reason.
     fn abandon(&self, reason: &str);
 
+    /// Why this rank cannot count on another any more, if it knows; asked beside the calls, from any thread.
+    fn lost(&self) -> Option<Error> {
+        None
+    }
+
     /// Whether any rank says so.
     ///
     /// # Errors

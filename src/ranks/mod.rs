@@ -22,6 +22,36 @@ pub mod local;
 pub mod nccl;
 pub mod tcp;
 
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::device::Queue;
+
+/// Whether the program was built with an exchange between GPUs.
+pub const HAS_NCCL: bool = cfg!(feature = "nccl");
+
+/// The exchange between ranks that have a GPU each, beside its queue `main`. Every rank must call it. No piece of work may take
+/// longer than `deadline`.
+///
+/// # Errors
+/// If the program was built without, or the GPUs do not find each other.
+pub fn between_gpus(
+    ranks: Arc<dyn Ranks>,
+    main: &Queue,
+    deadline: Duration,
+) -> Result<Arc<Mutex<dyn Exchange>>, Error> {
+    #[cfg(feature = "nccl")]
+    {
+        Ok(Arc::new(Mutex::new(nccl::Nccl::connect(ranks, main, deadline)?)))
+    }
+    #[cfg(not(feature = "nccl"))]
+    {
+        let rank = ranks.rank();
+        drop((ranks, main, deadline));
+        Err(exchange::device_error(rank, "NCCL", "this program was built without it (`--features cuda,nccl`)"))
+    }
+}
+
 pub use control::{Alone, Ranks, host_name, join};
 pub use error::Error;
 pub use exchange::{Exchange, Sum};

@@ -1,7 +1,9 @@
 //! An exchange between GPUs, through NCCL.
 //!
 //! Work goes to a queue of its own beside the main one, in the order in which it is asked for, and the host waits for nothing.
-//! Who waits for a ticket does so with a deadline: NCCL itself would wait for a lost rank for ever.
+//! NCCL itself would wait for a lost rank for ever, and whoever waits for the GPU with it. So a thread looks after the work that
+//! is under way: if a rank is lost, or one piece takes longer than the deadline, the group is given up, the GPU goes on, and the
+//! next call says why.
 //!
 //! NCCL adds in an order of its own. It is the same on every rank and for every call with the same number of ranks and values,
 //! so all ranks hold the same bits, but they are not those of the host.
@@ -10,6 +12,10 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use cudarc::nccl::result::{self, NcclError};
 use cudarc::nccl::sys;
@@ -20,10 +26,13 @@ use crate::device::{Part, Queue, Ticket};
 
 const BYTES: sys::ncclDataType_t = sys::ncclDataType_t::ncclUint8;
 
+/// Time between two looks at the work under way.
+const TICK: Duration = Duration::from_millis(100);
+
 /// One rank of a group of GPUs.
 #[derive(Debug)]
 pub struct Nccl {
-    comm: Comm,
+    group: Arc<Group>,
     queue: Queue,
     rank: usize,
     world_size: usize,
@@ -31,29 +40,88 @@ pub struct Nccl {
     depth: Cell<usize>,
     /// What was asked for and has no ticket yet.
     held: RefCell<Vec<Part>>,
+    watch: Option<JoinHandle<()>>,
+}
+
+/// The group, as its user and who looks after it share it.
+#[derive(Debug)]
+struct Group {
+    comm: Comm,
+    /// Whether it is of no use any more.
+    is_over: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The piece that was asked for last, when it will have been done, and when it was asked for.
+    last: Option<(&'static str, Ticket, Instant)>,
+    problem: Option<Error>,
 }
 
 #[derive(Debug)]
 struct Comm(sys::ncclComm_t);
 
-// SAFETY: a communicator may be used from any thread as long as one thread at a time does; `Nccl` is not `Sync` (it has
-// cells), so a shared reference never leaves the thread that owns it.
+// SAFETY: one thread at a time asks for work, for `Nccl` is not `Sync` (it has cells). The thread beside it does nothing but
+// give the group up, which NCCL allows at any time.
 unsafe impl Send for Comm {}
+// SAFETY: as above.
+unsafe impl Sync for Comm {}
 
-impl Drop for Comm {
+impl Group {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Single values are set, so a panic elsewhere leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the group up, once: whatever is under way ends.
+    fn give_up(&self) {
+        if !self.is_over.swap(true, Ordering::AcqRel) {
+            // SAFETY: it was made by the library and is given back once. This does not wait for ranks that are lost.
+            let _ = unsafe { result::comm_abort(self.comm.0) };
+        }
+    }
+
+    /// Looks after the work under way until the group is over.
+    fn watch(&self, ranks: &dyn Ranks, deadline: Duration) {
+        let rank = ranks.rank();
+        while !self.is_over.load(Ordering::Acquire) {
+            std::thread::sleep(TICK);
+            let last = self.state().last.clone();
+            let Some((operation, ticket, asked)) = last else { continue };
+            if ticket.is_done().unwrap_or(true) {
+                self.state().last.take_if(|(_, _, later)| *later == asked);
+                continue;
+            }
+            let late = || {
+                let (secs, missing, hosts) = (deadline.as_secs(), Vec::new(), Vec::new());
+                (asked.elapsed() > deadline).then_some(Error::Timeout { rank, operation, secs, missing, hosts })
+            };
+            if let Some(problem) = ranks.lost().or_else(late) {
+                self.state().problem = Some(problem);
+                self.give_up();
+            }
+        }
+    }
+}
+
+impl Drop for Nccl {
     fn drop(&mut self) {
-        // SAFETY: it was made by the library and is given back once. To abort does not wait for ranks that are lost.
-        let _ = unsafe { result::comm_abort(self.0) };
+        self.group.give_up();
+        if let Some(watch) = self.watch.take() {
+            // A thread that panicked has said so itself.
+            let _ = watch.join();
+        }
     }
 }
 
 impl Nccl {
     /// Joins the group, on a queue beside `main`, the rank's own. Rank 0's id travels over `ranks`. Check with
-    /// [`super::device::exchange`] first that no two ranks have one GPU.
+    /// [`super::device::exchange`] first that no two ranks have one GPU. No piece of work may take longer than `deadline`.
     ///
     /// # Errors
     /// If the ranks, the device or NCCL fail.
-    pub fn connect(ranks: &dyn Ranks, main: &Queue) -> Result<Self, Error> {
+    pub fn connect(ranks: Arc<dyn Ranks>, main: &Queue, deadline: Duration) -> Result<Self, Error> {
         let (rank, world_size) = (ranks.rank(), ranks.world_size());
         let mut bytes = Vec::new();
         if rank == 0 {
@@ -73,7 +141,21 @@ impl Nccl {
         // SAFETY: `comm` outlives the call, which makes it; the GPU is that of the thread.
         let made = unsafe { result::comm_init_rank(&raw mut comm, world_size as i32, id, rank as i32) };
         made.map_err(|error| failed(rank, "ncclCommInitRank", &error))?;
-        Ok(Self { comm: Comm(comm), queue, rank, world_size, depth: Cell::new(0), held: RefCell::default() })
+        let group = Arc::new(Group { comm: Comm(comm), is_over: AtomicBool::new(false), state: Mutex::default() });
+        let watched = group.clone();
+        let watch = std::thread::Builder::new().name("nccl".into()).spawn(move || watched.watch(&*ranks, deadline));
+        let watch =
+            Some(watch.map_err(|error| device_error(rank, "starting the thread that looks after NCCL", error))?);
+        Ok(Self { group, queue, rank, world_size, depth: Cell::new(0), held: RefCell::default(), watch })
+    }
+
+    /// The group, while it is of use.
+    fn comm(&self) -> Result<sys::ncclComm_t, Error> {
+        if self.group.is_over.load(Ordering::Acquire) {
+            let problem = self.group.state().problem.clone();
+            return Err(problem.unwrap_or_else(|| device_error(self.rank, "exchange", "the group was given up")));
+        }
+        Ok(self.group.comm.0)
     }
 
     /// Asks for `work`, which is given the addresses of the parts, after `after`.
@@ -88,6 +170,7 @@ impl Nccl {
         let Some(stream) = self.queue.stream() else {
             return Err(device_error(self.rank, operation, "its queue is the host's"));
         };
+        self.comm()?;
         self.queue.after(after).map_err(device)?;
         let addresses = parts.iter().map(|part| part.lend_to(&self.queue)).collect::<Result<Vec<_>, _>>();
         let addresses = addresses.map_err(device)?;
@@ -108,6 +191,7 @@ impl Nccl {
         let parts = self.held.take();
         match self.queue.ticket() {
             Ok(ticket) => {
+                self.group.state().last = Some((operation, ticket.clone(), Instant::now()));
                 parts.iter().for_each(|part| part.is_used_until(&self.queue, &ticket));
                 Ok(ticket)
             }
@@ -139,7 +223,7 @@ impl Exchange for Nccl {
         self.ask(OPERATION, &[shard, full], after, |at, stream| {
             let (from, to) = (at[0] as *const _, at[1] as *mut _);
             // SAFETY: both are device memory of the checked lengths, which lives until the queue is done with it.
-            unsafe { result::all_gather(from, to, shard.len(), BYTES, self.comm.0, stream) }.map(drop)
+            unsafe { result::all_gather(from, to, shard.len(), BYTES, self.group.comm.0, stream) }.map(drop)
         })
     }
 
@@ -156,7 +240,7 @@ impl Exchange for Nccl {
             let (from, to, count) = (at[0] as *const _, at[1] as *mut _, shard.len() / sum.size_in_bytes());
             let operation = sys::ncclRedOp_t::ncclSum;
             // SAFETY: as above.
-            unsafe { result::reduce_scatter(from, to, count, kind, operation, self.comm.0, stream) }.map(drop)
+            unsafe { result::reduce_scatter(from, to, count, kind, operation, self.group.comm.0, stream) }.map(drop)
         })
     }
 
@@ -171,7 +255,8 @@ impl Exchange for Nccl {
                     |(root, (part, &at))| {
                         let (from, to, root) = (at as *const _, at as *mut _, root as i32);
                         // SAFETY: as above; in place.
-                        unsafe { result::broadcast(from, to, part.len(), BYTES, root, self.comm.0, stream) }.map(drop)
+                        unsafe { result::broadcast(from, to, part.len(), BYTES, root, self.group.comm.0, stream) }
+                            .map(drop)
                     },
                 )
             })
@@ -194,11 +279,13 @@ impl Exchange for Nccl {
             together(|| {
                 for ((peer, part), &at) in to.iter().zip(sent) {
                     // SAFETY: as above.
-                    unsafe { result::send(at as *const _, part.len(), BYTES, *peer as i32, self.comm.0, stream)? };
+                    unsafe {
+                        result::send(at as *const _, part.len(), BYTES, *peer as i32, self.group.comm.0, stream)?
+                    };
                 }
                 for ((peer, part), &at) in from.iter().zip(received) {
                     // SAFETY: as above.
-                    unsafe { result::recv(at as *mut _, part.len(), BYTES, *peer as i32, self.comm.0, stream)? };
+                    unsafe { result::recv(at as *mut _, part.len(), BYTES, *peer as i32, self.group.comm.0, stream)? };
                 }
                 Ok(())
             })
@@ -207,6 +294,7 @@ impl Exchange for Nccl {
 
     fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {
         const OPERATION: &str = "grouped";
+        self.comm()?;
         result::group_start().map_err(|error| failed(self.rank, OPERATION, &error))?;
         self.depth.set(self.depth.get() + 1);
         let asked = work(self);
@@ -220,9 +308,9 @@ impl Exchange for Nccl {
     }
 
     fn check(&self) -> Result<(), Error> {
-        let mut state = sys::ncclResult_t::ncclSuccess;
+        let (comm, mut state) = (self.comm()?, sys::ncclResult_t::ncclSuccess);
         // SAFETY: the communicator is live and `state` outlives the call.
-        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm.0, &raw mut state) };
+        let asked = unsafe { sys::ncclCommGetAsyncError(comm, &raw mut state) };
         let status = asked.result().and_then(|_| state.result());
         status.map(drop).map_err(|error| failed(self.rank, "exchange", &error))
     }

@@ -26,6 +26,12 @@ pub(super) struct DevicePages {
     waiting: Vec<[PageId; 2]>,
 }
 
+/// Pages for which a GPU has room beside what a step takes.
+pub(super) fn most_pages(shape: KvShape, device: &Device) -> Result<usize, Error> {
+    let free_bytes = free_memory(device).map_err(ops::Error::from)?.saturating_sub(STEP_BYTES);
+    Ok((free_bytes / shape.page_bytes().max(1) as u64) as usize)
+}
+
 impl DevicePages {
     pub(super) fn new(shape: KvShape, num_pages: usize, device: &Device) -> Result<Self, Error> {
         let KvShape { layers, kv_heads, head_dim, dtype } = shape;

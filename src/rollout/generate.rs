@@ -6,14 +6,15 @@
 //! result, while another limit may change the last bits of the logits.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::decode_model::DecodeModel;
-use super::kv_cache::KvCache;
-use super::pages::pages_for;
+use super::kv_cache::{KvCache, KvShape};
+use super::pages::{PAGE_TOKENS, pages_for};
 use super::sampler::{Draw, DrawJob, Sampler};
 use super::scheduler::{Limits, Outcome, Scheduler};
 use super::sequence::{Completion, EndRules, Finish, Request, Sequence};
@@ -126,6 +127,8 @@ pub struct Rollout {
     settings: RolloutSettings,
     cache: Option<KvCache>,
     statistics: Statistics,
+    /// Whether the run was told that the cache is smaller than wanted.
+    has_said_small: AtomicBool,
 }
 
 /// What stays the same during one call.
@@ -154,7 +157,7 @@ impl Rollout {
                 return Err(Error::Setting { name, value: "0".into(), expected: "1 or more" });
             }
         }
-        Ok(Self { settings, cache: None, statistics: Statistics::default() })
+        Ok(Self { settings, cache: None, statistics: Statistics::default(), has_said_small: AtomicBool::new(false) })
     }
 
     /// The settings.
@@ -201,7 +204,7 @@ impl Rollout {
         // One that does not fit is gone before a new one is made.
         let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
             Some(cache) => cache,
-            None => KvCache::new(shape, num_pages, &device)?,
+            None => KvCache::new(shape, self.pages_with_room(num_pages, longest, shape, &device)?, &device)?,
         };
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
@@ -252,6 +255,23 @@ impl Rollout {
             longest = longest.max(cached);
         }
         Ok((limits, longest))
+    }
+
+    /// As many pages as the device has room for, at least those of the longest sequence: with fewer than wanted, sequences wait
+    /// for others, which changes none of them.
+    fn pages_with_room(&self, wanted: usize, longest: usize, shape: KvShape, device: &Device) -> Result<usize, Error> {
+        let room = super::kv_cache::most_pages(shape, device)?;
+        let pages = wanted.min(room.max(pages_for(longest) + 2));
+        if pages < wanted && !self.has_said_small.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the device has room for a KV cache of {} tokens, {} of the longest sequences at once; up to {} were to be \
+                 generated at once, and some wait for others. `max_num_seqs` says how many, `max_completion_length` how long",
+                pages * PAGE_TOKENS,
+                (pages / pages_for(longest).max(1)).max(1),
+                (wanted / (pages_for(longest) + 2)).saturating_sub(1)
+            );
+        }
+        Ok(pages)
     }
 
     /// Pages of the cache: what the budget allows, but not more than can be used.

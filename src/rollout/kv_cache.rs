@@ -104,6 +104,14 @@ impl HostPages {
     }
 }
 
+/// Pages for which a device has room beside what a step takes; on the CPU that is not asked.
+pub(super) fn most_pages(shape: KvShape, device: &Device) -> Result<usize, Error> {
+    match device {
+        Device::Cuda(_) => super::device_pages::most_pages(shape, device),
+        _ => Ok(usize::MAX),
+    }
+}
+
 impl KvCache {
     /// An empty cache on the device that the model computes on.
     ///

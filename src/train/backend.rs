@@ -1,12 +1,14 @@
 //! Where a run computes and in which types.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use super::Context;
-use crate::config::settings::{DeviceChoice, Precision, RankBackend, TrainingSettings};
+use super::estimate::context_bytes;
+use crate::config::settings::{DeviceChoice, Precision, RankBackend, RankSettings, TrainingSettings};
 use crate::device::{self, Footprint};
 use crate::engine::Types;
 use crate::ranks::device::{RankDevice, local_device};
@@ -49,6 +51,9 @@ impl Backend {
             choice => choice,
         };
         let opened = Self::open(choice, settings.precision)?;
+        if let Some(bytes) = settings.device_memory_limit {
+            opened.limit_memory(bytes, exchanging(&settings.ranks, ranks))?;
+        }
         if ranks.world_size() > 1 {
             let ordinal = if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 };
             let visible_devices = context.visible_devices.clone();
@@ -81,6 +86,19 @@ impl Backend {
         Ok(opened)
     }
 
+    /// Limits what this process takes of a GPU's memory, before anything is there; `exchanging` ranks share what lies there.
+    ///
+    /// # Errors
+    /// If the limit leaves nothing for tensors.
+    pub fn limit_memory(&self, bytes: u64, exchanging: usize) -> anyhow::Result<()> {
+        if self.device.is_cpu() {
+            tracing::warn!("`device_memory_limit` is for GPUs, and this run computes on the CPU");
+            return Ok(());
+        }
+        device::limit_memory(&self.device, bytes, context_bytes(exchanging))
+            .context("`device_memory_limit` cannot be kept")
+    }
+
     /// Tells every rank of this one's device, and checks that they have what they may.
     pub(super) fn introduce(
         &self,
@@ -103,10 +121,10 @@ impl Backend {
     /// If NCCL is asked for and the program was built without, or the GPUs do not find each other.
     pub fn exchange(
         &self,
-        ranks: &dyn Ranks,
-        backend: RankBackend,
+        ranks: &Arc<dyn Ranks>,
+        settings: &RankSettings,
     ) -> anyhow::Result<Option<Arc<Mutex<dyn Exchange>>>> {
-        let is_wanted = match backend {
+        let is_wanted = match settings.backend {
             RankBackend::Gloo => false,
             RankBackend::Auto => ranks.world_size() > 1,
             RankBackend::Nccl => true,
@@ -114,23 +132,16 @@ impl Backend {
         if !is_wanted || !self.device.is_cuda() {
             return Ok(None);
         }
-        #[cfg(feature = "nccl")]
-        {
-            let nccl = crate::ranks::nccl::Nccl::connect(ranks, &device::Queue::of(&self.device)?)?;
-            Ok(Some(Arc::new(Mutex::new(nccl))))
-        }
-        #[cfg(not(feature = "nccl"))]
-        {
-            if backend == RankBackend::Nccl {
-                bail!("`ddp_backend: nccl`: this program was built without it; build it with `--features cuda,nccl`");
-            }
+        if !crate::ranks::HAS_NCCL && settings.backend == RankBackend::Auto {
             tracing::warn!(
                 "this program was built without NCCL: what the GPUs of {} ranks exchange goes through host memory; build it \
                  with `--features cuda,nccl`",
                 ranks.world_size()
             );
-            Ok(None)
+            return Ok(None);
         }
+        let (main, deadline) = (device::Queue::of(&self.device)?, Duration::from_secs(settings.timeout_secs));
+        Ok(Some(crate::ranks::between_gpus(ranks.clone(), &main, deadline)?))
     }
 
     /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is
@@ -204,6 +215,11 @@ impl Backend {
     pub fn needs_loss_scaling(&self) -> bool {
         self.types.compute == candle_core::DType::F16
     }
+}
+
+/// Ranks that exchange the memory of their GPUs.
+pub fn exchanging(settings: &RankSettings, ranks: &dyn Ranks) -> usize {
+    if settings.backend.may_share_gpus() { 1 } else { ranks.world_size() }
 }
 
 /// Whether the program was built for GPUs and this one is there.

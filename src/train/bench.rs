@@ -307,7 +307,6 @@ impl Bench {
         let store = self.engine.store();
         let host_bytes = if store.device().is_cuda() { store.offloaded_bytes() as u64 } else { 0 };
         Ok(Measured {
-            host_bytes,
             work,
             micro_batches,
             order,
@@ -317,6 +316,7 @@ impl Bench {
             floor_secs,
             peak_bytes,
             device_bytes,
+            host_bytes,
             parked,
         })
     }

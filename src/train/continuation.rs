@@ -300,6 +300,7 @@ mod tests {
         "num_processes",
         "zero_stage",
         "stage3_param_persistence_threshold",
+        "device_memory_limit",
         "offload_optimizer_device",
         "offload_param_device",
         "pin_memory",

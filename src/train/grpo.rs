@@ -1,6 +1,7 @@
 //! Group relative policy optimisation (`DeepSeekMath`, 2402.03300, algorithm 1).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::bail;
 use serde_json::Value;
@@ -424,6 +425,9 @@ fn generate(
     Ok(batch)
 }
 
+/// Bytes that a rollout needs beside the weights to be worth having them all there: a cache for some sequences.
+const ROLLOUT_ROOM: usize = 512 << 20;
+
 /// Samples completions with all blocks there: ranks do not go in step while they generate.
 fn sample(
     settings: &GrpoSettings,
@@ -434,10 +438,17 @@ fn sample(
     key: u64,
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<Completion>> {
-    let gathered = session.engine.store_mut().gather_all();
-    let completions = gathered
-        .map_err(anyhow::Error::from)
-        .and_then(|()| generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings()));
+    static SAID: AtomicBool = AtomicBool::new(false);
+    let gathered = session.engine.store_mut().gather_all(ROLLOUT_ROOM);
+    let completions = gathered.map_err(anyhow::Error::from).and_then(|is_there| {
+        if !is_there && !SAID.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the weights have no room on the device beside a rollout: each step of generation brings them from host memory, \
+                 which is slow; leave `offload_param_device` out, or raise `device_memory_limit`"
+            );
+        }
+        generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings())
+    });
     session.engine.store_mut().let_go();
     completions
 }

@@ -14,6 +14,7 @@ pub mod bench;
 mod best;
 mod cadence;
 mod continuation;
+pub mod estimate;
 pub mod evaluate;
 mod gathered;
 mod generation;
@@ -35,7 +36,7 @@ mod state;
 mod tuning;
 mod turns;
 
-pub use backend::{Backend, has_bf16, has_gpu, visible_gpus};
+pub use backend::{Backend, exchanging, has_bf16, has_gpu, visible_gpus};
 pub use cadence::{Cadence, Due};
 pub use plan::downloads;
 

@@ -50,7 +50,7 @@ pub(super) fn placing(
     ranks: &Arc<dyn Ranks>,
     backend: &Backend,
 ) -> anyhow::Result<(Sharing, Offload)> {
-    let exchange = backend.exchange(&**ranks, training.ranks.backend)?;
+    let exchange = backend.exchange(ranks, &training.ranks)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, &training.ranks, training.optimizer.kind);
     Ok((sharing, Offload::of(&training.ranks, &backend.device)))
 }
@@ -257,6 +257,8 @@ pub(super) fn data_section(settings: &DataSettings, parts: &[Part], statistics: 
 pub(super) struct Memory {
     ledger: Ledger,
     kv_cache: Allocation,
+    /// In host memory beside a GPU: of weights, of values with gradients, and of the optimizer's state.
+    on_host: Option<[u64; 3]>,
     _held: Vec<Allocation>,
 }
 
@@ -270,13 +272,20 @@ impl Memory {
         kv_cache_bytes: u64,
     ) -> Self {
         let store = session.engine.store();
-        let trained = 4 * store.num_kept() as u64;
+        let state = optimizer.size_bytes() as u64;
+        let is_beside = store.device().is_cuda() && (store.offload().params || store.offload().optimizer);
+        let kept = (4 * store.num_kept() + store.gradient_bytes()) as u64;
+        let [host_values, host_state] = if store.offload().optimizer && is_beside { [kept, state] } else { [0, 0] };
+        let on_host = is_beside.then_some([store.offloaded_bytes() as u64, host_values, host_state]);
+        let trained = store.computed_bytes() as u64;
         // Sums of all weights are laid aside block by block, which is little.
         let aside = session.adapter_spec.as_ref().map_or(0, |_| store.bytes_aside(session.engine.sums(micro_steps)));
-        let gradients = (store.gradient_bytes() + aside) as u64;
+        // Those that the optimizer has at home are there.
+        let lasting = if host_values > 0 { 0 } else { store.gradient_bytes() };
+        let gradients = (lasting + aside) as u64;
         let copies = if store.has_reference() { 2 } else { 1 };
         let (weights, adapters) = match session.adapter_spec {
-            Some(_) => (store.frozen_bytes() as u64, copies * trained),
+            Some(_) => (store.frozen_bytes() as u64 - on_host.map_or(0, |[weights, ..]| weights), copies * trained),
             None => (copies * trained, 0),
         };
         let ledger = Ledger::default();
@@ -284,7 +293,7 @@ impl Memory {
             (Kind::Weights, weights),
             (Kind::Adapters, adapters),
             (Kind::Gradients, gradients),
-            (Kind::Optimizer, optimizer.size_bytes() as u64),
+            (Kind::Optimizer, state - host_state),
         ];
         let held = kinds.into_iter().filter(|&(_, bytes)| bytes > 0).map(|(kind, bytes)| {
             ledger.plan(kind, bytes);
@@ -294,7 +303,7 @@ impl Memory {
         if kv_cache_bytes > 0 {
             ledger.plan(Kind::KvCache, kv_cache_bytes);
         }
-        Self { kv_cache: ledger.register(Kind::KvCache, 0), _held: held, ledger }
+        Self { kv_cache: ledger.register(Kind::KvCache, 0), on_host, _held: held, ledger }
     }
 
     /// Notes the bytes that the rollout's cache takes now.
@@ -304,7 +313,17 @@ impl Memory {
 
     /// The plan, for the opening of the run.
     pub(super) fn planned(&self) -> Section {
-        self.ledger.planned_section()
+        let mut section = self.ledger.planned_section();
+        if let Some(bytes) = self.on_host {
+            let [weights, values, state] = bytes.map(units::bytes);
+            section.push(
+                "in host memory",
+                format!(
+                    "{weights} of weights, {values} of trained values and gradients, {state} of the optimizer's state"
+                ),
+            );
+        }
+        section
     }
 
     /// Plan and measured peak, for its end; on a GPU also the most of its memory that was in use.

@@ -117,9 +117,10 @@ impl Frozen {
                 Weight::Dense(tensor) => tensor.elem_count(),
                 weight => weight.rows() * weight.cols(),
             };
-            let is_small = match sharing.cuts_parameters() {
-                true => !sharing.cuts_values(count),
-                false => count <= link.offload().persistence_threshold,
+            let is_small = if sharing.cuts_parameters() {
+                !sharing.cuts_values(count)
+            } else {
+                count <= link.offload().persistence_threshold
             };
             if is_small || stays_on_host.contains(&name) {
                 self.here.insert(name.clone(), placed(&name, weight, stays_on_host, link.device())?);

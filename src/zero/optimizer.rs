@@ -25,6 +25,9 @@ pub struct ShardedOptimizer {
     problem: Arc<Mutex<Option<Error>>>,
 }
 
+/// What another thread is to do for a block, and with which state and pieces of it.
+type Errands = (Errand, Arc<Mutex<Vec<State>>>, Vec<Piece>);
+
 /// State of this rank's part of one block.
 #[derive(Debug)]
 enum Kept {
@@ -171,7 +174,7 @@ impl ShardedOptimizer {
 
     /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
     /// the first block while the host moves the second.
-    fn run(&self, errands: Vec<(Errand, Arc<Mutex<Vec<State>>>, Vec<Piece>)>, hyper: AdamWStep) -> Result<(), Error> {
+    fn run(&self, errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
         let problem = self.problem.clone();
         let all = move || {
             for (errand, states, pieces) in errands {

@@ -211,7 +211,8 @@ impl ParamStore {
     fn is_resident(&self, block: usize) -> bool {
         let own = &self.blocks[block];
         let reads_values = !own.flat.is_empty() || !own.shared.is_empty();
-        !self.sharing.cuts_parameters() && !own.frozen.is_away() && !(self.values_wait() && reads_values)
+        let comes = self.sharing.cuts_parameters() || own.frozen.is_away() || (self.values_wait() && reads_values);
+        !comes
     }
 
     /// Announces a walk: the blocks in the order in which they will be asked for, and how the gradients of the step's
@@ -277,7 +278,7 @@ impl ParamStore {
     }
 
     /// Whether blocks can come while others compute.
-    pub(super) fn comes_ahead(&self) -> bool {
+    pub fn comes_ahead(&self) -> bool {
         let is_beside = self.sharing.world_size() == 1 || self.sharing.exchanges_on_device();
         self.device().is_cuda() && is_beside && !self.has_slots()
     }
@@ -348,6 +349,15 @@ impl ParamStore {
         size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
     }
 
+    /// Bytes of trained values that are where blocks compute for longer than a visit.
+    pub fn computed_bytes(&self) -> usize {
+        let of_block = |block: &Block| match &block.home {
+            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
+            None => block.flat.values().elem_count(),
+        };
+        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
+    }
+
     /// Trained values that this rank keeps.
     pub fn num_kept(&self) -> usize {
         self.flats().map(|flat| flat.values().elem_count()).sum()
@@ -366,6 +376,16 @@ impl ParamStore {
     /// Those of them that wait in host memory.
     pub fn offloaded_bytes(&self) -> usize {
         self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
+    }
+
+    /// Bytes that come from host memory for a visit of the largest layer: a block between the first and the last.
+    pub fn layer_bytes_from_host(&self) -> usize {
+        let of_block = |block: &Block| {
+            let values = if self.values_wait() { block.flat.values().elem_count() } else { 0 };
+            block.frozen.offloaded_bytes() + size_of::<f32>() * values
+        };
+        let last = self.blocks.len().saturating_sub(1);
+        self.blocks.get(1..last).unwrap_or_default().iter().map(of_block).max().unwrap_or(0)
     }
 
     /// Values of a block that come for a visit.

@@ -7,7 +7,7 @@ use candle_core::Device;
 use trainer::device::{Buffer, Queue, Ticket, open};
 use trainer::ranks::host::OnHost;
 use trainer::ranks::local::Threads;
-use trainer::ranks::{Exchange, Ranks, Sum};
+use trainer::ranks::{Exchange, Sum};
 
 use crate::support::random;
 
@@ -104,7 +104,7 @@ fn ranks_with_a_gpu_each_exchange_through_nccl() {
         check(
             world_size,
             |rank| open(rank).unwrap(),
-            |threads, queue| Nccl::connect(&threads as &dyn Ranks, queue).unwrap(),
+            |threads, queue| Nccl::connect(Arc::new(threads), queue, DEADLINE).unwrap(),
         );
     }
 }

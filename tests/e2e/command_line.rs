@@ -103,3 +103,27 @@ fn a_completion_may_be_as_long_as_the_model_holds() {
     let longest = run.metric("completions/max_length");
     assert!(longest[0] > 8.0 && longest[0] < 256.0, "{longest:?}");
 }
+
+#[test]
+fn memory_is_estimated_before_anything_is_loaded() {
+    let estimate = |arguments: &[&str]| {
+        let mut command = trainer();
+        command.arg("estimate").args(arguments);
+        end(start(&mut command))
+    };
+    // The model itself is not there, its shape is.
+    let shape = ["--set", "model_name_or_path=configs/bench/qwen2-7b"];
+    let guide = ["configs/grpo_config_deepseek.yaml", "--gpus", "2", "--card", "8GB"];
+    let ended = estimate(&[&guide[..], &shape].concat()).expect(0);
+    for part in
+        ["7,615,616,512 parameters", "2 ranks", "at its most", "in host memory", "the fastest that does", "both"]
+    {
+        assert!(ended.out.contains(part), "{part} is missing in\n{}", ended.out);
+    }
+    assert_eq!(ended.out.matches("the fastest that does").count(), 1, "{}", ended.out);
+    assert!(ended.out.contains("too much"), "{}", ended.out);
+    let ended = estimate(&["configs/ci/sft.yaml"]).expect(0);
+    assert!(!ended.out.contains("fits"), "without a card nothing is said about one\n{}", ended.out);
+    estimate(&["configs/ci/sft.yaml", "--card", "big"]).expect_error(2, &["11GB"]);
+    estimate(&["configs/ci/sft.yaml", "--set", "model_name_or_path=/nowhere"]).expect_error(1, &["/nowhere"]);
+}

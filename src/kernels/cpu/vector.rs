@@ -5,6 +5,8 @@
 //! every instruction set gives the same bits.
 #![expect(unsafe_code, reason = "calls functions compiled for instruction sets that were detected first")]
 
+use crate::kernels::AdamWFactors;
+
 /// Compiles a function for several instruction sets and calls the widest one the machine has.
 macro_rules! for_each_instruction_set {
     ($(#[$meta:meta])* pub fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
@@ -212,6 +214,35 @@ for_each_instruction_set! {
         for ((((o, &x), &c), &y), &s) in out.iter_mut().zip(x).zip(cos).zip(y).zip(sin) {
             *o = x * c - y * s;
         }
+    }
+}
+
+for_each_instruction_set! {
+    /// One step of AdamW on each value.
+    pub fn adamw(params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32], factors: AdamWFactors) {
+        let f = factors;
+        for (((param, &grad), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
+            let grad = grad * f.grad_scale;
+            *m += (grad - *m) * f.first_weight;
+            // The order of the products is torch's (`addcmul`, `addcdiv`), so that results agree to the last bits.
+            *v = *v * f.second_decay + f.second_weight * grad * grad;
+            let denominator = v.sqrt() / f.root_correction + f.eps;
+            *param = *param * f.keep - f.step_size * *m / denominator;
+        }
+    }
+}
+
+for_each_instruction_set! {
+    /// The sum of squares in f64: eight running sums.
+    pub fn sum_of_squares(values: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        let (blocks, rest) = values.as_chunks::<8>();
+        for block in blocks {
+            for (lane, &value) in lanes.iter_mut().zip(block) {
+                *lane += f64::from(value) * f64::from(value);
+            }
+        }
+        lanes.iter().sum::<f64>() + rest.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>()
     }
 }
 

@@ -32,7 +32,24 @@ pub(super) fn described(model: &ModelConfig) -> String {
     format!("{names} of model.layers.0 to model.layers.{last}; {LM_HEAD} and {EMBED_TOKENS}")
 }
 
+/// A module's path, and `(out, in)`.
+type Adapted = (String, (usize, usize));
+
 impl AdapterConfig {
+    /// The modules of a model that these settings give an adapter.
+    ///
+    /// # Errors
+    /// If the targets are a pattern that is no regular expression.
+    pub fn adapted(&self, model: &ModelConfig) -> Result<Vec<Adapted>, Error> {
+        let mut found = Vec::new();
+        for (module, shape) in adaptable(model) {
+            if self.targets(&module)? {
+                found.push((module, shape));
+            }
+        }
+        Ok(found)
+    }
+
     /// The weights that `modules_to_save` means: those of every module whose path ends with one of its names, as PEFT's
     /// `_set_trainable` finds them, and of the modules inside those. The head of a tied model is among them by its own name.
     ///

@@ -32,6 +32,8 @@ pub(super) enum Operation {
     AllToAll = 2,
     Barrier = 3,
     StartOver = 4,
+    /// What goes on beside these frames.
+    Exchange = 5,
 }
 
 impl Operation {
@@ -42,6 +44,7 @@ impl Operation {
             Self::AllToAll => "all_to_all_bytes",
             Self::Barrier => "barrier",
             Self::StartOver => "start_over",
+            Self::Exchange => "the exchange between GPUs",
         }
     }
 }

@@ -350,6 +350,15 @@ impl Ranks for Tcp {
         Ok(())
     }
 
+    fn lost(&self) -> Option<Error> {
+        let shared = &self.shared;
+        let others = || (0..self.world_size()).filter(|&peer| peer != shared.rank);
+        let failed = |peer: &usize| matches!(shared.inboxes.ended(*peer), Some(End::Failed(_)));
+        let gone = |peer: &usize| shared.inboxes.ended(*peer).is_some() || shared.is_silent(*peer);
+        let peer = others().find(failed).or_else(|| others().find(gone))?;
+        Some(shared.why_lost(peer, Operation::Exchange, shared.ticks.load(Ordering::Relaxed)))
+    }
+
     fn abandon(&self, reason: &str) {
         let since = self.shared.ticks.load(Ordering::Relaxed);
         for peer in (0..self.world_size()).filter(|&peer| peer != self.rank()) {

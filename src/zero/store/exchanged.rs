@@ -201,16 +201,13 @@ impl ParamStore {
         let mut placed = Queue::of(self.device())?.ticket()?;
         if !own.is_empty() {
             let place = all.narrow(0, own.start, own.len())?;
-            match locked {
-                Some(locked) => {
-                    let part = target.part(flat.shard_bytes()[self.sharing.rank()].clone())?;
-                    placed = self.link.copies().copy(&locked.whole(), &part, &placed)?;
-                }
-                None => {
-                    buffer::copy(&values.to_device(self.device())?, &place)?;
-                    placed = Queue::of(self.device())?.ticket()?;
-                }
-            }
+            placed = if let Some(locked) = locked {
+                let part = target.part(flat.shard_bytes()[self.sharing.rank()].clone())?;
+                self.link.copies().copy(&locked.whole(), &part, &placed)?
+            } else {
+                buffer::copy(&values.to_device(self.device())?, &place)?;
+                Queue::of(self.device())?.ticket()?
+            };
         }
         let came = match self.sharing.exchange() {
             Some(exchange) => exchange.all_gather_ranges(&target.whole(), &flat.shard_bytes(), &placed)?,

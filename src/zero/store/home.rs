@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 use super::ParamStore;
 use crate::device::{Buffer, Queue, Ticket, Work, empty};
 use crate::ops::buffer;
+use crate::zero::gradients::Bucket;
 use crate::zero::{Error, FlatBlock, Link};
 
 /// The ways of one block's flat buffers.
@@ -111,7 +112,7 @@ impl Home {
                 link.copies().copy(&from.whole(), &place, &Ticket::done())?;
             }
             None if grads.elem_count() == flat.own().len() => {
-                buffer::write(&flat.own_grads()?, &buffer::to_vec(&grads)?)?
+                buffer::write(&flat.own_grads()?, &buffer::to_vec(&grads)?)?;
             }
             None => buffer::write(flat.grads(), &buffer::to_vec(&grads)?)?,
         }
@@ -154,7 +155,7 @@ impl ParamStore {
         let mut sums = own.bucket.take_sums()?;
         let Some(grads) = sums.pop() else { return Ok(()) };
         for (shared, entry) in self.sharers(block) {
-            if let Some(more) = shared.bucket.as_ref().map(|bucket| bucket.take_sums()).transpose()? {
+            if let Some(more) = shared.bucket.as_ref().map(Bucket::take_sums).transpose()? {
                 let place = grads.narrow(0, entry.range.start, entry.range.len())?;
                 more.iter().try_for_each(|more| buffer::add(&place, more))?;
             }

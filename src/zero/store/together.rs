@@ -12,18 +12,28 @@ use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums};
 
 impl ParamStore {
     /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
-    /// they are there anyway.
+    /// they are there anyway. What waits in host memory stays there if the device has no room for it beside `room` bytes: it
+    /// comes block by block then, and this says so.
     ///
     /// # Errors
     /// If a rank is lost or memory runs out.
-    pub fn gather_all(&mut self) -> Result<(), Error> {
+    pub fn gather_all(&mut self, room: usize) -> Result<bool, Error> {
+        if !self.sharing.cuts_parameters() && self.device().is_cuda() {
+            let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
+            let values = if self.values_wait() { 4 * self.num_trainable() } else { 0 };
+            let needed = waiting.map(|block| block.frozen.offloaded_bytes()).sum::<usize>() + values;
+            let free = crate::device::free_memory(self.device())?;
+            if (needed + room) as u64 > free {
+                return Ok(false);
+            }
+        }
         for block in 0..self.blocks.len() {
             if self.blocks[block].policy.is_none() {
                 let bound = self.fetched(block, Speaker::Policy, Needs::Values, self.device())?;
                 self.blocks[block].policy = Some(bound);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends [`Self::gather_all`].

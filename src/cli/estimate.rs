@@ -1,0 +1,208 @@
+//! `trainer estimate`: what a run takes of a GPU's memory and of the host's, and which settings fit a card.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use super::training::{self, parse_override};
+use super::{Context, Diagnostics, Exit};
+use crate::config::settings::{
+    ModelSettings, OffloadDevice, OffloadSettings, Precision, RankSettings, TrainingSettings, ZeroStage,
+};
+use crate::config::{self, ConfigError, Source, command_of, load_grpo, load_sft};
+use crate::engine::{Activations, Types};
+use crate::telemetry::units;
+use crate::train::estimate::{Estimate, Shape, Work};
+use crate::train::session;
+
+const EXAMPLES: &str = "\
+Examples:
+  trainer estimate configs/grpo_config_deepseek.yaml
+  trainer estimate config.yaml --gpus 2 --card 11GB              # which stages and offloads fit two cards of 11 GB
+  trainer estimate config.yaml --set max_length=8192 --set gradient_checkpointing=false";
+
+/// Estimate the memory that a run takes, for every stage of ZeRO and offload; nothing is loaded and no GPU is needed
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// The configuration of `trainer sft` or `trainer grpo`
+    #[arg(value_name = "CONFIG", value_parser = super::path)]
+    config: PathBuf,
+
+    /// GPUs of the run, a rank each [default: what the configuration says]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    gpus: Option<u32>,
+
+    /// Memory of a card, e.g. 11GB or 24GiB: says what fits, and the fastest of it [default: `device_memory_limit`]
+    #[arg(long, value_name = "MEMORY", value_parser = parse_bytes)]
+    card: Option<u64>,
+
+    /// The launch file, as `trainer sft` and `trainer grpo` take it
+    #[arg(long = "config-file", alias = "config_file", value_name = "FILE")]
+    launch_file: Option<PathBuf>,
+
+    /// Replace a key of the configuration; may be given several times, the last one wins
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
+    overrides: Vec<(String, String)>,
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    config::parse_bytes(text).ok_or_else(|| "write e.g. 11GB, 24GiB or 8589934592".into())
+}
+
+/// Estimates.
+///
+/// # Errors
+/// If the configuration is wrong, or the model's own is not there.
+pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let in_colour = |error: ConfigError| Diagnostics(error.render(context.terminal.is_interactive()));
+    let source = Source::read(&args.config).map_err(in_colour)?;
+    let mut overrides: Vec<String> = args.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    overrides.extend(args.gpus.map(|gpus| format!("num_processes={gpus}")));
+    overrides.extend(args.launch_file.iter().map(|file| format!("accelerate_config={}", file.display())));
+    let folder = training::folder_of(&args.config);
+    // As on a machine with GPUs that have bf16.
+    let mut surroundings = training::surroundings(None, folder.as_deref());
+    surroundings.visible_gpus = args.gpus.map_or_else(|| surroundings.visible_gpus.max(1), |gpus| gpus as usize);
+    surroundings.has_bf16 = true;
+    let (text, warnings) = match command_of(&source, &overrides) {
+        config::Command::Grpo => {
+            let loaded = load_grpo(&source, &overrides, &surroundings).map_err(in_colour)?;
+            let settings = &loaded.settings;
+            (describe(args, &settings.model, &settings.training, Work::of_grpo(settings))?, loaded.warnings)
+        }
+        config::Command::Sft => {
+            let loaded = load_sft(&source, &overrides, &surroundings).map_err(in_colour)?;
+            let settings = &loaded.settings;
+            (describe(args, &settings.model, &settings.training, Work::of_sft(settings))?, loaded.warnings)
+        }
+    };
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    context.print(&text)?;
+    Ok(Exit::Done)
+}
+
+fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, work: Work) -> anyhow::Result<String> {
+    let types = match training.precision {
+        Precision::No => Types::F32,
+        Precision::Fp16 => Types::F16,
+        Precision::Bf16 => Types::BF16,
+    };
+    let config = session::model_config(model, &mut |_| {})?;
+    let parameters = config.num_parameters();
+    let shape = Shape::new(config, model, types)?;
+    let (activations, _) = session::activations(training);
+    let of = |ranks: &RankSettings| shape.estimate(work, activations, ranks, training.optimizer.kind);
+    let ranks = &training.ranks;
+    let card = args.card.or(training.device_memory_limit);
+    let mut text = format!(
+        "{}: {} parameters, {} trained; {} tokens a micro-batch, {} micro-batches a step, {} rank{}\n\n",
+        model.model_name_or_path,
+        units::count(parameters as u64),
+        units::count(shape.num_trained()),
+        units::count(work.tokens as u64),
+        work.micro_batches,
+        ranks.world_size,
+        if ranks.world_size == 1 { "" } else { "s" }
+    );
+    write_parts(&mut text, &of(ranks), ranks, &shape);
+    text.push('\n');
+    write_alternatives(&mut text, ranks, card, activations, &of);
+    Ok(text)
+}
+
+/// What the configuration takes, by kind.
+fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, shape: &Shape) {
+    let trained = if shape.has_adapter() { "adapters" } else { "trained weights" };
+    let rows = [
+        ("weights", estimate.weights),
+        (trained, estimate.trained),
+        ("gradients", estimate.gradients),
+        ("optimizer", estimate.optimizer),
+        ("activations", estimate.activations),
+        ("rollout", estimate.kv_cache),
+        ("context and libraries", estimate.context),
+    ];
+    let _ = writeln!(text, "{:<24}{:>12}{:>16}", "", "each GPU", format!("{} in all", ranks.world_size));
+    for (name, bytes) in rows.into_iter().filter(|(_, bytes)| *bytes > 0) {
+        let _ = writeln!(
+            text,
+            "{name:<24}{:>12}{:>16}",
+            units::bytes(bytes),
+            units::bytes(bytes * ranks.world_size as u64)
+        );
+    }
+    let device = estimate.device();
+    let total = device * ranks.world_size as u64;
+    let _ = writeln!(text, "{:<24}{:>12}{:>16}", "at its most", units::bytes(device), units::bytes(total));
+    let host = estimate.host;
+    let _ = writeln!(
+        text,
+        "{:<24}{:>12}{:>16}",
+        "in host memory",
+        units::bytes(host),
+        units::bytes(host * ranks.world_size as u64)
+    );
+    if estimate.kv_cache > 0 {
+        text.push_str(
+            "The rollout is in the place of gradients and activations; with less memory its cache is smaller.\n",
+        );
+    }
+}
+
+/// Every stage with every offload, the fastest first.
+fn write_alternatives(
+    text: &mut String,
+    ranks: &RankSettings,
+    card: Option<u64>,
+    activations: Activations,
+    of: &dyn Fn(&RankSettings) -> Estimate,
+) {
+    let stages: &[ZeroStage] = if ranks.world_size == 1 {
+        &[ZeroStage::Replicated]
+    } else {
+        &[ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters]
+    };
+    let (none, cpu) = (OffloadDevice::None, OffloadDevice::Cpu);
+    let _ = writeln!(
+        text,
+        "{:<12}{:<22}{:>12}{:>16}{}",
+        "ZeRO stage",
+        "in host memory",
+        "each GPU",
+        "host, each rank",
+        card.map_or_else(String::new, |card| format!("   on a card of {}", units::bytes(card)))
+    );
+    let mut is_first = true;
+    for (optimizer, params, name) in
+        [(none, none, "-"), (cpu, none, "optimizer"), (none, cpu, "parameters"), (cpu, cpu, "both")]
+    {
+        for &stage in stages {
+            let offload = OffloadSettings { optimizer, params, ..ranks.offload };
+            let estimate = of(&RankSettings { stage, offload, ..ranks.clone() });
+            let device = estimate.device();
+            // A rollout's cache gives way.
+            let least = Estimate { kv_cache: 0, ..estimate }.device();
+            let verdict = card.map_or("", |card| match () {
+                () if least > card => "   too much",
+                () if is_first => {
+                    is_first = false;
+                    "   fits: the fastest that does"
+                }
+                () if device > card => "   fits with a smaller cache",
+                () => "   fits",
+            });
+            let _ = writeln!(
+                text,
+                "{:<12}{name:<22}{:>12}{:>16}{verdict}",
+                stage.number(),
+                units::bytes(device),
+                units::bytes(estimate.host)
+            );
+        }
+    }
+    if activations == Activations::Keep {
+        text.push_str("With `gradient_checkpointing: true` activations are a fraction of these.\n");
+    }
+}

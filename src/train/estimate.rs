@@ -1,0 +1,367 @@
+//! What a run takes of a GPU's memory and of the host's, before anything is loaded: bytes of parameters, gradients and the
+//! optimizer's state from the shapes, of activations from what a layer keeps and what it makes on the way.
+//!
+//! Parameters and what waits for backward are counted exactly. What a layer's backward makes on its way is a sum over its widths
+//! whose factors are fitted to peaks of the 0.5B to 32B shapes on an H200 (512 to 18,432 tokens, bf16): within 5% of them.
+
+use std::ops::RangeInclusive;
+
+use crate::config::settings::{
+    GrpoSettings, LoraSettings, ModelSettings, OffloadDevice, OptimizerKind, Quantization, RankSettings, SftSettings,
+    WeightDtype, ZeroStage,
+};
+use crate::engine::{Activations, Types, micro_batches_at_a_time};
+use crate::model::config::{ModelConfig, TensorRole};
+use crate::model::peft::AdapterConfig;
+
+/// What the driver and libraries hold of a GPU beside tensors, and that with NCCL's channels: measured on an H200, driver 580.
+const CONTEXT_BYTES: [u64; 2] = [670 << 20, 2040 << 20];
+
+/// Bytes of a GPU that are not for tensors, with so many ranks that exchange its memory.
+pub fn context_bytes(world_size: usize) -> u64 {
+    CONTEXT_BYTES[usize::from(world_size > 1)]
+}
+/// The library's workspace for products.
+const WORKSPACE: f64 = (32 << 20) as f64;
+/// Tokens of a batch with which the last layer keeps its activations.
+const LAST_KEPT: RangeInclusive<usize> = 4096..=16384;
+/// What a layer's backward makes on its way, in values of 16 bits a token: for each of the MLP's, the model's, and attention's
+/// width (queries, keys, values).
+const ON_THE_WAY: [f64; 3] = [2.9, 6.25, 2.08];
+
+/// The work of one rank in a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Work {
+    /// Tokens of a micro-batch.
+    pub tokens: usize,
+    /// Of these, targets of the loss.
+    pub targets: usize,
+    /// Whether the loss's gradient is known before the head (SFT), so that logits are made once.
+    pub is_known: bool,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
+    /// Tokens in the rollout's cache at most; 0 without rollout.
+    pub cached_tokens: usize,
+}
+
+impl Work {
+    /// A step of SFT: rows of `max_length` tokens, which is the most that a row has.
+    pub fn of_sft(settings: &SftSettings) -> Self {
+        const USUAL_LENGTH: usize = 1024;
+        let SftSettings { training, max_length, .. } = settings;
+        let tokens = training.per_device_train_batch_size * max_length.unwrap_or(USUAL_LENGTH);
+        let micro_batches = training.gradient_accumulation_steps;
+        Self { tokens, targets: tokens, is_known: true, micro_batches, cached_tokens: 0 }
+    }
+
+    /// A step of GRPO with the longest prompts and completions; `world_size` ranks share the completions.
+    pub fn of_grpo(settings: &GrpoSettings) -> Self {
+        const USUAL_PROMPT: usize = 512;
+        let GrpoSettings { training, num_generations, .. } = settings;
+        let completions = training.per_device_train_batch_size;
+        let prompt = settings.max_prompt_length.unwrap_or(USUAL_PROMPT);
+        let longest = settings.max_completion_length.unwrap_or(2048);
+        let prompts = completions.div_ceil(*num_generations);
+        let at_once = settings.max_num_seqs.min(settings.generation_batch_size.div_ceil(training.ranks.world_size));
+        Self {
+            tokens: prompts * prompt + completions * longest,
+            targets: completions * longest,
+            is_known: false,
+            micro_batches: training.gradient_accumulation_steps,
+            cached_tokens: at_once * (prompt + longest),
+        }
+    }
+}
+
+/// A model as far as memory depends on it.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    config: ModelConfig,
+    types: Types,
+    /// Frozen bytes on the GPU of each block: the embedding, the layers, the head.
+    frozen: Vec<u64>,
+    /// Frozen bytes of tables that stay in host memory beside a GPU.
+    table: u64,
+    /// Values trained of each block.
+    trained: Vec<u64>,
+    /// Ranks of the adapters of a layer, over its projections, and over those whose inputs carry the products along.
+    ranks: [usize; 2],
+    has_adapter: bool,
+}
+
+/// Bytes on each GPU, and in host memory for each rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Estimate {
+    /// Weights that are not trained.
+    pub weights: u64,
+    /// Trained values: adapters, or all weights.
+    pub trained: u64,
+    /// Their gradients.
+    pub gradients: u64,
+    /// The optimizer's state.
+    pub optimizer: u64,
+    /// Activations and what is made on the way, at the moment that takes most.
+    pub activations: u64,
+    /// The rollout's cache, in the place of gradients' and activations' while it generates.
+    pub kv_cache: u64,
+    /// Context and libraries.
+    pub context: u64,
+    /// Host memory: weights, trained values, gradients, the optimizer's state.
+    pub host: u64,
+}
+
+impl Estimate {
+    /// Bytes of a GPU at the moment that takes most.
+    pub fn device(&self) -> u64 {
+        let lasting = self.weights + self.trained + self.optimizer + self.context;
+        lasting + (self.gradients + self.activations).max(self.kv_cache)
+    }
+
+    /// As [`Self::device`], without context and libraries.
+    pub fn tensors(&self) -> u64 {
+        self.device() - self.context
+    }
+}
+
+/// Bytes of a matrix as it is stored.
+fn stored(values: u64, quantization: Option<Quantization>, dtype_bytes: u64) -> u64 {
+    match quantization {
+        Some(Quantization { double_quant: true, .. }) => values / 2 + values / 64 + values / 4096,
+        Some(_) => values / 2 + values / 16,
+        None => values * dtype_bytes,
+    }
+}
+
+impl Shape {
+    /// The shape of a model with the storage and the adapter that `settings` name, computed with in `types`.
+    ///
+    /// # Errors
+    /// If the adapter's targets are not those of this model.
+    pub fn new(config: ModelConfig, settings: &ModelSettings, types: Types) -> anyhow::Result<Self> {
+        let dtype_bytes = match settings.dtype {
+            WeightDtype::Float32 => 4,
+            WeightDtype::Bfloat16 | WeightDtype::Float16 => 2,
+            WeightDtype::Auto => config.torch_dtype.map_or(4, |dtype| dtype.size_in_bytes() as u64),
+        };
+        Self::of(config, settings.lora.as_ref(), settings.quantization, dtype_bytes, types)
+    }
+
+    /// As [`Self::new`], of what it depends on.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of(
+        config: ModelConfig,
+        lora: Option<&LoraSettings>,
+        quantization: Option<Quantization>,
+        dtype_bytes: u64,
+        types: Types,
+    ) -> anyhow::Result<Self> {
+        let layers = config.num_hidden_layers;
+        let block_of = |name: &str| {
+            let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+            match layer {
+                Some(layer) => 1 + std::cmp::min::<usize>(layer, layers),
+                None if name.starts_with("model.embed_tokens") => 0,
+                None => layers + 1,
+            }
+        };
+        let (mut frozen, mut trained) = (vec![0; layers + 2], vec![0; layers + 2]);
+        let mut table = 0;
+        for tensor in config.tensors() {
+            let values = tensor.shape.iter().product::<usize>() as u64;
+            let block = block_of(&tensor.name);
+            if lora.is_none() {
+                trained[block] += values;
+                continue;
+            }
+            match tensor.role {
+                TensorRole::Linear => frozen[block] += stored(values, quantization, dtype_bytes),
+                TensorRole::Bias | TensorRole::Norm => frozen[block] += 4 * values,
+                TensorRole::Head => frozen[block] += dtype_bytes * values,
+                TensorRole::Embedding => {
+                    table += dtype_bytes * values;
+                    // The head of a tied model has the table to itself.
+                    if config.tie_word_embeddings {
+                        frozen[layers + 1] += dtype_bytes * values;
+                    }
+                }
+            }
+        }
+        let mut ranks = [0, 0];
+        if let Some(lora) = lora {
+            let adapter = AdapterConfig::new(lora, None);
+            for (module, (outputs, inputs)) in adapter.adapted(&config)? {
+                trained[block_of(&module)] += (lora.r * (outputs + inputs)) as u64;
+                if module.starts_with("model.layers.0.") {
+                    ranks[0] += lora.r;
+                    ranks[1] += if module.contains("down_proj") { 0 } else { lora.r };
+                }
+            }
+            for tensor in adapter.saved_whole(&config)? {
+                trained[block_of(&tensor.name)] += tensor.shape.iter().product::<usize>() as u64;
+            }
+        }
+        Ok(Self { config, types, frozen, table, trained, ranks, has_adapter: lora.is_some() })
+    }
+
+    /// Values that are trained.
+    pub fn num_trained(&self) -> u64 {
+        self.trained.iter().sum()
+    }
+
+    /// The width of queries, and of queries, keys and values.
+    fn attention_widths(&self) -> [usize; 2] {
+        let ModelConfig { num_attention_heads, num_key_value_heads, head_dim, .. } = self.config;
+        let queries = num_attention_heads * head_dim;
+        [queries, queries + 2 * num_key_value_heads * head_dim]
+    }
+
+    /// Bytes a token that a layer keeps for backward: all of it, or what is left if the rest is computed again.
+    fn kept_bytes(&self) -> [f64; 2] {
+        let ModelConfig { hidden_size: hidden, intermediate_size: inside, num_attention_heads: heads, .. } =
+            self.config;
+        let (compute, residual) = (self.types.compute.size_in_bytes(), self.types.residual.size_in_bytes());
+        let [queries, all] = self.attention_widths();
+        let low_rank = compute * self.ranks[0];
+        let heads_normed = if self.config.has_qk_norm {
+            let keys = self.config.num_key_value_heads;
+            compute * (queries + keys * self.config.head_dim) + 4 * (heads + keys)
+        } else {
+            0
+        };
+        let rows = residual * 2 * hidden + compute * (2 * hidden + queries + all + 2 * inside + self.ranks[1]);
+        let whole = rows + 4 * heads + 8 + low_rank + heads_normed;
+        [whole as f64, (residual * hidden + low_rank) as f64]
+    }
+
+    /// Activations at the moment that takes most, with `waiting` bytes of blocks that are there for a visit of the head, and of a
+    /// layer.
+    fn activations(&self, work: Work, activations: Activations, at_a_time: usize, waiting: [f64; 2]) -> f64 {
+        let ModelConfig { hidden_size, intermediate_size, vocab_size, num_hidden_layers, .. } = self.config;
+        let (hidden, inside, vocabulary) = (hidden_size as f64, intermediate_size as f64, vocab_size as f64);
+        let (compute, residual) =
+            (self.types.compute.size_in_bytes() as f64, self.types.residual.size_in_bytes() as f64);
+        let (layers, tokens, targets) = (num_hidden_layers as f64, work.tokens as f64, work.targets as f64);
+        let [whole, left] = self.kept_bytes();
+        let [queries, attention] = self.attention_widths();
+        let all_tokens = tokens * at_a_time as f64;
+        let is_last_kept = activations != Activations::Keep && at_a_time == 1 && LAST_KEPT.contains(&work.tokens);
+        let parked = tokens * (2.0 * residual * hidden + compute * (queries + attention) as f64);
+        let kept_before = match activations {
+            Activations::Keep => layers * whole * all_tokens,
+            Activations::Recompute => layers * left * all_tokens,
+            // The last layer's stays, since it is needed next.
+            Activations::Offload if is_last_kept => 0.0,
+            Activations::Offload => parked,
+        };
+        // On their way out and back, two layers at a time; the head waits for them.
+        let on_their_way = if activations == Activations::Offload { 2.0 * parked } else { 0.0 };
+        let last = if is_last_kept {
+            (whole - if activations == Activations::Offload { 0.0 } else { left }) * tokens
+        } else {
+            0.0
+        };
+        let logits = if work.is_known {
+            let height = (work.targets / 8).next_multiple_of(128).clamp(256, 1024).min(work.targets.max(1));
+            let each = if compute < 4.0 { 4.0 + compute } else { 4.0 };
+            height as f64 * vocabulary * each
+        } else {
+            let width = (f64::from(192 << 20) / (6.0 * targets.max(1.0))).clamp(256.0, 16384.0).min(vocabulary);
+            targets * width * (4.0 + if compute < 4.0 { compute } else { 0.0 }) + 4.0 * targets * hidden
+        };
+        let head = logits + (residual + 2.0 * compute) * hidden * targets + residual * hidden * (all_tokens - tokens);
+        let [of_mlp, of_hidden, of_attention] = ON_THE_WAY;
+        let unpacked = (tokens * f64::from(24 << 10)).clamp(f64::from(48 << 20), f64::from(192 << 20));
+        let unpacked = unpacked.min(compute * hidden * inside);
+        // With everything kept nothing is made again.
+        let made_again = if activations == Activations::Keep { 0.6 } else { 1.0 };
+        let widths = of_mlp * inside + of_hidden * hidden + of_attention * attention as f64;
+        let layer = compute * tokens * widths * made_again + unpacked + residual * hidden * (all_tokens - tokens);
+        let before_last = if is_last_kept { kept_before - left * tokens } else { kept_before };
+        WORKSPACE + (kept_before + last + head + waiting[0]).max(before_last + on_their_way + layer + waiting[1])
+    }
+
+    /// What a run takes of each GPU, and of the host's memory for each rank.
+    pub fn estimate(
+        &self,
+        work: Work,
+        activations: Activations,
+        ranks: &RankSettings,
+        optimizer: OptimizerKind,
+    ) -> Estimate {
+        let world = ranks.world_size as u64;
+        let stage = if world > 1 { ranks.stage } else { ZeroStage::Replicated };
+        let share = |from: ZeroStage, bytes: u64| if stage >= from { bytes.div_ceil(world) } else { bytes };
+        let offloads = |place| place != OffloadDevice::None;
+        let (params, at_home) = (offloads(ranks.offload.params), offloads(ranks.offload.optimizer));
+        let trained = 4 * self.num_trained();
+        let state_bytes = match optimizer {
+            OptimizerKind::AdamW8bit if at_home => trained / 2,
+            OptimizerKind::AdamW | OptimizerKind::AdamW8bit => 2 * trained,
+            OptimizerKind::Lion | OptimizerKind::Muon => trained,
+        };
+        let state = share(ZeroStage::Optimizer, state_bytes);
+        let own_gradients = share(ZeroStage::Gradients, trained);
+        let passes = stage >= ZeroStage::Gradients || at_home;
+        let frozen: u64 = self.frozen.iter().sum();
+        let is_away = params || stage == ZeroStage::Parameters;
+        let values_come = stage == ZeroStage::Parameters || (params && at_home);
+        // Of what comes for a visit, the block that computes and the one after it are there.
+        let size = |block: usize| {
+            let values = if values_come { 4 * self.trained[block] } else { 0 };
+            (if is_away { self.frozen[block] } else { 0 }) + values
+        };
+        let layers = self.config.num_hidden_layers;
+        let waiting = [size(layers + 1) + size(layers), size(layers) + size(layers - 1)].map(|bytes| bytes as f64);
+        let largest = self.trained.iter().max().copied().unwrap_or(0) * 4;
+        // With trained weights as large as the model it is block by block; else as the engine's order has it.
+        let largest_layer = (1..=layers).map(|block| self.frozen[block]).max().unwrap_or(0);
+        let at_a_time = if params && world == 1 {
+            micro_batches_at_a_time(&self.config, self.types, work.tokens, largest_layer).min(work.micro_batches)
+        } else {
+            1
+        };
+        let inputs = self.kept_bytes()[1] * layers as f64 * (work.tokens * work.micro_batches) as f64;
+        let is_breadth_first = passes && work.micro_batches > 1 && trained as f64 > inputs;
+        let at_a_time = if is_breadth_first { work.micro_batches } else { at_a_time };
+        let gradients = match (passes, is_breadth_first || work.micro_batches == at_a_time) {
+            (false, _) => trained,
+            (true, true) => largest + if at_home { 0 } else { own_gradients },
+            (true, false) => trained + if at_home { 0 } else { own_gradients },
+        };
+        let own_frozen = if stage == ZeroStage::Parameters { frozen.div_ceil(world) } else { frozen };
+        let weights = if params { 0 } else { own_frozen };
+        let values = if values_come { if at_home { 0 } else { trained.div_ceil(world) } } else { trained };
+        let own_values = share(ZeroStage::Optimizer, trained);
+        let host = self.table
+            + if params { own_frozen } else { 0 }
+            + if at_home { state + own_values + own_gradients } else { 0 };
+        let kept = activations;
+        let is_rollout = work.cached_tokens > 0;
+        let shape = &self.config;
+        let token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim;
+        let cache = (work.cached_tokens * token * self.types.compute.size_in_bytes()) as u64;
+        // While it generates all weights are there, and a step's own.
+        let gathered = if is_away { frozen - weights } else { 0 } + if values_come { trained } else { 0 };
+        Estimate {
+            weights,
+            trained: values,
+            gradients,
+            optimizer: if at_home { 0 } else { state },
+            activations: self.activations(work, kept, at_a_time, waiting) as u64,
+            kv_cache: if is_rollout { cache + gathered + (512 << 20) } else { 0 },
+            context: context_bytes(ranks.world_size),
+            host,
+        }
+    }
+
+    /// Whether an adapter is trained, and not all weights.
+    pub fn has_adapter(&self) -> bool {
+        self.has_adapter
+    }
+}
+
+#[cfg(test)]
+#[path = "estimate_tests.rs"]
+mod tests;
