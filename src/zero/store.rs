@@ -446,11 +446,13 @@ impl ParamStore {
     /// # Errors
     /// If memory runs out.
     pub fn keep_reference(&mut self) -> Result<(), Error> {
+        self.settle()?;
         for block in &mut self.blocks {
             block.reference = Some(Reference { values: block.flat.values().copy()?, params: None });
         }
         for block in 0..self.blocks.len() {
-            if self.is_resident(block) {
+            // Beside another home its values come for each visit, as they are then.
+            if self.is_resident(block) && !self.link.has_home_elsewhere() {
                 let params = self.fetched(block, Speaker::Reference, Needs::Values, self.device())?;
                 if let Some(reference) = &mut self.blocks[block].reference {
                     reference.params = Some(params);
@@ -476,6 +478,7 @@ impl ParamStore {
     /// # Errors
     /// If the device fails.
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
+        self.settle()?;
         for (flat, reference) in self.flats().zip(self.references()) {
             if flat.values().elem_count() > 0 {
                 buffer::mix(reference, flat.values(), alpha as f32)?;
