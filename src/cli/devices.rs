@@ -40,6 +40,8 @@ pub(super) fn put_right(environment: &BTreeMap<String, String>) -> anyhow::Resul
             let program = std::env::current_exe().context("cannot find this program to start it again")?;
             let mut command = std::process::Command::new(program);
             command.args(std::env::args_os().skip(1)).env(VARIABLE, list).env(IS_RESOLVED, "1");
+            // The list counts by the places on the bus, the driver by itself by speed.
+            command.env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
             Err(command.exec()).context("cannot start this program again with other visible devices")
         }
         // It may be meant to hide all; a run that needs a GPU says that it has none.

@@ -58,7 +58,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let source = Source::read(&args.config).map_err(in_colour)?;
     let mut overrides: Vec<String> = args.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
     overrides.extend(args.gpus.map(|gpus| format!("num_processes={gpus}")));
-    overrides.extend(args.launch_file.iter().map(|file| format!("accelerate_config={}", file.display())));
+    overrides.extend(args.launch_file.iter().map(|file| format!("accelerate_config={}", training::quoted(file))));
     let folder = training::folder_of(&args.config);
     // As on a machine with GPUs that have bf16.
     let mut surroundings = training::surroundings(None, folder.as_deref());

@@ -147,6 +147,7 @@ fn path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
 }
 
 fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
+    devices::put_right(&training::environment())?;
     match &cli.command {
         Command::Sft(args) => sft::run(args, context),
         Command::Grpo(args) => grpo::run(args, context),

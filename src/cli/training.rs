@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Context, Diagnostics, Exit, Interrupt, UsageError, devices, launch};
+use super::{Context, Diagnostics, Exit, Interrupt, UsageError, launch};
 use crate::config::settings::TrainingSettings;
 use crate::config::{self, ConfigError, Loaded, Source};
 use crate::fs::io_error;
@@ -74,7 +74,6 @@ impl TrainingArgs {
 
     /// `--set`, `--config-file` and `--resume` as overrides of the file, in this order: the last one wins.
     fn overrides(&self) -> Vec<String> {
-        let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "''"));
         let mut overrides: Vec<String> = self.overrides.iter().map(|(key, value)| format!("{key}={value}")).collect();
         overrides.extend(self.launch_file.iter().map(|path| format!("accelerate_config={}", quoted(path))));
         overrides.extend(self.resume.iter().map(|resume| match resume {
@@ -83,6 +82,11 @@ impl TrainingArgs {
         }));
         overrides
     }
+}
+
+/// A path as a value in YAML.
+pub(super) fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', "''"))
 }
 
 /// The variables of this process.
@@ -122,7 +126,6 @@ pub(super) fn run<S>(
     train: impl Fn(&S, train::Context<'_>) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Exit> {
     let environment = environment();
-    devices::put_right(&environment)?;
     let place = ranks::launch::place(&environment).map_err(|error| UsageError(error.to_string()))?;
     // A launcher that starts one process leaves it to this program how many ranks there are.
     let launched = place.as_ref().map(|place| place.world_size).filter(|&ranks| ranks > 1);

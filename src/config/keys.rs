@@ -247,8 +247,8 @@ keys! {
         stage3_param_persistence_threshold: Option<usize> = Derived("what a launch file says, else 100000"),
             Bounds::between(0.0, 1e12), "values";
         /// Where the optimizer's state, the gradients and the f32 values that it moves wait beside a GPU: `cpu` is host memory,
-        /// where the optimizer then works, on all cores. Results are the same but for the order of sums. Not in TRL;
-        /// accelerate's key.
+        /// where the optimizer then works, on all cores. Results are the same; an optimizer of 8 bits has them there, and 32 on a
+        /// GPU. Not in TRL; accelerate's key.
         offload_optimizer_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
         /// Where parameters wait beside a GPU: `cpu` is host memory, from which each block comes for as long as it is computed
         /// with, packed as it is, while the one before computes. With one rank too. Not in TRL; accelerate's key.

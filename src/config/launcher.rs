@@ -223,6 +223,8 @@ pub(super) struct Asked<'a> {
     pub(super) offload_optimizer: Option<OffloadDevice>,
     /// Where parameters wait.
     pub(super) offload_params: Option<OffloadDevice>,
+    /// Whether what waits in host memory is page-locked.
+    pub(super) pin_memory: Option<bool>,
     /// Values of parameters that may be on a GPU at a time.
     pub(super) max_live: Option<usize>,
     /// The batch of a step, to be held against that of all ranks.
@@ -247,6 +249,7 @@ impl<'a> Asked<'a> {
             persistence_threshold: None,
             offload_optimizer: None,
             offload_params: None,
+            pin_memory: None,
             max_live: None,
             whole_batch: None,
             errors: Vec::new(),
@@ -387,6 +390,16 @@ impl<'a> Asked<'a> {
                 self.error(format!("asks for ZeRO stage {other}, and has `{path}: {stage}`"), "keep one of the two");
             }
             _ => self.stage = Some(stage),
+        }
+    }
+
+    /// Whether host memory is page-locked; it is where nothing is said.
+    fn pin(&mut self, path: &str, value: &Value) {
+        match value {
+            Value::Bool(is_pinned) => self.pin_memory = Some(self.pin_memory.unwrap_or(true) && *is_pinned),
+            Value::Null => {}
+            other if is_auto(other) => {}
+            other => self.error(format!("has `{path}: {other}`"), "write true or false"),
         }
     }
 

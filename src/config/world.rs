@@ -135,7 +135,9 @@ fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> Off
     let key = &raw.stage3_max_live_parameters;
     let help = "results are the same, memory and time are not";
     let max_live_parameters = Chosen::new(key, *key.value()).among(files, |file| file.max_live, help, problems);
-    OffloadSettings { optimizer, params, pin_memory: *raw.pin_memory.value(), max_live_parameters }
+    let of_files = files.iter().find_map(|file| file.pin_memory).filter(|_| !raw.pin_memory.is_given());
+    let pin_memory = of_files.unwrap_or(*raw.pin_memory.value());
+    OffloadSettings { optimizer, params, pin_memory, max_live_parameters }
 }
 
 fn device(raw: &RawConfig) -> DeviceChoice {

@@ -32,6 +32,16 @@ impl Engine {
         self.interrupt.ask(is_interrupted);
     }
 
+    /// As [`Self::check_interrupt`] in the engine's own walks. Where ranks exchange the memory of GPUs a step is gone through: what
+    /// was asked of the GPUs cannot be taken back on one rank alone.
+    ///
+    /// # Errors
+    /// If a pass is to be given up.
+    pub(super) fn check_between_blocks(&self) -> Result<(), Error> {
+        let sharing = self.store.sharing();
+        if sharing.world_size() > 1 && sharing.exchanges_on_device() { Ok(()) } else { self.interrupt.check() }
+    }
+
     /// For walks outside of the engine.
     ///
     /// # Errors

@@ -160,7 +160,7 @@ impl Engine {
         drop(lease);
         let mut kept: Vec<_> = micros.iter().map(|_| Vec::with_capacity(layers)).collect();
         for index in 0..layers {
-            self.interrupt.check()?;
+            self.check_between_blocks()?;
             let lease = walk.advance().map_err(Error::from)?;
             let layer = self.bind_layer(lease.params(), index)?;
             for ((micro, hidden), kept) in micros.iter().zip(&mut hidden).zip(&mut kept) {
@@ -170,7 +170,7 @@ impl Engine {
                 kept.push(left);
             }
         }
-        self.interrupt.check()?;
+        self.check_between_blocks()?;
         // The head needs the memory of what is still on its way out, and it is out by now.
         host.settle()?;
 
@@ -206,7 +206,7 @@ impl Engine {
 
         let mut queue = Queue::new(kept, host)?;
         for index in (0..layers).rev() {
-            self.interrupt.check()?;
+            self.check_between_blocks()?;
             let lease = walk.advance().map_err(Error::from)?;
             let layer = self.bind_layer(lease.params(), index)?;
             let mut at = micros.iter().zip(&mut gradients).peekable();

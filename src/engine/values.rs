@@ -19,7 +19,8 @@ impl Engine {
     /// If a block fails.
     pub fn logprobs(&self, batches: &[Batch], speaker: Speaker, temperature: f64) -> Result<Vec<head::Output>, Error> {
         // Where ranks gather blocks together, one that has no batch helps the others.
-        let parts: Vec<&[Batch]> = if self.store.holds_all() { batches.chunks(1).collect() } else { vec![batches] };
+        let parts: Vec<&[Batch]> =
+            if self.store.holds_all_of(speaker) { batches.chunks(1).collect() } else { vec![batches] };
         let mut outputs = Vec::with_capacity(batches.len());
         for batches in parts {
             let (hidden, mut walk) = self.walk_only(batches, speaker)?;
@@ -70,7 +71,7 @@ impl Engine {
         let rotations: Vec<_> =
             batches.iter().map(|batch| self.rotation(&batch.positions)).collect::<Result<_, _>>()?;
         for index in 0..self.config.num_hidden_layers {
-            self.interrupt.check()?;
+            self.check_between_blocks()?;
             let lease = walk.advance()?;
             let layer = self.bind_layer(lease.params(), index)?;
             for ((batch, rotation), hidden) in batches.iter().zip(&rotations).zip(&mut hidden) {
@@ -78,7 +79,7 @@ impl Engine {
                 *hidden = layer.forward_retaining(hidden, Retaining::Input, &pass).map_err(in_layer(index))?.0;
             }
         }
-        self.interrupt.check()?;
+        self.check_between_blocks()?;
         Ok((hidden, walk))
     }
 

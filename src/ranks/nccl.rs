@@ -13,7 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,12 +22,14 @@ use cudarc::nccl::sys;
 
 use super::exchange::{check_parts, check_ranks, check_values, device_error, ranges_of};
 use super::{Error, Exchange, Ranks, Sum};
-use crate::device::{Part, Queue, Ticket};
+use crate::device::{Part, Queue, Ticket, Work};
 
 const BYTES: sys::ncclDataType_t = sys::ncclDataType_t::ncclUint8;
 
 /// Time between two looks at the work under way.
 const TICK: Duration = Duration::from_millis(100);
+/// A call of the library that takes longer waits for a rank that does not come.
+const LONGEST_CALL: Duration = Duration::from_secs(5);
 
 /// One rank of a group of GPUs.
 #[derive(Debug)]
@@ -49,6 +51,8 @@ struct Group {
     comm: Comm,
     /// Whether it is of no use any more.
     is_over: AtomicBool,
+    /// Held by whoever has seen that it is of use and calls the library.
+    calls: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -74,8 +78,18 @@ impl Group {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the group up, once: whatever is under way ends.
+    /// Gives the group up, once: whatever is under way ends. A call that is about to be made is waited for; one that hangs is
+    /// ended, which the library allows.
     fn give_up(&self) {
+        let since = Instant::now();
+        let _call = loop {
+            match self.calls.try_lock() {
+                Err(TryLockError::WouldBlock) if since.elapsed() < LONGEST_CALL => std::thread::sleep(TICK / 10),
+                Err(TryLockError::WouldBlock) => break None,
+                Ok(call) => break Some(call),
+                Err(TryLockError::Poisoned(call)) => break Some(call.into_inner()),
+            }
+        };
         if !self.is_over.swap(true, Ordering::AcqRel) {
             // SAFETY: it was made by the library and is given back once. This does not wait for ranks that are lost.
             let _ = unsafe { result::comm_abort(self.comm.0) };
@@ -83,21 +97,29 @@ impl Group {
     }
 
     /// Looks after the work under way until the group is over.
-    fn watch(&self, ranks: &dyn Ranks, deadline: Duration) {
+    fn watch(&self, ranks: &dyn Ranks, queue: &Queue, deadline: Duration) {
         let rank = ranks.rank();
+        if let Err(error) = queue.bind() {
+            self.state().problem = Some(device_error(rank, "using the GPU", error));
+            return self.give_up();
+        }
         while !self.is_over.load(Ordering::Acquire) {
             std::thread::sleep(TICK);
             let last = self.state().last.clone();
             let Some((operation, ticket, asked)) = last else { continue };
-            if ticket.is_done().unwrap_or(true) {
-                self.state().last.take_if(|(_, _, later)| *later == asked);
-                continue;
-            }
+            let failed = match ticket.is_done() {
+                Ok(true) => {
+                    self.state().last.take_if(|(_, _, later)| *later == asked);
+                    continue;
+                }
+                Ok(false) => None,
+                Err(error) => Some(device_error(rank, operation, error)),
+            };
             let late = || {
                 let (secs, missing, hosts) = (deadline.as_secs(), Vec::new(), Vec::new());
                 (asked.elapsed() > deadline).then_some(Error::Timeout { rank, operation, secs, missing, hosts })
             };
-            if let Some(problem) = ranks.lost().or_else(late) {
+            if let Some(problem) = ranks.lost().or(failed).or_else(late) {
                 self.state().problem = Some(problem);
                 self.give_up();
             }
@@ -141,12 +163,23 @@ impl Nccl {
         // SAFETY: `comm` outlives the call, which makes it; the GPU is that of the thread.
         let made = unsafe { result::comm_init_rank(&raw mut comm, world_size as i32, id, rank as i32) };
         made.map_err(|error| failed(rank, "ncclCommInitRank", &error))?;
-        let group = Arc::new(Group { comm: Comm(comm), is_over: AtomicBool::new(false), state: Mutex::default() });
-        let watched = group.clone();
-        let watch = std::thread::Builder::new().name("nccl".into()).spawn(move || watched.watch(&*ranks, deadline));
+        let (calls, state) = (Mutex::default(), Mutex::default());
+        let group = Arc::new(Group { comm: Comm(comm), is_over: AtomicBool::new(false), calls, state });
+        let (watched, watched_queue) = (group.clone(), queue.clone());
+        let watch = std::thread::Builder::new()
+            .name("nccl".into())
+            .spawn(move || watched.watch(&*ranks, &watched_queue, deadline));
         let watch =
             Some(watch.map_err(|error| device_error(rank, "starting the thread that looks after NCCL", error))?);
         Ok(Self { group, queue, rank, world_size, depth: Cell::new(0), held: RefCell::default(), watch })
+    }
+
+    /// Tells who looks after the work that a call is made, which may wait for others; dropped, it has been made.
+    fn calling(&self, operation: &'static str) -> (MutexGuard<'_, ()>, Work) {
+        let call = self.group.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        let (work, made) = Ticket::promise();
+        self.group.state().last = Some((operation, made, Instant::now()));
+        (call, work)
     }
 
     /// The group, while it is of use.
@@ -175,6 +208,9 @@ impl Nccl {
         let addresses = parts.iter().map(|part| part.lend_to(&self.queue)).collect::<Result<Vec<_>, _>>();
         let addresses = addresses.map_err(device)?;
         self.queue.bind().map_err(device)?;
+        // A group holds the lock from its beginning to its end.
+        let calling = (self.depth.get() == 0).then(|| self.calling(operation));
+        self.comm()?;
         let asked = work(&addresses, stream.raw().cast());
         self.held.borrow_mut().extend(parts.iter().map(|&part| part.clone()));
         let asked = asked.map_err(|error| failed(self.rank, operation, &error));
@@ -183,6 +219,7 @@ impl Nccl {
             return asked.map(|()| Ticket::done());
         }
         let ticket = self.settle(operation);
+        calling.into_iter().for_each(|(_, work)| work.done());
         asked.and(ticket)
     }
 
@@ -294,6 +331,7 @@ impl Exchange for Nccl {
 
     fn grouped(&self, work: &mut dyn FnMut(&dyn Exchange) -> Result<(), Error>) -> Result<Ticket, Error> {
         const OPERATION: &str = "grouped";
+        let calling = (self.depth.get() == 0).then(|| self.calling(OPERATION));
         self.comm()?;
         result::group_start().map_err(|error| failed(self.rank, OPERATION, &error))?;
         self.depth.set(self.depth.get() + 1);
@@ -304,10 +342,12 @@ impl Exchange for Nccl {
             return asked.and(ended).map(|_| Ticket::done());
         }
         let ticket = self.settle(OPERATION);
+        calling.into_iter().for_each(|(_, work)| work.done());
         asked.and(ended).and(ticket)
     }
 
     fn check(&self) -> Result<(), Error> {
+        let _call = self.group.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let (comm, mut state) = (self.comm()?, sys::ncclResult_t::ncclSuccess);
         // SAFETY: the communicator is live and `state` outlives the call.
         let asked = unsafe { sys::ncclCommGetAsyncError(comm, &raw mut state) };

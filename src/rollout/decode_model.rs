@@ -45,6 +45,11 @@ pub trait DecodeModel {
         &Device::Cpu
     }
 
+    /// Bytes of the device that a step takes beside what every step takes: blocks that come for it.
+    fn step_bytes(&self) -> u64 {
+        0
+    }
+
     /// Longest sequence the model can hold, prompt and completion, in tokens.
     fn max_positions(&self) -> usize;
 

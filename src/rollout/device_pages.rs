@@ -15,7 +15,7 @@ use crate::ops::Wide;
 use crate::ops::cuda::paged_attention::{Pages, PagesShape, Step};
 
 /// Memory that a step takes beside the cache: the unpacked weights of the projections of one input and the logits.
-const STEP_BYTES: u64 = 512 << 20;
+pub(crate) const STEP_BYTES: u64 = 512 << 20;
 
 /// Pages on a GPU and the copies that wait for the next step.
 #[derive(Debug)]
@@ -27,8 +27,8 @@ pub(super) struct DevicePages {
 }
 
 /// Pages for which a GPU has room beside what a step takes.
-pub(super) fn most_pages(shape: KvShape, device: &Device) -> Result<usize, Error> {
-    let free_bytes = free_memory(device).map_err(ops::Error::from)?.saturating_sub(STEP_BYTES);
+pub(super) fn most_pages(shape: KvShape, step_bytes: u64, device: &Device) -> Result<usize, Error> {
+    let free_bytes = free_memory(device).map_err(ops::Error::from)?.saturating_sub(STEP_BYTES + step_bytes);
     Ok((free_bytes / shape.page_bytes().max(1) as u64) as usize)
 }
 

@@ -74,6 +74,12 @@ pub fn kv_shape(engine: &Engine) -> KvShape {
     }
 }
 
+/// Bytes of the device that a rollout of so many sequences takes beside the weights.
+pub fn room_bytes(engine: &Engine, sequences: usize, tokens: usize) -> usize {
+    let pages = sequences.saturating_mul(super::pages::pages_for(tokens) + 2);
+    super::device_pages::STEP_BYTES as usize + kv_shape(engine).page_bytes().saturating_mul(pages)
+}
+
 impl DecodeModel for EngineModel<'_> {
     fn vocab_size(&self) -> usize {
         self.engine.config().vocab_size
@@ -85,6 +91,10 @@ impl DecodeModel for EngineModel<'_> {
 
     fn device(&self) -> &Device {
         self.engine.device()
+    }
+
+    fn step_bytes(&self) -> u64 {
+        if self.bound.is_some() { 0 } else { self.engine.store().visiting_bytes() as u64 }
     }
 
     fn max_positions(&self) -> usize {

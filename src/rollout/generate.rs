@@ -204,7 +204,11 @@ impl Rollout {
         // One that does not fit is gone before a new one is made.
         let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
             Some(cache) => cache,
-            None => KvCache::new(shape, self.pages_with_room(num_pages, longest, shape, &device)?, &device)?,
+            None => KvCache::new(
+                shape,
+                self.pages_with_room(num_pages, longest, (shape, model.step_bytes()), &device)?,
+                &device,
+            )?,
         };
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
@@ -259,8 +263,14 @@ impl Rollout {
 
     /// As many pages as the device has room for, at least those of the longest sequence: with fewer than wanted, sequences wait
     /// for others, which changes none of them.
-    fn pages_with_room(&self, wanted: usize, longest: usize, shape: KvShape, device: &Device) -> Result<usize, Error> {
-        let room = super::kv_cache::most_pages(shape, device)?;
+    fn pages_with_room(
+        &self,
+        wanted: usize,
+        longest: usize,
+        (shape, step_bytes): (KvShape, u64),
+        device: &Device,
+    ) -> Result<usize, Error> {
+        let room = super::kv_cache::most_pages(shape, step_bytes, device)?;
         let pages = wanted.min(room.max(pages_for(longest) + 2));
         if pages < wanted && !self.has_said_small.swap(true, Ordering::Relaxed) {
             tracing::warn!(

@@ -104,10 +104,10 @@ impl HostPages {
     }
 }
 
-/// Pages for which a device has room beside what a step takes; on the CPU that is not asked.
-pub(super) fn most_pages(shape: KvShape, device: &Device) -> Result<usize, Error> {
+/// Pages for which a device has room beside what a step takes, with `step_bytes` of its model; on the CPU that is not asked.
+pub(super) fn most_pages(shape: KvShape, step_bytes: u64, device: &Device) -> Result<usize, Error> {
     match device {
-        Device::Cuda(_) => super::device_pages::most_pages(shape, device),
+        Device::Cuda(_) => super::device_pages::most_pages(shape, step_bytes, device),
         _ => Ok(usize::MAX),
     }
 }

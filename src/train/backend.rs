@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use super::Context;
-use super::estimate::context_bytes;
+use super::estimate::{context_bytes, exchanging};
 use crate::config::settings::{DeviceChoice, Precision, RankBackend, RankSettings, TrainingSettings};
 use crate::device::{self, Footprint};
 use crate::engine::Types;
@@ -52,7 +52,7 @@ impl Backend {
         };
         let opened = Self::open(choice, settings.precision)?;
         if let Some(bytes) = settings.device_memory_limit {
-            opened.limit_memory(bytes, exchanging(&settings.ranks, ranks))?;
+            opened.limit_memory(bytes, exchanging(&settings.ranks))?;
         }
         if ranks.world_size() > 1 {
             let ordinal = if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 };
@@ -215,11 +215,6 @@ impl Backend {
     pub fn needs_loss_scaling(&self) -> bool {
         self.types.compute == candle_core::DType::F16
     }
-}
-
-/// Ranks that exchange the memory of their GPUs.
-pub fn exchanging(settings: &RankSettings, ranks: &dyn Ranks) -> usize {
-    if settings.backend.may_share_gpus() { 1 } else { ranks.world_size() }
 }
 
 /// Whether the program was built for GPUs and this one is there.

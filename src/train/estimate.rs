@@ -17,6 +17,11 @@ use crate::model::peft::AdapterConfig;
 /// What the driver and libraries hold of a GPU beside tensors, and that with NCCL's channels: measured on an H200, driver 580.
 const CONTEXT_BYTES: [u64; 2] = [670 << 20, 2040 << 20];
 
+/// Ranks that exchange the memory of their GPUs.
+pub fn exchanging(settings: &RankSettings) -> usize {
+    if settings.backend.may_share_gpus() { 1 } else { settings.world_size }
+}
+
 /// Bytes of a GPU that are not for tensors, with so many ranks that exchange its memory.
 pub fn context_bytes(world_size: usize) -> u64 {
     CONTEXT_BYTES[usize::from(world_size > 1)]
@@ -42,6 +47,8 @@ pub struct Work {
     pub micro_batches: usize,
     /// Tokens in the rollout's cache at most; 0 without rollout.
     pub cached_tokens: usize,
+    /// Whether a copy of the trained values is kept as the reference policy.
+    pub has_reference: bool,
 }
 
 impl Work {
@@ -51,7 +58,7 @@ impl Work {
         let SftSettings { training, max_length, .. } = settings;
         let tokens = training.per_device_train_batch_size * max_length.unwrap_or(USUAL_LENGTH);
         let micro_batches = training.gradient_accumulation_steps;
-        Self { tokens, targets: tokens, is_known: true, micro_batches, cached_tokens: 0 }
+        Self { tokens, targets: tokens, is_known: true, micro_batches, cached_tokens: 0, has_reference: false }
     }
 
     /// A step of GRPO with the longest prompts and completions; `world_size` ranks share the completions.
@@ -69,6 +76,10 @@ impl Work {
             is_known: false,
             micro_batches: training.gradient_accumulation_steps,
             cached_tokens: at_once * (prompt + longest),
+            // With an adapter alone the base is the reference.
+            has_reference: settings.beta != 0.0
+                && (settings.sync_ref_model
+                    || settings.model.lora.as_ref().is_none_or(|lora| !lora.modules_to_save.is_empty())),
         }
     }
 }
@@ -334,9 +345,15 @@ impl Shape {
         let weights = if params { 0 } else { own_frozen };
         let values = if values_come { if at_home { 0 } else { trained.div_ceil(world) } } else { trained };
         let own_values = share(ZeroStage::Optimizer, trained);
+        // What waits is cut over ranks in every stage.
         let host = self.table
-            + if params { own_frozen } else { 0 }
+            + if params { frozen.div_ceil(world) } else { 0 }
             + if at_home { state + own_values + own_gradients } else { 0 };
+        let reference = match (work.has_reference, at_home) {
+            (false, _) => [0, 0],
+            (true, true) => [0, own_values],
+            (true, false) => [values, 0],
+        };
         let kept = activations;
         let is_rollout = work.cached_tokens > 0;
         let shape = &self.config;
@@ -346,13 +363,13 @@ impl Shape {
         let gathered = if is_away { frozen - weights } else { 0 } + if values_come { trained } else { 0 };
         Estimate {
             weights,
-            trained: values,
+            trained: values + reference[0],
             gradients,
             optimizer: if at_home { 0 } else { state },
             activations: self.activations(work, kept, at_a_time, waiting) as u64,
             kv_cache: if is_rollout { cache + gathered + (512 << 20) } else { 0 },
-            context: context_bytes(ranks.world_size),
-            host,
+            context: context_bytes(exchanging(ranks)),
+            host: host + reference[1],
         }
     }
 

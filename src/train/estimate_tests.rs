@@ -26,6 +26,7 @@ fn work_of(record: &Value) -> (Work, Activations, RankSettings) {
             is_known: true,
             micro_batches,
             cached_tokens: 0,
+            has_reference: false,
         },
         BenchWork::Groups { prompts, samples, prompt_tokens, completion_tokens } => Work {
             tokens: prompts * (prompt_tokens + samples * (completion_tokens - 1)),
@@ -33,6 +34,7 @@ fn work_of(record: &Value) -> (Work, Activations, RankSettings) {
             is_known: false,
             micro_batches,
             cached_tokens: 0,
+            has_reference: false,
         },
     };
     let activations = match text("activations") {
@@ -91,7 +93,8 @@ fn estimates_are_within_a_twentieth_of_measured_peaks() {
 #[test]
 fn what_is_shared_or_waits_elsewhere_takes_less() {
     let shape = shape("configs/bench/qwen2-7b", 16);
-    let work = Work { tokens: 2048, targets: 2047, is_known: true, micro_batches: 1, cached_tokens: 0 };
+    let work =
+        Work { tokens: 2048, targets: 2047, is_known: true, micro_batches: 1, cached_tokens: 0, has_reference: false };
     let of = |world_size, stage, optimizer, params| {
         let offload = OffloadSettings { optimizer, params, ..OffloadSettings::default() };
         let ranks = RankSettings { world_size, stage, offload, ..RankSettings::default() };
@@ -111,4 +114,14 @@ fn what_is_shared_or_waits_elsewhere_takes_less() {
     assert_eq!((both.optimizer, both.weights), (0, 0));
     assert!(both.host > plain.host + plain.weights);
     assert_eq!(plain.optimizer, 8 * shape.num_trained());
+    let with_reference = |offload| {
+        let ranks = RankSettings { offload, ..RankSettings::default() };
+        let of = |has_reference| {
+            shape.estimate(Work { has_reference, ..work }, Activations::Recompute, &ranks, OptimizerKind::AdamW)
+        };
+        (of(true).device() - of(false).device(), of(true).host - of(false).host)
+    };
+    let copy = 4 * shape.num_trained();
+    assert_eq!(with_reference(OffloadSettings::default()), (copy, 0));
+    assert_eq!(with_reference(OffloadSettings { optimizer: cpu, ..OffloadSettings::default() }), (0, copy));
 }

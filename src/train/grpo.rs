@@ -1,7 +1,6 @@
 //! Group relative policy optimisation (`DeepSeekMath`, 2402.03300, algorithm 1).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::bail;
 use serde_json::Value;
@@ -16,6 +15,7 @@ use super::output_dir;
 use super::plan;
 use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale, Term};
 use super::run::Run;
+use super::sample::sample;
 use super::session::{self, Session};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
@@ -30,7 +30,6 @@ use crate::model::load::Purpose;
 use crate::model::peft::AdapterSpec;
 use crate::ops::head;
 use crate::reward::{self, Rewards};
-use crate::rollout::Completion;
 use crate::telemetry::Section;
 use crate::zero::ShardedOptimizer;
 
@@ -423,34 +422,6 @@ fn generate(
     }
     add_logprobs(settings, session, prompts, life, &mut batch)?;
     Ok(batch)
-}
-
-/// Bytes that a rollout needs beside the weights to be worth having them all there: a cache for some sequences.
-const ROLLOUT_ROOM: usize = 512 << 20;
-
-/// Samples completions with all blocks there: ranks do not go in step while they generate.
-fn sample(
-    settings: &GrpoSettings,
-    generator: &mut Generator<'_>,
-    session: &mut Session,
-    prompts: &Prompts,
-    indices: &[usize],
-    key: u64,
-    run: &Run<'_>,
-) -> anyhow::Result<Vec<Completion>> {
-    static SAID: AtomicBool = AtomicBool::new(false);
-    let gathered = session.engine.store_mut().gather_all(ROLLOUT_ROOM);
-    let completions = gathered.map_err(anyhow::Error::from).and_then(|is_there| {
-        if !is_there && !SAID.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                "the weights have no room on the device beside a rollout: each step of generation brings them from host memory, \
-                 which is slow; leave `offload_param_device` out, or raise `device_memory_limit`"
-            );
-        }
-        generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings())
-    });
-    session.engine.store_mut().let_go();
-    completions
 }
 
 /// Log-probabilities under the old policy, where the batch will be trained on after the policy has moved or the rollout

@@ -29,6 +29,7 @@ mod policy_loss;
 pub mod preprocess;
 mod results;
 mod run;
+mod sample;
 mod save;
 pub mod session;
 pub mod sft;
@@ -36,7 +37,7 @@ mod state;
 mod tuning;
 mod turns;
 
-pub use backend::{Backend, exchanging, has_bf16, has_gpu, visible_gpus};
+pub use backend::{Backend, has_bf16, has_gpu, visible_gpus};
 pub use cadence::{Cadence, Due};
 pub use plan::downloads;
 

@@ -79,10 +79,17 @@ pub(super) fn check_loss(
     if loss.is_finite() {
         return Ok(());
     }
+    let store = session.engine.store();
+    // Values that a lost rank did not send come to nothing that is its own fault.
+    store.sharing().check_exchange()?;
     // Blocks that ranks gather together are not there for one of them.
-    let found = session.engine.store().holds_all().then(|| session.engine.first_non_finite(batch)).transpose()?;
+    let can_look = store.holds_all() || store.sharing().world_size() == 1;
+    let found = can_look.then(|| session.engine.first_non_finite(batch)).transpose()?;
     let place = match found {
-        None => "where it began is not looked for with shared parameters (`zero_stage: 3`)".into(),
+        None => {
+            "where it began is not looked for where ranks share parameters (`zero_stage: 3`, `offload_param_device`)"
+                .into()
+        }
         Some(Some(block)) => format!("the first values that are not finite come from {block}"),
         Some(None) => "all blocks compute finite values, so it comes from the loss itself".into(),
     };

@@ -165,6 +165,11 @@ impl Frozen {
         self.away.is_some()
     }
 
+    /// Bytes that they come in.
+    pub(super) fn away_bytes(&self) -> usize {
+        self.away.iter().flat_map(|away| &away.runs).map(|run| run.len).sum()
+    }
+
     /// Values of the weights that come for a visit.
     pub(super) fn values_away(&self) -> usize {
         self.away.iter().flat_map(|away| away.weights.values()).map(|weight| weight.count).sum()

@@ -96,6 +96,18 @@ pub enum Error {
     /// The thread of the optimizer could not be started.
     #[error("cannot start a thread for the optimizer: {0}")]
     Thread(#[source] std::io::Error),
+    /// Several ranks cannot have all blocks on their devices at a time.
+    #[error(
+        "all weights and a rollout take {needed} bytes of device memory, and {free} are free on this rank: ranks that generate have \
+         all of them; lower `max_completion_length` or `max_num_seqs`, raise `device_memory_limit`, quantise with `load_in_4bit`, or \
+         run one rank with `offload_param_device: cpu`, which brings them step by step"
+    )]
+    NoRoom {
+        /// Bytes that all blocks take, with what a rollout needs.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// Ranks could not come together.
     #[error("{0}")]
     Ranks(#[source] crate::ranks::Error),

@@ -179,6 +179,7 @@ impl ShardedOptimizer {
         let all = move || {
             for (errand, states, pieces) in errands {
                 if let Err(error) = errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
+                    tracing::error!("the optimizer in host memory failed: {error}");
                     *lock(&problem) = Some(error);
                     return;
                 }

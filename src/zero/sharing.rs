@@ -57,8 +57,16 @@ impl Sharing {
     }
 
     /// Whether what ranks exchange stays in the memory of their GPUs.
-    pub(super) fn exchanges_on_device(&self) -> bool {
+    pub fn exchanges_on_device(&self) -> bool {
         self.exchange.is_some()
+    }
+
+    /// What kept the exchange between GPUs from its work, if anything has: what came through it since is worth nothing.
+    ///
+    /// # Errors
+    /// That.
+    pub fn check_exchange(&self) -> Result<(), Error> {
+        self.exchange().map_or(Ok(()), |exchange| Ok(exchange.check()?))
     }
 
     /// The exchange between the memories of the ranks' GPUs.

@@ -193,6 +193,22 @@ impl ParamStore {
         self.blocks.iter().all(|block| block.policy.is_some())
     }
 
+    /// Whether all blocks of a speaker are where blocks compute.
+    pub fn holds_all_of(&self, speaker: Speaker) -> bool {
+        let is_there = |block: &Block| match &block.reference {
+            Some(reference) => reference.params.is_some(),
+            None => block.policy.is_some(),
+        };
+        if speaker == Speaker::Reference { self.blocks.iter().all(is_there) } else { self.holds_all() }
+    }
+
+    /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
+    pub fn visiting_bytes(&self) -> usize {
+        let mut all: Vec<usize> = self.blocks.iter().map(|block| block.frozen.away_bytes()).collect();
+        all.sort_unstable();
+        all.iter().rev().take(2).sum()
+    }
+
     /// Whether a step should finish with one block before it takes the next, so that gradients of one block take memory at a
     /// time; `None` where that is not asked.
     pub fn passing_gradient_bytes(&self) -> Option<usize> {
@@ -311,6 +327,7 @@ impl ParamStore {
     /// If there is no such block, or it is cut into shards.
     pub fn at_rest(&self, block: usize) -> Result<BlockParams, Error> {
         let own = self.blocks.get(block).ok_or(Error::NoBlock { block, blocks: self.blocks.len() })?;
+        self.settle()?;
         if self.sharing.cuts_parameters() {
             return own.policy.clone().ok_or(Error::IsCut { block });
         }

@@ -531,6 +531,15 @@ fn what_waits_in_host_memory_is_said_by_keys_and_files() {
     let (found, warnings) = ranks(&format!("{file}offload_param_device: none\n"), &gpu);
     assert_eq!(found, of(ZeroStage::Parameters, 2));
     assert_one(&warnings, "says cpu for `offload_param_device`, and the configuration says none, which counts");
+    let pinned = |outer: &str, inner: &str| {
+        let map = format!("{{zero_optimization: {{stage: 2, offload_optimizer: {{device: cpu{inner}}}}}}}");
+        silent(&format!("deepspeed: {map}\n{outer}"), &gpu).offload.pin_memory
+    };
+    assert_eq!(
+        [pinned("", ""), pinned("", ", pin_memory: true"), pinned("", ", pin_memory: false")],
+        [true, true, false]
+    );
+    assert!(pinned("pin_memory: true\n", ", pin_memory: false"), "the configuration counts more");
     assert_one(&errors("offload_param_device: nvme\n", &gpu), "state waits in host memory, and not yet in files");
     assert_one(&errors("offload_optimizer_device: disk\n", &gpu), "`offload_optimizer_device` ");
 }

@@ -10,13 +10,14 @@ use trainer::kernels::cuda::set_deterministic;
 use trainer::model::HeadGradient;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::ops::head;
+use trainer::quant::Weight;
 use trainer::ranks::host::OnHost;
 use trainer::ranks::local::Threads;
 use trainer::ranks::{Exchange, Ranks};
 use trainer::rng::Stream;
 use trainer::zero::{Offload, ShardedOptimizer, Sharing};
 
-use crate::support::{device, seed};
+use crate::support::{device, download, seed};
 use crate::tiny::{Tiny, VOCABULARY};
 
 const STEPS: u64 = 3;
@@ -66,9 +67,18 @@ fn train(mut engine: Engine, order: Order, kind: OptimizerKind) -> Results {
         assert!(!report.is_skipped);
         norms.push(report.grad_norm);
     }
+    // What is saved right after a step is what the step made.
+    let saved = engine.store().collect_params().unwrap();
     let outputs = engine.logprobs(&[micro_batch(99, 0)], engine::Speaker::Policy, 1.0).unwrap();
     engine.store().settle().unwrap();
     let values = engine.store().collect_values().unwrap().unwrap_or_default();
+    for (block, (flat, values)) in engine.store().flats().zip(&values).enumerate() {
+        for entry in flat.entries() {
+            let weight = &saved.as_ref().unwrap()[block].get(&entry.name).unwrap().weight;
+            let Weight::Dense(tensor) = weight else { panic!("{} is trained, and so dense", entry.name) };
+            assert!(download(tensor) == values[entry.range.clone()], "{} as it was saved", entry.name);
+        }
+    }
     (values, norms, outputs[0].logprobs.clone())
 }
 
@@ -112,7 +122,7 @@ fn what_waits_in_host_memory_changes_no_bit() {
     let device = device();
     for tiny in tinies() {
         for types in [Types::F32, Types::BF16, Types::F16] {
-            for order in [Order::DepthFirst, Order::BreadthFirst] {
+            for order in [Order::DepthFirst, Order::Grouped(3), Order::BreadthFirst] {
                 let want = train(tiny.engine(&device, types), order, OptimizerKind::AdamW);
                 for place in places() {
                     let engine = tiny.engine_placed(&device, types, Sharing::alone(), place.clone());
@@ -120,6 +130,43 @@ fn what_waits_in_host_memory_changes_no_bit() {
                     assert_same(&format!("{tiny:?} in {types:?}, {order:?}, {place:?}"), &got, &want);
                 }
             }
+        }
+    }
+}
+
+/// The reference is that of the start, moved when it is told to, and not what the policy has become meanwhile.
+#[test]
+#[ignore = "gpu"]
+fn the_reference_is_the_same_wherever_values_are() {
+    let device = device();
+    let outputs = |mut engine: Engine| -> [Vec<f32>; 3] {
+        set_deterministic(engine.device(), true).unwrap();
+        engine.fix_sums();
+        engine.store_mut().keep_reference().unwrap();
+        let mut optimizer = ShardedOptimizer::new(settings(OptimizerKind::AdamW), engine.store()).unwrap();
+        let step = [micro_batch(0, 0), micro_batch(0, 1), micro_batch(0, 2)];
+        let of = |engine: &Engine| -> Vec<f32> {
+            let outputs = engine.logprobs(&step, engine::Speaker::Reference, 1.0).unwrap();
+            outputs.into_iter().flat_map(|output| output.logprobs).collect()
+        };
+        let before = of(&engine);
+        let mut loss = |_: usize, output: &head::Output| {
+            let d_logprobs = vec![-0.01; output.logprobs.len()];
+            Ok::<_, engine::Error>(HeadGradient { d_logprobs, ..HeadGradient::default() })
+        };
+        engine.accumulate(&step, 1.0, None, &mut loss).unwrap();
+        optimizer.step(engine.store(), 1e-2, 0.5, 1.0).unwrap();
+        let after = of(&engine);
+        engine.store().mix_reference(0.6).unwrap();
+        let mixed = of(&engine);
+        [before, after, mixed]
+    };
+    for tiny in tinies() {
+        let want = outputs(tiny.engine(&device, Types::F32));
+        assert!(want[0] == want[1] && want[1] != want[2], "{tiny:?}");
+        for place in places() {
+            let engine = tiny.engine_placed(&device, Types::F32, Sharing::alone(), place.clone());
+            assert!(outputs(engine) == want, "{tiny:?}, {place:?}");
         }
     }
 }

@@ -140,7 +140,7 @@ const OFFLOAD: &Fates = &[
     ("buffer_count", Fine),
     ("buffer_size", Fine),
     ("max_in_cpu", Fine),
-    ("pin_memory", Fine),
+    ("pin_memory", Read),
     ("pipeline", Fine),
     ("pipeline_read", Fine),
     ("pipeline_write", Fine),
@@ -246,7 +246,10 @@ impl Asked<'_> {
             }
             "offload_optimizer" | "offload_param" => {
                 let Some(map) = self.map(path, value) else { return };
-                self.walk(path, map, OFFLOAD, |asked, _, _, value| asked.offload(path, value));
+                self.walk(path, map, OFFLOAD, |asked, name, own, value| match name {
+                    "pin_memory" => asked.pin(own, value),
+                    _ => asked.offload(path, value),
+                });
             }
             // `cpu_offload` and `cpu_offload_param`, as they were written long ago.
             _ if value == &Value::Bool(true) => self.offload(path, &"cpu".into()),

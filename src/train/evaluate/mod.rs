@@ -181,7 +181,8 @@ pub fn sft(settings: &SftSettings, request: &Request, context: &Context<'_>) -> 
 
 /// The settings for one rank.
 fn alone(training: &TrainingSettings) -> TrainingSettings {
-    TrainingSettings { ranks: RankSettings::default(), ..training.clone() }
+    let ranks = RankSettings { offload: training.ranks.offload, ..RankSettings::default() };
+    TrainingSettings { ranks, ..training.clone() }
 }
 
 /// Measures a model once it is open.
@@ -197,6 +198,9 @@ fn run(
     let mut progress = plan::downloads(&context.terminal);
     let choices = choices(shared, request, &mut progress)?;
     let backend = Backend::open(shared.training.device, shared.training.precision)?;
+    if let Some(bytes) = shared.training.device_memory_limit {
+        backend.limit_memory(bytes, 1)?;
+    }
     let rows = rows(shared, request, &mut progress)?;
     let folder = request.output.clone().unwrap_or_else(|| shared.training.output_dir.join("evaluation"));
     check_writable(&folder)?;
@@ -250,7 +254,7 @@ fn open(
         purpose,
         activations,
         backend,
-        (Sharing::alone(), Offload::default()),
+        (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device)),
         progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());

@@ -169,6 +169,7 @@ impl ParamStore {
     /// # Errors
     /// If the device failed.
     pub fn settle(&self) -> Result<(), Error> {
+        self.sharing.check_exchange()?;
         self.gradients_arrive()?;
         (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
         self.blocks.iter().filter_map(|block| block.home.as_ref()).try_for_each(|home| home.wait())

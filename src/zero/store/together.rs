@@ -5,26 +5,34 @@ use std::sync::PoisonError;
 
 use candle_core::{Device, Tensor};
 
-use super::{ParamStore, on_host};
+use super::{Block, ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
 use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums};
 
 impl ParamStore {
     /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
-    /// they are there anyway. What waits in host memory stays there if the device has no room for it beside `room` bytes: it
-    /// comes block by block then, and this says so.
+    /// they are there anyway. With one rank what waits in host memory stays there if the device has no room for it beside `room`
+    /// bytes: it comes block by block then, and this says so.
     ///
     /// # Errors
-    /// If a rank is lost or memory runs out.
+    /// If a rank is lost, or the device of one of several has no room.
     pub fn gather_all(&mut self, room: usize) -> Result<bool, Error> {
-        if !self.sharing.cuts_parameters() && self.device().is_cuda() {
+        if self.device().is_cuda() && self.blocks.iter().any(|block| block.policy.is_none()) {
             let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
-            let values = if self.values_wait() { 4 * self.num_trainable() } else { 0 };
-            let needed = waiting.map(|block| block.frozen.offloaded_bytes()).sum::<usize>() + values;
+            let of_block = |block: &Block| {
+                let comes = self.values_wait() || (self.sharing.cuts_parameters() && !block.flat.has_all_values());
+                block.frozen.away_bytes() + if comes { size_of::<f32>() * block.flat.len() } else { 0 }
+            };
+            let needed = waiting.map(of_block).sum::<usize>() + room;
             let free = crate::device::free_memory(self.device())?;
-            if (needed + room) as u64 > free {
+            let is_too_much = needed as u64 > free;
+            if self.sharing.world_size() == 1 && is_too_much {
                 return Ok(false);
+            }
+            // Ranks that do not go in step cannot gather block by block.
+            if self.sharing.world_size() > 1 && self.sharing.ranks().any(is_too_much)? {
+                return Err(Error::NoRoom { needed: needed as u64, free });
             }
         }
         for block in 0..self.blocks.len() {
@@ -50,16 +58,28 @@ impl ParamStore {
     /// # Errors
     /// If a rank is lost or memory runs out.
     pub fn collect_params(&self) -> Result<Option<Vec<BlockParams>>, Error> {
+        self.settle()?;
         let is_first = self.sharing.ranks().is_first();
         let mut all = Vec::new();
         for block in 0..self.blocks.len() {
-            if self.sharing.cuts_parameters() || is_first {
+            if self.is_gathered(block) || is_first {
                 // In host memory: a device that holds a part may not hold all.
                 let params = self.fetched(block, Speaker::Policy, Needs::Values, &Device::Cpu)?;
                 all.extend(is_first.then_some(params));
             }
         }
         Ok(is_first.then_some(all))
+    }
+
+    /// Whether ranks have to fetch a block together.
+    fn is_gathered(&self, block: usize) -> bool {
+        let is_cut = |block: &Block| {
+            let has_working = block.home.as_ref().is_some_and(|home| home.working_values().is_some());
+            block.frozen.is_away() || (!block.flat.has_all_values() && !has_working)
+        };
+        let own = &self.blocks[block];
+        let sources = own.shared.iter().map(|shared| &self.blocks[shared.param.of_block]);
+        self.sharing.world_size() > 1 && std::iter::once(own).chain(sources).any(is_cut)
     }
 
     /// All trained values by block for the first rank; the others help to gather them and get nothing.
