@@ -71,7 +71,7 @@ fn preparing_is_left_at_once() {
 fn a_rollout_is_given_up() {
     let run = || {
         TestRun::grpo()
-            .set("per_device_train_batch_size", 64)
+            .set("per_device_train_batch_size", 128)
             .set("max_num_seqs", 2)
             .set("max_completion_length", 200)
             .set("max_steps", 2)
@@ -81,7 +81,7 @@ fn a_rollout_is_given_up() {
     // In the second rollout, and in the first, before there is a step.
     for count in [1, 0] {
         let stopped = run();
-        let wait = Duration::from_millis(300);
+        let wait = Duration::from_millis(100);
         let begun = move |output: &Path| rows(count)(output) && output.join("config.resolved.yaml").exists();
         let ended = stopped.signal_when(&[], "TERM", for_time(wait, begun));
         assert_eq!(stopped.checkpoints().last(), Some(&(count as u64)));

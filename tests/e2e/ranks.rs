@@ -212,6 +212,27 @@ fn an_error_of_one_rank_is_the_error_of_the_run() {
     assert_eq!(ended.code, Some(1), "{}", ended.err);
 }
 
+/// The rank that writes finds the disk full while the others help to gather what it writes.
+#[test]
+fn a_full_disk_of_one_rank_ends_the_run_and_loses_nothing() {
+    for (ranks, stage) in [(2, 0), (3, 2), (4, 3)] {
+        let sft = || TestRun::sft().set("save_total_limit", 1).set("lr_scheduler_type", "constant");
+        let run = |ranks, stage| over(sft(), ranks, stage);
+        let straight = run(1, 0).done();
+        let stopped = run(ranks, stage);
+        stopped.run(&["--set", "max_steps=2"]).expect(0);
+        // Files of at most 200 KiB, which the state of training is not.
+        let ended = stopped.run_limited("ulimit -f 200", &["--resume"]);
+        assert_eq!(ended.code, Some(1), "{}", ended.err);
+        for part in ["cannot write", "trainer_state.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+            assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+        }
+        assert_eq!(stopped.checkpoints(), [2]);
+        stopped.run(&["--resume"]).expect(0);
+        assert!(stopped.weights() == straight.weights(), "{ranks} ranks in stage {stage}");
+    }
+}
+
 #[test]
 fn more_ranks_than_rows_have_nothing_to_learn_and_do_no_harm() {
     let run = |ranks| {
