@@ -18,7 +18,7 @@ fn rollout_room(settings: &GrpoSettings, session: &Session) -> usize {
     forward::room_bytes(&session.engine, SEQUENCES.min(settings.max_num_seqs), longest)
 }
 
-/// Samples completions with all blocks there: ranks do not go in step while they generate.
+/// Samples completions of prompts.
 pub(super) fn sample(
     settings: &GrpoSettings,
     generator: &mut Generator<'_>,
@@ -28,18 +28,29 @@ pub(super) fn sample(
     key: u64,
     run: &Run<'_>,
 ) -> anyhow::Result<Vec<Completion>> {
+    with_all_there(settings, session, |session| {
+        generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings())
+    })
+}
+
+/// Generates with all blocks there: ranks do not go in step while they do. With one rank, what has no room comes with each step.
+pub(super) fn with_all_there<T>(
+    settings: &GrpoSettings,
+    session: &mut Session,
+    generate: impl FnOnce(&Session) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     static SAID: AtomicBool = AtomicBool::new(false);
     let room = rollout_room(settings, session);
     let gathered = session.engine.store_mut().gather_all(room);
-    let completions = gathered.map_err(anyhow::Error::from).and_then(|is_there| {
+    let generated = gathered.map_err(anyhow::Error::from).and_then(|is_there| {
         if !is_there && !SAID.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "the weights have no room on the device beside a rollout: each step of generation brings them from host memory, \
                  which is slow; leave `offload_param_device` out, or raise `device_memory_limit`"
             );
         }
-        generator.sample(session, prompts, indices, key, &settings.sampling, &run.surroundings())
+        generate(session)
     });
     session.engine.store_mut().let_go();
-    completions
+    generated
 }

@@ -13,6 +13,7 @@ use crate::rollout::{Completion, Request};
 use crate::train::generation::{Generator, Scored, Surroundings};
 use crate::train::grpo::{EVALUATION_KEY, check_prompts, close_length};
 use crate::train::material::Making;
+use crate::train::sample::with_all_there;
 use crate::train::session::Session;
 
 /// Samples completions of each prompt of `rows`, rewards them and returns what that comes to. The rewards come back for the next
@@ -37,14 +38,15 @@ pub(super) fn measure(
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
     }
     ready();
-    let session = &*session;
     let settings = &close_length(settings, session, [Some(&prompts), None]);
     let examples: Vec<&PromptExample> = (0..prompts.len()).map(|at| prompts.get(at)).collect::<Result<_, _>>()?;
     let samples = settings.num_generations_eval;
     let mut generator = Generator::new(settings, session, rewards)?;
     generator.show_progress(0, 0);
     let requests = requests(&examples, samples);
-    let completions = generator.complete(session, &requests, EVALUATION_KEY, &settings.sampling, surroundings)?;
+    let completions = with_all_there(settings, session, |session| {
+        generator.complete(session, &requests, EVALUATION_KEY, &settings.sampling, surroundings)
+    })?;
     let statistics = generator.statistics();
     let speed = Speed {
         tokens: statistics.generated_tokens,
