@@ -92,7 +92,7 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
     let config = session::model_config(model, &mut |_| {})?;
     let parameters = config.num_parameters();
     let shape = Shape::new(config, model, types)?;
-    let (activations, _) = session::activations(training);
+    let activations = session::activations(training);
     let of = |ranks: &RankSettings| shape.estimate(work, activations, ranks, training.optimizer.kind);
     let ranks = &training.ranks;
     let card = args.card.or(training.device_memory_limit);
@@ -108,7 +108,7 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
     );
     write_parts(&mut text, &of(ranks), ranks, &shape);
     text.push('\n');
-    write_alternatives(&mut text, ranks, card, activations, &of);
+    write_alternatives(&mut text, ranks, card, activations.0, &of);
     Ok(text)
 }
 

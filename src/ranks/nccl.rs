@@ -66,8 +66,8 @@ struct State {
 #[derive(Debug)]
 struct Comm(sys::ncclComm_t);
 
-// SAFETY: one thread at a time asks for work, for `Nccl` is not `Sync` (it has cells). The thread beside it does nothing but
-// give the group up, which NCCL allows at any time.
+// SAFETY: every call of the library with it is under `Group::calls`, of the thread that asks for work and of the one beside it
+// that gives the group up. Only a call that hangs is ended without it, which the library allows.
 unsafe impl Send for Comm {}
 // SAFETY: as above.
 unsafe impl Sync for Comm {}

@@ -248,23 +248,35 @@ impl Shape {
 
     /// Activations at the moment that takes most, with `waiting` bytes of blocks that are there for a visit of the head, and of a
     /// layer.
-    fn activations(&self, work: Work, activations: Activations, at_a_time: usize, waiting: [f64; 2]) -> f64 {
+    fn activations(
+        &self,
+        work: Work,
+        (activations, recomputed_layers): (Activations, usize),
+        at_a_time: usize,
+        waiting: [f64; 2],
+    ) -> f64 {
         let ModelConfig { hidden_size, intermediate_size, vocab_size, num_hidden_layers, .. } = self.config;
         let (hidden, inside, vocabulary) = (hidden_size as f64, intermediate_size as f64, vocab_size as f64);
         let (compute, residual) =
             (self.types.compute.size_in_bytes() as f64, self.types.residual.size_in_bytes() as f64);
-        let (layers, tokens, targets) = (num_hidden_layers as f64, work.tokens as f64, work.targets as f64);
+        let (tokens, targets) = (work.tokens as f64, work.targets as f64);
+        // The layers after these keep all of theirs.
+        let again = recomputed_layers.min(num_hidden_layers);
+        let whole_layers = (num_hidden_layers - again) as f64;
         let [whole, left] = self.kept_bytes();
         let [queries, attention] = self.attention_widths();
         let all_tokens = tokens * at_a_time as f64;
-        let is_last_kept = activations != Activations::Keep && at_a_time == 1 && LAST_KEPT.contains(&work.tokens);
+        let is_last_kept = activations != Activations::Keep
+            && again == num_hidden_layers
+            && at_a_time == 1
+            && LAST_KEPT.contains(&work.tokens);
         let parked = tokens * (2.0 * residual * hidden + compute * (queries + attention) as f64);
         let kept_before = match activations {
-            Activations::Keep => layers * whole * all_tokens,
-            Activations::Recompute => layers * left * all_tokens,
+            Activations::Keep => num_hidden_layers as f64 * whole * all_tokens,
+            Activations::Recompute => (again as f64 * left + whole_layers * whole) * all_tokens,
             // The last layer's stays, since it is needed next.
             Activations::Offload if is_last_kept => 0.0,
-            Activations::Offload => parked,
+            Activations::Offload => parked + whole_layers * whole * all_tokens,
         };
         // On their way out and back, two layers at a time; the head waits for them.
         let on_their_way = if activations == Activations::Offload { 2.0 * parked } else { 0.0 };
@@ -293,11 +305,12 @@ impl Shape {
         WORKSPACE + (kept_before + last + head + waiting[0]).max(before_last + on_their_way + layer + waiting[1])
     }
 
-    /// What a run takes of each GPU, and of the host's memory for each rank.
+    /// What a run takes of each GPU, and of the host's memory for each rank; `activations` with how many of the first layers it
+    /// is for.
     pub fn estimate(
         &self,
         work: Work,
-        activations: Activations,
+        activations: (Activations, usize),
         ranks: &RankSettings,
         optimizer: OptimizerKind,
     ) -> Estimate {
@@ -324,7 +337,13 @@ impl Shape {
             (if is_away { self.frozen[block] } else { 0 }) + values
         };
         let layers = self.config.num_hidden_layers;
-        let waiting = [size(layers + 1) + size(layers), size(layers) + size(layers - 1)].map(|bytes| bytes as f64);
+        // More of them where that is asked for, the values counted as if all blocks had as many bytes a value.
+        let all_that_comes = (1..=layers + 1).map(size).sum::<u64>() as f64;
+        let values = self.config.num_parameters().max(1);
+        let live = ranks.offload.max_live_parameters.unwrap_or(0).min(values);
+        let asked = all_that_comes * live as f64 / values as f64;
+        let waiting =
+            [size(layers + 1) + size(layers), size(layers) + size(layers - 1)].map(|bytes| (bytes as f64).max(asked));
         let largest = self.trained.iter().max().copied().unwrap_or(0) * 4;
         // With trained weights as large as the model it is block by block; else as the engine's order has it.
         let largest_layer = (1..=layers).map(|block| self.frozen[block]).max().unwrap_or(0);

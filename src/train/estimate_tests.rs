@@ -70,7 +70,7 @@ fn estimates_are_within_a_twentieth_of_measured_peaks() {
         measured += 1;
         let (work, activations, ranks) = work_of(&record);
         let shape = shape(record["model"].as_str().unwrap(), record["lora_r"].as_u64().unwrap() as usize);
-        let estimate = shape.estimate(work, activations, &ranks, OptimizerKind::AdamW);
+        let estimate = shape.estimate(work, (activations, usize::MAX), &ranks, OptimizerKind::AdamW);
         // Of the device: that is what a card has to have.
         let (got, want) = (estimate.device() as f64, record["peak_bytes"].as_f64().unwrap() + estimate.context as f64);
         if (got / want - 1.0).abs() > 0.05 {
@@ -98,7 +98,7 @@ fn what_is_shared_or_waits_elsewhere_takes_less() {
     let of = |world_size, stage, optimizer, params| {
         let offload = OffloadSettings { optimizer, params, ..OffloadSettings::default() };
         let ranks = RankSettings { world_size, stage, offload, ..RankSettings::default() };
-        shape.estimate(work, Activations::Recompute, &ranks, OptimizerKind::AdamW)
+        shape.estimate(work, (Activations::Recompute, usize::MAX), &ranks, OptimizerKind::AdamW)
     };
     let (none, cpu) = (OffloadDevice::None, OffloadDevice::Cpu);
     let plain = of(2, ZeroStage::Replicated, none, none);
@@ -117,11 +117,37 @@ fn what_is_shared_or_waits_elsewhere_takes_less() {
     let with_reference = |offload| {
         let ranks = RankSettings { offload, ..RankSettings::default() };
         let of = |has_reference| {
-            shape.estimate(Work { has_reference, ..work }, Activations::Recompute, &ranks, OptimizerKind::AdamW)
+            shape.estimate(
+                Work { has_reference, ..work },
+                (Activations::Recompute, usize::MAX),
+                &ranks,
+                OptimizerKind::AdamW,
+            )
         };
         (of(true).device() - of(false).device(), of(true).host - of(false).host)
     };
     let copy = 4 * shape.num_trained();
     assert_eq!(with_reference(OffloadSettings::default()), (copy, 0));
     assert_eq!(with_reference(OffloadSettings { optimizer: cpu, ..OffloadSettings::default() }), (0, copy));
+}
+
+#[test]
+fn what_is_asked_to_stay_is_counted() {
+    let shape = shape("configs/bench/qwen2-7b", 16);
+    let work =
+        Work { tokens: 2048, targets: 2047, is_known: true, micro_batches: 1, cached_tokens: 0, has_reference: false };
+    let of = |layers, max_live_parameters| {
+        let offload = OffloadSettings { params: OffloadDevice::Cpu, max_live_parameters, ..OffloadSettings::default() };
+        let ranks = RankSettings { offload, ..RankSettings::default() };
+        shape.estimate(work, (Activations::Recompute, layers), &ranks, OptimizerKind::AdamW).device()
+    };
+    let least = of(usize::MAX, None);
+    assert_eq!(of(28, None), least);
+    assert_eq!(of(usize::MAX, Some(1)), least, "two blocks are there in any case");
+    assert!(of(14, None) > least && of(7, None) > of(14, None));
+    let (some, all) = (of(usize::MAX, Some(3_000_000_000)), of(usize::MAX, Some(20_000_000_000)));
+    assert!(some > least && all > some);
+    let ranks = RankSettings::default();
+    let resident = shape.estimate(work, (Activations::Recompute, usize::MAX), &ranks, OptimizerKind::AdamW);
+    assert!((all as f64 / resident.device() as f64 - 1.0).abs() < 0.01, "{all} and {}", resident.device());
 }

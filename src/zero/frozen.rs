@@ -65,9 +65,13 @@ pub(super) struct Arriving {
 
 impl Arriving {
     /// Has what computes wait until they are there.
-    pub(super) fn arrive(&self) -> Result<&BTreeMap<String, Weight>, Error> {
-        self.coming.iter().try_for_each(Coming::arrive)?;
-        Ok(&self.weights)
+    pub(super) fn arrive(&self) -> Result<(), Error> {
+        self.coming.iter().try_for_each(Coming::arrive)
+    }
+
+    /// The weights, which are there after [`Self::arrive`].
+    pub(super) fn weights(&self) -> &BTreeMap<String, Weight> {
+        &self.weights
     }
 
     /// Overwrites the weights for whoever still reads them.

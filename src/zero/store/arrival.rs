@@ -24,8 +24,7 @@ impl Arriving {
     /// Has what computes wait until all is there.
     pub(in crate::zero) fn arrive(&self) -> Result<(), Error> {
         self.coming.iter().try_for_each(Coming::arrive)?;
-        self.frozen.arrive()?;
-        Ok(())
+        self.frozen.arrive()
     }
 
     /// Overwrites everything for whoever still reads it.
@@ -90,7 +89,7 @@ impl ParamStore {
             None => Ok(()),
             Some(_) => Err(Error::Duplicate { name: name.into() }),
         };
-        for (name, weight) in own.frozen.here().iter().chain(arriving.frozen.arrive()?) {
+        for (name, weight) in own.frozen.here().iter().chain(arriving.frozen.weights()) {
             add(name, weight.clone(), None)?;
         }
         let trains = !(speaker == Speaker::Reference && own.reference.is_some());
@@ -106,7 +105,7 @@ impl ParamStore {
         }
         for Shared { param, bucket, .. } in &own.shared {
             let source = &self.blocks[param.of_block];
-            if source.flat.entry(&param.of_name).is_none() {
+            let Some(entry) = source.flat.entry(&param.of_name) else {
                 let coming = || source.frozen.fetch(&self.sharing, (&self.link, device));
                 let weight = match source.frozen.here().get(&param.of_name) {
                     Some(weight) => Some(weight.clone()),
@@ -115,9 +114,7 @@ impl ParamStore {
                 let missing = || Error::NotShared { name: param.of_name.clone() };
                 add(&param.name, weight.ok_or_else(missing)?, None)?;
                 continue;
-            }
-            let entry =
-                source.flat.entry(&param.of_name).ok_or_else(|| Error::NotShared { name: param.of_name.clone() })?;
+            };
             let mut coming = Vec::new();
             let values = self.values_on_their_way(source, speaker, device, &mut coming)?;
             coming.iter().try_for_each(Coming::arrive)?;
