@@ -98,6 +98,12 @@ pub enum Error {
         /// Where.
         index: usize,
     },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] crate::device::Error),
+    /// Steps were asked for that were not prepared.
+    #[error("rollout: a model without layers, or steps without memory; this is a fault of the program")]
+    NoSteps,
     /// The model returned logits of another shape.
     #[error("rollout: the model returned logits of shape {got:?}, expected {expected:?}")]
     LogitsShape {

@@ -83,7 +83,7 @@ pub(super) struct MicroBatch {
 impl<'a> Generator<'a> {
     /// Takes the rewards and checks the sampling settings.
     pub(super) fn new(settings: &'a GrpoSettings, session: &Session, rewards: Rewards) -> anyhow::Result<Self> {
-        let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids()))?;
+        let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids(), session.engine.device()))?;
         Ok(Self { settings, rollout, rewards })
     }
 
@@ -179,7 +179,7 @@ impl<'a> Generator<'a> {
         surroundings: &Surroundings<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
         let bar = surroundings.console.progress("rollout", requests.len() as u64, "sequences");
-        let mut model = EngineModel::new(&session.engine, true)?;
+        let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
         let (mut finished, mut tokens) = (0, 0);
         let mut on_event = |event: Event| match event {
             Event::Token { .. } => tokens += 1,
@@ -381,10 +381,10 @@ fn deal(prompts: &[usize], lengths: &[usize], world_size: usize) -> Vec<usize> {
 }
 
 /// The rollout's limits: as many sequences at once as the settings say, in a cache that holds them all at full length.
-pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32]) -> RolloutSettings {
+pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32], device: &candle_core::Device) -> RolloutSettings {
     RolloutSettings {
         max_num_seqs: settings.max_num_seqs,
-        max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS.max(settings.max_num_seqs),
+        max_batch_tokens: RolloutSettings::batch_tokens(device).max(settings.max_num_seqs),
         kv_cache_bytes: usize::MAX,
         max_new_tokens: settings.longest_completion(),
         eos_token_ids: eos.to_vec(),

@@ -11,6 +11,7 @@
 
 mod backend;
 pub mod bench;
+pub mod bench_rollout;
 mod best;
 mod cadence;
 mod continuation;

@@ -289,7 +289,7 @@ fn all_pages_are_free_at_the_end() {
             if scheduler.unfinished() == 0 {
                 break;
             }
-            let plan = scheduler.plan(&mut cache).unwrap();
+            let plan = scheduler.plan(false, &mut cache).unwrap();
             scheduler.check_pages();
             let logits = model.step(&plan.batch, &mut cache).unwrap().to_vec2::<f32>().unwrap();
             let lanes = scheduler.advance(&plan);
