@@ -264,7 +264,7 @@ impl Engine {
     /// Micro-batches of so many tokens with whose forward pass a layer takes as long as the next one's way to the device.
     fn group_size(&self, tokens: usize, pairs: usize) -> usize {
         let rates = Rates::of(self.device(), self.types.compute);
-        group_size(&Layer::of(&self.config, self.types, (tokens, pairs)), self.store.layer_bytes_from_host(), rates)
+        group_size(&Layer::of(&self.config, self.types, (tokens, pairs)), self.store.layer_bytes().from_host, rates)
     }
 
     /// What is computed again for the backward of a batch, which follows its own forward (`is_alone`) or that of others.
