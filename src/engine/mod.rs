@@ -177,7 +177,7 @@ impl Engine {
         self.forced = parked;
     }
 
-    /// Takes a step's micro-batches in this order, instead of the one that takes less memory.
+    /// Takes a step's micro-batches in this order, instead of the one that follows from what all ranks have; they are told the same.
     pub fn force_order(&mut self, order: Option<Order>) {
         self.forced_order = order;
     }
