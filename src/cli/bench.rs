@@ -86,24 +86,26 @@ impl From<ParkArg> for Option<Parked> {
     }
 }
 
-/// The order of a step's micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum OrderArg {
-    /// As runs do: the one that takes less memory
-    Auto,
-    /// One micro-batch after the other
-    DepthFirst,
-    /// One block after the other
-    BreadthFirst,
-}
+/// The order of a step's micro-batches; `None`: that which a run takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderArg(Option<Order>);
 
-impl From<OrderArg> for Option<Order> {
-    fn from(arg: OrderArg) -> Self {
-        match arg {
-            OrderArg::Auto => None,
-            OrderArg::DepthFirst => Some(Order::DepthFirst),
-            OrderArg::BreadthFirst => Some(Order::BreadthFirst),
-        }
+impl std::str::FromStr for OrderArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let count = |text: &str| text.strip_prefix("groups-of-")?.parse::<usize>().ok().filter(|&count| count > 0);
+        let order = match text {
+            "auto" => None,
+            "depth-first" => Some(Order::DepthFirst),
+            "breadth-first" => Some(Order::BreadthFirst),
+            other => Some(Order::Grouped(count(other).ok_or_else(|| {
+                format!(
+                    "`{other}`: expected `auto`, `depth-first`, `breadth-first` or `groups-of-N`, e.g. `groups-of-2`"
+                )
+            })?)),
+        };
+        Ok(Self(order))
     }
 }
 
@@ -182,8 +184,9 @@ pub struct Args {
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub micro_batches: u32,
 
-    /// The order in which they pass through the blocks; may be given several times
-    #[arg(long = "order", value_name = "ORDER", value_enum, default_values = ["auto"])]
+    /// The order in which they pass through the blocks: `auto` as runs do, `depth-first`, `breadth-first`, or `groups-of-N` at a
+    /// time; may be given several times
+    #[arg(long = "order", value_name = "ORDER", default_values = ["auto"])]
     pub order: Vec<OrderArg>,
 
     /// Rank of the adapter
@@ -321,7 +324,7 @@ fn measure(
         let ways = || args.order.iter().flat_map(|order| park.iter().map(move |park| (order, park)));
         for (&work, (&order, &park)) in args.work.iter().flat_map(|work| ways().map(move |way| (work, way))) {
             bench.force_parked(park.into());
-            bench.force_order(order.into());
+            bench.force_order(order.0);
             // A reader that went away is found at the next row.
             let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
             let measured = bench.measure(work, &say)?;
@@ -354,7 +357,7 @@ fn row(m: &Measured) -> String {
         let _ = write!(text, "   weights in host memory {}", units::bytes(m.host_bytes));
     }
     if m.micro_batches > 1 {
-        let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order.name());
+        let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order);
     }
     if let Some(parked) = m.parked {
         let _ = write!(text, "   in host memory: {}", parked.name());
@@ -434,6 +437,7 @@ fn record(
         "activations": activations.to_string(),
         "micro_batches": m.micro_batches,
         "order": m.order.name(),
+        "at_a_time": m.order.at_a_time(m.micro_batches),
         "lora_r": args.lora_r,
         "ranks": args.num_processes,
         "zero_stage": args.zero_stage,
@@ -458,4 +462,21 @@ fn append(path: &std::path::Path, record: &serde_json::Value) -> anyhow::Result<
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(failed)?;
     writeln!(file, "{record}").map_err(failed)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_as_they_are_written() {
+        let order = |text: &str| text.parse::<OrderArg>().map(|OrderArg(order)| order);
+        assert_eq!(order("auto"), Ok(None));
+        assert_eq!(order("depth-first"), Ok(Some(Order::DepthFirst)));
+        assert_eq!(order("breadth-first"), Ok(Some(Order::BreadthFirst)));
+        assert_eq!(order("groups-of-12"), Ok(Some(Order::Grouped(12))));
+        for wrong in ["", "groups-of-0", "groups-of-", "groups-of--1", "groups", "2"] {
+            assert!(order(wrong).unwrap_err().contains("groups-of-N"), "{wrong}");
+        }
+    }
 }

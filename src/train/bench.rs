@@ -307,7 +307,7 @@ impl Bench {
         }
         let (peak_bytes, device_bytes) = self.memory()?;
         let phases = self.phases(&step, work)?;
-        let order = self.engine.order_of(&step);
+        let order = self.engine.order_of(&step)?;
         let floor: f64 = step.iter().map(|batch| floor_flops(&self.engine, batch, (step.len(), order), work)).sum();
         let floor_secs = floor / self.peak_flops;
         let parked = step.first().and_then(|batch| self.engine.parked(batch));

@@ -13,7 +13,8 @@ use crate::device::{Buffer, Queue, Ticket};
 pub struct Offload {
     /// Whether parameters wait in host memory: frozen ones, and trained ones if their optimizer works there too.
     pub params: bool,
-    /// Whether trained values, their gradients and the optimizer's state lie in host memory, where the optimizer works.
+    /// Whether trained values, their gradients and the optimizer's state lie in host memory, where the optimizer works, apart from
+    /// what blocks compute with.
     pub optimizer: bool,
     /// Whether that memory is page-locked.
     pub is_pinned: bool,
@@ -83,9 +84,9 @@ impl Link {
         if self.offload.optimizer { &Device::Cpu } else { &self.device }
     }
 
-    /// Whether blocks compute elsewhere than the optimizer works.
+    /// Whether blocks compute with a copy of the values that the optimizer moves.
     pub(super) fn has_home_elsewhere(&self) -> bool {
-        self.is_on_gpu && self.offload.optimizer
+        self.offload.optimizer
     }
 
     /// Bytes in the place where they wait.

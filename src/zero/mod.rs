@@ -22,7 +22,7 @@ pub use link::Offload;
 use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
 pub use sharing::Sharing;
-pub use store::{ParamStore, Slots};
+pub use store::{LayerBytes, ParamStore, Slots};
 pub use sums::{Next, Node, Sums};
 
 /// What went wrong with parameters or optimizer state.

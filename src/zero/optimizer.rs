@@ -21,8 +21,6 @@ pub struct ShardedOptimizer {
     /// Steps taken.
     step: u64,
     states: Vec<Kept>,
-    /// What kept another thread from moving values.
-    problem: Arc<Mutex<Option<Error>>>,
 }
 
 /// What another thread is to do for a block, and with which state and pieces of it.
@@ -102,7 +100,7 @@ impl ShardedOptimizer {
     /// If memory runs out.
     pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
         let states = store.flats().map(|flat| Kept::new(flat, settings.kind)).collect::<Result<_, _>>()?;
-        Ok(Self { settings, step: 0, states, problem: Arc::default() })
+        Ok(Self { settings, step: 0, states })
     }
 
     /// Bytes of the state.
@@ -126,10 +124,7 @@ impl ShardedOptimizer {
         max_grad_norm: f64,
         loss_scale: f64,
     ) -> Result<StepReport, Error> {
-        let parts = gradient_parts(store);
-        // What kept an errand from its end says more than that it was given up.
-        lock(&self.problem).take().map_or(Ok(()), Err)?;
-        let grad_norm = (norm_of_parts(&parts?) / loss_scale) as f32;
+        let grad_norm = (norm_of_parts(&gradient_parts(store)?) / loss_scale) as f32;
         if !grad_norm.is_finite() {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
@@ -148,11 +143,11 @@ impl ShardedOptimizer {
         for (block, (flat, kept)) in store.flats().zip(&mut self.states).enumerate() {
             let pieces: Vec<Piece> = flat.own_pieces().collect();
             match kept {
-                _ if pieces.is_empty() => {}
                 Kept::Host(states) if store.may_run_errands() => {
                     errands.extend(store.errand(block)?.map(|errand| (errand, states.clone(), pieces)));
                     continue;
                 }
+                _ if pieces.is_empty() => {}
                 Kept::Host(states) => step_pieces(flat, &pieces, &mut lock(states), &hyper)?,
                 Kept::Device { first, second } => {
                     let (values, grads) = (flat.own_values()?, flat.own_grads()?);
@@ -167,26 +162,9 @@ impl ShardedOptimizer {
             store.share_values(block)?;
         }
         if !errands.is_empty() {
-            self.run(errands, hyper)?;
+            run(errands, hyper)?;
         }
         Ok(StepReport { grad_norm, is_skipped: false })
-    }
-
-    /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
-    /// the first block while the host moves the second.
-    fn run(&self, errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
-        let problem = self.problem.clone();
-        let all = move || {
-            for (errand, states, pieces) in errands {
-                if let Err(error) = errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
-                    tracing::error!("the optimizer in host memory failed: {error}");
-                    *lock(&problem) = Some(error);
-                    return;
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
-        thread.map(drop).map_err(Error::Thread)
     }
 
     /// The state of each block, all of it, copied to the host of the first rank: two arrays like the values. The others help to
@@ -259,6 +237,21 @@ impl ShardedOptimizer {
         self.step = step;
         Ok(())
     }
+}
+
+/// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
+/// the first block while the host moves the second.
+fn run(errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
+    let all = move || {
+        for (errand, states, pieces) in errands {
+            // Values after one that could not be moved are not to be had either.
+            if !errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
+                return;
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
+    thread.map(drop).map_err(Error::Thread)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

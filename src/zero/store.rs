@@ -7,6 +7,7 @@
 mod arrival;
 mod exchanged;
 mod home;
+mod sizes;
 mod together;
 
 use std::collections::BTreeSet;
@@ -25,6 +26,7 @@ pub(super) use arrival::Arriving;
 use exchanged::OnTheirWay;
 pub(super) use home::Errand;
 use home::Home;
+pub use sizes::LayerBytes;
 
 /// How many of the blocks that wait elsewhere are lent at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,20 +195,17 @@ impl ParamStore {
         self.blocks.iter().all(|block| block.policy.is_some())
     }
 
-    /// Whether all blocks of a speaker are where blocks compute.
+    /// Whether all blocks of a speaker are where blocks compute, and ranks need not go through them together. After a step of an
+    /// optimizer with a home elsewhere they do, once: each has moved a part of the values.
     pub fn holds_all_of(&self, speaker: Speaker) -> bool {
+        if self.has_values_apart() {
+            return false;
+        }
         let is_there = |block: &Block| match &block.reference {
             Some(reference) => reference.params.is_some(),
             None => block.policy.is_some(),
         };
         if speaker == Speaker::Reference { self.blocks.iter().all(is_there) } else { self.holds_all() }
-    }
-
-    /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
-    pub fn visiting_bytes(&self) -> usize {
-        let mut all: Vec<usize> = self.blocks.iter().map(|block| block.frozen.away_bytes()).collect();
-        all.sort_unstable();
-        all.iter().rev().take(2).sum()
     }
 
     /// Whether a step should finish with one block before it takes the next, so that gradients of one block take memory at a
@@ -266,6 +265,7 @@ impl ParamStore {
 
     /// Has what computes wait for the values of a block that the optimizer, here or on other ranks, moved last.
     fn values_arrive(&self, block: usize) -> Result<(), Error> {
+        self.gather_apart(block)?;
         let own = &self.blocks[block];
         own.home.as_ref().map_or(Ok(()), |home| home.arrive())?;
         let arriving = own.values_coming.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -349,67 +349,6 @@ impl ParamStore {
     /// The flat buffers of every block.
     pub fn flats(&self) -> impl Iterator<Item = &FlatBlock> {
         self.blocks.iter().map(|block| &block.flat)
-    }
-
-    /// Number of trained values over all blocks.
-    pub fn num_trainable(&self) -> usize {
-        self.flats().map(FlatBlock::len).sum()
-    }
-
-    /// Bytes of gradients that are there between steps.
-    pub fn gradient_bytes(&self) -> usize {
-        let lasting = |bucket: &Bucket| if bucket.is_lasting() { bucket.len() } else { 0 };
-        let shared = |block: &Block| -> usize {
-            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).map(lasting).sum()
-        };
-        let own: usize = self.flats().map(|flat| flat.grads().elem_count()).sum();
-        size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
-    }
-
-    /// Bytes of trained values that are where blocks compute for longer than a visit.
-    pub fn computed_bytes(&self) -> usize {
-        let of_block = |block: &Block| match &block.home {
-            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
-            None => block.flat.values().elem_count(),
-        };
-        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
-    }
-
-    /// Trained values that this rank keeps.
-    pub fn num_kept(&self) -> usize {
-        self.flats().map(|flat| flat.values().elem_count()).sum()
-    }
-
-    /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
-    pub fn bytes_aside(&self, sums: Sums) -> usize {
-        size_of::<f32>() * sums.most_aside() * self.num_trainable()
-    }
-
-    /// Bytes of frozen weights over all blocks, as far as they are on this rank.
-    pub fn frozen_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
-    }
-
-    /// Those of them that wait in host memory.
-    pub fn offloaded_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
-    }
-
-    /// Bytes that come from host memory for a visit of the largest layer: a block between the first and the last.
-    pub fn layer_bytes_from_host(&self) -> usize {
-        let of_block = |block: &Block| {
-            let values = if self.values_wait() { block.flat.values().elem_count() } else { 0 };
-            block.frozen.offloaded_bytes() + size_of::<f32>() * values
-        };
-        let last = self.blocks.len().saturating_sub(1);
-        self.blocks.get(1..last).unwrap_or_default().iter().map(of_block).max().unwrap_or(0)
-    }
-
-    /// Values of a block that come for a visit.
-    pub(super) fn values_away(&self, block: usize) -> usize {
-        let own = &self.blocks[block];
-        let comes = self.values_wait() || (self.sharing.cuts_parameters() && !own.flat.has_all_values());
-        own.frozen.values_away() + if comes { own.flat.len() } else { 0 }
     }
 
     /// Sets all gradients to zero.

@@ -1,0 +1,100 @@
+//! What a store takes, and what of it comes for a visit.
+
+use candle_core::Tensor;
+
+use super::{Block, ParamStore};
+use crate::zero::gradients::Bucket;
+use crate::zero::{FlatBlock, Sums};
+
+/// Bytes of a layer that come for a visit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerBytes {
+    /// From this rank's host memory.
+    pub from_host: usize,
+    /// From other ranks.
+    pub from_ranks: usize,
+}
+
+impl ParamStore {
+    /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
+    pub fn visiting_bytes(&self) -> usize {
+        let mut all: Vec<usize> = self.blocks.iter().map(|block| block.frozen.away_bytes()).collect();
+        all.sort_unstable();
+        all.iter().rev().take(2).sum()
+    }
+
+    /// Number of trained values over all blocks.
+    pub fn num_trainable(&self) -> usize {
+        self.flats().map(FlatBlock::len).sum()
+    }
+
+    /// Bytes of gradients that are there between steps.
+    pub fn gradient_bytes(&self) -> usize {
+        let lasting = |bucket: &Bucket| if bucket.is_lasting() { bucket.len() } else { 0 };
+        let shared = |block: &Block| -> usize {
+            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).map(lasting).sum()
+        };
+        let own: usize = self.flats().map(|flat| flat.grads().elem_count()).sum();
+        size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
+    }
+
+    /// Bytes of trained values that are where blocks compute for longer than a visit.
+    pub fn computed_bytes(&self) -> usize {
+        let of_block = |block: &Block| match &block.home {
+            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
+            None => block.flat.values().elem_count(),
+        };
+        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
+    }
+
+    /// Trained values that this rank keeps.
+    pub fn num_kept(&self) -> usize {
+        self.flats().map(|flat| flat.values().elem_count()).sum()
+    }
+
+    /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
+    pub fn bytes_aside(&self, sums: Sums) -> usize {
+        size_of::<f32>() * sums.most_aside() * self.num_trainable()
+    }
+
+    /// Bytes of frozen weights over all blocks, as far as they are on this rank.
+    pub fn frozen_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
+    }
+
+    /// Those of them that wait in host memory.
+    pub fn offloaded_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
+    }
+
+    /// Bytes that come for a visit of the largest layer: a block between the first and the last.
+    pub fn layer_bytes(&self) -> LayerBytes {
+        let last = self.blocks.len().saturating_sub(1);
+        let layers = self.blocks.get(1..last).unwrap_or_default();
+        let from_host = |block: &Block| {
+            let is_copied = self.values_come(block) && self.home().is_cpu();
+            let values = if is_copied { block.flat.values().elem_count() } else { 0 };
+            block.frozen.offloaded_bytes() + size_of::<f32>() * values
+        };
+        let from_ranks = |block: &Block| {
+            let is_gathered = self.values_come(block) && !block.flat.has_all_values();
+            let values = if is_gathered { block.flat.len() - block.flat.own().len() } else { 0 };
+            block.frozen.bytes_of_others() + size_of::<f32>() * values
+        };
+        LayerBytes {
+            from_host: layers.iter().map(from_host).max().unwrap_or(0),
+            from_ranks: layers.iter().map(from_ranks).max().unwrap_or(0),
+        }
+    }
+
+    /// Values of a block that come for a visit.
+    pub(in crate::zero) fn values_away(&self, block: usize) -> usize {
+        let own = &self.blocks[block];
+        own.frozen.values_away() + if self.values_come(own) { own.flat.len() } else { 0 }
+    }
+
+    /// Whether a block's trained values come for a visit.
+    pub(super) fn values_come(&self, block: &Block) -> bool {
+        self.values_wait() || (self.sharing.cuts_parameters() && !block.flat.has_all_values())
+    }
+}
