@@ -369,7 +369,7 @@ impl Memory {
             let (left, right) = ((rows, Side::Plain), (table, Side::Transposed));
             return Ok(gemm(device, logits, left, right, 1.0, Accumulate::No, None)?);
         }
-        let low = parts.head.low(&buffers.scratch)?;
+        let low = parts.head.low(count, &buffers.scratch)?;
         decode_norm(device, buffers.normed, buffers.stream, norm, parts.eps, low)?;
         let to = ProductOutput::Sum { out: logits, onto: None };
         Ok(parts.head.apply(device, buffers.normed, to, &buffers.scratch)?)

@@ -141,7 +141,12 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             // Every number of rows in the layout that is chosen, many of them in the one of other cards too.
             let ms = [1, 2, 7, 8, 9, 16, 17, 32, 40, 64, 65, 130, 256];
             let layouts = ms.map(|m| (m, RowLayout::choose(m, card)));
-            for (m, layout) in layouts.into_iter().chain([1, 8, 13, 30, 65, 130].map(|m| (m, RowLayout::Fragments))) {
+            for (m, layout) in layouts.into_iter().chain(
+                [20, 30, 65, 130]
+                    .map(|m| (m, RowLayout::Fragments))
+                    .into_iter()
+                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 { 16 } else { 8 })))),
+            ) {
                 let input = Input::new(&device, m, k, dtype, layout);
                 let (x, host_x) = (input.rows(), input.values.clone());
                 // The low-rank products of the rows as they lie, and those that the norm makes beside them.

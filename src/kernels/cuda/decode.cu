@@ -83,29 +83,39 @@ __global__ void __launch_bounds__(ROW_THREADS)
   multiply_row<T>(low, row, blockIdx.x, blockIdx.y * ROW_WARPS);
 }
 
-// Low-rank products of rows in another order of columns than plain, with `A`s in that order: blockIdx.y is a part of the sum.
-template <typename T> __global__ void __launch_bounds__(THREADS) low_kernel(Matrix x, LowRank low) {
+// Low-rank products of `LINES` rows in another order of columns than plain, with `A`s in that order: blockIdx.y is a part of the
+// sum.
+template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_kernel(Matrix x, LowRank low) {
   launch_dependents();
   wait_for_dependency();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = blockIdx.x, units = low.cols / 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_line = blockIdx.x * LINES, units = low.cols / 8;
   const int first = units * blockIdx.y / gridDim.y, end = units * (blockIdx.y + 1) / gridDim.y;
   const T *data = static_cast<const T *>(x.data);
   for (int rank = warp; rank < low.ranks; rank += THREADS / 32) {
     const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
-    float sum = 0.0f;
-#pragma unroll 4
+    float sum[LINES] = {};
+#pragma unroll 2
     for (int unit = first + lane; unit < end; unit += 32) {
-      float v[8], w[8];
-      const int64_t place = x.layout == TILES
-                                ? static_cast<int64_t>(unit / 8) * x.stride * 64 + line * 64 + ((unit % 8 ^ (line & 7)) << 3)
-                                : line * x.stride + unit * 8;
-      load_pack<T, 8>(v, data + place);
+      float w[8];
       load_pack<T, 8>(w, a + unit * 8);
 #pragma unroll
-      for (int i = 0; i < 8; i++) sum += v[i] * w[i];
+      for (int i = 0; i < LINES; i++) {
+        const int line = min(first_line + i, x.rows - 1);
+        const int64_t place = x.layout == TILES ? static_cast<int64_t>(unit / 8) * x.stride * 64 + line * 64 +
+                                                      ((unit % 8 ^ (line & 7)) << 3)
+                                                : line * x.stride + unit * 8;
+        float v[8];
+        load_pack<T, 8>(v, data + place);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[i] += v[j] * w[j];
+      }
     }
-    sum = warp_sum(sum);
-    if (lane == 0) low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + line) * low.ranks + rank] = sum;
+#pragma unroll
+    for (int i = 0; i < LINES; i++) {
+      const float all = warp_sum(sum[i]);
+      if (lane == 0 && first_line + i < x.rows)
+        low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + first_line + i) * low.ranks + rank] = all;
+    }
   }
 }
 
@@ -413,6 +423,12 @@ int norm(const Matrix &y, const Matrix &x, const float *weight, float eps, const
   return launch_after(norm_kernel<R, T>, dim3(x.rows, rank_blocks(low)), ROW_THREADS, bytes, stream, y, x, weight, eps, low);
 }
 
+// Many rows share what is read of the `A`s.
+template <typename T> int low(const Matrix &x, const LowRank &products, int parts, cudaStream_t stream) {
+  if (x.rows < 16) return launch_after(low_kernel<T, 1>, dim3(x.rows, parts), THREADS, 0, stream, x, products);
+  return launch_after(low_kernel<T, 4>, dim3((x.rows + 3) / 4, parts), THREADS, 0, stream, x, products);
+}
+
 } // namespace
 
 extern "C" int trainer_decode_norm(Matrix y, Matrix x, const float *weight, float eps, const LowRank *products,
@@ -428,9 +444,8 @@ extern "C" int trainer_decode_norm(Matrix y, Matrix x, const float *weight, floa
 
 extern "C" int trainer_decode_low(Matrix x, const LowRank *products, int32_t parts, cudaStream_t stream) {
   if (x.rows == 0 || products->ranks == 0) return 0;
-  const dim3 grid(x.rows, parts);
-  if (x.dtype == BF16) return launch_after(low_kernel<__nv_bfloat16>, grid, THREADS, 0, stream, x, *products);
-  if (x.dtype == F16) return launch_after(low_kernel<__half>, grid, THREADS, 0, stream, x, *products);
+  if (x.dtype == BF16) return low<__nv_bfloat16>(x, *products, parts, stream);
+  if (x.dtype == F16) return low<__half>(x, *products, parts, stream);
   return static_cast<int>(cudaErrorInvalidValue);
 }
 

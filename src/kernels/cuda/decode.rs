@@ -153,7 +153,7 @@ pub fn decode_norm(
 
 /// Parts in which [`decode_low_rank`] makes sums of so many columns.
 pub fn decode_low_parts(cols: usize) -> usize {
-    const COLUMNS: usize = 2048;
+    const COLUMNS: usize = 1024;
     const MOST: usize = 16;
     (cols / COLUMNS).clamp(1, MOST)
 }

@@ -18,8 +18,6 @@ pub const RANK_STEP: usize = 16;
 const MOST_GROUP_ROWS: usize = 256;
 /// Parts into which a sum is cut.
 const MOST_SPLITS: usize = 16;
-/// What adding the sums of a tile's blocks takes, in chunks.
-const SPLIT_COST: usize = 3;
 /// Chunks whose maxima a block of a warp group holds.
 const MOST_GROUP_CHUNKS: usize = 30;
 
@@ -187,10 +185,11 @@ impl<'b> Rows<'b> {
 }
 
 impl RowLayout {
-    /// The layout in which products of `m` rows are fastest: on a card always of one kind, up to 256 rows.
+    /// The layout in which products of `m` rows are fastest.
     pub fn choose(m: usize, card: ProductCard) -> Self {
         match m {
-            1..=MOST_GROUP_ROWS if card.has_groups => Self::Tiles(m.next_power_of_two().max(8)),
+            // Below, warps that need not go in step are faster.
+            17..=MOST_GROUP_ROWS if card.has_groups => Self::Tiles(m.next_power_of_two()),
             _ => Self::Fragments,
         }
     }
@@ -309,11 +308,14 @@ impl ProductForm {
         let chunks = cols / CHUNK;
         let block = Self { form, splits: 1 }.tile(is_swiglu, layout);
         let blocks = Self { form, splits: 1 }.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
-        // The busiest multiprocessor's chunks, and what the end of a block costs: as much as some chunks, more where sums of
-        // several blocks are added.
+        // Steps of the busiest multiprocessor: its blocks side by side take a step each in turn, few of them the time that a
+        // step takes by itself, and each round of blocks adds what their end takes.
+        let Pace { resident, latency, end } = Pace::of(form, block.cols);
         let cost = |splits: usize| {
-            let of_block = chunks.div_ceil(splits).div_ceil(block.warps) + if splits > 1 { SPLIT_COST } else { 1 };
-            (blocks * splits).div_ceil(card.multiprocessors) * of_block
+            let of_card = (blocks * splits).div_ceil(card.multiprocessors);
+            let (rounds, beside) = (of_card.div_ceil(resident), of_card.min(resident));
+            let steps = chunks.div_ceil(splits).div_ceil(block.warps);
+            rounds * (steps * beside.max(latency) + if splits > 1 { end } else { 0 })
         };
         let most = (chunks / block.warps).clamp(1, MOST_SPLITS);
         let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
@@ -338,6 +340,30 @@ impl ProductForm {
         let block = self.tile(is_swiglu, layout);
         let places = self.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
         (self.splits * places * block.rows * block.cols, places)
+    }
+}
+
+/// How blocks of a form share a multiprocessor, as measured on an H200 with matrices of a 7B model: how many there are at a time,
+/// how many hide a step's latency, and what adding the sums of several takes, in steps.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    resident: usize,
+    latency: usize,
+    end: usize,
+}
+
+impl Pace {
+    fn of(form: usize, cols: usize) -> Self {
+        let (resident, latency, end) = match (form, cols) {
+            (0, _) => (8, 3, 4),
+            (1, _) => (3, 3, 4),
+            (2..=4, _) => (2, 3, 4),
+            (_, 0..=32) => (4, 4, 1),
+            (_, 33..=64) => (4, 4, 2),
+            (_, 65..=128) => (3, 3, 4),
+            _ => (2, 2, 8),
+        };
+        Self { resident, latency, end }
     }
 }
 

@@ -140,48 +140,65 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
   float acc[N][4];
 #pragma unroll
   for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
-  uint32_t left[2][4];
-  int block = 0;
-  for (int chunk = chunks.x; chunk < chunks.y; chunk++) {
-    if (!IS_AHEAD) fetch(now, chunk);
-    else if (chunk + 1 < chunks.y) fetch(next, chunk + 1);
-    float scale[2];
+  // Two operands of 16 columns at a time, made while the two before them are multiplied.
+  uint32_t left[2][2][4];
+  float scale[2];
+  auto maxima_of = [&](int chunk) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
       scale[half] =
           FORMAT == DENSE ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
+  };
+  auto make = [&](uint32_t(&to)[2][4], const Piece<T, FORMAT>(&pieces)[2], int part) {
+    uint32_t top[4], low[4];
+    pieces[0].values(top, part, value, scale[0]);
+    pieces[1].values(low, part, value, scale[1]);
+#pragma unroll
+    for (int two = 0; two < 2; two++) {
+      to[two][0] = top[2 * two], to[two][1] = low[2 * two];
+      to[two][2] = top[2 * two + 1], to[two][3] = low[2 * two + 1];
+    }
+  };
+  if (!IS_AHEAD) fetch(now, chunks.x);
+  maxima_of(chunks.x);
+  make(left[0], now, 0);
+  int block = 0;
+  for (int chunk = chunks.x; chunk < chunks.y; chunk++) {
+    const bool has_next = chunk + 1 < chunks.y;
+    if (IS_AHEAD && has_next) fetch(next, chunk + 1);
 #pragma unroll
     for (int part = 0; part < 4; part++) {
-      uint32_t top[4], low[4];
-      now[0].values(top, part, value, scale[0]);
-      now[1].values(low, part, value, scale[1]);
       const int stage = block % STAGES;
       if (part % 2 == 0) phase_wait(full + 8 * stage, block / STAGES & 1);
       const uint64_t right = group_descriptor(ring + stage * BYTES, 16) + part % 2 * (64 >> 4);
-#pragma unroll
-      for (int two = 0; two < 2; two++) {
-        left[two][0] = top[2 * two], left[two][1] = low[2 * two];
-        left[two][2] = top[2 * two + 1], left[two][3] = low[2 * two + 1];
-        group_fence();
-        group_multiply<T, N>(acc, left[two], right + two * (32 >> 4));
-        group_commit();
-        group_wait<1>();
-        if (part % 2 == 0 && two == 0 && block > 0) {
-          // All of the block before has been multiplied: its place is free.
-          const int before = block - 1, next_block = before + STAGES;
-          if (lane == 0) phase_arrive(empty + 8 * (before % STAGES));
-          if (threadIdx.x == 0 && next_block < count) {
-            phase_wait(empty + 8 * (before % STAGES), before / STAGES & 1);
-            begin_block(ring + before % STAGES * BYTES, x + static_cast<int64_t>(next_block) * BYTES, BYTES,
-                        full + 8 * (before % STAGES));
-          }
+      group_fence();
+      group_multiply<T, N>(acc, left[part % 2][0], right);
+      group_multiply<T, N>(acc, left[part % 2][1], right + (32 >> 4));
+      group_commit();
+      group_wait<1>();
+      if (part % 2 == 0 && block > 0) {
+        // All of the block before has been multiplied: its place is free.
+        const int before = block - 1, next_block = before + STAGES;
+        if (lane == 0) phase_arrive(empty + 8 * (before % STAGES));
+        if (threadIdx.x == 0 && next_block < count) {
+          phase_wait(empty + 8 * (before % STAGES), before / STAGES & 1);
+          begin_block(ring + before % STAGES * BYTES, x + static_cast<int64_t>(next_block) * BYTES, BYTES,
+                      full + 8 * (before % STAGES));
         }
       }
-      if (part % 2 == 1) block++;
-    }
-    if (IS_AHEAD) {
+      if (part < 3) {
+        make(left[(part + 1) % 2], now, part + 1);
+      } else if (has_next) {
+        if (IS_AHEAD) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) now[half] = next[half];
+          for (int half = 0; half < 2; half++) now[half] = next[half];
+        } else {
+          fetch(now, chunk + 1);
+        }
+        maxima_of(chunk + 1);
+        make(left[0], now, 0);
+      }
+      if (part % 2 == 1) block++;
     }
   }
   group_wait<0>();
@@ -214,9 +231,9 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
             half[i] =
                 *reinterpret_cast<const uint2 *>(static_cast<const T *>(w.b) + row[i] * w.rank + rank + t * 4);
         }
-        left[0][0] = half[0].x, left[0][1] = half[1].x, left[0][2] = half[0].y, left[0][3] = half[1].y;
+        const uint32_t ranks[4] = {half[0].x, half[1].x, half[0].y, half[1].y};
         group_fence();
-        group_multiply<T, N>(acc, left[0], group_descriptor(ring, 16));
+        group_multiply<T, N>(acc, ranks, group_descriptor(ring, 16));
         group_commit();
         group_wait<0>();
         __syncthreads();

@@ -142,7 +142,7 @@ impl LaneLayer {
     ) -> Result<(), Error> {
         let LaneBuffers { stream, normed, qkv, attended, activated, rotations, attention, scratch } = *buffers;
         let norm = |weight: &Tensor, projections: &Projections| {
-            let (weight, low) = (vector(weight)?, projections.low(&scratch)?);
+            let (weight, low) = (vector(weight)?, projections.low(lanes.lanes, &scratch)?);
             Ok::<_, crate::ops::Error>(decode_norm(device, normed, stream, weight, self.eps, low)?)
         };
         let onto = ProductOutput::Sum { out: stream, onto: Some(stream) };
@@ -158,7 +158,7 @@ impl LaneLayer {
             let queries = qkv.columns(0, attended.shape().1);
             let scale = 1.0 / (self.head_dim as f32).sqrt();
             decode_attention(device, attention, queries, cache, lanes, max_context, scale)?;
-            let low = self.output.low(&scratch)?;
+            let low = self.output.low(lanes.lanes, &scratch)?;
             decode_combine(device, attended, attention, lanes, (self.head_dim, max_context), low)?;
             self.output.apply(device, attended, onto, &scratch)?;
             norm(&self.post_attention_norm, &self.gate_up)?;

@@ -16,14 +16,17 @@ use crate::ops::linear::Linear;
 use crate::ops::{Error, shape_error};
 use crate::quant::Weight;
 
+/// Lanes from which low-rank products are made by a kernel of their own.
+const MANY_LANES: usize = 32;
+
 /// Projections of one input as lanes apply them.
 #[derive(Debug)]
 pub(crate) struct Projections {
     each: Vec<Projection>,
-    /// The adapters' `A`s: `[R, K]`.
+    /// The adapters' `A`s: `[R, K]`; `None` where nobody has the rows in the order of their columns.
     a: Option<Tensor>,
-    /// Whether they stand in the order in which products read rows, for rows that nobody has in their own order.
-    is_ordered: bool,
+    /// The same in each order in which products read rows.
+    ordered: Vec<(RowLayout, Tensor)>,
     rows: Vec<usize>,
     cols: usize,
     card: ProductCard,
@@ -134,16 +137,22 @@ impl Projections {
             let parts =
                 parts.iter().map(|(first, a)| Ok(Part { rows: *first, cols: 0, source: matrix(a)?, factor: 1.0 }));
             assemble(device, matrix(&all)?, &parts.collect::<Result<Vec<_>, Error>>()?)?;
-            if is_ordered {
-                let layout = RowLayout::choose(1, card);
-                let order: Vec<u32> = (0..cols).map(|place| layout.column(place) as u32).collect();
-                Some(all.index_select(&upload_u32(device, &order)?, 1)?)
-            } else {
-                Some(all)
-            }
+            Some(all)
         };
+        let order = |layout: RowLayout, a: &Tensor| {
+            let columns: Vec<u32> = (0..cols).map(|place| layout.column(place) as u32).collect();
+            Ok::<_, Error>((layout, a.index_select(&upload_u32(device, &columns)?, 1)?))
+        };
+        let mut ordered = Vec::new();
+        if let Some(a) = &a {
+            ordered.push(order(RowLayout::Fragments, a)?);
+            if card.has_groups {
+                ordered.push(order(RowLayout::Tiles(0), a)?);
+            }
+        }
+        let a = a.filter(|_| !is_ordered);
         let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
-        Ok(Some(Self { each, a, rows, cols, is_ordered, card }))
+        Ok(Some(Self { each, a, rows, cols, ordered, card }))
     }
 
     /// `K`.
@@ -160,7 +169,7 @@ impl Projections {
     pub(crate) fn bytes(&self) -> usize {
         let own = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         let of = |one: &Projection| one.weight.size_bytes() + one.b.as_ref().map_or(0, |(b, _)| own(b));
-        self.each.iter().map(of).sum::<usize>() + self.a.as_ref().map_or(0, own)
+        self.each.iter().map(of).sum::<usize>() + self.ordered.first().map_or(0, |(_, a)| own(a))
     }
 
     fn form(&self, lanes: usize, kind: ProductKind) -> ProductForm {
@@ -173,22 +182,31 @@ impl Projections {
         let kind = if is_swiglu { ProductKind::Swiglu } else { ProductKind::Sum };
         let layout = RowLayout::choose(lanes, self.card);
         let (partial, arrived) = self.form(lanes, kind).workspace(lanes, &self.rows, is_swiglu, layout);
-        let low = self.a.as_ref().map_or(0, |a| self.low_parts() * lanes * a.dims()[0]);
+        let low = self.low_parts(lanes) * lanes * self.ranks();
         Room { low, partial, arrived }
     }
 
-    /// Parts of the low-rank products: those of rows that lie in the order of products are made in several.
-    fn low_parts(&self) -> usize {
-        if self.is_ordered { decode_low_parts(self.cols) } else { 1 }
+    fn ranks(&self) -> usize {
+        self.ordered.first().map_or(0, |(_, a)| a.dims()[0])
+    }
+
+    /// Whether [`Self::apply`] makes the low-rank products: of many lanes, which then share what is read, and where nobody else can.
+    fn makes_low(&self, lanes: usize) -> bool {
+        self.ranks() > 0 && (self.a.is_none() || lanes >= MANY_LANES)
+    }
+
+    /// Parts of the low-rank products.
+    fn low_parts(&self, lanes: usize) -> usize {
+        if self.makes_low(lanes) { decode_low_parts(self.cols) } else { 1 }
     }
 
     /// The low-rank products that are to be made of the rows that are about to be applied to, by who makes them.
     ///
     /// # Errors
     /// Never.
-    pub(crate) fn low<'b>(&'b self, scratch: &Scratch<'b>) -> Result<Option<LowRankTo<'b>>, Error> {
+    pub(crate) fn low<'b>(&'b self, lanes: usize, scratch: &Scratch<'b>) -> Result<Option<LowRankTo<'b>>, Error> {
         let to = |a| Ok::<_, Error>(LowRankTo { a: matrix(a)?, values: scratch.low });
-        self.a.as_ref().map(to).transpose()
+        self.a.as_ref().filter(|_| !self.makes_low(lanes)).map(to).transpose()
     }
 
     fn operands(&self) -> Result<Vec<PackedOperand<'_>>, Error> {
@@ -211,9 +229,16 @@ impl Projections {
     ) -> Result<(), Error> {
         let workspace = ProductWorkspace { partial: scratch.partial, arrived: scratch.arrived };
         let lanes = x.shape().0;
-        let low = self.a.as_ref().map(|a| LowRank { values: scratch.low, parts: self.low_parts(), cols: a.dims()[0] });
-        if let Some(low) = self.low(scratch)?.filter(|_| self.is_ordered) {
-            decode_low_rank(device, x, low)?;
+        let ranks = self.ranks();
+        let low = LowRank { values: scratch.low, parts: self.low_parts(lanes), cols: ranks };
+        let low = (ranks > 0).then_some(low);
+        if self.makes_low(lanes) {
+            let is_tiles = |layout: &RowLayout| matches!(layout, RowLayout::Tiles(_));
+            let wanted = is_tiles(&RowLayout::choose(lanes, self.card));
+            let Some((_, a)) = self.ordered.iter().find(|(layout, _)| is_tiles(layout) == wanted) else {
+                return Err(shape_error("lanes", "layout", lanes, "rows in an order that the adapters have"));
+            };
+            decode_low_rank(device, x, LowRankTo { a: matrix(a)?, values: scratch.low })?;
         }
         let kind = if matches!(to, ProductOutput::Swiglu(_)) { ProductKind::Swiglu } else { ProductKind::Sum };
         let form = self.form(lanes, kind);
@@ -222,7 +247,7 @@ impl Projections {
 
     /// The dense matrix where that is all there is.
     pub(crate) fn as_dense(&self) -> Result<Option<Matrix<'_>>, Error> {
-        match (self.operands()?.as_slice(), &self.a) {
+        match (self.operands()?.as_slice(), self.ordered.first()) {
             ([PackedOperand { weights: PackedWeights::Dense(matrix), bias: None, adapter: None }], None) => {
                 Ok(Some(*matrix))
             }
