@@ -33,6 +33,7 @@ mod sample;
 mod save;
 pub mod session;
 pub mod sft;
+mod shards;
 mod state;
 mod tuning;
 mod turns;

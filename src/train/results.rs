@@ -9,7 +9,8 @@ use anyhow::Context as _;
 
 use super::save;
 use super::session::Session;
-use super::state::{STATE_FILE, TENSORS_FILE};
+use super::shards::is_tensors_file;
+use super::state::STATE_FILE;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::ModelSettings;
 use crate::fs::{self, io_error};
@@ -161,7 +162,7 @@ pub(super) fn publish(output_dir: &Path, session: &Session, which: Final<'_>) ->
 /// Copies the model of a checkpoint without the state of its run.
 fn copy_model(checkpoint: &Checkpoint, folder: &Path) -> anyhow::Result<()> {
     let files = checkpoint.manifest().files.keys();
-    for name in files.filter(|name| ![STATE_FILE, TENSORS_FILE].contains(&name.as_str())) {
+    for name in files.filter(|name| *name != STATE_FILE && !is_tensors_file(name)) {
         fs::copy(&checkpoint.path().join(name), &folder.join(name))?;
     }
     Ok(())

@@ -319,7 +319,7 @@ impl<'a> Run<'a> {
             world_size: self.context.ranks.world_size(),
             accumulator: &self.accumulator,
         };
-        let done = write_checkpoint(self.settings, session, optimizer, state, own)?;
+        let done = write_checkpoint(self.settings, session, optimizer, state, own, &*self.context.ranks)?;
         self.last_saved = Some(self.step);
         let place = self.settings.output_dir.join(format!("checkpoint-{}", self.step));
         if let Some(done) = done {

@@ -94,6 +94,15 @@ fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
         let run = || run().set("lr_scheduler_type", "constant").set("eval_strategy", "no");
         let straight = over(run(), 1, 0).set("max_steps", 4).done();
         let moved = over(run(), 4, 3).set("max_steps", 1).done();
+        // Each rank has written its part, and nobody all of them.
+        let checkpoint = moved.output().join("checkpoint-1");
+        let written = names(&checkpoint).into_iter().filter(|name| name.starts_with("trainer_state"));
+        let parts: Vec<String> = written.filter(|name| name.ends_with(".safetensors")).collect();
+        let expected: Vec<String> =
+            (1..5).map(|rank| format!("trainer_state-{rank:05}-of-00004.safetensors")).collect();
+        assert_eq!(parts, expected);
+        let sizes: Vec<u64> = parts.iter().map(|part| fs::metadata(checkpoint.join(part)).unwrap().len()).collect();
+        assert!(sizes.iter().all(|size| 3 * size < sizes.iter().sum()), "{sizes:?}");
         for (steps, ranks, stage) in [(2, 2, 2), (3, 3, 1), (4, 1, 0)] {
             let more = [
                 format!("max_steps={steps}"),
@@ -131,6 +140,15 @@ fn wait_for_step(output: &Path) {
     let started = Instant::now();
     while !fs::read_to_string(output.join("metrics.jsonl")).is_ok_and(|text| text.contains("\"step\"")) {
         assert!(started.elapsed() < Duration::from_mins(1), "no step came");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until something has this name.
+fn wait_for(path: &Path) {
+    let started = Instant::now();
+    while !path.exists() {
+        assert!(started.elapsed() < Duration::from_mins(1), "`{}` did not come", path.display());
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -212,25 +230,111 @@ fn an_error_of_one_rank_is_the_error_of_the_run() {
     assert_eq!(ended.code, Some(1), "{}", ended.err);
 }
 
-/// The rank that writes finds the disk full while the others help to gather what it writes.
+/// The rank that writes everything finds the disk full while the others wait for it.
 #[test]
-fn a_full_disk_of_one_rank_ends_the_run_and_loses_nothing() {
-    for (ranks, stage) in [(2, 0), (3, 2), (4, 3)] {
-        let sft = || TestRun::sft().set("save_total_limit", 1).set("lr_scheduler_type", "constant");
-        let run = |ranks, stage| over(sft(), ranks, stage);
-        let straight = run(1, 0).done();
-        let stopped = run(ranks, stage);
-        stopped.run(&["--set", "max_steps=2"]).expect(0);
-        // Files of at most 200 KiB, which the state of training is not.
-        let ended = stopped.run_limited("ulimit -f 200", &["--resume"]);
+fn a_full_disk_of_the_first_rank_ends_the_run_and_loses_nothing() {
+    let run = |ranks| over(TestRun::sft().set("save_total_limit", 1).set("lr_scheduler_type", "constant"), ranks, 0);
+    let straight = run(1).done();
+    let stopped = run(2);
+    stopped.run(&["--set", "max_steps=2"]).expect(0);
+    // Files of at most 200 KiB, which the state of training is not.
+    let ended = stopped.run_limited("ulimit -f 200", &["--resume"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.err);
+    for part in ["cannot write", "trainer_state.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+        assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+    }
+    assert_eq!(stopped.checkpoints(), [2]);
+    stopped.run(&["--resume"]).expect(0);
+    assert!(stopped.weights() == straight.weights());
+}
+
+/// Goes on from the newest checkpoint to step 9, where a run that nobody disturbed stands with `straight`.
+#[track_caller]
+fn assert_goes_on(run: &TestRun, straight: &TestRun) {
+    let written = names(&run.output()).into_iter().filter_map(|name| name.strip_prefix("checkpoint-")?.parse().ok());
+    let steps: Vec<u64> = written.collect();
+    steps.iter().for_each(|&step| run.assert_checkpoint(step));
+    if steps.iter().all(|step| *step < 9) {
+        run.run(&["--resume", "--set", "max_steps=9"]).expect(0);
+        assert!(run.weights() == straight.weights(), "the final weights differ");
+        // What was left of a save is gone.
+        run.checkpoints();
+    }
+}
+
+#[test]
+fn a_full_disk_of_any_rank_ends_the_run_and_loses_nothing() {
+    let steps = |run: TestRun| run.set("lr_scheduler_type", "constant");
+    let straight = steps(long()).set("max_steps", 9).done();
+    for (victim, stage) in [(1, 2), (2, 3)] {
+        let run = steps(long()).set("zero_stage", stage);
+        let child = start(&mut run.command(&[]));
+        wait_for(&run.output().join("checkpoint-3"));
+        // One rank's files may not grow beyond 20 KiB, which its part of the state does.
+        let process = process_of(&run.output(), victim).unwrap();
+        let limited = Command::new("prlimit").args([format!("--pid={process}"), "--fsize=20480".into()]).status();
+        assert!(limited.unwrap().success());
+        let ended = crate::test_run::end(child);
         assert_eq!(ended.code, Some(1), "{}", ended.err);
-        for part in ["cannot write", "trainer_state.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+        let file = format!("trainer_state-{:05}-of-00003.safetensors`", victim + 1);
+        for part in [&format!("rank {victim}"), "cannot write", &file, "ulimit -f", "earlier checkpoints are untouched"]
+        {
             assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
         }
-        assert_eq!(stopped.checkpoints(), [2]);
-        stopped.run(&["--resume"]).expect(0);
-        assert!(stopped.weights() == straight.weights(), "{ranks} ranks in stage {stage}");
+        // Nothing of the half checkpoint is left.
+        run.checkpoints();
+        assert_goes_on(&run, &straight);
     }
+}
+
+#[test]
+fn a_rank_that_is_killed_while_all_write_leaves_no_half_checkpoint() {
+    let steps = |run: TestRun| run.set("lr_scheduler_type", "constant");
+    let straight = steps(long()).set("max_steps", 9).done();
+    for victim in 0..3 {
+        let run = steps(long());
+        let child = start(&mut run.command(&[]));
+        wait_for(&run.output().join("checkpoint-3"));
+        let process = process_of(&run.output(), victim).unwrap();
+        let begun = Instant::now();
+        let is_saving = || names(&run.output()).iter().any(|name| name.contains(".partial-"));
+        while !is_saving() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "nothing is saved");
+        }
+        kill("KILL", process);
+        crate::test_run::end(child).expect(3);
+        assert_goes_on(&run, &straight);
+    }
+}
+
+#[test]
+fn a_checkpoint_in_one_file_of_an_older_program_is_read_by_any_ranks() {
+    let run = |ranks, stage| over(TestRun::sft().set("lr_scheduler_type", "constant"), ranks, stage);
+    let straight = run(1, 0).done();
+    let older = run(1, 0);
+    older.run(&["--set", "max_steps=2"]).expect(0);
+    // It did not say which files hold tensors.
+    let checkpoint = older.output().join("checkpoint-2");
+    let edit = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let path = checkpoint.join(name);
+        let mut value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut value);
+        fs::write(path, value.to_string()).unwrap();
+    };
+    edit("trainer_state.json", &|state| {
+        assert_eq!(state["version"], 1);
+        assert_eq!(state["tensor_files"], serde_json::json!(["trainer_state.safetensors"]));
+        state.as_object_mut().unwrap().remove("tensor_files");
+    });
+    let (blake3, bytes) = trainer::fs::checksum(&checkpoint.join("trainer_state.json")).unwrap();
+    edit("manifest.json", &|manifest| {
+        manifest["files"]["trainer_state.json"] = serde_json::json!({"bytes": bytes, "blake3": blake3});
+    });
+    let more = ["num_processes=3", "zero_stage=3", "gradient_accumulation_steps=4"];
+    let mut arguments = vec!["--resume"];
+    arguments.extend(more.iter().flat_map(|more| ["--set", more]));
+    older.run(&arguments).expect(0);
+    older.assert_same(&straight);
 }
 
 #[test]
