@@ -14,6 +14,7 @@ pub mod bench;
 mod best;
 mod cadence;
 mod continuation;
+mod dealing;
 pub mod estimate;
 pub mod evaluate;
 mod gathered;

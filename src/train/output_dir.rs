@@ -274,7 +274,7 @@ mod tests {
     fn ranks_that_have_folders_of_their_own_are_told_so_at_the_start() {
         let (shared, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let seen = |folders: [&Path; 3]| -> Vec<Result<(), String>> {
-            let group = Threads::group(3, Duration::from_secs(60)).unwrap();
+            let group = Threads::group(3, Duration::from_mins(1)).unwrap();
             std::thread::scope(|scope| {
                 let look = |(ranks, folder): (Threads, &Path)| {
                     let folder = folder.to_path_buf();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::test_run::{TestRun, names, start};
@@ -335,6 +336,73 @@ fn a_checkpoint_in_one_file_of_an_older_program_is_read_by_any_ranks() {
     arguments.extend(more.iter().flat_map(|more| ["--set", more]));
     older.run(&arguments).expect(0);
     older.assert_same(&straight);
+}
+
+/// Completions that a rank was dealt and that it took of those that were not, over all batches, by what it says of them.
+fn made_by(log: &str) -> [usize; 2] {
+    let mut sums = [0; 2];
+    for line in log.lines().filter(|line| line.contains("were dealt to this rank")) {
+        let said = line.split("completions: ").nth(1).unwrap();
+        let numbers: Vec<usize> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        sums.iter_mut().zip(&numbers).for_each(|(sum, number)| *sum += number);
+    }
+    sums
+}
+
+#[test]
+fn completions_of_a_slow_rank_are_made_by_the_others_and_are_the_same() {
+    let run = |ranks| {
+        let run = TestRun::grpo().set("num_generations", 2).set("max_completion_length", 48).set("max_steps", 5);
+        over(run, ranks, 0)
+    };
+    let alone = run(1).done();
+    let shared = run(2);
+    let mut command = shared.command(&[]);
+    command.env("TRAINER_LOG", "warn,trainer=debug");
+    let child = start(&mut command);
+    wait_for_step(&shared.output());
+    let slow = process_of(&shared.output(), 1).unwrap();
+    let is_over = AtomicBool::new(false);
+    // The number of a process that has ended may be another's.
+    let runs = || fs::read_to_string(format!("/proc/{slow}/cmdline")).is_ok_and(|line| line.contains("output_dir"));
+    let ended = std::thread::scope(|scope| {
+        // The second rank runs a tenth of the time.
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) && runs() {
+                kill("STOP", slow);
+                std::thread::sleep(Duration::from_millis(45));
+                kill("CONT", slow);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let ended = crate::test_run::end(child);
+        is_over.store(true, Ordering::Relaxed);
+        ended
+    });
+    let ended = ended.expect(0);
+    let [dealt, taken] = made_by(&ended.err);
+    let [dealt_to_slow, taken_by_slow] = made_by(&rank_logs(&shared).concat());
+    assert_eq!(dealt + taken + dealt_to_slow + taken_by_slow, alone.completions().len());
+    assert!(taken > 2 * taken_by_slow && dealt.abs_diff(dealt_to_slow) < dealt, "{taken} and {taken_by_slow}");
+    shared.assert_same(&alone);
+}
+
+#[test]
+fn a_signal_while_ranks_take_from_each_other_is_a_step_that_was_not_begun() {
+    let run = || {
+        let run = TestRun::grpo().set("num_generations", 2).set("max_completion_length", 48).set("max_steps", 40);
+        over(run, 3, 0).set("save_strategy", "no")
+    };
+    let straight = run().done();
+    for whom in [0, 2] {
+        let stopped = run();
+        let child = start(&mut stopped.command(&[]));
+        wait_for_step(&stopped.output());
+        kill("TERM", process_of(&stopped.output(), whom).unwrap());
+        crate::test_run::end(child).expect(130);
+        stopped.run(&["--resume"]).expect(0);
+        stopped.assert_same(&straight);
+    }
 }
 
 #[test]
