@@ -239,7 +239,8 @@ impl Place {
             return Err(Error::Name { name: name.into(), reason: "the manifest is written by `commit`" });
         }
         let path = self.folder().join(name);
-        if let Some(parent) = path.parent() {
+        // Not the folder itself: who finds that gone is not to bring it back.
+        if let Some(parent) = path.parent().filter(|parent| *parent != self.folder()) {
             std::fs::create_dir_all(parent).map_err(io_error("create the folder", parent))?;
         }
         Ok(path)

@@ -122,10 +122,11 @@ pub(super) enum Final<'a> {
     /// That of a checkpoint.
     Best(&'a Path),
     /// What is trained now.
-    Now(&'a save::Collected),
+    Now,
 }
 
-/// Puts the final model into `output_dir`. It is written beside and moved in
+/// Puts the final model into `output_dir`, on the first rank; the others are in [`save::help_to_write`] meanwhile if it is that of
+/// now. It is written beside and moved in
 /// when it is whole; weights of an earlier end that it does not replace are removed.
 ///
 /// # Errors
@@ -140,7 +141,7 @@ pub(super) fn publish(output_dir: &Path, session: &Session, which: Final<'_>) ->
         Final::Best(best) => {
             copy_model(&checkpoint::open(best).context("the best model cannot be taken")?, staged.path())?;
         }
-        Final::Now(collected) => save::write_model(staged.path(), session, collected)?,
+        Final::Now => save::write_model(staged.path(), session)?,
     }
     let mut names: Vec<String> = file_names(staged.path()).into_iter().collect();
     // What tells a reader which weights there are comes last.

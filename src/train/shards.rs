@@ -131,7 +131,11 @@ pub(super) fn agree(own: anyhow::Result<Option<Written>>, ranks: &dyn Ranks) -> 
         Ok(written) => Told::Written(written.iter().cloned().collect()),
         Err(error) => Told::Failed(format!("{error:#}")),
     };
-    let messages = ranks.all_gather_bytes(&serde_json::to_vec(&told)?)?;
+    let messages = match ranks.all_gather_bytes(&serde_json::to_vec(&told)?) {
+        // The others may be elsewhere because of what failed here.
+        Err(error) if own.is_err() && !error.is_of_peer() => return own.map(|_| Vec::new()),
+        messages => messages?,
+    };
     own?;
     let mut all = Vec::new();
     for (peer, message) in messages.iter().enumerate() {

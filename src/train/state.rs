@@ -285,15 +285,16 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
     own: LoopState<B>,
     ranks: &dyn Ranks,
 ) -> anyhow::Result<Option<checkpoint::Committed>> {
-    let model = save::collect(session)?;
     let begin = || checkpoint::Writer::begin(&settings.output_dir, run.step, run.world_size);
     let mut writer = ranks.is_first().then(begin).transpose()?.map(|writer| writer.keeping(run.kept_step));
     let mut partial = writer.as_ref().map(|writer| writer.place().partial().into()).unwrap_or_default();
     ranks.broadcast(&mut partial, 0)?;
+    let model = match &writer {
+        Some(writer) => save::write_model(writer.path(), session),
+        None => save::help_to_write(session),
+    };
     let write = || {
-        if let (Some(writer), Some(model)) = (&writer, &model) {
-            save::write_model(writer.path(), session, model)?;
-        }
+        model?;
         if settings.save_only_model {
             return Ok(None);
         }

@@ -122,6 +122,32 @@ fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
     }
 }
 
+#[test]
+fn the_best_model_and_models_alone_are_those_of_one_rank() {
+    let best = |ranks, stage| {
+        let run = TestRun::sft().set("metric_for_best_model", "eval_loss").set("load_best_model_at_end", true);
+        // The loss falls, so the best is not the last.
+        over(run.set("max_steps", 6).set("greater_is_better", true).set("save_total_limit", 1), ranks, stage)
+    };
+    let alone = best(1, 0).done();
+    let losses = alone.metric("eval_loss");
+    assert!(losses.iter().any(|loss| loss > losses.last().unwrap()), "the last model is the best: {losses:?}");
+    let shared = best(3, 3).done();
+    shared.assert_same(&alone);
+    assert_eq!(shared.checkpoints(), alone.checkpoints());
+    let only = |ranks, stage| {
+        let run = TestRun::full().set("max_train_samples", 48).set("max_steps", 4).set("save_only_model", true);
+        over(run.set("save_strategy", "steps").set("save_steps", 2).set("eval_strategy", "no"), ranks, stage)
+    };
+    let alone = only(1, 0).done();
+    let shared = only(3, 3).done();
+    shared.assert_same(&alone);
+    let files = |run: &TestRun, step| names(&run.output().join(format!("checkpoint-{step}")));
+    assert_eq!(files(&shared, 2), files(&alone, 2));
+    let weights = |run: &TestRun| fs::read(run.output().join("checkpoint-2/model.safetensors")).unwrap();
+    assert!(weights(&shared) == weights(&alone));
+}
+
 /// The process of a rank of the run in `output`, by what it says of itself in its log, or the first rank by its lock.
 fn process_of(output: &Path, rank: usize) -> Option<u32> {
     if rank == 0 {
@@ -286,6 +312,29 @@ fn a_full_disk_of_any_rank_ends_the_run_and_loses_nothing() {
         run.checkpoints();
         assert_goes_on(&run, &straight);
     }
+}
+
+/// The first rank fails in the middle of the model, of which the others send it a parameter after the other.
+#[test]
+fn a_full_disk_while_the_model_is_gathered_ends_the_run_and_loses_nothing() {
+    let run = |steps| {
+        let run = TestRun::full().set("max_steps", steps).set("save_strategy", "steps").set("save_steps", 3);
+        over(run.set("lr_scheduler_type", "constant").set("max_train_samples", 48).set("eval_strategy", "no"), 3, 3)
+    };
+    let straight = run(9).done();
+    let stopped = run(300);
+    let child = start(&mut stopped.command(&[]));
+    wait_for(&stopped.output().join("checkpoint-3"));
+    let process = process_of(&stopped.output(), 0).unwrap();
+    let limited = Command::new("prlimit").args([format!("--pid={process}"), "--fsize=100000".into()]).status();
+    assert!(limited.unwrap().success());
+    let ended = crate::test_run::end(child).expect(1);
+    for part in ["cannot write", "model.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+        assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+    }
+    assert!(rank_logs(&stopped).iter().all(|log| log.contains("rank 0") && log.contains("cannot write")));
+    stopped.checkpoints();
+    assert_goes_on(&stopped, &straight);
 }
 
 #[test]
