@@ -167,7 +167,8 @@ impl Writer {
 
     /// Syncs every file and folder and takes their sizes and checksums.
     fn seal_files(&self) -> Result<BTreeMap<String, FileEntry>, Error> {
-        let mut files = BTreeMap::new();
+        // From what ranks say and not from the listing, which on a folder of a network may be behind what other machines wrote.
+        let mut files = self.sealed.clone();
         let mut folders = vec![PathBuf::new()];
         while let Some(inside) = folders.pop() {
             let folder = self.path().join(&inside);
@@ -179,8 +180,7 @@ impl Writer {
                     continue;
                 }
                 let name = inside.to_string_lossy().replace('\\', "/");
-                if let Some(entry) = self.sealed.get(&name) {
-                    files.insert(name, entry.clone());
+                if files.contains_key(&name) {
                     continue;
                 }
                 fs::give_ordinary_permissions(&path)?;

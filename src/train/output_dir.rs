@@ -54,21 +54,13 @@ pub(super) fn claim(
 
 /// Refuses an `output_dir` that ranks do not share.
 fn check_shared(folder: &Path, ranks: &dyn Ranks) -> anyhow::Result<()> {
-    /// A folder of a network may be some time behind.
-    const LOOKS: u32 = 50;
-    const PAUSE: Duration = Duration::from_millis(100);
     let sign = || tempfile::Builder::new().prefix(".partial-sign-").tempfile_in(folder);
     let sign = ranks.is_first().then(sign).transpose().map_err(fs::io_error("create a file in", folder))?;
     let name = sign.as_ref().and_then(|sign| sign.path().file_name());
     let mut name = name.map(|name| name.to_string_lossy().into_owned().into_bytes()).unwrap_or_default();
     ranks.broadcast(&mut name, 0)?;
     let path = folder.join(String::from_utf8_lossy(&name).as_ref());
-    let is_there = (0..LOOKS).any(|look| {
-        if look > 0 {
-            std::thread::sleep(PAUSE);
-        }
-        path.is_file()
-    });
+    let is_there = comes_into_view(&path);
     let own = serde_json::to_vec(&(is_there, ranks::host_name()))?;
     let all = ranks.all_gather_bytes(&own)?;
     let all: Vec<(bool, String)> =
@@ -86,6 +78,18 @@ fn check_shared(folder: &Path, ranks: &dyn Ranks) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether something that another rank has made is there, for which a folder of a network may take some time.
+pub(super) fn comes_into_view(path: &Path) -> bool {
+    const LOOKS: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(100);
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(PAUSE);
+        }
+        path.exists()
+    })
 }
 
 /// The first rank's.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
 use super::session::Session;
-use crate::checkpoint::{Checkpoint, Part, PartsWriter, Place, Tensors, Written};
+use crate::checkpoint::{self, Checkpoint, Part, PartsWriter, Place, Tensors, Written};
 use crate::ops::buffer;
 use crate::ranks::{self, Ranks};
 use crate::zero::{Entry, FlatBlock, ParamStore, ShardedOptimizer};
@@ -67,11 +67,16 @@ fn saved_name(optimizer: &ShardedOptimizer, entry: &Entry, array: Array) -> Opti
     }
 }
 
-/// Writes this rank's part into its file of the checkpoint in the making; nothing where it has none. No rank waits for another.
+/// Writes this rank's part into its file of the checkpoint in the making, whose `place` is asked for if it has one. No rank waits for
+/// another.
 ///
 /// # Errors
 /// If the device failed, or the file cannot be written.
-pub(super) fn write(place: &Place, session: &Session, optimizer: &ShardedOptimizer) -> anyhow::Result<Option<Written>> {
+pub(super) fn write(
+    place: impl FnOnce() -> Result<Place, checkpoint::Error>,
+    session: &Session,
+    optimizer: &ShardedOptimizer,
+) -> anyhow::Result<Option<Written>> {
     let store = session.engine.store();
     let ranks = store.sharing().ranks();
     let mut parts = Vec::new();
@@ -90,7 +95,7 @@ pub(super) fn write(place: &Place, session: &Session, optimizer: &ShardedOptimiz
     }
     let is_shared = store.flats().any(|flat| !flat.is_whole());
     let name = if is_shared { shard_name(ranks.rank(), ranks.world_size()) } else { TENSORS_FILE.into() };
-    let mut file = PartsWriter::create(place, &name, &parts)?;
+    let mut file = PartsWriter::create(&place()?, &name, &parts)?;
     store.settle()?;
     let mut references = store.references();
     for (block, flat) in store.flats().enumerate() {
@@ -131,10 +136,13 @@ pub(super) fn agree(own: anyhow::Result<Option<Written>>, ranks: &dyn Ranks) -> 
         Ok(written) => Told::Written(written.iter().cloned().collect()),
         Err(error) => Told::Failed(format!("{error:#}")),
     };
-    let messages = match ranks.all_gather_bytes(&serde_json::to_vec(&told)?) {
-        // The others may be elsewhere because of what failed here.
-        Err(error) if own.is_err() && !error.is_of_peer() => return own.map(|_| Vec::new()),
-        messages => messages?,
+    let messages = match (ranks.all_gather_bytes(&serde_json::to_vec(&told)?), &own) {
+        // The others may be gone, or elsewhere, because of what failed here, unless the folder went with them.
+        (Err(error), Err(problem)) if !(error.is_of_peer() && is_of_missing(problem)) => {
+            tracing::debug!("{error}");
+            return own.map(|_| Vec::new());
+        }
+        (messages, _) => messages?,
     };
     own?;
     let mut all = Vec::new();
@@ -150,6 +158,15 @@ pub(super) fn agree(own: anyhow::Result<Option<Written>>, ranks: &dyn Ranks) -> 
         }
     }
     Ok(all)
+}
+
+/// Whether something was not where it was to be.
+fn is_of_missing(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let is_missing = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        matches!(cause.downcast_ref(), Some(checkpoint::Error::NotShared { .. }))
+            || cause.downcast_ref().is_some_and(is_missing)
+    })
 }
 
 /// Takes what this rank needs of the tensors in `files` into the store and the optimizer, which made `steps` steps.

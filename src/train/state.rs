@@ -10,7 +10,7 @@ use super::best::Best;
 use super::continuation::{self, Continuation, Values};
 use super::inputs::Inputs;
 use super::material::Material;
-use super::output_dir::OutputDir;
+use super::output_dir::{OutputDir, comes_into_view};
 use super::save;
 use super::session::Session;
 use super::shards;
@@ -298,8 +298,13 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         if settings.save_only_model {
             return Ok(None);
         }
-        let place = checkpoint::Place::of(&settings.output_dir, run.step, &String::from_utf8_lossy(&partial))?;
-        shards::write(&place, session, optimizer)
+        let place = || {
+            let partial = String::from_utf8_lossy(&partial);
+            // If it does not, the place says so.
+            comes_into_view(&settings.output_dir.join(partial.as_ref()));
+            checkpoint::Place::of(&settings.output_dir, run.step, &partial)
+        };
+        shards::write(place, session, optimizer)
     };
     // Nobody takes the folder away while another writes there.
     let written = shards::agree(write(), ranks)?;

@@ -454,6 +454,32 @@ fn a_signal_while_ranks_take_from_each_other_is_a_step_that_was_not_begun() {
     }
 }
 
+/// Ranks on machines whose `output_dir` is not one folder: the first writes what it has by itself, and parts are refused at once.
+#[test]
+fn ranks_without_a_shared_folder_write_no_parts_and_say_what_is_needed() {
+    let run = |stage| {
+        let run = over(TestRun::sft(), 2, stage).set("max_steps", 2).set("eval_strategy", "no");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let elsewhere = format!("output_dir={}", run.beside("elsewhere").display());
+        let rank = |rank: usize, more: &[&str]| {
+            let mut command = run.command(more);
+            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string()).env("WORLD_SIZE", "2");
+            start(command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string()))
+        };
+        let (first, second) = (rank(0, &[]), rank(1, &["--set", &elsewhere]));
+        let second = std::thread::spawn(move || crate::test_run::end(second));
+        let first = crate::test_run::end(first);
+        (first, second.join().unwrap(), run)
+    };
+    let (first, second, done) = run(0);
+    assert_eq!((first.code, second.code), (Some(0), Some(0)), "{}\n{}", first.err, second.err);
+    assert_eq!(done.checkpoints(), [2]);
+    done.assert_checkpoint(2);
+    let (first, _, stopped) = run(2);
+    first.expect_error(1, &["of rank 0 (on ", "is not what rank 1 (on ", "that all nodes share", "zero_stage: 0"]);
+    assert!(stopped.checkpoints().is_empty() && !stopped.has("metrics.jsonl"));
+}
+
 #[test]
 fn more_ranks_than_rows_have_nothing_to_learn_and_do_no_harm() {
     let run = |ranks| {

@@ -152,6 +152,16 @@ fn each_turn_goes_to_one_rank_while_the_first_is_busy() {
 }
 
 #[test]
+fn turns_begin_anew_after_each_collective_and_none_is_left_for_who_asks_late() {
+    let mut turns = Turns::default();
+    let mut number = |after| turns.next(after).number;
+    assert_eq!(
+        [(0, 0), (0, 0), (0, 3), (0, 3), (0, 1), (1, 0), (0, 9), (1, 0)].map(&mut number),
+        [0, 1, 0, 1, u64::MAX, 0, u64::MAX, 1]
+    );
+}
+
+#[test]
 fn who_asks_for_a_turn_hears_that_the_work_was_left_or_the_first_rank_is_gone() {
     let results = on_ranks(3, DEADLINE, |ranks| {
         let mut taken = Vec::new();
