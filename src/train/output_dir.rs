@@ -68,6 +68,8 @@ fn check_shared(folder: &Path, ranks: &dyn Ranks) -> anyhow::Result<()> {
     let blind = all.iter().enumerate().filter(|(_, (is_there, _))| !is_there);
     let blind: Vec<String> = blind.map(|(rank, (_, host))| format!("{rank} (on {host})")).collect();
     if !blind.is_empty() {
+        // Who ends before all know the reason is taken for it.
+        let _ = ranks.barrier();
         bail!(
             "`output_dir: {}` of rank 0 (on {}) is not what rank {} sees there: every rank writes its part of a checkpoint and \
              reads it again, so `output_dir` must be a folder on a file system that all nodes share; set it to one, or use \

@@ -144,11 +144,22 @@ pub(super) fn agree(own: anyhow::Result<Option<Written>>, ranks: &dyn Ranks) -> 
         }
         (messages, _) => messages?,
     };
+    let told: Vec<Told> = messages
+        .iter()
+        .enumerate()
+        .map(|(peer, message)| {
+            let told = serde_json::from_slice(message);
+            told.with_context(|| format!("what rank {peer} says of its part of the checkpoint cannot be read"))
+        })
+        .collect::<Result<_, _>>()?;
+    if told.iter().any(|told| matches!(told, Told::Failed(_))) {
+        // Who ends before all know the reason is taken for it. If somebody has, there is a reason to give all the same.
+        let _ = ranks.barrier();
+    }
     own?;
     let mut all = Vec::new();
-    for (peer, message) in messages.iter().enumerate() {
-        let told = serde_json::from_slice(message);
-        match told.with_context(|| format!("what rank {peer} says of its part of the checkpoint cannot be read"))? {
+    for (peer, told) in told.into_iter().enumerate() {
+        match told {
             Told::Written(written) => all.extend(written),
             Told::Failed(reason) => {
                 let operation = "saving a checkpoint";
