@@ -17,6 +17,10 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// Ranks could not agree who makes what.
+    // Not transparent: who handles errors looks for this one among the causes.
+    #[error("{0}")]
+    Reserve(#[source] crate::ranks::Error),
     /// A prompt has no tokens.
     #[error(
         "rollout: the prompt of sample {sample_id} has no tokens; a prompt needs at least one (for example the beginning-of-sequence token)"

@@ -6,6 +6,7 @@
 //! result, while another limit may change the last bits of the logits.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -20,6 +21,7 @@ use super::scheduler::{Limits, Outcome, Scheduler};
 use super::sequence::{Completion, EndRules, Finish, Request, Sequence};
 use super::stop::Detokenize;
 use crate::config::settings::SamplingSettings;
+use crate::ranks;
 use crate::rng::Stream;
 
 /// The random stream of sampling; a sample's n-th completion token takes its n-th number.
@@ -64,6 +66,18 @@ pub struct Caller<'a> {
     pub is_cancelled: &'a dyn Fn() -> bool,
     /// Needed where stop strings are set.
     pub detokenize: Option<&'a dyn Detokenize>,
+}
+
+/// Requests that are made here only if nobody else takes them.
+pub struct Reserve<'a> {
+    /// The requests before this one are made here anyway.
+    pub first: usize,
+    /// Most of them that are taken at once.
+    pub most_taken: usize,
+    /// Some are taken where no more are unfinished after it.
+    pub most_unfinished: usize,
+    /// Takes some of those from `first` on, all of a prompt at once; `None` when there are no more.
+    pub take: &'a mut dyn FnMut() -> Result<Option<Range<usize>>, ranks::Error>,
 }
 
 /// What happened.
@@ -202,12 +216,32 @@ impl Rollout {
         step: u64,
         caller: &mut Caller<'_>,
     ) -> Result<Vec<Completion>, Error> {
+        let take = &mut || Ok(None);
+        let none = Reserve { first: requests.len(), most_taken: 0, most_unfinished: 0, take };
+        self.generate_with(model, (requests, none), sampling, seed, step, caller)
+    }
+
+    /// As [`Self::generate`], of the requests that are made here anyway and of those that are taken from the reserve meanwhile:
+    /// whenever there is room for more, and when all others are done.
+    ///
+    /// # Errors
+    /// As [`Self::generate`], or if nothing can be taken from the reserve.
+    pub fn generate_with(
+        &mut self,
+        model: &mut dyn DecodeModel,
+        (requests, reserve): (&[Request], Reserve<'_>),
+        sampling: &SamplingSettings,
+        seed: u64,
+        step: u64,
+        caller: &mut Caller<'_>,
+    ) -> Result<Vec<Completion>, Error> {
         self.statistics = Statistics::default();
         let rules = end_rules(&self.settings, sampling, caller.detokenize)?;
         let sampler = Sampler::new(sampling)?;
         let (limits, longest) = self.check_requests(model, requests)?;
         let call = Call { requests, sampler, rules, seed, step, limits };
-        let num_pages = self.num_pages(model, requests.len(), longest);
+        let at_once = reserve.first.max(reserve.most_unfinished).max(reserve.most_taken).min(requests.len());
+        let num_pages = self.num_pages(model, at_once, longest);
         let (shape, device) = (model.kv_shape(), model.device().clone());
         let lanes = self.settings.max_num_seqs.min(requests.len());
         // One that does not fit is gone before a new one is made.
@@ -222,7 +256,8 @@ impl Rollout {
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
         let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);
-        let result = call.run(model, &mut cache, &mut scheduler, caller, &mut self.statistics);
+        scheduler.add(0..reserve.first);
+        let result = call.run(model, &mut cache, (&mut scheduler, reserve), caller, &mut self.statistics);
         self.cache = Some(cache);
         result
     }
@@ -322,20 +357,38 @@ fn end_rules<'a>(
     Ok(EndRules { eos_token_ids: &settings.eos_token_ids, stop_strings, detokenize })
 }
 
+impl Reserve<'_> {
+    fn has_room_for_more(&self, unfinished: usize) -> bool {
+        unfinished == 0 || unfinished + self.most_taken <= self.most_unfinished
+    }
+}
+
 impl Call<'_> {
     fn run(
         &self,
         model: &mut dyn DecodeModel,
         cache: &mut KvCache,
-        scheduler: &mut Scheduler<'_>,
+        (scheduler, reserve): (&mut Scheduler<'_>, Reserve<'_>),
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<Vec<Completion>, Error> {
         let mut completions: Vec<Option<Completion>> = self.requests.iter().map(|_| None).collect();
-        while scheduler.unfinished() > 0 {
+        let (mut total, mut is_reserve_empty) = (reserve.first, reserve.first == self.requests.len());
+        loop {
             if (caller.is_cancelled)() {
-                let total = self.requests.len();
                 return Err(Error::Cancelled { finished: total - scheduler.unfinished(), total });
+            }
+            while !is_reserve_empty && reserve.has_room_for_more(scheduler.unfinished()) {
+                match (reserve.take)().map_err(Error::Reserve)? {
+                    Some(range) => {
+                        total += range.len();
+                        scheduler.add(range);
+                    }
+                    None => is_reserve_empty = true,
+                }
+            }
+            if scheduler.unfinished() == 0 {
+                break;
             }
             loop {
                 let forks = scheduler.admit(|request, prompt| self.open(request, prompt))?;
@@ -347,7 +400,7 @@ impl Call<'_> {
                 self.settle(scheduler, outcomes, &mut completions, caller)?;
             }
             if scheduler.unfinished() == 0 {
-                break;
+                continue;
             }
             let running = scheduler.num_lanes();
             if !self.draw_steps(model, cache, scheduler, &mut completions, caller, statistics)? {

@@ -30,7 +30,7 @@ mod tests;
 
 pub use decode_model::{DecodeModel, Span, StepBatch};
 pub use error::Error;
-pub use generate::{Caller, Event, Rollout, RolloutSettings, Statistics};
+pub use generate::{Caller, Event, Reserve, Rollout, RolloutSettings, Statistics};
 pub use kv_cache::{CacheStep, KvCache, KvShape};
 pub use pages::{BlockAllocator, PAGE_TOKENS, PageId};
 pub use sequence::{Completion, Finish, Request};

@@ -11,6 +11,7 @@
 //! tokens only.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::Error;
@@ -115,6 +116,7 @@ pub(super) enum Outcome {
 pub(super) struct Scheduler<'a> {
     limits: Limits,
     allocator: BlockAllocator,
+    requests: &'a [Request],
     prompts: Vec<Prompt<'a>>,
     /// Prompts to prefill, in order.
     queue: VecDeque<usize>,
@@ -129,35 +131,37 @@ pub(super) struct Scheduler<'a> {
 }
 
 impl<'a> Scheduler<'a> {
-    /// Queues all requests; equal prompts become one, at the place of the first.
+    /// Of `requests`, none of which is queued yet.
     pub(super) fn new(limits: Limits, num_pages: usize, requests: &'a [Request]) -> Self {
-        let mut prompts: Vec<Prompt<'a>> = Vec::new();
-        let mut known: HashMap<&[u32], usize> = HashMap::new();
-        for (index, request) in requests.iter().enumerate() {
-            let prompt = *known.entry(&request.prompt_ids).or_insert_with(|| {
-                prompts.push(Prompt {
-                    ids: &request.prompt_ids,
-                    requests: Vec::new(),
-                    forked: 0,
-                    pages: Vec::new(),
-                    logits: None,
-                    computed: 0,
-                });
-                prompts.len() - 1
-            });
-            prompts[prompt].requests.push(index);
-        }
         Self {
             limits,
             allocator: BlockAllocator::new(num_pages),
-            queue: (0..prompts.len()).collect(),
-            prompts,
+            requests,
+            queue: VecDeque::new(),
+            prompts: Vec::new(),
             ready: VecDeque::new(),
             preempted: BTreeMap::new(),
             lanes: Vec::new(),
             next_age: 0,
             preemptions: 0,
-            unfinished: requests.len(),
+            unfinished: 0,
+        }
+    }
+
+    /// Queues some of the requests; equal prompts among them become one, at the place of the first.
+    pub(super) fn add(&mut self, range: Range<usize>) {
+        let mut known: HashMap<&[u32], usize> = HashMap::new();
+        self.unfinished += range.len();
+        let requests = self.requests;
+        for index in range {
+            let ids: &'a [u32] = &requests[index].prompt_ids;
+            let prompt = *known.entry(ids).or_insert_with(|| {
+                let requests = Vec::new();
+                self.prompts.push(Prompt { ids, requests, forked: 0, pages: Vec::new(), logits: None, computed: 0 });
+                self.queue.push_back(self.prompts.len() - 1);
+                self.prompts.len() - 1
+            });
+            self.prompts[prompt].requests.push(index);
         }
     }
 

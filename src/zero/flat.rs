@@ -175,7 +175,11 @@ impl FlatBlock {
         self.own_part(&self.grads)
     }
 
-    fn own_part(&self, buffer: &Tensor) -> Result<Tensor, Error> {
+    /// As [`Self::own_values`], of a buffer like [`Self::values`].
+    ///
+    /// # Errors
+    /// Of the tensor library.
+    pub fn own_part(&self, buffer: &Tensor) -> Result<Tensor, Error> {
         let own = self.own();
         if buffer.elem_count() == own.len() {
             return Ok(buffer.clone());
@@ -195,6 +199,15 @@ impl FlatBlock {
                 Piece { range: start - own.start..end - own.start, has_decay: entry.has_decay, layout }
             };
             (start < end).then(piece)
+        })
+    }
+
+    /// The parameters of which values are in `range` of the buffer of all ranks, each with those that are.
+    pub fn entries_in(&self, range: &Range<usize>) -> impl Iterator<Item = (&Entry, Range<usize>)> {
+        let (first, end) = (range.start, range.end);
+        self.entries.iter().filter_map(move |entry| {
+            let inside = entry.range.start.max(first)..entry.range.end.min(end);
+            (inside.start < inside.end).then_some((entry, inside))
         })
     }
 

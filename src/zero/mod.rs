@@ -123,18 +123,6 @@ pub enum Error {
         /// Which.
         index: usize,
     },
-    /// Saved state does not fit this model.
-    #[error(
-        "saved state has {found} for `{name}`, this run needs {expected}; resume with the settings of the saved run"
-    )]
-    State {
-        /// Which parameter or number.
-        name: String,
-        /// What the file holds.
-        found: String,
-        /// What fits.
-        expected: String,
-    },
 }
 
 impl From<crate::ranks::Error> for Error {

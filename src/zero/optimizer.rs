@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::store::Errand;
-use super::{Error, FlatBlock, ParamStore, Piece};
+use super::{Entry, Error, FlatBlock, ParamStore, Piece};
 use crate::config::settings::{OptimizerKind, OptimizerSettings};
 use crate::ops::buffer;
 use crate::optim::{AdamWStep, ParamGroup, State, clip_coefficient, norm_of_parts, sums_of_squares};
@@ -167,72 +167,45 @@ impl ShardedOptimizer {
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
-    /// The state of each block, all of it, copied to the host of the first rank: two arrays like the values. The others help to
-    /// gather them and get nothing.
+    /// The state of this rank's part of a block, copied to the host: two arrays like [`FlatBlock::own`], of which the second has zeros
+    /// where a rule keeps one. [`Self::state_names`] says which arrays there are.
     ///
     /// # Errors
-    /// If the device failed or a rank is lost.
-    pub fn collect(&self, store: &ParamStore) -> Result<Option<Vec<[Vec<f32>; 2]>>, Error> {
-        store.settle()?;
-        let is_first = store.sharing().ranks().is_first();
-        let mut all = Vec::new();
-        for (flat, kept) in store.flats().zip(&self.states) {
-            if flat.is_whole() {
-                all.extend(is_first.then(|| kept.to_vecs(flat)).transpose()?);
-                continue;
-            }
-            let [first, second] = kept.to_vecs(flat)?.map(|own| store.sharing().collect(&own, flat.shards()));
-            all.extend(first?.zip(second?).map(|(first, second)| [first, second]));
-        }
-        Ok(is_first.then_some(all))
+    /// If there is no such block, or the device failed.
+    pub fn own_state(&self, store: &ParamStore, block: usize) -> Result<[Vec<f32>; 2], Error> {
+        let kept = store.flats().nth(block).zip(self.states.get(block));
+        let (flat, kept) = kept.ok_or(Error::NoBlock { block, blocks: self.states.len() })?;
+        kept.to_vecs(flat)
     }
 
-    /// State by parameter name with that of the array appended (`exp_avg`, ...), for a checkpoint; `arrays` as
-    /// [`Self::collect`] gave them.
-    pub fn state<'a>(
-        &self,
-        store: &'a ParamStore,
-        arrays: &'a [[Vec<f32>; 2]],
-    ) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> + use<'a> {
-        let kind = self.settings.kind;
-        store.flats().zip(arrays).flat_map(move |(flat, arrays)| {
-            flat.entries().iter().flat_map(move |e| {
-                let named = State::names(kind, e.matrix().is_some()).iter().zip(arrays);
-                named.map(|(name, values)| (format!("{}.{name}", e.name), &values[e.range.clone()], e.shape.clone()))
-            })
-        })
+    /// What the arrays that a parameter has in the state are called.
+    pub fn state_names(&self, entry: &Entry) -> &'static [&'static str] {
+        State::names(self.settings.kind, entry.matrix().is_some())
     }
 
-    /// Takes saved state back; `lookup` gives the values saved under a name.
+    /// Takes saved state of this rank's part back, block after block; `read` is asked for each array of each parameter in it: it
+    /// gets the parameter, the array's name, the first value wanted and the place for the values.
     ///
     /// # Errors
-    /// If a parameter's state is missing or of another size.
-    pub fn load_state<'a>(
+    /// What `read` returns, or if a device failed.
+    pub fn load_state<E: From<Error>>(
         &mut self,
         store: &ParamStore,
         step: u64,
-        lookup: impl Fn(&str) -> Option<Vec<f32>> + 'a,
-    ) -> Result<(), Error> {
+        mut read: impl FnMut(&Entry, &str, usize, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
         store.settle()?;
         let kind = self.settings.kind;
         for (flat, kept) in store.flats().zip(&mut self.states) {
-            let mut loaded = [vec![0.0; flat.len()], vec![0.0; flat.len()]];
-            for e in flat.entries() {
-                for (array, target) in State::names(kind, e.matrix().is_some()).iter().zip(&mut loaded) {
-                    let name = format!("{}.{array}", e.name);
-                    match lookup(&name) {
-                        Some(values) if values.len() == e.range.len() => {
-                            target[e.range.clone()].copy_from_slice(&values);
-                        }
-                        other => {
-                            let found = other.map_or_else(|| "nothing".into(), |v| format!("{} values", v.len()));
-                            return Err(Error::State { name, found, expected: format!("{} values", e.range.len()) });
-                        }
-                    }
+            let own = flat.own();
+            let mut loaded = [vec![0.0; own.len()], vec![0.0; own.len()]];
+            for (entry, range) in flat.entries_in(&own) {
+                let place = range.start - own.start..range.end - own.start;
+                for (array, target) in State::names(kind, entry.matrix().is_some()).iter().zip(&mut loaded) {
+                    read(entry, array, range.start - entry.range.start, &mut target[place.clone()])?;
                 }
             }
-            let own = flat.own();
-            kept.load(flat, &loaded.map(|all| all[own.clone()].to_vec()))?;
+            kept.load(flat, &loaded)?;
         }
         self.step = step;
         Ok(())
