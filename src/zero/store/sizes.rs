@@ -18,7 +18,11 @@ pub struct LayerBytes {
 impl ParamStore {
     /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
     pub fn visiting_bytes(&self) -> usize {
-        let mut all: Vec<usize> = self.blocks.iter().map(|block| block.frozen.away_bytes()).collect();
+        let of_block = |block: &Block| {
+            let values = if self.values_come(block) { block.flat.len() } else { 0 };
+            block.frozen.away_bytes() + size_of::<f32>() * values
+        };
+        let mut all: Vec<usize> = self.blocks.iter().map(of_block).collect();
         all.sort_unstable();
         all.iter().rev().take(2).sum()
     }
