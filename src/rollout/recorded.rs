@@ -15,8 +15,8 @@ use super::kv_cache::KvCache;
 use crate::device::{Arena, Captured, Matrix, Queue, array, empty, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
-    Accumulate, Drawn, Lane, Lanes, LanesSize, LanesView, PagedCache, PagedSize, ProductCard, ProductOutput, RowLayout,
-    Rows, Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
+    Accumulate, Drawn, Lane, Lanes, LanesSize, LanesView, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
+    Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
 use crate::model::{Embedding, Head};
@@ -44,7 +44,6 @@ struct Parts {
     rotation_scale: f32,
     types: Types,
     vocabulary: usize,
-    card: ProductCard,
 }
 
 /// Memory of the steps: for so many lanes and such contexts.
@@ -156,7 +155,6 @@ impl RecordedSteps {
             rotation_scale,
             types,
             vocabulary: engine.config().vocab_size,
-            card,
         };
         Ok(Some(Self { device: device.clone(), parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
     }
@@ -286,7 +284,7 @@ impl Parts {
         const SPARE: usize = 64 << 10;
         let Some(layer) = self.layers.first() else { return SPARE };
         let (lanes, widths) = (size.lanes, layer.widths());
-        let padded = RowLayout::choose(lanes, self.card).rows(lanes);
+        let padded = lanes.next_power_of_two().max(8);
         // Fewer lanes may take more workspace than many.
         let rooms =
             (0..=lanes).filter(|&n| n == bucket(n) && n > 0).map(|n| self.room(n)).fold(Room::default(), Room::or);
@@ -332,8 +330,7 @@ impl Memory {
         let (widths, count, room) = (first.widths(), size.lanes, parts.room(size.lanes));
         let Types { compute, residual } = parts.types;
         let take = |cols, dtype| arena.take((count, cols), dtype);
-        let layout = RowLayout::choose(count, parts.card);
-        let rows = |cols| Rows::new(arena.take((layout.rows(count), cols), compute)?, count, layout);
+        let rows = |cols| arena.take((count.next_power_of_two().max(8), cols), compute);
         let floats = |len: usize| arena.take_array(len.max(1), DType::F32);
         let prepare = || {
             let buffers = LaneBuffers {
@@ -370,9 +367,10 @@ impl Memory {
             return Ok(gemm(device, logits, left, right, 1.0, Accumulate::No, None)?);
         }
         let low = parts.head.low(count, &buffers.scratch)?;
-        decode_norm(device, buffers.normed, buffers.stream, norm, parts.eps, low)?;
+        let normed = Rows::new(buffers.normed, count, parts.head.layout(count))?;
+        decode_norm(device, normed, buffers.stream, norm, parts.eps, low)?;
         let to = ProductOutput::Sum { out: logits, onto: None };
-        Ok(parts.head.apply(device, buffers.normed, to, &buffers.scratch)?)
+        Ok(parts.head.apply(device, normed, to, &buffers.scratch)?)
     }
 }
 

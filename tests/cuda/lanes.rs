@@ -140,7 +140,7 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             let card = ProductCard::of(&device).unwrap();
             // Every number of rows in the layout that is chosen, many of them in the one of other cards too.
             let ms = [1, 2, 7, 8, 9, 16, 17, 32, 40, 64, 65, 130, 256];
-            let layouts = ms.map(|m| (m, RowLayout::choose(m, card)));
+            let layouts = ms.map(|m| (m, RowLayout::choose(m, !is_packed, card)));
             for (m, layout) in layouts.into_iter().chain(
                 [20, 30, 65, 130]
                     .map(|m| (m, RowLayout::Fragments))
@@ -151,7 +151,7 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                 let (x, host_x) = (input.rows(), input.values.clone());
                 // The low-rank products of the rows as they lie, and those that the norm makes beside them.
                 let a = upload(&device, &random("a", ranks * k), (ranks, k), dtype);
-                let parts = decode_low_parts(k);
+                let parts = decode_low_parts(m, k);
                 let values = empty(&device, parts * m * ranks, DType::F32).unwrap();
                 let order: Vec<u32> = (0..k).map(|place| layout.column(place) as u32).collect();
                 let ordered = a.index_select(&Tensor::new(order, &device).unwrap(), 1).unwrap();
@@ -337,7 +337,7 @@ fn bench_packed_product() {
         let values = upload_f32(&device, &[0.1; 16]).unwrap();
         let mut line = format!("{name:8}");
         for m in [1, 8, 16, 32, 64, 128, 256] {
-            let layout = RowLayout::choose(m, card);
+            let layout = RowLayout::choose(m, !is_packed, card);
             if !is_packed && m > 32 {
                 continue;
             }

@@ -27,6 +27,13 @@ struct LowRank {
   int32_t ranks, cols;
 };
 
+// Asks for the `A` that a warp multiplies with: no other kernel writes it.
+template <typename T> __device__ __forceinline__ void prefetch_rank(const LowRank &l, int rank) {
+  if (!l.a || rank >= l.ranks) return;
+  const T *a = static_cast<const T *>(l.a) + static_cast<int64_t>(rank) * l.cols;
+  for (int col = threadIdx.x % 32 * 64; col < l.cols; col += 32 * 64) prefetch(a + col);
+}
+
 // The products of a row in shared memory with 16 of the `A`s, a warp for each.
 template <typename T>
 __device__ __forceinline__ void multiply_row(const LowRank &l, const T *row, int index, int first) {
@@ -53,6 +60,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
   __shared__ float scratch[ROW_WARPS + 1];
   extern __shared__ __align__(16) unsigned char memory[]; // the row, where there are low-rank products
   T *row = reinterpret_cast<T *>(memory);
+  prefetch_rank<T>(low, blockIdx.y * ROW_WARPS + threadIdx.x / 32);
+  for (int col = threadIdx.x * 32; col < x.cols; col += ROW_THREADS * 32) prefetch(weight + col);
   launch_dependents();
   wait_for_dependency();
   const R *from = static_cast<const R *>(x.data) + blockIdx.x * x.stride;
@@ -86,10 +95,13 @@ __global__ void __launch_bounds__(ROW_THREADS)
 // Low-rank products of `LINES` rows in another order of columns than plain, with `A`s in that order: blockIdx.y is a part of the
 // sum.
 template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_kernel(Matrix x, LowRank low) {
-  launch_dependents();
-  wait_for_dependency();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_line = blockIdx.x * LINES, units = low.cols / 8;
   const int first = units * blockIdx.y / gridDim.y, end = units * (blockIdx.y + 1) / gridDim.y;
+  for (int rank = warp; blockIdx.x == 0 && rank < low.ranks; rank += THREADS / 32)
+    for (int unit = first + lane * 8; unit < end; unit += 256)
+      prefetch(static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols + unit * 8);
+  launch_dependents();
+  wait_for_dependency();
   const T *data = static_cast<const T *>(x.data);
   for (int rank = warp; rank < low.ranks; rank += THREADS / 32) {
     const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
@@ -131,6 +143,7 @@ struct Combine {
 template <typename T> __global__ void __launch_bounds__(ROW_THREADS) combine_kernel(const __grid_constant__ Combine c) {
   extern __shared__ __align__(16) unsigned char memory[];
   T *all = reinterpret_cast<T *>(memory);
+  prefetch_rank<T>(c.low, blockIdx.y * ROW_WARPS + threadIdx.x / 32);
   launch_dependents();
   wait_for_dependency();
   const int lane = threadIdx.x % 32, row = blockIdx.x;

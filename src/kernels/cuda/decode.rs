@@ -151,11 +151,11 @@ pub fn decode_norm(
     launched(KERNEL, code)
 }
 
-/// Parts in which [`decode_low_rank`] makes sums of so many columns.
-pub fn decode_low_parts(cols: usize) -> usize {
-    const COLUMNS: usize = 1024;
-    const MOST: usize = 16;
-    (cols / COLUMNS).clamp(1, MOST)
+/// Parts in which [`decode_low_rank`] makes sums of so many columns: of few rows many, so that they are made side by side.
+pub fn decode_low_parts(rows: usize, cols: usize) -> usize {
+    const FEW_ROWS: usize = 16;
+    let (columns, most) = if rows < FEW_ROWS { (1024, 16) } else { (4096, 4) };
+    (cols / columns).clamp(1, most)
 }
 
 /// Low-rank products `x Aᵀ` of rows in any order of columns, with the `A`s in the same order, in [`decode_low_parts`] parts.
@@ -164,7 +164,7 @@ pub fn decode_low_parts(cols: usize) -> usize {
 /// If shapes or types do not fit or the launch fails.
 pub fn decode_low_rank(device: &Device, x: Rows<'_>, low: LowRankTo<'_>) -> Result<(), Error> {
     const KERNEL: &str = "decode low-rank products";
-    let parts = decode_low_parts(x.shape().1);
+    let parts = decode_low_parts(x.shape().0, x.shape().1);
     let low = RawLowRank::new(KERNEL, Some(low), &x, parts)?;
     // SAFETY: as in `decode_norm`.
     launched(KERNEL, unsafe { trainer_decode_low(x.raw(), &raw const low, parts as i32, stream(device)?) })

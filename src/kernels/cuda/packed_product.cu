@@ -56,6 +56,15 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
   if (chunks.x + wk < chunks.y) fetch(now, chunks.x + wk);
   const int blocks = 2 * (chunks.y - chunks.x) | 1;
   load_maxima<FORMAT, ROWS, THREADS>(shared, blocks, chunks, K, row_of);
+  if (blockIdx.y == 0 && t == 0) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const Packed &own = matrix_of(mt);
+        if (own.b) prefetch(static_cast<const T *>(own.b) + from[mt][half] / K * own.rank);
+      }
+  }
   launch_dependents();
   wait_for_dependency();
   __syncthreads();

@@ -117,6 +117,7 @@ __device__ __forceinline__ float with_bias(const Packed &w, int row, float sum) 
 // Ranks `at` .. `at + 3` of the low-rank products of a row, rounded.
 template <typename T> __device__ __forceinline__ uint2 low_ranks(const Product &p, int row, int at) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
   for (int part = 0; part < p.low_parts; part++) {
     const int64_t place = (static_cast<int64_t>(part) * p.x.rows + row) * p.low_cols + at;
     const float4 more = *reinterpret_cast<const float4 *>(p.low + place);

@@ -186,10 +186,11 @@ impl<'b> Rows<'b> {
 
 impl RowLayout {
     /// The layout in which products of `m` rows are fastest.
-    pub fn choose(m: usize, card: ProductCard) -> Self {
+    pub fn choose(m: usize, is_dense: bool, card: ProductCard) -> Self {
+        // For fewer rows, warps that need not go in step make values of codes faster.
+        let least = if is_dense { 1 } else { 17 };
         match m {
-            // Below, warps that need not go in step are faster.
-            17..=MOST_GROUP_ROWS if card.has_groups => Self::Tiles(m.next_power_of_two()),
+            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(8)),
             _ => Self::Fragments,
         }
     }
@@ -308,14 +309,14 @@ impl ProductForm {
         let chunks = cols / CHUNK;
         let block = Self { form, splits: 1 }.tile(is_swiglu, layout);
         let blocks = Self { form, splits: 1 }.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
-        // Steps of the busiest multiprocessor: its blocks side by side take a step each in turn, few of them the time that a
-        // step takes by itself, and each round of blocks adds what their end takes.
+        // Half steps: those that the busiest multiprocessor makes one after the other, or, where its blocks are too few to hide a
+        // step's latency, those of a block alone, for each round of blocks; and what adding the sums of several takes.
         let Pace { resident, latency, end } = Pace::of(form, block.cols);
         let cost = |splits: usize| {
             let of_card = (blocks * splits).div_ceil(card.multiprocessors);
-            let (rounds, beside) = (of_card.div_ceil(resident), of_card.min(resident));
             let steps = chunks.div_ceil(splits).div_ceil(block.warps);
-            rounds * (steps * beside.max(latency) + if splits > 1 { end } else { 0 })
+            let busy = (2 * of_card * steps).max(of_card.div_ceil(resident) * steps * latency);
+            busy + if splits > 1 { of_card * end } else { 0 }
         };
         let most = (chunks / block.warps).clamp(1, MOST_SPLITS);
         let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
@@ -344,7 +345,7 @@ impl ProductForm {
 }
 
 /// How blocks of a form share a multiprocessor, as measured on an H200 with matrices of a 7B model: how many there are at a time,
-/// how many hide a step's latency, and what adding the sums of several takes, in steps.
+/// and, in half steps, how long a step takes by itself and what adding the sums of several blocks takes for each.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     resident: usize,
@@ -355,13 +356,13 @@ struct Pace {
 impl Pace {
     fn of(form: usize, cols: usize) -> Self {
         let (resident, latency, end) = match (form, cols) {
-            (0, _) => (8, 3, 4),
-            (1, _) => (3, 3, 4),
-            (2..=4, _) => (2, 3, 4),
-            (_, 0..=32) => (4, 4, 1),
-            (_, 33..=64) => (4, 4, 2),
-            (_, 65..=128) => (3, 3, 4),
-            _ => (2, 2, 8),
+            (0, _) => (8, 6, 2),
+            (1, _) => (3, 6, 2),
+            (2..=4, _) => (2, 6, 6),
+            (_, 0..=32) => (4, 7, 4),
+            (_, 33..=64) => (4, 5, 8),
+            (_, 65..=128) => (3, 4, 16),
+            _ => (2, 3, 32),
         };
         Self { resident, latency, end }
     }
@@ -583,7 +584,7 @@ mod tests {
         let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
         for card in CARDS {
             for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
-                let layout = RowLayout::choose(m, card);
+                let layout = RowLayout::choose(m, m % 2 == 0, card);
                 assert!(layout.rows(m) >= m);
                 for (rows, kind) in
                     [(vec![hidden, 512, 512], ProductKind::Sum), (vec![hidden, hidden], ProductKind::Swiglu)]

@@ -126,6 +126,10 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  if (blockIdx.y == 0 && w.b && t == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) prefetch(static_cast<const T *>(w.b) + row[half] * w.rank);
+  }
   launch_dependents();
   wait_for_dependency();
   __syncthreads();
@@ -213,6 +217,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
       for (int which = 0; which < (IS_SWIGLU ? 2 : 1); which++) {
         const Packed &source = IS_SWIGLU ? p.w[which] : w;
         const bool is_there = source.b && rank < source.rank;
+#pragma unroll 2
         for (int i = threadIdx.x; i < COLS * 4; i += GROUP) {
           const int line = i / 4, four = i % 4;
           uint2 ranks = make_uint2(0, 0);

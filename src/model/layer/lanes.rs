@@ -46,10 +46,11 @@ pub struct LaneWidths {
 pub struct LaneBuffers<'b> {
     /// The residual stream, which the layer changes.
     pub stream: Matrix<'b>,
-    pub(crate) normed: Rows<'b>,
+    /// For as many rows as a layout has.
+    pub(crate) normed: Matrix<'b>,
     pub(crate) qkv: Matrix<'b>,
-    pub(crate) attended: Rows<'b>,
-    pub(crate) activated: Rows<'b>,
+    pub(crate) attended: Matrix<'b>,
+    pub(crate) activated: Matrix<'b>,
     /// Cosines and sines of the lanes' positions.
     pub(crate) rotations: Pointer<'b>,
     pub(crate) attention: Pointer<'b>,
@@ -132,22 +133,25 @@ impl LaneLayer {
     ///
     /// # Errors
     /// If the memory does not fit, or the device fails.
-    pub fn step(
+    pub fn step<'b>(
         &self,
         device: &Device,
-        buffers: &LaneBuffers<'_>,
+        buffers: &LaneBuffers<'b>,
         cache: PagedCache<'_>,
         lanes: &LanesView<'_>,
         max_context: usize,
     ) -> Result<(), Error> {
         let LaneBuffers { stream, normed, qkv, attended, activated, rotations, attention, scratch } = *buffers;
+        let rows = |memory: Matrix<'b>, of: &Projections| Rows::new(memory, lanes.lanes, of.layout(lanes.lanes));
         let norm = |weight: &Tensor, projections: &Projections| {
             let (weight, low) = (vector(weight)?, projections.low(lanes.lanes, &scratch)?);
-            Ok::<_, crate::ops::Error>(decode_norm(device, normed, stream, weight, self.eps, low)?)
+            let normed = rows(normed, projections)?;
+            decode_norm(device, normed, stream, weight, self.eps, low)?;
+            Ok::<_, crate::ops::Error>(normed)
         };
         let onto = ProductOutput::Sum { out: stream, onto: Some(stream) };
         let steps = || {
-            norm(&self.input_norm, &self.qkv)?;
+            let normed = norm(&self.input_norm, &self.qkv)?;
             self.qkv.apply(device, normed, ProductOutput::Sum { out: qkv, onto: None }, &scratch)?;
             let norms = match &self.head_norms {
                 Some([q, k]) => Some([vector(q)?, vector(k)?]),
@@ -155,13 +159,14 @@ impl LaneLayer {
             };
             let heads = DecodeHeads { qkv, norms, eps: self.eps, table: rotations };
             decode_heads(device, &heads, cache, lanes)?;
-            let queries = qkv.columns(0, attended.shape().1);
+            let queries = qkv.columns(0, attended.cols);
             let scale = 1.0 / (self.head_dim as f32).sqrt();
             decode_attention(device, attention, queries, cache, lanes, max_context, scale)?;
-            let low = self.output.low(lanes.lanes, &scratch)?;
+            let (attended, low) = (rows(attended, &self.output)?, self.output.low(lanes.lanes, &scratch)?);
             decode_combine(device, attended, attention, lanes, (self.head_dim, max_context), low)?;
             self.output.apply(device, attended, onto, &scratch)?;
-            norm(&self.post_attention_norm, &self.gate_up)?;
+            let normed = norm(&self.post_attention_norm, &self.gate_up)?;
+            let activated = rows(activated, &self.down)?;
             self.gate_up.apply(device, normed, ProductOutput::Swiglu(activated), &scratch)?;
             self.down.apply(device, activated, onto, &scratch)
         };

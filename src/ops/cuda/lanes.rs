@@ -29,6 +29,7 @@ pub(crate) struct Projections {
     ordered: Vec<(RowLayout, Tensor)>,
     rows: Vec<usize>,
     cols: usize,
+    is_dense: bool,
     card: ProductCard,
 }
 
@@ -113,6 +114,7 @@ impl Projections {
         if formats.is_empty() || formats.iter().any(|format| *format != formats[0]) {
             return Ok(None);
         }
+        let is_dense = matches!(linears[0].weight, Weight::Dense(_));
         let cols = linears[0].weight.cols();
         let (mut each, mut parts, mut ranks) = (Vec::with_capacity(linears.len()), Vec::new(), 0);
         for linear in linears {
@@ -152,12 +154,17 @@ impl Projections {
         }
         let a = a.filter(|_| !is_ordered);
         let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
-        Ok(Some(Self { each, a, rows, cols, ordered, card }))
+        Ok(Some(Self { each, a, rows, cols, is_dense, ordered, card }))
     }
 
     /// `K`.
     pub(crate) fn inputs(&self) -> usize {
         self.cols
+    }
+
+    /// The order in which they read rows of so many lanes.
+    pub(crate) fn layout(&self, lanes: usize) -> RowLayout {
+        RowLayout::choose(lanes, self.is_dense, self.card)
     }
 
     /// Outputs of all together.
@@ -173,15 +180,13 @@ impl Projections {
     }
 
     fn form(&self, lanes: usize, kind: ProductKind) -> ProductForm {
-        let layout = RowLayout::choose(lanes, self.card);
-        ProductForm::choose(lanes, &self.rows, self.cols, kind, layout, self.card)
+        ProductForm::choose(lanes, &self.rows, self.cols, kind, self.layout(lanes), self.card)
     }
 
     /// What [`Self::apply`] needs for so many lanes.
     pub(crate) fn room(&self, lanes: usize, is_swiglu: bool) -> Room {
         let kind = if is_swiglu { ProductKind::Swiglu } else { ProductKind::Sum };
-        let layout = RowLayout::choose(lanes, self.card);
-        let (partial, arrived) = self.form(lanes, kind).workspace(lanes, &self.rows, is_swiglu, layout);
+        let (partial, arrived) = self.form(lanes, kind).workspace(lanes, &self.rows, is_swiglu, self.layout(lanes));
         let low = self.low_parts(lanes) * lanes * self.ranks();
         Room { low, partial, arrived }
     }
@@ -197,7 +202,7 @@ impl Projections {
 
     /// Parts of the low-rank products.
     fn low_parts(&self, lanes: usize) -> usize {
-        if self.makes_low(lanes) { decode_low_parts(self.cols) } else { 1 }
+        if self.makes_low(lanes) { decode_low_parts(lanes, self.cols) } else { 1 }
     }
 
     /// The low-rank products that are to be made of the rows that are about to be applied to, by who makes them.
@@ -234,7 +239,7 @@ impl Projections {
         let low = (ranks > 0).then_some(low);
         if self.makes_low(lanes) {
             let is_tiles = |layout: &RowLayout| matches!(layout, RowLayout::Tiles(_));
-            let wanted = is_tiles(&RowLayout::choose(lanes, self.card));
+            let wanted = is_tiles(&self.layout(lanes));
             let Some((_, a)) = self.ordered.iter().find(|(layout, _)| is_tiles(layout) == wanted) else {
                 return Err(shape_error("lanes", "layout", lanes, "rows in an order that the adapters have"));
             };
