@@ -23,6 +23,7 @@ mod recorded;
 pub mod sampler;
 mod scheduler;
 mod sequence;
+mod settings;
 mod stop;
 
 #[cfg(test)]
@@ -30,8 +31,9 @@ mod tests;
 
 pub use decode_model::{DecodeModel, Span, StepBatch};
 pub use error::Error;
-pub use generate::{Caller, Event, Reserve, Rollout, RolloutSettings, Statistics};
+pub use generate::{Caller, Event, Reserve, Rollout, Statistics};
 pub use kv_cache::{CacheStep, KvCache, KvShape};
 pub use pages::{BlockAllocator, PAGE_TOKENS, PageId};
 pub use sequence::{Completion, Finish, Request};
+pub use settings::RolloutSettings;
 pub use stop::Detokenize;
