@@ -3,14 +3,17 @@
 //! `optim` has the rules; state lies beside the values it belongs to, cut as they are. All ranks make a step together, and none
 //! does where a gradient of any is not finite.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use super::files::Reading;
+use super::state::{Kept, Loaded, Spare};
 use super::store::Errand;
+use super::values::Staged;
 use super::{Error, FlatBlock, ParamStore, Piece};
-use crate::config::settings::{OptimizerKind, OptimizerSettings};
+use crate::config::settings::OptimizerSettings;
 use crate::ops::buffer;
 use crate::optim::{AdamWStep, ParamGroup, State, clip_coefficient, norm_of_parts, sums_of_squares};
 
@@ -26,63 +29,18 @@ pub struct ShardedOptimizer {
 }
 
 /// What another thread is to do for a block, and with which state and pieces of it.
-type Errands = (Errand, Arc<Mutex<Vec<State>>>, Vec<Piece>);
+type Errands = (Errand, FlatBlock, Kept, Vec<Piece>);
 
-/// State of this rank's part of one block.
-#[derive(Debug)]
-enum Kept {
-    /// Of each piece.
-    Host(Arc<Mutex<Vec<State>>>),
-    /// AdamW's moments of all of it.
-    Device { first: Tensor, second: Tensor },
+/// What comes from files for the step on a block.
+#[derive(Default)]
+struct Begun {
+    states: Option<Reading<Loaded>>,
+    values: Option<Reading<Staged>>,
 }
 
-impl Kept {
-    fn new(flat: &FlatBlock, kind: OptimizerKind) -> Result<Self, Error> {
-        let (count, device) = (flat.own().len(), flat.values().device());
-        if device.is_cpu() {
-            let states = flat.own_pieces().map(|piece| State::new(kind, piece.layout)).collect();
-            return Ok(Self::Host(Arc::new(Mutex::new(states))));
-        }
-        let zeros = || Tensor::zeros(count, DType::F32, device);
-        Ok(Self::Device { first: zeros()?, second: zeros()? })
-    }
-
-    /// Two arrays of this rank's part; the second has zeros where a rule keeps one.
-    fn to_vecs(&self, flat: &FlatBlock) -> Result<[Vec<f32>; 2], Error> {
-        let states = match self {
-            Self::Host(states) => lock(states),
-            Self::Device { first, second } => return Ok([buffer::to_vec(first)?, buffer::to_vec(second)?]),
-        };
-        let mut all = [vec![0.0; flat.own().len()], vec![0.0; flat.own().len()]];
-        for (piece, state) in flat.own_pieces().zip(states.iter()) {
-            for (all, own) in all.iter_mut().zip(state.to_vecs()) {
-                all[piece.range.clone()].copy_from_slice(&own);
-            }
-        }
-        Ok(all)
-    }
-
-    fn load(&mut self, flat: &FlatBlock, arrays: &[Vec<f32>; 2]) -> Result<(), Error> {
-        match self {
-            Self::Host(states) => {
-                for (piece, state) in flat.own_pieces().zip(lock(states).iter_mut()) {
-                    state.load(&arrays.each_ref().map(|all| all[piece.range.clone()].to_vec()))?;
-                }
-            }
-            Self::Device { first, second } => {
-                buffer::write(first, &arrays[0])?;
-                buffer::write(second, &arrays[1])?;
-            }
-        }
-        Ok(())
-    }
-
-    fn size_bytes(&self) -> usize {
-        match self {
-            Self::Host(states) => lock(states).iter().map(State::size_bytes).sum(),
-            Self::Device { first, .. } => 8 * first.elem_count(),
-        }
+impl Begun {
+    fn new(flat: &FlatBlock, kept: &Kept) -> Result<Self, Error> {
+        Ok(Self { states: kept.start(), values: flat.stored().start(false)? })
     }
 }
 
@@ -101,8 +59,20 @@ impl ShardedOptimizer {
     /// # Errors
     /// If memory runs out.
     pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
-        let states = store.flats().map(|flat| Kept::new(flat, settings.kind)).collect::<Result<_, _>>()?;
-        Ok(Self { settings, step: 0, states, problem: Arc::default() })
+        let spare = Arc::new(Spare::new(store.offload().files.buffer_count));
+        let file = store.optimizer_file().map(|shelf| (shelf, &spare));
+        let states = store.flats().map(|flat| Kept::new(flat, settings.kind, file)).collect::<Result<_, _>>()?;
+        Ok(Self { settings, step: 0, states, problem: store.unmoved().clone() })
+    }
+
+    /// Bytes of the state in a file.
+    pub fn bytes_in_file(&self) -> usize {
+        self.states.iter().map(Kept::bytes_in_file).sum()
+    }
+
+    /// Bytes of the largest block's state in a file.
+    pub fn largest_read_bytes(&self) -> usize {
+        self.states.iter().map(Kept::bytes_in_file).max().unwrap_or(0)
     }
 
     /// Bytes of the state.
@@ -144,16 +114,25 @@ impl ShardedOptimizer {
             step: self.step,
             grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
+        let runs_errands = store.may_run_errands();
         let mut errands = Vec::new();
-        for (block, (flat, kept)) in store.flats().zip(&mut self.states).enumerate() {
+        let all: Vec<(usize, &FlatBlock, &Kept)> =
+            store.flats().zip(&self.states).enumerate().map(|(block, (flat, kept))| (block, flat, kept)).collect();
+        let mut begun: VecDeque<Begun> = VecDeque::new();
+        for (at, &(block, flat, kept)) in all.iter().enumerate() {
             let pieces: Vec<Piece> = flat.own_pieces().collect();
             match kept {
                 _ if pieces.is_empty() => {}
-                Kept::Host(states) if store.may_run_errands() => {
-                    errands.extend(store.errand(block)?.map(|errand| (errand, states.clone(), pieces)));
+                Kept::Host(_) | Kept::File(_) if runs_errands => {
+                    let errand = store.errand(block)?;
+                    errands.extend(errand.map(|errand| (errand, flat.clone(), kept.clone(), pieces)));
                     continue;
                 }
-                Kept::Host(states) => step_pieces(flat, &pieces, &mut lock(states), &hyper)?,
+                Kept::Host(_) | Kept::File(_) => {
+                    let coming = all[at..].iter().filter(|(_, flat, _)| !flat.own().is_empty());
+                    begin(&mut begun, store, coming.map(|(_, flat, kept)| (*flat, *kept)))?;
+                    move_pieces(flat, kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)?;
+                }
                 Kept::Device { first, second } => {
                     let (values, grads) = (flat.own_values()?, flat.own_grads()?);
                     let group = |piece: &Piece| {
@@ -165,24 +144,35 @@ impl ShardedOptimizer {
                 }
             }
             store.share_values(block)?;
+            flat.stored().unload()?;
         }
         if !errands.is_empty() {
-            self.run(errands, hyper)?;
+            self.run(errands, hyper, blocks_ahead(store))?;
         }
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
     /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
     /// the first block while the host moves the second.
-    fn run(&self, errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
+    fn run(&self, errands: Vec<Errands>, hyper: AdamWStep, ahead: usize) -> Result<(), Error> {
         let problem = self.problem.clone();
         let all = move || {
-            for (errand, states, pieces) in errands {
-                if let Err(error) = errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
+            let mut begun: VecDeque<Begun> = VecDeque::new();
+            let order: Vec<(FlatBlock, Kept)> =
+                errands.iter().map(|(_, flat, kept, _)| (flat.clone(), kept.clone())).collect();
+            for (at, (errand, _, kept, pieces)) in errands.into_iter().enumerate() {
+                let coming = order[at..].iter().map(|(flat, kept)| (flat, kept));
+                let done = begin_ahead(&mut begun, ahead, coming).and_then(|()| {
+                    let first = begun.pop_front().unwrap_or_default();
+                    errand.run(|flat| move_pieces(flat, &kept, first, &pieces, &hyper))
+                });
+                if let Err(error) = done {
                     tracing::error!("the optimizer in host memory failed: {error}");
+                    // Before the errand is dropped: who waits for it asks why.
                     *lock(&problem) = Some(error);
                     return;
                 }
+                errand.done();
             }
         };
         let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
@@ -268,6 +258,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The numbers of a step for one piece.
 fn hyper_of(piece: &Piece, hyper: &AdamWStep) -> AdamWStep {
     AdamWStep { weight_decay: if piece.has_decay { hyper.weight_decay } else { 0.0 }, ..*hyper }
+}
+
+/// Blocks that are read ahead of the optimizer: half of what may be on its way, and the other half is written.
+fn blocks_ahead(store: &ParamStore) -> usize {
+    store.blocks_ahead().div_ceil(2)
+}
+
+/// Starts to read what lies in files of the first of the blocks and those after it.
+fn begin<'a>(
+    begun: &mut VecDeque<Begun>,
+    store: &ParamStore,
+    blocks: impl Iterator<Item = (&'a FlatBlock, &'a Kept)>,
+) -> Result<(), Error> {
+    begin_ahead(begun, blocks_ahead(store), blocks)
+}
+
+fn begin_ahead<'a>(
+    begun: &mut VecDeque<Begun>,
+    ahead: usize,
+    blocks: impl Iterator<Item = (&'a FlatBlock, &'a Kept)>,
+) -> Result<(), Error> {
+    for (flat, kept) in blocks.take(1 + ahead).skip(begun.len()) {
+        begun.push_back(Begun::new(flat, kept)?);
+    }
+    Ok(())
+}
+
+/// One step on this rank's part of a block in host memory, of what comes from files. The values stay loaded.
+fn move_pieces(flat: &FlatBlock, kept: &Kept, begun: Begun, pieces: &[Piece], hyper: &AdamWStep) -> Result<(), Error> {
+    flat.stored().load(begun.values)?;
+    kept.step(begun.states, |states| step_pieces(flat, pieces, states, hyper))
 }
 
 /// One step on each piece of this rank's part of a block in host memory.

@@ -10,18 +10,20 @@ mod home;
 mod together;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
+use super::files::Shelf;
 use super::frozen::Frozen;
 use super::gradients::Bucket;
-use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Visit, Walk};
+use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Values, Visit, Walk};
 use crate::config::settings::ZeroStage;
 use crate::model::params::{BlockInit, BlockParams, SharedParam};
 use crate::ops::buffer;
-pub(super) use arrival::Arriving;
+pub(super) use arrival::{Ahead, Arriving};
 use exchanged::OnTheirWay;
 pub(super) use home::Errand;
 use home::Home;
@@ -48,6 +50,8 @@ pub struct ParamStore {
     on_their_way: Mutex<OnTheirWay>,
     /// What went wrong when a slot was given back, told by the next call.
     spoiled: Mutex<Option<Error>>,
+    /// What kept the optimizer's thread from moving values.
+    unmoved: Arc<Mutex<Option<Error>>>,
 }
 
 #[derive(Debug)]
@@ -84,7 +88,7 @@ struct Shared {
 #[derive(Debug)]
 struct Reference {
     /// As the trained ones: f32 `[n]`, or this rank's.
-    values: Tensor,
+    values: Values,
     params: Option<BlockParams>,
 }
 
@@ -135,7 +139,7 @@ impl ParamStore {
         sharing: Sharing,
         offload: Offload,
     ) -> Result<Self, E> {
-        let link = Link::new(device, offload, sharing.exchanges_on_device())?;
+        let link = Link::new(device, offload, sharing.exchanges_on_device(), sharing.rank())?;
         let mut blocks: Vec<Block> = Vec::new();
         for init in inits {
             let mut block = Block::new(init?, &blocks, &link, &sharing)?;
@@ -155,6 +159,7 @@ impl ParamStore {
             fetches: AtomicU64::new(0),
             on_their_way: Mutex::default(),
             spoiled: Mutex::new(None),
+            unmoved: Arc::default(),
         };
         for block in 0..store.blocks.len() {
             if store.link.has_home_elsewhere() {
@@ -261,7 +266,17 @@ impl ParamStore {
         if block >= self.blocks.len() {
             return Err(Error::NoBlock { block, blocks: self.blocks.len() });
         }
-        self.values_arrive(block)
+        // That says more than that it was given up.
+        self.values_arrive(block).map_err(|error| self.take_unmoved().unwrap_or(error))
+    }
+
+    /// Where the optimizer's thread says what kept it from moving values.
+    pub(super) fn unmoved(&self) -> &Arc<Mutex<Option<Error>>> {
+        &self.unmoved
+    }
+
+    fn take_unmoved(&self) -> Option<Error> {
+        self.unmoved.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Has what computes wait for the values of a block that the optimizer, here or on other ranks, moved last.
@@ -370,14 +385,38 @@ impl ParamStore {
     pub fn computed_bytes(&self) -> usize {
         let of_block = |block: &Block| match &block.home {
             Some(home) => home.working_values().map_or(0, Tensor::elem_count),
-            None => block.flat.values().elem_count(),
+            None => block.flat.stored().len_in_memory(),
         };
         size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
     }
 
-    /// Trained values that this rank keeps.
+    /// Trained values that this rank keeps in memory.
     pub fn num_kept(&self) -> usize {
-        self.flats().map(|flat| flat.values().elem_count()).sum()
+        self.flats().map(|flat| flat.stored().len_in_memory()).sum()
+    }
+
+    /// This rank's files, each with the bytes that lie in it.
+    pub fn files(&self) -> Vec<(&Path, u64)> {
+        self.link.files().map(|file| (file.path(), file.len())).collect()
+    }
+
+    /// Bytes of the largest block that come from files for its visit.
+    pub fn largest_read_bytes(&self) -> usize {
+        let of_block = |block: &Block| {
+            let values = if block.flat.stored().is_in_file() { block.flat.stored().len() } else { 0 };
+            block.frozen.bytes_in_file() + size_of::<f32>() * values
+        };
+        self.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
+    /// The file of the optimizer's state.
+    pub(super) fn optimizer_file(&self) -> Option<&Arc<Shelf>> {
+        self.link.optimizer_file()
+    }
+
+    /// Blocks that are read ahead of a walk.
+    pub(super) fn blocks_ahead(&self) -> usize {
+        if self.has_slots() { 0 } else { self.link.blocks_ahead() }
     }
 
     /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
@@ -395,11 +434,16 @@ impl ParamStore {
         self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
     }
 
-    /// Bytes that come from host memory for a visit of the largest layer: a block between the first and the last.
+    /// Those of them that lie in a file.
+    pub fn bytes_in_file(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.bytes_in_file()).sum()
+    }
+
+    /// Bytes that come from host memory or a file for a visit of the largest layer: a block between the first and the last.
     pub fn layer_bytes_from_host(&self) -> usize {
         let of_block = |block: &Block| {
-            let values = if self.values_wait() { block.flat.values().elem_count() } else { 0 };
-            block.frozen.offloaded_bytes() + size_of::<f32>() * values
+            let values = if self.values_wait() { block.flat.stored().len() } else { 0 };
+            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + size_of::<f32>() * values
         };
         let last = self.blocks.len().saturating_sub(1);
         self.blocks.get(1..last).unwrap_or_default().iter().map(of_block).max().unwrap_or(0)
@@ -465,7 +509,7 @@ impl ParamStore {
     pub fn keep_reference(&mut self) -> Result<(), Error> {
         self.settle()?;
         for block in &mut self.blocks {
-            block.reference = Some(Reference { values: block.flat.values().copy()?, params: None });
+            block.reference = Some(Reference { values: block.flat.stored().copy()?, params: None });
         }
         for block in 0..self.blocks.len() {
             // Beside another home its values come for each visit, as they are then.
@@ -485,7 +529,7 @@ impl ParamStore {
     }
 
     /// The reference's flat values by block; none if no reference was kept.
-    pub fn references(&self) -> impl Iterator<Item = &Tensor> {
+    pub fn references(&self) -> impl Iterator<Item = &Values> {
         self.blocks.iter().filter_map(|block| block.reference.as_ref()).map(|reference| &reference.values)
     }
 
@@ -497,8 +541,9 @@ impl ParamStore {
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
         self.settle()?;
         for (flat, reference) in self.flats().zip(self.references()) {
-            if flat.values().elem_count() > 0 {
-                buffer::mix(reference, flat.values(), alpha as f32)?;
+            if !reference.is_empty() {
+                let values = flat.values()?;
+                reference.change(|reference| Ok(buffer::mix(reference, &values, alpha as f32)?))?;
             }
         }
         Ok(())
@@ -510,7 +555,7 @@ impl Block {
     fn new(init: BlockInit, before: &[Self], link: &Link, sharing: &Sharing) -> Result<Self, Error> {
         let BlockInit { frozen, stays_on_host, trainable, shared: shared_params } = init;
         let device = link.device();
-        let flat = FlatBlock::new(trainable, link.home(), sharing, link.has_home_elsewhere())?;
+        let flat = FlatBlock::new(trainable, link, sharing)?;
         let passes = gradients_pass(sharing, link);
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));

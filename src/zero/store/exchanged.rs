@@ -179,7 +179,7 @@ impl ParamStore {
         }
         let target = match &own.home {
             Some(home) => home.send_own_values(&own.flat, &self.link)?,
-            None if own.flat.has_all_values() => Some(Arc::new(Buffer::of_tensor(own.flat.values().clone())?)),
+            None if own.flat.has_all_values() => Some(Arc::new(Buffer::of_tensor(own.flat.values()?)?)),
             None => None,
         };
         let Some(target) = target else { return Ok(()) };

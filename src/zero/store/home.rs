@@ -34,7 +34,8 @@ impl Home {
             Ok::<_, Error>((values, buffer))
         };
         let stays = !link.offload().params && stays && !flat.is_empty();
-        let (values, grads) = (link.lock(flat.values())?.map(Arc::new), link.lock(flat.grads())?.map(Arc::new));
+        let lock = |tensor: &Tensor| Ok::<_, Error>(link.lock(tensor)?.map(Arc::new));
+        let (values, grads) = (flat.stored().memory().map(lock).transpose()?.flatten(), lock(flat.grads())?);
         Ok(Self { working: stays.then(working).transpose()?, values, grads, moved: Mutex::new(Ticket::done()) })
     }
 
@@ -61,14 +62,19 @@ impl Home {
         Ok(moved.wait(None)?)
     }
 
+    /// Whether the optimizer has moved the values. Who waits for them is told what kept it from that.
+    pub(super) fn is_moved(&self) -> bool {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner).is_done().unwrap_or(false)
+    }
+
     /// Starts the way of the values to where the block computes, after what computes with the old ones.
     fn send_values(&self, flat: &FlatBlock, copies: &Queue, computed: &Ticket) -> Result<(), Error> {
         let Some((working, target)) = &self.working else { return Ok(()) };
-        match &self.values {
+        match self.values.clone().or_else(|| flat.stored().locked()) {
             Some(values) => {
                 copies.copy(&values.whole(), &target.whole(), computed)?;
             }
-            None => buffer::write(working, &buffer::to_vec(flat.values())?)?,
+            None => buffer::write(working, &buffer::to_vec(&flat.values()?)?)?,
         }
         Ok(())
     }
@@ -77,7 +83,7 @@ impl Home {
     pub(super) fn send_own_values(&self, flat: &FlatBlock, link: &Link) -> Result<Option<Arc<Buffer>>, Error> {
         let Some((working, target)) = &self.working else { return Ok(None) };
         let own = flat.own();
-        match &self.values {
+        match self.values.clone().or_else(|| flat.stored().locked()) {
             _ if own.is_empty() => {}
             Some(values) => {
                 let computed = Queue::of(link.device())?.ticket()?;
@@ -85,7 +91,7 @@ impl Home {
                 link.copies().copy(&values.whole(), &place, &computed)?;
                 target.come_home()?;
             }
-            None => buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(flat.values())?)?,
+            None => buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(&flat.values()?)?)?,
         }
         Ok(Some(target.clone()))
     }
@@ -139,11 +145,15 @@ pub(in crate::zero) struct Errand {
 
 impl Errand {
     /// Does `step` on the flat buffers, and starts the way of the values.
-    pub(in crate::zero) fn run(self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> Result<(), Error> {
+    pub(in crate::zero) fn run(&self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> Result<(), Error> {
         step(&self.flat)?;
         self.home.send_values(&self.flat, &self.copies, &self.computed)?;
+        self.flat.stored().unload()
+    }
+
+    /// Says that it is done.
+    pub(in crate::zero) fn done(self) {
         self.work.done();
-        Ok(())
     }
 }
 
