@@ -1,10 +1,11 @@
 //! Checkpoints through their public face: whole or absent, whatever happens.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use trainer::checkpoint::{self, Error, Writer};
+use trainer::checkpoint::{self, Error, Part, PartsWriter, Place, Tensors, Writer};
 
 #[path = "support/kill.rs"]
 mod kill;
@@ -46,12 +47,138 @@ fn what_is_saved_comes_back_bit_for_bit() {
     assert_eq!((opened.step(), opened.manifest().world_size), (7, 2));
     assert_eq!(opened.json::<Value>("state.json").unwrap(), json!({"step": 7, "seed": u64::MAX}));
     assert!(opened.contains("adapter/adapter_config.json"));
-    let tensors = opened.tensors("optimizer.safetensors").unwrap();
-    let shapes: Vec<_> = tensors.iter().map(|t| (t.name.as_str(), t.shape.clone())).collect();
-    assert_eq!(shapes, [("a.first_moment", vec![2]), ("b.second_moment", vec![2, 3]), ("empty", vec![0, 4])]);
+    let tensors = opened.tensors(&strings(&["optimizer.safetensors"])).unwrap();
+    let shapes: Vec<_> = tensors.names().map(|name| (name, tensors.shape(name).unwrap())).collect();
+    assert_eq!(shapes, [("a.first_moment", &[2][..]), ("b.second_moment", &[2, 3]), ("empty", &[0, 4])]);
     let expected: Vec<u32> = (0..6).map(|i| (i as f32 + 7.0 / 3.0).to_bits()).collect();
-    assert_eq!(tensors[1].values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected);
+    assert_eq!(bits(&tensors, "b.second_moment", 0..6), expected);
+    assert_eq!(bits(&tensors, "b.second_moment", 2..5), expected[2..5]);
     assert!(matches!(opened.file("nothing"), Err(Error::NoFile { .. })));
+}
+
+/// The bits of some values of a tensor.
+#[track_caller]
+fn bits(tensors: &Tensors, name: &str, range: Range<usize>) -> Vec<u32> {
+    let mut values = vec![f32::NAN; range.len()];
+    assert!(tensors.read(name, range.start, &mut values).unwrap(), "{name} has no {range:?}");
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// What each of some ranks has of `x` (`[50, 60]`) and `y` (`[7]`), where the first value is written as 0, the next as 1, and so on.
+fn save_parts(output_dir: &Path, step: u64, shares: &[(Range<usize>, Range<usize>)]) -> Vec<String> {
+    let mut writer = Writer::begin(output_dir, step, shares.len()).unwrap();
+    let place = Place::of(output_dir, step, writer.place().partial()).unwrap();
+    assert_eq!(place, writer.place());
+    let mut files = Vec::new();
+    for (rank, (x, y)) in shares.iter().enumerate() {
+        let name = format!("rank-{rank}.safetensors");
+        let all = [("x", vec![50, 60], x), ("y", vec![7], y)];
+        let parts: Vec<Part> = all
+            .into_iter()
+            .filter(|(.., range)| !range.is_empty())
+            .map(|(name, shape, range)| Part { name: name.into(), shape, range: range.clone() })
+            .collect();
+        let mut file = PartsWriter::create(&place, &name, &parts).unwrap();
+        let values: Vec<f32> = x.clone().chain(y.clone()).map(|value| value as f32).collect();
+        // As it comes: one part after the other, or in the middle of one.
+        values.chunks(1001).for_each(|values| file.write(values).unwrap());
+        writer.take(file.finish().unwrap()).unwrap();
+        files.push(name);
+    }
+    writer.commit(None).unwrap();
+    files
+}
+
+#[test]
+fn what_ranks_have_written_is_read_in_any_other_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let cuts: [&[(Range<usize>, Range<usize>)]; 3] = [
+        &[(0..3000, 0..7)],
+        &[(0..1, 0..7), (1..3000, 7..7)],
+        &[(0..999, 0..0), (2000..3000, 0..3), (999..2000, 3..7)],
+    ];
+    for (step, shares) in (1..).zip(cuts) {
+        let files = save_parts(folder.path(), step, shares);
+        let opened = checkpoint::open(&folder.path().join(format!("checkpoint-{step}"))).unwrap();
+        let tensors = opened.tensors(&files).unwrap();
+        assert_eq!(tensors.names().collect::<Vec<_>>(), ["x", "y"]);
+        assert_eq!(
+            (tensors.shape("x"), tensors.shape("y"), tensors.shape("z")),
+            (Some(&[50, 60][..]), Some(&[7][..]), None)
+        );
+        for (name, range) in [("x", 0..3000), ("x", 998..2001), ("x", 1500..1500), ("y", 2..6), ("y", 6..7)] {
+            let expected: Vec<u32> = range.clone().map(|value| (value as f32).to_bits()).collect();
+            assert_eq!(bits(&tensors, name, range), expected);
+        }
+        let mut beyond = [0.0; 2];
+        assert!(!tensors.read("y", 6, &mut beyond).unwrap() && !tensors.read("z", 0, &mut beyond).unwrap());
+        assert!(!tensors.read("y", usize::MAX, &mut beyond).unwrap());
+    }
+    // Written as one, it is what other programs expect.
+    let whole = std::fs::read(folder.path().join("checkpoint-1/rank-0.safetensors")).unwrap();
+    let whole = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    assert_eq!(whole.tensor("x").unwrap().shape(), [50, 60]);
+}
+
+#[test]
+fn parts_that_do_not_make_a_whole_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let cuts: [(&[(Range<usize>, Range<usize>)], &str); 4] = [
+        (&[(0..999, 0..7), (1000..3000, 0..0)], "`x` goes on with value 1000 after 999"),
+        (&[(0..1001, 0..7), (1000..3000, 0..0)], "`x` goes on with value 1000 after 1001"),
+        (&[(0..2999, 0..7)], "`x` ends with value 2999 of 3000"),
+        (&[(0..3000, 1..7)], "`y` goes on with value 1 after 0"),
+    ];
+    for (step, (shares, problem)) in (1..).zip(cuts) {
+        let files = save_parts(folder.path(), step, shares);
+        let opened = checkpoint::open(&folder.path().join(format!("checkpoint-{step}"))).unwrap();
+        let message = opened.tensors(&files).unwrap_err().to_string();
+        assert!(message.contains(problem), "{message}");
+        assert!(matches!(opened.tensors(&strings(&["other.safetensors"])), Err(Error::NoFile { .. })));
+    }
+}
+
+#[test]
+fn a_part_that_is_not_what_was_announced_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = Writer::begin(folder.path(), 1, 2).unwrap();
+    let part = |range| Part { name: "x".into(), shape: vec![4], range };
+    let create = |parts: &[Part]| PartsWriter::create(&writer.place(), "x.safetensors", parts);
+    assert!(matches!(create(&[part(2..5)]), Err(Error::Shape { .. })));
+    assert!(create(&[part(0..2), part(2..4)]).unwrap_err().to_string().contains("comes twice"));
+    let mut file = create(&[part(1..3)]).unwrap();
+    file.write(&[1.0]).unwrap();
+    assert!(file.write(&[1.0, 2.0]).unwrap_err().to_string().contains("2 values were given where 1 were to come"));
+    assert!(file.finish().unwrap_err().to_string().contains("0 values were given where 1 were to come"));
+    let mut file = create(&[part(1..3)]).unwrap();
+    file.write(&[1.0, 2.0]).unwrap();
+    let written = file.finish().unwrap();
+    // What a rank wrote into a folder of its own is not in the first rank's.
+    std::fs::remove_file(writer.path().join("x.safetensors")).unwrap();
+    let message = writer.take(written).unwrap_err().to_string();
+    assert!(message.contains("all nodes share") && message.contains("checkpoint-1/x.safetensors"), "{message}");
+    let partial = writer.place().partial().to_string();
+    drop(writer);
+    for partial in [partial.as_str(), "../elsewhere", "a/b", "", "."] {
+        let place = Place::of(folder.path(), 1, partial);
+        assert!(matches!(place, Err(Error::NotShared { .. } | Error::Name { .. })), "{place:?}");
+    }
+    assert_eq!(names(folder.path()), set(&[]));
+}
+
+#[test]
+fn ranks_that_read_after_the_first_compare_what_is_quick_to_compare() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let place = save(folder.path(), 1, None).path;
+    let identity = checkpoint::open(&place).unwrap().identity().to_string();
+    assert_eq!(checkpoint::open_compared(&place, &identity).unwrap().step(), 1);
+    // Another machine's folder of the same name.
+    let elsewhere = save(other.path(), 1, None).path;
+    assert!(matches!(checkpoint::open_compared(&elsewhere, &identity), Err(Error::Other { .. })));
+    let path = place.join("optimizer.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(matches!(checkpoint::open_compared(&place, &identity), Err(Error::Damaged { .. })));
 }
 
 #[test]
@@ -441,7 +568,7 @@ fn tensors_that_are_not_all_there_are_an_error() {
         with_length(length - 1),
     ] {
         std::fs::write(&path, &bytes).unwrap();
-        let error = opened.tensors("optimizer.safetensors").unwrap_err();
+        let error = opened.tensors(&strings(&["optimizer.safetensors"])).unwrap_err();
         assert!(error.to_string().contains("optimizer.safetensors"), "{error}");
     }
 }

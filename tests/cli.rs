@@ -28,7 +28,8 @@ fn help_has_examples_and_exit_codes_and_goes_to_standard_output() {
 
 #[test]
 fn bad_usage_is_exit_code_2_and_names_the_mistake() {
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 8] = [
+        (&["bench", "data/tiny-qwen", "--order", "groups-of-0"], "groups-of-N"),
         (&["evaluate", "c.yaml", "--k", "1,0"], "0 is not in"),
         (&["bench", "data/tiny-qwen", "--work", "4y2"], "SEQUENCESxTOKENS"),
         (&[], "Usage:"),
@@ -104,6 +105,35 @@ fn a_bench_measures_steps_of_both_kinds_and_writes_what_it_read() {
         assert_eq!(row["step_secs"].as_array().unwrap().len(), 2, "{row}");
         assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0 && row["floor_secs"].as_f64().unwrap() > 0.0, "{row}");
     }
+}
+
+#[test]
+fn a_bench_of_ranks_takes_the_order_that_it_is_told_and_else_that_of_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.jsonl");
+    let (code, _, err) = trainer(&[
+        "bench",
+        "data/tiny-qwen",
+        "--work=2x16",
+        "--steps=1",
+        "--warmup=0",
+        "--lora-r=4",
+        "--device=cpu",
+        "--activations=recompute",
+        "--num-processes=2",
+        "--zero-stage=3",
+        "--micro-batches=5",
+        "--order=auto",
+        "--order=groups-of-2",
+        "--order=depth-first",
+        &format!("--json={}", json.display()),
+    ]);
+    assert_eq!(code, Some(0), "{err}");
+    let text = std::fs::read_to_string(&json).unwrap();
+    let rows = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let told: Vec<_> = rows.map(|r| (r["order"].as_str().unwrap().to_string(), r["at_a_time"].as_u64())).collect();
+    let expected = [("breadth first", 5), ("in groups", 2), ("depth first", 1)];
+    assert_eq!(told, expected.map(|(order, count)| (order.to_string(), Some(count))));
 }
 
 #[test]

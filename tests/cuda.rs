@@ -21,6 +21,8 @@ mod gguf;
 mod gradients;
 #[path = "cuda/head.rs"]
 mod head;
+#[path = "cuda/lanes.rs"]
+mod lanes;
 #[path = "cuda/nf4.rs"]
 mod nf4;
 #[path = "cuda/norm.rs"]

@@ -8,20 +8,26 @@
 //! [`Aside`] moves checkpoints and other files of a run that is replaced, or of a course that is left, out of the way as
 //! one act.
 //!
+//! The ranks of a run write one checkpoint together: the first begins it and commits it, and each puts a file with its part of
+//! the tensors there in between ([`PartsWriter`]). A checkpoint is read by any number of ranks, each of which takes the ranges that
+//! it needs ([`Tensors`]).
+//!
 //! The training loops decide what is in a checkpoint; this room decides that it is all there. It knows files, JSON and
 //! named f32 tensors, and no model.
 
 mod aside;
 mod manifest;
 mod open;
+mod parts;
 mod rotate;
 mod write;
 
 pub use aside::{Aside, Fate, is_left_course, settle_earlier};
 pub use manifest::{FORMAT_VERSION, FileEntry, Manifest};
-pub use open::{Checkpoint, Found, Skipped, StoredTensor, find_latest, open};
+pub use open::{Checkpoint, Found, Skipped, find_latest, open, open_compared};
+pub use parts::{Part, PartsWriter, Tensors, Written};
 pub use rotate::{CleanedUp, clean_up, keep_only, newest_step};
-pub use write::{Committed, Writer};
+pub use write::{Committed, Place, Writer};
 
 use std::path::{Component, Path, PathBuf};
 
@@ -120,6 +126,27 @@ pub enum Error {
         name: String,
         /// What is wrong with it.
         problem: String,
+    },
+    /// Ranks do not see the same folder.
+    #[error(
+        "`{}`, which another rank has written, is not there on this machine: every rank writes and reads a part of a checkpoint, so \
+         `output_dir: {}` must be a folder that all nodes share; set it to one, or use `zero_stage: 0`, where the first rank \
+         writes everything", missing.display(), path.display()
+    )]
+    NotShared {
+        /// The folder that ranks should share.
+        path: PathBuf,
+        /// What is not there.
+        missing: PathBuf,
+    },
+    /// A rank finds another checkpoint where the first has one.
+    #[error(
+        "`{}` is not the checkpoint that rank 0 goes on from: the machines have folders of their own there; give one that all \
+         nodes share", path.display()
+    )]
+    Other {
+        /// The checkpoint.
+        path: PathBuf,
     },
     /// The checkpoint holds no file of this name.
     #[error("checkpoint `{}` holds no `{name}`; it was saved by another kind of run", path.display())]

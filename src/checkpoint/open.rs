@@ -1,17 +1,16 @@
 //! Opens checkpoints and finds the newest whole one.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 
-use super::manifest::{FORMAT_VERSION, Manifest, Version};
+use super::manifest::{FORMAT_VERSION, FileEntry, Manifest, Version};
+use super::parts::Tensors;
 use super::{Error, MANIFEST, list, stays_inside};
 use crate::fs::{self, io_error};
 
-/// A manifest lists some ten files; a larger one than this is not read.
+/// A manifest lists some ten files, and one a rank; a larger one than this is not read.
 const MOST_MANIFEST_BYTES: u64 = 16 << 20;
 
 /// Beyond this a state is not one: that of a generation batch takes some hundred bytes a token.
@@ -22,17 +21,8 @@ const MOST_JSON_BYTES: u64 = 4 << 30;
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
-}
-
-/// One tensor read back from a checkpoint.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StoredTensor {
-    /// Its name.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// Its values, row-major.
-    pub values: Vec<f32>,
+    /// Checksum of the manifest itself.
+    identity: String,
 }
 
 /// The newest whole checkpoint of a run, and newer ones that are not whole.
@@ -58,6 +48,29 @@ pub struct Skipped {
 /// # Errors
 /// If it is not a checkpoint, is of another format, or a file is missing, cut short or changed; the message names it.
 pub fn open(path: &Path) -> Result<Checkpoint, Error> {
+    let checkpoint = read_manifest(path)?;
+    // One reader rarely keeps a disk busy. The first by name that is damaged is told.
+    let files: Vec<(&String, &FileEntry)> = checkpoint.manifest.files.iter().collect();
+    let compared: Vec<_> = files.into_par_iter().map(|(name, entry)| compare(path, name, entry, true)).collect();
+    compared.into_iter().collect::<Result<(), Error>>()?;
+    Ok(checkpoint)
+}
+
+/// Opens a checkpoint that another rank has compared with its manifest, and of which it says [`Checkpoint::identity`]: only the
+/// lengths of files are compared again.
+///
+/// # Errors
+/// If it is not the same checkpoint, or a file is missing or cut short.
+pub fn open_compared(path: &Path, identity: &str) -> Result<Checkpoint, Error> {
+    let checkpoint = read_manifest(path)?;
+    if checkpoint.identity != identity {
+        return Err(Error::Other { path: path.into() });
+    }
+    checkpoint.manifest.files.iter().try_for_each(|(name, entry)| compare(path, name, entry, false))?;
+    Ok(checkpoint)
+}
+
+fn read_manifest(path: &Path) -> Result<Checkpoint, Error> {
     let manifest_path = path.join(MANIFEST);
     if path.is_dir() && !manifest_path.exists() {
         return Err(Error::NoManifest { path: path.into() });
@@ -74,23 +87,26 @@ pub fn open(path: &Path) -> Result<Checkpoint, Error> {
     if let Some(name) = manifest.files.keys().find(|name| !stays_inside(name)) {
         return Err(Error::Outside { path: manifest_path, name: name.clone() });
     }
-    for (name, entry) in &manifest.files {
-        let damaged = |problem: String| Error::Damaged { path: path.into(), name: name.clone(), problem };
-        let file = path.join(name);
-        let length = match std::fs::metadata(&file) {
-            Ok(metadata) if metadata.is_file() => metadata.len(),
-            Ok(_) => return Err(damaged("is no ordinary file".into())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(damaged("is missing".into())),
-            Err(error) => return Err(io_error("read", &file)(error).into()),
-        };
-        if length != entry.bytes {
-            return Err(damaged(format!("has {length} bytes, the manifest says {}", entry.bytes)));
-        }
-        if fs::checksum(&file)?.0 != entry.blake3 {
-            return Err(damaged("has other content than when it was saved (checksums differ)".into()));
-        }
+    Ok(Checkpoint { path: path.into(), manifest, identity: blake3::hash(&text).to_hex().to_string() })
+}
+
+/// Compares a file with what the manifest says of it.
+fn compare(path: &Path, name: &str, entry: &FileEntry, with_content: bool) -> Result<(), Error> {
+    let damaged = |problem: String| Error::Damaged { path: path.into(), name: name.into(), problem };
+    let file = path.join(name);
+    let length = match std::fs::metadata(&file) {
+        Ok(metadata) if metadata.is_file() => metadata.len(),
+        Ok(_) => return Err(damaged("is no ordinary file".into())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(damaged("is missing".into())),
+        Err(error) => return Err(io_error("read", &file)(error).into()),
+    };
+    if length != entry.bytes {
+        return Err(damaged(format!("has {length} bytes, the manifest says {}", entry.bytes)));
     }
-    Ok(Checkpoint { path: path.into(), manifest })
+    if with_content && fs::checksum(&file)?.0 != entry.blake3 {
+        return Err(damaged("has other content than when it was saved (checksums differ)".into()));
+    }
+    Ok(())
 }
 
 /// Looks for the newest whole checkpoint in `output_dir`; damaged newer ones are passed over and listed.
@@ -111,16 +127,6 @@ pub fn find_latest(output_dir: &Path) -> Result<Found, Error> {
     Ok(found)
 }
 
-/// The header of a safetensors file and what it describes: eight bytes of length come first.
-fn split(all: &fs::Region) -> Option<(fs::Region, fs::Region)> {
-    const LENGTH: usize = 8;
-    const MOST_HEADER_BYTES: usize = 100_000_000;
-    let length = all.slice(0..LENGTH)?.read().ok()?;
-    let length = u64::from_le_bytes(*length.as_chunks::<LENGTH>().0.first()?);
-    let end = LENGTH + usize::try_from(length).ok().filter(|&length| length <= MOST_HEADER_BYTES)?;
-    Some((all.slice(LENGTH..end)?, all.slice(end..all.len())?))
-}
-
 impl Checkpoint {
     /// Its folder.
     pub fn path(&self) -> &Path {
@@ -130,6 +136,11 @@ impl Checkpoint {
     /// Optimizer steps behind it.
     pub fn step(&self) -> u64 {
         self.manifest.step
+    }
+
+    /// By which ranks know that they have opened the same one.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// What it consists of.
@@ -164,49 +175,11 @@ impl Checkpoint {
         serde_json::from_slice(&text).map_err(|source| Error::FromJson { path, source })
     }
 
-    /// Reads a file of f32 tensors one by one, in the order of their names.
+    /// The f32 tensors of some of its files, of which each may hold parts; values are read when they are asked for.
     ///
     /// # Errors
-    /// If there is none of this name, it is not a safetensors file, or a tensor is not f32; or what `visit` returns.
-    pub fn read_tensors<E: From<Error>>(
-        &self,
-        name: &str,
-        mut visit: impl FnMut(StoredTensor) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let path = self.file(name)?;
-        let wrong = |reason: String| Error::Tensors { action: "read", path: path.clone(), reason };
-        let all = fs::Region::open(&path).map_err(Error::from)?;
-        let (header, data) = split(&all).ok_or_else(|| wrong("it does not begin with a header".into()))?;
-        let header = header.read().map_err(Error::from)?;
-        let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
-        let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
-        if tensors.values().map(|info| info.data_offsets.1).max().unwrap_or(0) != data.len() {
-            return Err(wrong(format!("its {} bytes are not as many as its header lists", all.len())).into());
-        }
-        for (name, info) in tensors {
-            if info.dtype != Dtype::F32 {
-                return Err(wrong(format!("`{name}` is {:?}, f32 was expected", info.dtype)).into());
-            }
-            let (from, to) = info.data_offsets;
-            let region = data.slice(from..to).ok_or_else(|| wrong(format!("`{name}` is not all there")))?;
-            let bytes = region.read().map_err(Error::from)?;
-            let (chunks, _) = bytes.as_chunks::<4>();
-            let values = chunks.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-            visit(StoredTensor { name, shape: info.shape.clone(), values })?;
-        }
-        Ok(())
-    }
-
-    /// Reads all f32 tensors of a file, in the order of their names.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read_tensors`].
-    pub fn tensors(&self, name: &str) -> Result<Vec<StoredTensor>, Error> {
-        let mut all = Vec::new();
-        self.read_tensors(name, |tensor| {
-            all.push(tensor);
-            Ok::<(), Error>(())
-        })?;
-        Ok(all)
+    /// If there is none of such a name, it is not a safetensors file of f32 tensors, or a tensor is not all there.
+    pub fn tensors(&self, names: &[String]) -> Result<Tensors, Error> {
+        Tensors::open(self, names)
     }
 }

@@ -1,16 +1,15 @@
 //! Writes one checkpoint: begin, put files in, commit.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensorError, View};
 use serde::Serialize;
 use tempfile::TempDir;
 
 use super::manifest::{FORMAT_VERSION, FileEntry, Manifest};
+use super::parts::{Part, PartsWriter, Written};
 use super::{Error, MANIFEST, PREFIX, folder, rotate, stays_inside};
 use crate::fs::{self, io_error};
 
@@ -22,6 +21,17 @@ pub struct Writer {
     step: u64,
     world_size: usize,
     best: Option<u64>,
+    /// Files that are durable and of which the checksum is known.
+    sealed: BTreeMap<String, FileEntry>,
+}
+
+/// Where the ranks of a run put files of a checkpoint in the making, which the first of them began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    output_dir: PathBuf,
+    /// The name of the folder inside `output_dir` until the commit.
+    partial: String,
+    step: u64,
 }
 
 /// A checkpoint that is now whole and durable.
@@ -47,7 +57,7 @@ impl Writer {
             .prefix(&format!(".{PREFIX}{step}.partial-"))
             .tempdir_in(output_dir)
             .map_err(io_error("create a checkpoint in", output_dir))?;
-        Ok(Self { output_dir: output_dir.into(), partial, step, world_size, best: None })
+        Ok(Self { output_dir: output_dir.into(), partial, step, world_size, best: None, sealed: BTreeMap::new() })
     }
 
     /// Names the step of a checkpoint that [`Writer::commit`] does not delete, however old it is.
@@ -60,6 +70,26 @@ impl Writer {
     /// The folder to put files into until [`Writer::commit`]; it has another name after.
     pub fn path(&self) -> &Path {
         self.partial.path()
+    }
+
+    /// The same for other ranks.
+    pub fn place(&self) -> Place {
+        let partial = self.path().file_name().map(|name| name.to_string_lossy().into_owned());
+        Place { output_dir: self.output_dir.clone(), partial: partial.unwrap_or_default(), step: self.step }
+    }
+
+    /// Takes a file that a rank has written at [`Writer::place`] into the checkpoint.
+    ///
+    /// # Errors
+    /// If it is not there, or of another length.
+    pub fn take(&mut self, written: Written) -> Result<(), Error> {
+        let Written { name, entry } = written;
+        let path = self.place().file(&name)?;
+        if !path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes) {
+            return Err(Error::NotShared { path: self.output_dir.clone(), missing: self.final_path(&name) });
+        }
+        self.sealed.insert(name, entry);
+        Ok(())
     }
 
     /// Writes a value as a JSON file.
@@ -76,34 +106,26 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes named f32 tensors as a safetensors file, one tensor at a time: beside the tensors themselves at most one
-    /// of them is held in memory again.
+    /// Writes whole f32 tensors as a safetensors file.
     ///
     /// # Errors
-    /// If a shape does not fit its values, or the file cannot be written.
+    /// If a shape does not fit its values, a name comes twice, or the file cannot be written.
     pub fn add_tensors<'a>(
         &mut self,
         name: &str,
         tensors: impl IntoIterator<Item = (String, &'a [f32], Vec<usize>)>,
     ) -> Result<(), Error> {
-        let path = self.file(name)?;
-        let mut views = Vec::new();
+        let (mut parts, mut all) = (Vec::new(), Vec::new());
         for (tensor, values, shape) in tensors {
             if shape.iter().product::<usize>() != values.len() {
                 return Err(Error::Shape { name: tensor, values: values.len(), shape });
             }
-            views.push((tensor, F32View { values, shape }));
+            parts.push(Part::whole(tensor, shape));
+            all.push(values);
         }
-        views.sort_by(|left, right| left.0.cmp(&right.0));
-        if let Some(twice) = views.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            let reason = format!("the name `{}` comes twice", twice[0].0);
-            return Err(Error::Tensors { action: "write", path: self.final_path(name), reason });
-        }
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|error| match error {
-            SafeTensorError::IoError(source) => io_error("write", &self.final_path(name))(source).into(),
-            other => Error::Tensors { action: "write", path: self.final_path(name), reason: other.to_string() },
-        })
+        let mut file = PartsWriter::create(&self.place(), name, &parts)?;
+        all.into_iter().try_for_each(|values| file.write(values))?;
+        self.take(file.finish()?)
     }
 
     /// Makes the checkpoint whole: syncs every file, writes the manifest, moves the folder into its place and makes that
@@ -145,7 +167,8 @@ impl Writer {
 
     /// Syncs every file and folder and takes their sizes and checksums.
     fn seal_files(&self) -> Result<BTreeMap<String, FileEntry>, Error> {
-        let mut files = BTreeMap::new();
+        // From what ranks say and not from the listing, which on a folder of a network may be behind what other machines wrote.
+        let mut files = self.sealed.clone();
         let mut folders = vec![PathBuf::new()];
         while let Some(inside) = folders.pop() {
             let folder = self.path().join(&inside);
@@ -156,10 +179,14 @@ impl Writer {
                     folders.push(inside);
                     continue;
                 }
+                let name = inside.to_string_lossy().replace('\\', "/");
+                if files.contains_key(&name) {
+                    continue;
+                }
                 fs::give_ordinary_permissions(&path)?;
                 File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("sync", &path))?;
                 let (blake3, bytes) = fs::checksum(&path)?;
-                files.insert(inside.to_string_lossy().replace('\\', "/"), FileEntry { bytes, blake3 });
+                files.insert(name, FileEntry { bytes, blake3 });
             }
             fs::sync_folder(&folder)?;
         }
@@ -168,17 +195,7 @@ impl Writer {
 
     /// The path to write a file of the checkpoint to.
     fn file(&self, name: &str) -> Result<PathBuf, Error> {
-        if !stays_inside(name) {
-            return Err(Error::Name { name: name.into(), reason: "it leaves the folder" });
-        }
-        if name == MANIFEST {
-            return Err(Error::Name { name: name.into(), reason: "the manifest is written by `commit`" });
-        }
-        let path = self.path().join(name);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(io_error("create the folder", parent))?;
-        }
-        Ok(path)
+        self.place().file(name)
     }
 
     /// Where the file will be after the commit: the path that messages name.
@@ -187,26 +204,50 @@ impl Writer {
     }
 }
 
-/// An f32 slice as safetensors wants to see it.
-struct F32View<'a> {
-    values: &'a [f32],
-    shape: Vec<usize>,
-}
-
-impl View for F32View<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
+impl Place {
+    /// The place of the checkpoint of `step` in `output_dir`, of which the first rank says that its folder is called `partial`.
+    ///
+    /// # Errors
+    /// If the folder is not there: every rank must have the same `output_dir`.
+    pub fn of(output_dir: &Path, step: u64, partial: &str) -> Result<Self, Error> {
+        let place = Self { output_dir: output_dir.into(), partial: partial.into(), step };
+        let is_name = stays_inside(partial) && !partial.contains('/');
+        if !is_name {
+            return Err(Error::Name { name: partial.into(), reason: "it is no folder of a checkpoint in the making" });
+        }
+        if !place.folder().is_dir() {
+            return Err(Error::NotShared { path: output_dir.into(), missing: place.folder() });
+        }
+        Ok(place)
     }
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
+    /// The name of the folder.
+    pub fn partial(&self) -> &str {
+        &self.partial
     }
 
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
+    fn folder(&self) -> PathBuf {
+        self.output_dir.join(&self.partial)
     }
 
-    fn data_len(&self) -> usize {
-        size_of_val(self.values)
+    /// The path to write a file to.
+    pub(super) fn file(&self, name: &str) -> Result<PathBuf, Error> {
+        if !stays_inside(name) {
+            return Err(Error::Name { name: name.into(), reason: "it leaves the folder" });
+        }
+        if name == MANIFEST {
+            return Err(Error::Name { name: name.into(), reason: "the manifest is written by `commit`" });
+        }
+        let path = self.folder().join(name);
+        // Not the folder itself: who finds that gone is not to bring it back.
+        if let Some(parent) = path.parent().filter(|parent| *parent != self.folder()) {
+            std::fs::create_dir_all(parent).map_err(io_error("create the folder", parent))?;
+        }
+        Ok(path)
+    }
+
+    /// Where the file will be after the commit: the path that messages name.
+    pub(super) fn final_path(&self, name: &str) -> PathBuf {
+        folder(&self.output_dir, self.step).join(name)
     }
 }

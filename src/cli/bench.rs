@@ -13,8 +13,10 @@ use crate::config::settings::{
 };
 use crate::engine::{Activations, Order, Parked};
 use crate::ranks::{self, Ranks};
+use crate::rollout::Statistics;
 use crate::telemetry::units;
 use crate::train::bench::{Bench, Measured, Settings, Work, lora};
+use crate::train::bench_rollout::MeasuredRollout;
 use crate::train::{self, Backend};
 use crate::zero::{Offload, Sharing};
 
@@ -23,7 +25,8 @@ Examples:
   trainer bench configs/bench/qwen2-7b --work 1x2048 --work 4x2048 --work 1x8192
   trainer bench configs/bench/qwen2-7b --work 4x4x128+256          # GRPO: 4 prompts, 4 completions each
   trainer bench configs/bench/qwen2-7b --work 1x2048 --micro-batches 16 --order depth-first --order breadth-first
-  trainer bench configs/bench/qwen2-7b --work 4x2048 --activations keep --activations offload --json bench.jsonl";
+  trainer bench configs/bench/qwen2-7b --work 4x2048 --activations keep --activations offload --json bench.jsonl
+  trainer bench configs/bench/qwen2-7b --rollout 1x1x128+256 --rollout 4x4x128+256   # generation";
 
 /// What becomes of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -83,24 +86,26 @@ impl From<ParkArg> for Option<Parked> {
     }
 }
 
-/// The order of a step's micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum OrderArg {
-    /// As runs do: the one that takes less memory
-    Auto,
-    /// One micro-batch after the other
-    DepthFirst,
-    /// One block after the other
-    BreadthFirst,
-}
+/// The order of a step's micro-batches; `None`: that which a run takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderArg(Option<Order>);
 
-impl From<OrderArg> for Option<Order> {
-    fn from(arg: OrderArg) -> Self {
-        match arg {
-            OrderArg::Auto => None,
-            OrderArg::DepthFirst => Some(Order::DepthFirst),
-            OrderArg::BreadthFirst => Some(Order::BreadthFirst),
-        }
+impl std::str::FromStr for OrderArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let count = |text: &str| text.strip_prefix("groups-of-")?.parse::<usize>().ok().filter(|&count| count > 0);
+        let order = match text {
+            "auto" => None,
+            "depth-first" => Some(Order::DepthFirst),
+            "breadth-first" => Some(Order::BreadthFirst),
+            other => Some(Order::Grouped(count(other).ok_or_else(|| {
+                format!(
+                    "`{other}`: expected `auto`, `depth-first`, `breadth-first` or `groups-of-N`, e.g. `groups-of-2`"
+                )
+            })?)),
+        };
+        Ok(Self(order))
     }
 }
 
@@ -149,8 +154,25 @@ pub struct Args {
     pub model: PathBuf,
 
     /// What a step works on: `SEQUENCESxTOKENS`, or `PROMPTSxSAMPLESxPROMPT+COMPLETION`; may be given several times
-    #[arg(long = "work", value_name = "WORK", required = true, value_parser = |text: &str| text.parse::<Work>())]
+    #[arg(
+        long = "work",
+        value_name = "WORK",
+        required_unless_present = "rollout",
+        value_parser = |text: &str| text.parse::<Work>()
+    )]
     pub work: Vec<Work>,
+
+    /// Measure generation: `PROMPTSxSAMPLESxPROMPT+COMPLETION`, every completion at full length; may be given several times
+    #[arg(long, value_name = "WORK", value_parser = |text: &str| text.parse::<Work>())]
+    pub rollout: Vec<Work>,
+
+    /// Sequences that are generated at a time
+    #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_seqs: u32,
+
+    /// What logits are divided by in a rollout; 0 takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    pub temperature: f64,
 
     /// What becomes of activations between forward and backward; may be given several times
     #[arg(long = "activations", value_name = "WHAT", value_enum, default_values = ["recompute"])]
@@ -165,8 +187,9 @@ pub struct Args {
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub micro_batches: u32,
 
-    /// The order in which they pass through the blocks; may be given several times
-    #[arg(long = "order", value_name = "ORDER", value_enum, default_values = ["auto"])]
+    /// The order in which they pass through the blocks: `auto` as runs do, `depth-first`, `breadth-first`, or `groups-of-N` at a
+    /// time; may be given several times
+    #[arg(long = "order", value_name = "ORDER", default_values = ["auto"])]
     pub order: Vec<OrderArg>,
 
     /// Rank of the adapter
@@ -298,7 +321,14 @@ fn measure(
         bench.peak_flops / 1e12,
         args.lora_r,
     ))?;
-    for &activations in &args.activations {
+    for &work in &args.rollout {
+        let measured = bench.rollout(work, args.max_num_seqs as usize, args.temperature)?;
+        print(&rollout_row(&measured))?;
+        if let Some(path) = args.json.as_ref().filter(|_| ranks.is_first()) {
+            append(path, &rollout_record(args, &backend, &measured))?;
+        }
+    }
+    for &activations in args.activations.iter().filter(|_| !args.work.is_empty()) {
         bench.set_activations(activations.into());
         print(&format!("activations: {activations}\n"))?;
         // Only offloading parks anything.
@@ -306,7 +336,7 @@ fn measure(
         let ways = || args.order.iter().flat_map(|order| park.iter().map(move |park| (order, park)));
         for (&work, (&order, &park)) in args.work.iter().flat_map(|work| ways().map(move |way| (work, way))) {
             bench.force_parked(park.into());
-            bench.force_order(order.into());
+            bench.force_order(order.0);
             // A reader that went away is found at the next row.
             let say = |text: &str| print(&format!("{text}\n")).unwrap_or_default();
             let measured = bench.measure(work, &say)?;
@@ -339,7 +369,7 @@ fn row(m: &Measured) -> String {
         let _ = write!(text, "   weights in host memory {}", units::bytes(m.host_bytes));
     }
     if m.micro_batches > 1 {
-        let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order.name());
+        let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order);
     }
     if let Some(parked) = m.parked {
         let _ = write!(text, "   in host memory: {}", parked.name());
@@ -350,6 +380,58 @@ fn row(m: &Measured) -> String {
         let _ = writeln!(text, "               ms by phase: {}", parts.join(", "));
     }
     text
+}
+
+fn rollout_row(m: &MeasuredRollout) -> String {
+    let Statistics { prefill_tokens, decode_tokens, prefill_secs, decode_secs, sampling_secs, steps, .. } =
+        m.statistics;
+    let mut text = format!(
+        "rollout {:<14} {:>8.0} tokens/s decoding   {:.3} s   prefill {:.1} ms ({prefill_tokens} tokens), decode {:.1} ms \
+         ({decode_tokens} tokens, {steps} steps), host {:.1} ms   {:.0}% of the floor {:.4} s ({} at {:.2} TB/s)",
+        m.work.to_string(),
+        m.decode_rate(),
+        m.secs(),
+        1e3 * prefill_secs,
+        1e3 * decode_secs,
+        1e3 * sampling_secs,
+        100.0 * m.floor_secs() / decode_secs,
+        m.floor_secs(),
+        units::bytes(m.decode_bytes as u64),
+        m.bandwidth / 1e12,
+    );
+    if !m.is_recorded {
+        text.push_str("   step by step");
+    }
+    if m.peak_bytes > 0 {
+        let _ = write!(text, "   peak {}", units::bytes(m.peak_bytes));
+    }
+    text.push('\n');
+    text
+}
+
+fn rollout_record(args: &Args, backend: &Backend, m: &MeasuredRollout) -> serde_json::Value {
+    let s = m.statistics;
+    json!({
+        "model": args.model.display().to_string(),
+        "device": backend.describe(),
+        "commit": option_env!("TRAINER_GIT_COMMIT"),
+        "rollout": m.work.to_string(),
+        "max_num_seqs": args.max_num_seqs,
+        "temperature": args.temperature,
+        "lora_r": args.lora_r,
+        "is_recorded": m.is_recorded,
+        "rollout_secs": m.rollout_secs,
+        "decode_tokens_per_second": m.decode_rate(),
+        "prefill_secs": s.prefill_secs,
+        "decode_secs": s.decode_secs,
+        "sampling_secs": s.sampling_secs,
+        "steps": s.steps,
+        "preemptions": s.preemptions,
+        "decode_bytes": m.decode_bytes,
+        "bandwidth": m.bandwidth,
+        "floor_secs": m.floor_secs(),
+        "peak_bytes": m.peak_bytes,
+    })
 }
 
 fn record(
@@ -367,6 +449,7 @@ fn record(
         "activations": activations.to_string(),
         "micro_batches": m.micro_batches,
         "order": m.order.name(),
+        "at_a_time": m.order.at_a_time(m.micro_batches),
         "lora_r": args.lora_r,
         "ranks": args.num_processes,
         "zero_stage": args.zero_stage,
@@ -392,4 +475,21 @@ fn append(path: &std::path::Path, record: &serde_json::Value) -> anyhow::Result<
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(failed)?;
     writeln!(file, "{record}").map_err(failed)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_as_they_are_written() {
+        let order = |text: &str| text.parse::<OrderArg>().map(|OrderArg(order)| order);
+        assert_eq!(order("auto"), Ok(None));
+        assert_eq!(order("depth-first"), Ok(Some(Order::DepthFirst)));
+        assert_eq!(order("breadth-first"), Ok(Some(Order::BreadthFirst)));
+        assert_eq!(order("groups-of-12"), Ok(Some(Order::Grouped(12))));
+        for wrong in ["", "groups-of-0", "groups-of-", "groups-of--1", "groups", "2"] {
+            assert!(order(wrong).unwrap_err().contains("groups-of-N"), "{wrong}");
+        }
+    }
 }

@@ -197,7 +197,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         }
     };
     let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: None };
-    let mut model = EngineModel::new(&session.engine, true)?;
+    let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
     let completions = rollout.generate(&mut model, &requests, &sampling, args.seed, 0, &mut caller)?;
     if let Some(error) = trouble {
         return Err(error);

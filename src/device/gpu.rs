@@ -7,12 +7,12 @@ use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 use cudarc::driver::sys::{
     CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTREGISTER_PORTABLE, CUdevice_attribute,
-    CUevent_flags, CUlimit, CUmemAllocationHandleType, CUmemAllocationType, CUmemLocationType, CUmemPool_attribute,
-    CUmemPoolProps, CUmemoryPool, cuCtxSetLimit, cuDeviceGetMemPool, cuDeviceSetMemPool, cuMemFreeHost, cuMemHostAlloc,
-    cuMemHostRegister_v2, cuMemHostUnregister, cuMemPoolCreate, cuMemPoolGetAttribute, cuMemPoolSetAttribute,
-    cuMemcpyAsync,
+    CUevent_flags, CUgraphInstantiate_flags, CUlimit, CUmemAllocationHandleType, CUmemAllocationType,
+    CUmemLocationType, CUmemPool_attribute, CUmemPoolProps, CUmemoryPool, CUstreamCaptureMode, cuCtxSetLimit,
+    cuDeviceGetMemPool, cuDeviceSetMemPool, cuMemFreeHost, cuMemHostAlloc, cuMemHostRegister_v2, cuMemHostUnregister,
+    cuMemPoolCreate, cuMemPoolGetAttribute, cuMemPoolSetAttribute, cuMemcpyAsync,
 };
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr};
 
 use super::{Error, MemoryUse, argument, failed};
 
@@ -115,6 +115,18 @@ impl Stream {
     }
 
     /// Marks what has been asked of the stream so far. Only `is_timed` events tell times.
+    /// Begins to record what is asked of the stream by this thread instead of doing it.
+    pub(super) fn begin_capture(&self) -> Result<(), Error> {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.0.begin_capture(mode).map_err(failed("recording work"))
+    }
+
+    /// What was recorded since, ready to be repeated.
+    pub(super) fn end_capture(&self) -> Result<Graph, Error> {
+        let graph = self.0.end_capture(CUgraphInstantiate_flags(0)).map_err(failed("recording work"))?;
+        graph.map(Graph).ok_or_else(|| argument("recording", "work", "none", "work on this queue"))
+    }
+
     pub(super) fn record(&self, is_timed: bool) -> Result<Event, Error> {
         let flags = if is_timed { CUevent_flags::CU_EVENT_DEFAULT } else { CUevent_flags::CU_EVENT_DISABLE_TIMING };
         self.0.record_event(Some(flags)).map(Event).map_err(failed("recording an event"))
@@ -234,6 +246,15 @@ impl Stream {
 }
 
 /// A moment of a stream.
+/// Recorded work.
+pub(super) struct Graph(CudaGraph);
+
+impl Graph {
+    pub(super) fn launch(&self) -> Result<(), Error> {
+        self.0.launch().map_err(failed("repeating recorded work"))
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Event(CudaEvent);
 

@@ -12,6 +12,7 @@
 
 mod arena;
 mod buffer;
+mod captured;
 mod card;
 mod error;
 #[cfg(feature = "cuda")]
@@ -29,6 +30,7 @@ mod view;
 
 pub use arena::Arena;
 pub use buffer::{Buffer, Part, Place, Plain, bytes_of_mut};
+pub use captured::Captured;
 pub use card::{
     Footprint, IS_BUILT_FOR_GPUS, MemoryUse, compute_capability, device_memory_used, device_name, device_uuid,
     footprint, free_memory, has_bf16, is_cuda_device, limit_memory, memory_use, multiprocessors, open, reset_peak,

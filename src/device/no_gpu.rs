@@ -83,6 +83,14 @@ impl Stream {
         match *self {}
     }
 
+    pub(super) fn begin_capture(&self) -> Result<(), Error> {
+        match *self {}
+    }
+
+    pub(super) fn end_capture(&self) -> Result<Graph, Error> {
+        match *self {}
+    }
+
     pub(super) fn record(&self, _is_timed: bool) -> Result<Event, Error> {
         match *self {}
     }
@@ -118,6 +126,15 @@ impl Stream {
     }
 
     pub(super) fn reset_peak(&self) -> Result<(), Error> {
+        match *self {}
+    }
+}
+
+/// As [`Event`], of recorded work.
+pub(super) enum Graph {}
+
+impl Graph {
+    pub(super) fn launch(&self) -> Result<(), Error> {
         match *self {}
     }
 }

@@ -9,6 +9,7 @@ mod ends;
 mod host;
 mod interrupt;
 mod kept;
+mod order;
 mod retention;
 mod step;
 mod values;
@@ -31,9 +32,10 @@ pub use ends::neftune_noise;
 use host::Host;
 use interrupt::Interrupt;
 pub use interrupt::IsInterrupted;
+pub use order::Order;
 pub(crate) use retention::micro_batches_at_a_time;
 pub use retention::{ComputedAgain, Parked};
-pub use step::{Order, StepLoss};
+pub use step::StepLoss;
 
 /// What went wrong in a pass.
 #[derive(Debug, thiserror::Error)]
@@ -175,7 +177,7 @@ impl Engine {
         self.forced = parked;
     }
 
-    /// Takes a step's micro-batches in this order, instead of the one that takes less memory.
+    /// Takes a step's micro-batches in this order, instead of the one that follows from what all ranks have; they are told the same.
     pub fn force_order(&mut self, order: Option<Order>) {
         self.forced_order = order;
     }

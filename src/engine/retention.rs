@@ -10,10 +10,11 @@ use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device};
 
-use super::{Activations, Engine, Order, Types};
+use super::{Activations, Engine, Types};
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
 use crate::model::layer::Retaining;
+use crate::zero::LayerBytes;
 
 /// Tokens of a batch from which and up to which the last layer, needed again at once, keeps its activations: while the head
 /// works they take what the MLP's backward takes later. With fewer tokens the head needs that memory itself; with more it is
@@ -27,6 +28,10 @@ const MOST_TOKENS_WITH_PRODUCTS: usize = 16384;
 /// Gate and up of one row in so many may go to host memory too, in batches of so many tokens.
 const MLP_ROWS_PART: usize = 8;
 const MLP_ROWS_TOKENS: RangeInclusive<usize> = 4096..=16384;
+
+/// Times that the forward pass of a layer takes longer than the layer's gather from other cards, at least: gathers take
+/// multiprocessors and memory from the products that they run beside.
+const FORWARD_OF_GATHERS: f64 = 10.0;
 
 /// How much of a layer waits in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -85,24 +90,30 @@ struct Rates {
     flops: f64,
     /// Bytes per second of a copy between the card and page-locked memory, while another goes the other way.
     bus: f64,
+    /// Bytes per second that come from other cards of the machine.
+    link: f64,
 }
 
 impl Rates {
+    /// Those of the fastest card that was measured.
+    const FASTEST: Self = Self { flops: 620e12, bus: 52e9, link: 225e9 };
+
     /// By generation: large 16-bit products and the bus of the fastest cards of it. 9.0 is measured (an H200), the others are
-    /// three quarters of the vendor's dense rate and nine tenths of what PCI Express 3, 4 or 5 carries in 16 lanes.
+    /// three quarters of the vendor's dense rate and nine tenths of what PCI Express 3, 4 or 5 carries in 16 lanes. The link is not
+    /// measured: half of what NVLink carries one way, or the bus.
     fn of(device: &Device, compute: DType) -> Self {
         let capability = crate::device::compute_capability(device).unwrap_or((9, 0));
-        let (flops, bus) = match capability {
-            (..=7, _) => (80e12, 12e9),
-            (8, 0) => (230e12, 24e9),
-            (8, 9) => (250e12, 24e9),
-            (8, _) => (110e12, 24e9),
-            (9, _) => (620e12, 52e9),
-            (10 | 11, _) => (1700e12, 52e9),
-            _ => (310e12, 52e9),
+        let (flops, bus, link) = match capability {
+            (..=7, _) => (80e12, 12e9, 12e9),
+            (8, 0) => (230e12, 24e9, 150e9),
+            (8, 9) => (250e12, 24e9, 24e9),
+            (8, _) => (110e12, 24e9, 24e9),
+            (9, _) => (Self::FASTEST.flops, Self::FASTEST.bus, Self::FASTEST.link),
+            (10 | 11, _) => (1700e12, 52e9, 450e9),
+            _ => (310e12, 52e9, 52e9),
         };
         // Without the 16-bit units an H200 multiplies at a twelfth of their rate.
-        Self { flops: if compute == DType::F32 { flops / 12.0 } else { flops }, bus }
+        Self { flops: if compute == DType::F32 { flops / 12.0 } else { flops }, bus, link }
     }
 }
 
@@ -168,16 +179,31 @@ fn best(layer: &Layer, tokens: usize, rates: Rates) -> Parked {
     candidates.min_by(|&a, &b| layer.secs(a, rates).total_cmp(&layer.secs(b, rates))).unwrap_or(Parked::Input)
 }
 
-/// Batches with whose forward pass a layer takes as long as `bytes` on the bus do.
-fn group_size(layer: &Layer, bytes: usize, rates: Rates) -> usize {
+/// Batches with whose forward pass a layer takes as long as the next one's way to the device, and, where that is a gather and it
+/// `spares` gathers, so much longer that a step is little slower for them.
+fn group_size(layer: &Layer, bytes: LayerBytes, rates: Rates, spares: bool) -> usize {
     let forward = (layer.qkv + layer.attention + layer.gate_up + layer.down) / rates.flops;
-    let copy = bytes as f64 / rates.bus;
-    if forward > 0.0 { ((copy / forward).ceil() as usize).max(1) } else { 1 }
+    let (copy, gather) = (bytes.from_host as f64 / rates.bus, bytes.from_ranks as f64 / rates.link);
+    // A rank's part is copied to its card before it is gathered.
+    let least = (copy + gather).max(if spares { FORWARD_OF_GATHERS * gather } else { 0.0 });
+    if forward > 0.0 { ((least / forward).ceil() as usize).max(1) } else { 1 }
 }
 
-/// As the engine's order of a step, on the fastest card, of a model whose layers have `bytes` on the bus.
-pub(crate) fn micro_batches_at_a_time(config: &ModelConfig, types: Types, tokens: usize, bytes: u64) -> usize {
-    group_size(&Layer::of(config, types, (tokens, 0)), bytes as usize, Rates { flops: 620e12, bus: 52e9 })
+/// As the engine's order of a step, on the fastest card, of a model with so much of a layer on its way, where so many layers are
+/// computed again.
+pub(crate) fn micro_batches_at_a_time(
+    config: &ModelConfig,
+    types: Types,
+    tokens: usize,
+    bytes: LayerBytes,
+    activations: (Activations, usize),
+) -> usize {
+    group_size(&Layer::of(config, types, (tokens, 0)), bytes, Rates::FASTEST, leaves_little(config, activations))
+}
+
+/// Whether each layer leaves little for backward, so that more micro-batches at a time take little memory.
+fn leaves_little(config: &ModelConfig, (activations, recomputed_layers): (Activations, usize)) -> bool {
+    activations != Activations::Keep && recomputed_layers >= config.num_hidden_layers
 }
 
 /// Bytes of the device's memory that are free; `None` where nobody knows.
@@ -228,43 +254,20 @@ impl Engine {
     }
 
     /// Bytes of the inputs of all layers.
-    fn input_bytes(&self, tokens: usize) -> usize {
+    pub(super) fn input_bytes(&self, tokens: usize) -> usize {
         let ModelConfig { num_hidden_layers, hidden_size, .. } = self.config;
         tokens * num_hidden_layers * hidden_size * self.types.residual.size_in_bytes()
     }
 
-    /// The order of a step: breadth first where blocks come one at a time, and where the gradients that wait or are laid aside
-    /// in the other order take more memory than the inputs of the layers; else depth first.
-    pub fn order_of(&self, step: &[Batch]) -> Order {
-        if let Some(order) = self.forced_order {
-            return order;
-        }
-        if !self.store.holds_all() && self.store.sharing().world_size() > 1 && self.store.comes_ahead() {
-            // Ranks that gather blocks go through them in one order, whatever batches each has.
-            return if self.adapter.is_some() { Order::DepthFirst } else { Order::BreadthFirst };
-        }
-        let tokens = step.iter().map(|batch| batch.tokens.len()).sum();
-        let aside = self.store.bytes_aside(self.sums(step.len()));
-        let passing = self.store.passing_gradient_bytes().filter(|_| step.len() > 1).unwrap_or(0);
-        let is_less = self.activations != Activations::Keep && aside.max(passing) > self.input_bytes(tokens);
-        if is_less || (!self.store.holds_all() && !self.store.comes_ahead()) {
-            return Order::BreadthFirst;
-        }
-        if self.store.holds_all() {
-            return Order::DepthFirst;
-        }
-        let Some(largest) = step.iter().max_by_key(|batch| batch.tokens.len()) else { return Order::DepthFirst };
-        match self.group_size(largest.tokens.len(), largest.layout.num_pairs()) {
-            1 => Order::DepthFirst,
-            count if count >= step.len() => Order::BreadthFirst,
-            count => Order::Grouped(count),
-        }
-    }
-
-    /// Micro-batches of so many tokens with whose forward pass a layer takes as long as the next one's way to the device.
-    fn group_size(&self, tokens: usize, pairs: usize) -> usize {
+    /// Micro-batches like these with whose forward pass a layer hides what comes of the next one; `None` if none of them has anything
+    /// to learn. The largest counts, for which the others wait.
+    pub(super) fn group_size(&self, step: &[Batch]) -> Option<usize> {
+        let learning = step.iter().filter(|batch| !batch.targets.is_empty());
+        let largest = learning.max_by_key(|batch| batch.tokens.len())?;
         let rates = Rates::of(self.device(), self.types.compute);
-        group_size(&Layer::of(&self.config, self.types, (tokens, pairs)), self.store.layer_bytes_from_host(), rates)
+        let layer = Layer::of(&self.config, self.types, (largest.tokens.len(), largest.layout.num_pairs()));
+        let spares = leaves_little(&self.config, (self.activations, self.recomputed_layers));
+        Some(group_size(&layer, self.store.layer_bytes(), rates, spares))
     }
 
     /// What is computed again for the backward of a batch, which follows its own forward (`is_alone`) or that of others.
@@ -291,7 +294,7 @@ mod tests {
     use super::*;
 
     /// An H200's.
-    const RATES: Rates = Rates { flops: 600e12, bus: 52e9 };
+    const RATES: Rates = Rates { flops: 600e12, bus: 52e9, link: 225e9 };
 
     fn layer(hidden: usize, intermediate: usize, qkv: usize, tokens: usize) -> Layer {
         let bytes = [2 * hidden, 4 * hidden, 2 * qkv, 4 * intermediate / MLP_ROWS_PART];
@@ -323,12 +326,21 @@ mod tests {
 
     #[test]
     fn as_many_batches_go_together_as_hide_the_next_layer() {
-        let (tokens, bytes) = (2048, 115_000_000);
-        let layer = layer(3584, 18_944, 4608, tokens);
-        assert_eq!(group_size(&layer, bytes, RATES), 2);
-        assert_eq!(group_size(&layer, bytes, Rates { bus: 1e15, ..RATES }), 1);
-        assert_eq!(group_size(&layer, bytes, Rates { bus: 5e9, ..RATES }), 15);
-        assert_eq!(group_size(&layer, 0, RATES), 1);
+        let size = |tokens, bytes, rates| group_size(&layer(3584, 18_944, 4608, tokens), bytes, rates, true);
+        let bytes = LayerBytes { from_host: 115_000_000, from_ranks: 0 };
+        assert_eq!(size(2048, bytes, RATES), 2);
+        assert_eq!(size(2048, bytes, Rates { bus: 1e15, ..RATES }), 1);
+        assert_eq!(size(2048, bytes, Rates { bus: 5e9, ..RATES }), 15);
+        assert_eq!(size(2048, LayerBytes::default(), RATES), 1);
+        // Two ranks have a half each: on its card, or in host memory, from where it is copied first.
+        let halves = [0, 57_500_000].map(|from_host| LayerBytes { from_host, from_ranks: 57_500_000 });
+        assert_eq!(halves.map(|bytes| size(2048, bytes, RATES)), [2, 2]);
+        assert_eq!(halves.map(|bytes| size(8192, bytes, RATES)), [1, 1]);
+        assert_eq!(halves.map(|bytes| size(2048, bytes, Rates { link: 1e15, ..RATES })), [1, 1]);
+        // Where activations stay a gather is only to be hidden.
+        let alone = |bytes, link| group_size(&layer(3584, 18_944, 4608, 2048), bytes, Rates { link, ..RATES }, false);
+        assert_eq!(halves.map(|bytes| alone(bytes, RATES.link)), [1, 1]);
+        assert_eq!(alone(halves[0], 25e9), 2);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One optimizer step as a walk: forward, head and backward of all its micro-batches, in one of two orders.
+//! One optimizer step as a walk: forward, head and backward of all its micro-batches, in the order that ranks agreed on.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::kept::{Keeping, Queue};
+use super::order::Course;
 use super::{DropoutKey, Engine, Error, Speaker, in_block};
 use crate::model::HeadGradient;
 use crate::model::batch::Batch;
@@ -15,30 +16,6 @@ use crate::ops::rope::Rotation;
 use crate::ops::{head, rows};
 use crate::rng::Stream;
 use crate::zero::{Needs, Sums, Visit, Walk};
-
-/// The order in which a step's micro-batches pass through the blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// One micro-batch after the other: the least activations.
-    DepthFirst,
-    /// So many micro-batches at a time, one block after the other: every block is asked for twice a group, whose activations are
-    /// there.
-    Grouped(usize),
-    /// One block after the other, each with all micro-batches: every block is asked for twice a step instead of twice a
-    /// micro-batch, and its gradients are final at once.
-    BreadthFirst,
-}
-
-impl Order {
-    /// What it is, for people.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::DepthFirst => "depth first",
-            Self::Grouped(_) => "in groups",
-            Self::BreadthFirst => "breadth first",
-        }
-    }
-}
 
 /// How a step's loss depends on the head's output.
 pub trait StepLoss<E> {
@@ -82,12 +59,13 @@ impl Micro<'_> {
 
 impl Engine {
     /// Forward and backward of all micro-batches of an optimizer step. Every block's gradients, which start at zero, are final
-    /// when this returns. A micro-batch without targets adds nothing, and `loss` is not asked for it.
+    /// when this returns. A micro-batch without targets adds nothing, and `loss` is not asked for it. All ranks call this together,
+    /// whether they have micro-batches or not.
     ///
     /// Logits are divided by `temperature`.
     ///
     /// # Errors
-    /// If a block or `loss` fails.
+    /// If a block or `loss` fails, or a rank is lost.
     pub fn accumulate<E: From<Error>>(
         &self,
         step: &[Batch],
@@ -96,22 +74,14 @@ impl Engine {
         loss: &mut dyn StepLoss<E>,
     ) -> Result<(), E> {
         self.store.zero_gradients().map_err(Error::from)?;
-        let order = self.order_of(step);
-        let each = match order {
-            Order::DepthFirst => 1,
-            Order::Grouped(count) => count.max(1),
-            Order::BreadthFirst => step.len().max(1),
-        };
-        let mut sweeps: Vec<Range<usize>> =
-            (0..step.len()).step_by(each).map(|first| first..(first + each).min(step.len())).collect();
-        // Without micro-batches ranks still go through the blocks together.
-        if sweeps.is_empty() && order == Order::BreadthFirst {
-            sweeps.push(0..0);
-        }
-        let sums = self.sums(step.len());
+        let Course { micro_steps, at_a_time, .. } = self.course(step)?;
+        let sweeps: Vec<Range<usize>> =
+            (0..micro_steps).step_by(at_a_time).map(|first| first..(first + at_a_time).min(micro_steps)).collect();
+        let sums = self.sums(micro_steps);
         let mut walk = self.store.walk(self.visits(sweeps.len()), Speaker::Policy, sums);
         for sweep in sweeps {
-            self.sweep(step, sweep, (temperature, dropout), &mut walk, loss)?;
+            let is_last = sweep.end == micro_steps;
+            self.sweep((step, sweep), is_last, (temperature, dropout), &mut walk, loss)?;
         }
         Ok(())
     }
@@ -133,16 +103,16 @@ impl Engine {
         sweep.repeat(sweeps).into()
     }
 
-    /// Some of a step's micro-batches through all blocks and back.
+    /// Some of a step's micro-batches through all blocks and back; those that this rank does not have, as those of others, with
+    /// nothing.
     fn sweep<E: From<Error>>(
         &self,
-        step: &[Batch],
-        sweep: Range<usize>,
+        (step, sweep): (&[Batch], Range<usize>),
+        is_last: bool,
         (temperature, key): (f64, Option<DropoutKey>),
         walk: &mut Walk<'_>,
         loss: &mut dyn StepLoss<E>,
     ) -> Result<(), E> {
-        let is_last = sweep.end == step.len();
         let micros = self.micros(step, sweep.clone())?;
         let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
         let key_of = |DropoutKey { seed, step }: DropoutKey| Stream::new(seed, "dropout", step, 0).bits();

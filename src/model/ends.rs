@@ -7,8 +7,9 @@ use super::adapter::{AdapterSettings, bind_adapter};
 use super::config::ModelConfig;
 use super::params::{BlockParams, Slot};
 use super::peft::{EMBED_TOKENS, LM_HEAD as HEAD_MODULE};
-use crate::ops::linear::{Adapter, Dropout};
+use crate::ops::linear::{Adapter, Dropout, Linear};
 use crate::ops::{Param, embedding, head, rms_norm};
+use crate::quant::Weight;
 
 /// Name of the token embedding.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -44,6 +45,11 @@ impl<'l> Embedding<'l> {
             embedding::add_update(&rows, tokens, adapter)?;
         }
         Ok(rows)
+    }
+
+    /// The table, where it is all there is: no adapter.
+    pub fn plain_table(&self) -> Option<&'l Weight> {
+        self.adapter.is_none().then_some(&self.table.weight)
     }
 
     /// Whether something of it is trained, so that [`Self::backward`] has something to do.
@@ -135,6 +141,16 @@ impl<'l> Head<'l> {
     ) -> Result<Self, Error> {
         let (table, adapter) = (params.slot(LM_HEAD)?, bind_adapter(params, HEAD_MODULE, adapter)?);
         Ok(Self { norm: params.dense(FINAL_NORM)?, table, adapter, eps: config.rms_norm_eps })
+    }
+
+    /// The final norm's weight: f32 `[D]`.
+    pub fn norm(&self) -> &Tensor {
+        &self.norm.value
+    }
+
+    /// The head as a projection of the normed stream.
+    pub fn projection(&self) -> Linear {
+        Linear { weight: self.table.weight.clone(), weight_grad: None, bias: None, adapter: self.adapter.clone() }
     }
 
     /// Whether it has an adapter, whose dropout a training pass needs.

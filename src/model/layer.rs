@@ -12,6 +12,7 @@
 //! stream is `[N, D]`; its type and that of the activations are f32 on the CPU.
 
 mod backward;
+mod lanes;
 mod retained;
 
 use std::marker::PhantomData;
@@ -29,6 +30,7 @@ use crate::ops::rope::Rotation;
 use crate::ops::{Param, Wide, rms_norm, swiglu};
 use crate::rng;
 pub use backward::{Halfway, InsideMlp};
+pub use lanes::{LaneBuffers, LaneLayer, LaneWidths};
 pub use retained::{Retained, Retaining};
 
 /// What a pass through the layers needs to know besides the hidden states.
@@ -239,6 +241,11 @@ impl<'l> DecoderLayer<'l> {
         let Some(norm) = norm else { return Ok((rotation.forward_rows(x)?, None)) };
         let (normed, saved) = rms_norm::forward_heads(&x, norm, self.eps)?;
         Ok((rotation.forward_rows(normed)?, Some(SavedNorm { input: x, norm: saved })))
+    }
+
+    /// Bytes of the projections' weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.projections.iter().map(|linear| linear.weight.size_bytes()).sum()
     }
 
     /// Query heads and key-value heads.

@@ -20,7 +20,7 @@ use super::weight::with_dense;
 use super::{Error, GgufMatrix, Nf4Matrix, Weight};
 use crate::config::settings::QuantType;
 use crate::device::{Buffer, Matrix, Queue, array, empty, matrix, upload_f32, upload_u8};
-use crate::kernels::cuda::{GgufKind, Nf4Absmax, Nf4View, axpby, dequantize_gguf, dequantize_nf4};
+use crate::kernels::cuda::{GgufKind, Nf4Absmax, Nf4View, PackedWeights, axpby, dequantize_gguf, dequantize_nf4};
 pub use form::DeviceForm;
 pub use quantize::Quantizer;
 
@@ -152,20 +152,24 @@ impl DeviceMatrix {
         }
     }
 
+    /// The codes and maxima of a 4-bit matrix.
+    fn nf4(&self) -> Result<Option<Nf4View<'_>>, Error> {
+        let Storage::Nf4 { packed, maxima, values, .. } = &self.storage else { return Ok(None) };
+        let absmax = match maxima {
+            DeviceMaxima::Plain(values) => Nf4Absmax::Plain(array(values)?),
+            DeviceMaxima::Nested { codes, absmax, map, offset } => {
+                Nf4Absmax::Nested { codes: array(codes)?, absmax: array(absmax)?, map: array(map)?, offset: *offset }
+            }
+        };
+        Ok(Some(Nf4View { packed: array(packed)?, absmax, values: array(values)? }))
+    }
+
     fn unpack_into(&self, device: &Device, out: Matrix, first_row: usize) -> Result<(), Error> {
         match &self.storage {
-            Storage::Nf4 { packed, maxima, values, .. } => {
-                let absmax = match maxima {
-                    DeviceMaxima::Plain(values) => Nf4Absmax::Plain(array(values)?),
-                    DeviceMaxima::Nested { codes, absmax, map, offset } => Nf4Absmax::Nested {
-                        codes: array(codes)?,
-                        absmax: array(absmax)?,
-                        map: array(map)?,
-                        offset: *offset,
-                    },
-                };
-                let view = Nf4View { packed: array(packed)?, absmax, values: array(values)? };
-                dequantize_nf4(device, out, &view, first_row, self.cols)?;
+            Storage::Nf4 { .. } => {
+                if let Some(view) = self.nf4()? {
+                    dequantize_nf4(device, out, &view, first_row, self.cols)?;
+                }
             }
             Storage::Gguf { kind, blocks } => {
                 dequantize_gguf(device, out, *kind, array(blocks)?, first_row, self.cols)?;
@@ -245,6 +249,32 @@ impl Weight {
         let kind_name = format!("{} in host memory", dtype.as_str());
         let storage = Storage::Pinned(Arc::new(memory), dtype);
         Ok(Self::Device(DeviceMatrix { rows, cols, kind_name, size_bytes: 0, storage }))
+    }
+
+    /// The weights as products of few rows read them, where such products can: 4-bit codes, and dense values on the device.
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn packed(&self) -> Result<Option<PackedWeights<'_>>, Error> {
+        Ok(match self {
+            Self::Dense(tensor) if tensor.device().is_cuda() => Some(PackedWeights::Dense(matrix(tensor)?)),
+            Self::Device(matrix) => {
+                matrix.nf4()?.map(|view| PackedWeights::Nf4 { view, rows: matrix.rows, cols: matrix.cols })
+            }
+            _ => None,
+        })
+    }
+
+    /// The rows of the table from which a GPU picks some: dense, on the device or in page-locked host memory.
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn table(&self) -> Result<Option<Matrix<'_>>, Error> {
+        match self {
+            Self::Dense(tensor) if tensor.device().is_cuda() => Ok(Some(matrix(tensor)?)),
+            Self::Device(matrix) => matrix.pinned(),
+            _ => Ok(None),
+        }
     }
 
     /// Unpacks rows from `first_row` on into `out`, as many as it has.

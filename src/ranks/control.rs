@@ -25,8 +25,8 @@ pub fn host_name() -> String {
 
 /// The ranks of a run as one of them sees them: for what is small and lies on the host.
 ///
-/// All ranks must make the same calls in the same order. Every call waits for the others, no longer than the group's
-/// deadline. After an error the group is not usable any more: the ranks may be at different calls.
+/// All ranks must make the same calls in the same order, but for [`Ranks::next_turn`]. Every call waits for the others, no longer
+/// than the group's deadline. After an error the group is not usable any more: the ranks may be at different calls.
 pub trait Ranks: Send + Sync {
     /// This rank, in `0..world_size`.
     fn rank(&self) -> usize;
@@ -66,6 +66,14 @@ pub trait Ranks: Send + Sync {
     /// # Errors
     /// If a rank is lost or late.
     fn start_over(&self) -> Result<(), Error>;
+
+    /// The next of the numbers 0, 1, 2, ... which ranks share until their next collective: each goes to the rank that asks first, and
+    /// to no other. No collective: a rank asks when it likes, and whatever the others do meanwhile. `taken` is how many numbers this
+    /// rank has got since the last collective.
+    ///
+    /// # Errors
+    /// If the first rank is lost or late, or [`Error::StartOver`] if a rank has left the work at hand.
+    fn next_turn(&self, taken: u64) -> Result<u64, Error>;
 
     /// Tells the others why this rank ends, so that they end with that reason.
     fn abandon(&self, reason: &str);
@@ -170,6 +178,10 @@ impl Ranks for Alone {
         Ok(())
     }
 
+    fn next_turn(&self, taken: u64) -> Result<u64, Error> {
+        Ok(taken)
+    }
+
     fn abandon(&self, _reason: &str) {}
 }
 
@@ -200,6 +212,7 @@ mod tests {
         Alone.all_reduce_sum_f64(&mut sums).unwrap();
         assert_eq!(sums, [0.1, 2.0]);
         assert_eq!(Alone.sum_of_counts(7), Ok(7));
+        assert_eq!((Alone.next_turn(0), Alone.next_turn(1)), (Ok(0), Ok(1)));
         assert_eq!(Alone.all_gather_bytes(b"ab"), Ok(vec![b"ab".to_vec()]));
         assert!(matches!(Alone.broadcast(&mut vec![], 1), Err(Error::Root { root: 1, .. })));
     }

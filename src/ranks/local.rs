@@ -33,6 +33,8 @@ struct State {
     rounds: BTreeMap<u64, Round>,
     /// Ranks that were dropped or gave up.
     is_gone: Vec<bool>,
+    /// The round before which numbers are given out, and the next of them.
+    turns: (u64, u64),
 }
 
 #[derive(Debug)]
@@ -57,7 +59,7 @@ impl Threads {
         if world_size == 0 {
             return Err(Error::NoRanks);
         }
-        let state = State { rounds: BTreeMap::new(), is_gone: vec![false; world_size] };
+        let state = State { rounds: BTreeMap::new(), is_gone: vec![false; world_size], turns: (0, 0) };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let rank = |rank| Self { rank, world_size, deadline, round: Mutex::new(0), shared: Arc::clone(&shared) };
         Ok((0..world_size).map(rank).collect())
@@ -191,6 +193,17 @@ impl Ranks for Threads {
         self.barrier()
     }
 
+    fn next_turn(&self, _taken: u64) -> Result<u64, Error> {
+        let round = *self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        if round > state.turns.0 {
+            state.turns = (round, 0);
+        }
+        let (_, next) = &mut state.turns;
+        *next += 1;
+        Ok(*next - 1)
+    }
+
     fn abandon(&self, _reason: &str) {
         self.leave(self.lock());
     }
@@ -237,6 +250,23 @@ mod tests {
             (0..500).map(|round| rank.sum_of_counts(round * (rank.rank() + 1)).unwrap()).collect::<Vec<_>>()
         });
         assert!(sums.iter().all(|sums| sums.iter().enumerate().all(|(round, &sum)| sum == round * 10)));
+    }
+
+    #[test]
+    fn each_turn_goes_to_one_rank_and_they_begin_anew_after_a_collective() {
+        for _ in 0..20 {
+            let taken = on_ranks(3, DEADLINE, |rank| {
+                let take = |count: u64| (0..count).map(|n| rank.next_turn(n).unwrap()).collect::<Vec<_>>();
+                let first = take(rank.rank() as u64);
+                rank.barrier().unwrap();
+                (first, take(2))
+            });
+            let mut first: Vec<u64> = taken.iter().flat_map(|(first, _)| first.clone()).collect();
+            let mut second: Vec<u64> = taken.iter().flat_map(|(_, second)| second.clone()).collect();
+            first.sort_unstable();
+            second.sort_unstable();
+            assert_eq!((first, second), (vec![0, 1, 2], vec![0, 1, 2, 3, 4, 5]));
+        }
     }
 
     #[test]

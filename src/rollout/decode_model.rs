@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use super::Error;
 use super::kv_cache::{KvCache, KvShape};
 use super::pages::PageId;
+pub use crate::kernels::cuda::{Drawn, Lane};
 
 /// One forward step over a ragged set of tokens of several sequences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,9 +46,32 @@ pub trait DecodeModel {
         &Device::Cpu
     }
 
-    /// Bytes of the device that a step takes beside what every step takes: blocks that come for it.
-    fn step_bytes(&self) -> u64 {
+    /// Bytes of the device that a step of up to `lanes` sequences takes beside what every step takes: blocks that come for it.
+    fn step_bytes(&self, lanes: usize) -> u64 {
+        let _ = lanes;
         0
+    }
+
+    /// Most tokens that the model draws for each sequence without the host; 0 if it does not draw.
+    fn most_steps(&self, lanes: usize) -> usize {
+        let _ = lanes;
+        0
+    }
+
+    /// Draws `steps` tokens for each lane, at most [`Self::most_steps`], without filters: `uniforms` is `[steps, lanes]`.
+    ///
+    /// # Errors
+    /// If the computation fails, or the model does not draw.
+    fn draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        uniforms: &[f64],
+        temperature: f32,
+        cache: &mut KvCache,
+    ) -> Result<Drawn, Error> {
+        let _ = (lanes, steps, uniforms, temperature, cache);
+        Err(Error::NoSteps)
     }
 
     /// Longest sequence the model can hold, prompt and completion, in tokens.

@@ -12,6 +12,7 @@ use super::pages::{PAGE_TOKENS, PageId};
 use crate::device::free_memory;
 use crate::ops;
 use crate::ops::Wide;
+pub(super) use crate::ops::cuda::paged_attention::LayerPages;
 use crate::ops::cuda::paged_attention::{Pages, PagesShape, Step};
 
 /// Memory that a step takes beside the cache: the unpacked weights of the projections of one input and the logits.
@@ -54,7 +55,13 @@ impl DevicePages {
         Ok(())
     }
 
-    fn copy_waiting(&mut self) -> Result<(), Error> {
+    /// The pages of all layers, which share the memory.
+    pub(super) fn layers(&self) -> Result<Vec<LayerPages>, Error> {
+        (0..self.pages.shape().layers).map(|layer| Ok(self.pages.layer(layer)?)).collect()
+    }
+
+    /// Does the copies that wait.
+    pub(super) fn copy_waiting(&mut self) -> Result<(), Error> {
         Ok(self.pages.copy(&std::mem::take(&mut self.waiting))?)
     }
 

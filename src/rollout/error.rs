@@ -17,6 +17,10 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// Ranks could not agree who makes what.
+    // Not transparent: who handles errors looks for this one among the causes.
+    #[error("{0}")]
+    Reserve(#[source] crate::ranks::Error),
     /// A prompt has no tokens.
     #[error(
         "rollout: the prompt of sample {sample_id} has no tokens; a prompt needs at least one (for example the beginning-of-sequence token)"
@@ -98,6 +102,12 @@ pub enum Error {
         /// Where.
         index: usize,
     },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] crate::device::Error),
+    /// Steps were asked for that were not prepared.
+    #[error("rollout: a model without layers, or steps without memory; this is a fault of the program")]
+    NoSteps,
     /// The model returned logits of another shape.
     #[error("rollout: the model returned logits of shape {got:?}, expected {expected:?}")]
     LogitsShape {

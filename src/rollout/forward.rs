@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::Error;
-use super::decode_model::{DecodeModel, StepBatch};
+use super::decode_model::{DecodeModel, Drawn, Lane, Span, StepBatch};
 use super::kv_cache::{CacheStep, KvCache, KvShape};
+use super::recorded::{MOST_LANES, RecordedSteps, STEPS};
 use crate::engine::{self, Engine, Speaker, Types};
 use crate::model::layer::{DecoderLayer, Pass};
 use crate::model::params::BlockParams;
@@ -18,6 +19,7 @@ use crate::ops::rows;
 pub struct EngineModel<'a> {
     engine: &'a Engine,
     bound: Option<Bound<'a>>,
+    recorded: Option<RecordedSteps>,
     use_adapter: bool,
 }
 
@@ -45,7 +47,44 @@ impl<'a> EngineModel<'a> {
                 head: engine.bind_head(blocks[1 + layers], use_adapter)?,
             })
         };
-        Ok(Self { engine, bound: engine.store().hold()?.map(bind).transpose()?, use_adapter })
+        let bound = engine.store().hold()?.map(bind).transpose()?;
+        Ok(Self { engine, bound, recorded: None, use_adapter })
+    }
+
+    /// The same, with decoding steps that are recorded and repeated, where the kernels for them read the model's weights.
+    ///
+    /// # Errors
+    /// If the device has too little memory for the adapters in the type of the activations.
+    pub fn recorded(self) -> Result<Self, Error> {
+        let recorded = match &self.bound {
+            Some(Bound { embedding, layers, head }) => {
+                RecordedSteps::new(self.engine, embedding, layers, head, self.use_adapter)?
+            }
+            None => None,
+        };
+        if recorded.is_none() && self.engine.device().is_cuda() {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| {
+                tracing::warn!(
+                    "tokens are generated step by step, which is several times slower than recorded steps: those read \
+                     4-bit (NF4, FP4) or 16-bit weights that are all on the GPU, with 16-bit activations, a plain embedding \
+                     and adapters without DoRA"
+                );
+            });
+        }
+        Ok(Self { recorded, ..self })
+    }
+
+    /// Whether decoding steps are recorded.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded.is_some()
+    }
+
+    /// Bytes of weights that a step of the model reads.
+    pub fn weight_bytes(&self) -> usize {
+        self.bound.as_ref().map_or(0, |Bound { layers, head, .. }| {
+            layers.iter().map(DecoderLayer::weight_bytes).sum::<usize>() + head.projection().weight.size_bytes()
+        })
     }
 
     fn attend(
@@ -61,6 +100,17 @@ impl<'a> EngineModel<'a> {
         let attended = cache.attention(index, cached, [&q, &k, &v], layer.attended_room(pass))?;
         Ok(layer.after_attention(hidden, &attended, 0, pass)?.0)
     }
+}
+
+/// A sequence of a step with one token.
+fn newest<'b>(span: &'b Span, batch: &StepBatch) -> Lane<'b> {
+    Lane { token: batch.tokens[span.tokens.start], context: span.context, pages: &span.pages }
+}
+
+/// Whether each sequence of a step has one token, and wants its logits.
+fn is_decoding(batch: &StepBatch) -> bool {
+    let spans = batch.spans.len();
+    (1..=MOST_LANES).contains(&spans) && batch.tokens.len() == spans && batch.logit_rows.len() == spans
 }
 
 /// What one token of the engine's model leaves in the cache.
@@ -93,8 +143,27 @@ impl DecodeModel for EngineModel<'_> {
         self.engine.device()
     }
 
-    fn step_bytes(&self) -> u64 {
-        if self.bound.is_some() { 0 } else { self.engine.store().visiting_bytes() as u64 }
+    fn step_bytes(&self, lanes: usize) -> u64 {
+        let recorded = self.recorded.as_ref().map_or(0, |recorded| recorded.bytes(lanes));
+        let visiting = if self.bound.is_some() { 0 } else { self.engine.store().visiting_bytes() };
+        (recorded + visiting) as u64
+    }
+
+    fn most_steps(&self, lanes: usize) -> usize {
+        if self.recorded.is_some() && lanes <= MOST_LANES { STEPS } else { 0 }
+    }
+
+    fn draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        uniforms: &[f64],
+        temperature: f32,
+        cache: &mut KvCache,
+    ) -> Result<Drawn, Error> {
+        self.engine.check_interrupt()?;
+        let Some(recorded) = &mut self.recorded else { return Err(Error::NoSteps) };
+        recorded.draw(lanes, steps, uniforms, temperature, cache)
     }
 
     fn max_positions(&self) -> usize {
@@ -103,6 +172,11 @@ impl DecodeModel for EngineModel<'_> {
 
     fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {
         let (engine, use_adapter) = (self.engine, self.use_adapter);
+        if let Some(recorded) = self.recorded.as_mut().filter(|_| is_decoding(batch)) {
+            engine.check_interrupt()?;
+            let lanes: Vec<Lane<'_>> = batch.spans.iter().map(|span| newest(span, batch)).collect();
+            return recorded.logits(&lanes, cache);
+        }
         let rotation = engine.rotation(&batch.positions)?;
         let Types { compute, residual } = engine.types();
         // The halves of a layer around attention read no layout: attention runs over the cache.

@@ -6,6 +6,7 @@
 //! result, while another limit may change the last bits of the logits.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -20,6 +21,7 @@ use super::scheduler::{Limits, Outcome, Scheduler};
 use super::sequence::{Completion, EndRules, Finish, Request, Sequence};
 use super::stop::Detokenize;
 use crate::config::settings::SamplingSettings;
+use crate::ranks;
 use crate::rng::Stream;
 
 /// The random stream of sampling; a sample's n-th completion token takes its n-th number.
@@ -46,6 +48,14 @@ impl RolloutSettings {
     /// Usual for [`RolloutSettings::max_batch_tokens`]: with 512 rows a multiply is bound by arithmetic and no longer
     /// by reading the weights, and a chunk stays short beside a decode step.
     pub const DEFAULT_BATCH_TOKENS: usize = 512;
+
+    /// The same on a GPU, whose products want more rows.
+    pub const DEFAULT_BATCH_TOKENS_GPU: usize = 2048;
+
+    /// Usual for [`RolloutSettings::max_batch_tokens`] where a device computes.
+    pub fn batch_tokens(device: &Device) -> usize {
+        if device.is_cuda() { Self::DEFAULT_BATCH_TOKENS_GPU } else { Self::DEFAULT_BATCH_TOKENS }
+    }
 }
 
 /// What the caller of [`Rollout::generate`] hears and decides while it runs.
@@ -56,6 +66,18 @@ pub struct Caller<'a> {
     pub is_cancelled: &'a dyn Fn() -> bool,
     /// Needed where stop strings are set.
     pub detokenize: Option<&'a dyn Detokenize>,
+}
+
+/// Requests that are made here only if nobody else takes them.
+pub struct Reserve<'a> {
+    /// The requests before this one are made here anyway.
+    pub first: usize,
+    /// Most of them that are taken at once.
+    pub most_taken: usize,
+    /// Some are taken where no more are unfinished after it.
+    pub most_unfinished: usize,
+    /// Takes some of those from `first` on, all of a prompt at once; `None` when there are no more.
+    pub take: &'a mut dyn FnMut() -> Result<Option<Range<usize>>, ranks::Error>,
 }
 
 /// What happened.
@@ -194,26 +216,48 @@ impl Rollout {
         step: u64,
         caller: &mut Caller<'_>,
     ) -> Result<Vec<Completion>, Error> {
+        let take = &mut || Ok(None);
+        let none = Reserve { first: requests.len(), most_taken: 0, most_unfinished: 0, take };
+        self.generate_with(model, (requests, none), sampling, seed, step, caller)
+    }
+
+    /// As [`Self::generate`], of the requests that are made here anyway and of those that are taken from the reserve meanwhile:
+    /// whenever there is room for more, and when all others are done.
+    ///
+    /// # Errors
+    /// As [`Self::generate`], or if nothing can be taken from the reserve.
+    pub fn generate_with(
+        &mut self,
+        model: &mut dyn DecodeModel,
+        (requests, reserve): (&[Request], Reserve<'_>),
+        sampling: &SamplingSettings,
+        seed: u64,
+        step: u64,
+        caller: &mut Caller<'_>,
+    ) -> Result<Vec<Completion>, Error> {
         self.statistics = Statistics::default();
         let rules = end_rules(&self.settings, sampling, caller.detokenize)?;
         let sampler = Sampler::new(sampling)?;
         let (limits, longest) = self.check_requests(model, requests)?;
         let call = Call { requests, sampler, rules, seed, step, limits };
-        let num_pages = self.num_pages(model, requests.len(), longest);
+        let at_once = reserve.first.max(reserve.most_unfinished).max(reserve.most_taken).min(requests.len());
+        let num_pages = self.num_pages(model, at_once, longest);
         let (shape, device) = (model.kv_shape(), model.device().clone());
+        let lanes = self.settings.max_num_seqs.min(requests.len());
         // One that does not fit is gone before a new one is made.
         let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
             Some(cache) => cache,
             None => KvCache::new(
                 shape,
-                self.pages_with_room(num_pages, longest, (shape, model.step_bytes()), &device)?,
+                self.pages_with_room(num_pages, longest, (shape, model.step_bytes(lanes)), &device)?,
                 &device,
             )?,
         };
         let limits =
             Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
         let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);
-        let result = call.run(model, &mut cache, &mut scheduler, caller, &mut self.statistics);
+        scheduler.add(0..reserve.first);
+        let result = call.run(model, &mut cache, (&mut scheduler, reserve), caller, &mut self.statistics);
         self.cache = Some(cache);
         result
     }
@@ -313,20 +357,38 @@ fn end_rules<'a>(
     Ok(EndRules { eos_token_ids: &settings.eos_token_ids, stop_strings, detokenize })
 }
 
+impl Reserve<'_> {
+    fn has_room_for_more(&self, unfinished: usize) -> bool {
+        unfinished == 0 || unfinished + self.most_taken <= self.most_unfinished
+    }
+}
+
 impl Call<'_> {
     fn run(
         &self,
         model: &mut dyn DecodeModel,
         cache: &mut KvCache,
-        scheduler: &mut Scheduler<'_>,
+        (scheduler, reserve): (&mut Scheduler<'_>, Reserve<'_>),
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<Vec<Completion>, Error> {
         let mut completions: Vec<Option<Completion>> = self.requests.iter().map(|_| None).collect();
-        while scheduler.unfinished() > 0 {
+        let (mut total, mut is_reserve_empty) = (reserve.first, reserve.first == self.requests.len());
+        loop {
             if (caller.is_cancelled)() {
-                let total = self.requests.len();
                 return Err(Error::Cancelled { finished: total - scheduler.unfinished(), total });
+            }
+            while !is_reserve_empty && reserve.has_room_for_more(scheduler.unfinished()) {
+                match (reserve.take)().map_err(Error::Reserve)? {
+                    Some(range) => {
+                        total += range.len();
+                        scheduler.add(range);
+                    }
+                    None => is_reserve_empty = true,
+                }
+            }
+            if scheduler.unfinished() == 0 {
+                break;
             }
             loop {
                 let forks = scheduler.admit(|request, prompt| self.open(request, prompt))?;
@@ -338,10 +400,12 @@ impl Call<'_> {
                 self.settle(scheduler, outcomes, &mut completions, caller)?;
             }
             if scheduler.unfinished() == 0 {
-                break;
+                continue;
             }
             let running = scheduler.num_lanes();
-            self.step(model, cache, scheduler, &mut completions, caller, statistics)?;
+            if !self.draw_steps(model, cache, scheduler, &mut completions, caller, statistics)? {
+                self.step(model, cache, scheduler, &mut completions, caller, statistics)?;
+            }
             statistics.peak_pages = scheduler.allocator().peak_pages();
             statistics.peak_bytes = statistics.peak_pages * cache.shape().page_bytes();
             statistics.preemptions = scheduler.preemptions();
@@ -362,6 +426,84 @@ impl Call<'_> {
         sequence
     }
 
+    /// Lets the model draw a few tokens for each lane, where it can and all lanes want some. Says whether it did.
+    fn draw_steps(
+        &self,
+        model: &mut dyn DecodeModel,
+        cache: &mut KvCache,
+        scheduler: &mut Scheduler<'_>,
+        completions: &mut [Option<Completion>],
+        caller: &mut Caller<'_>,
+        statistics: &mut Statistics,
+    ) -> Result<bool, Error> {
+        let Some(temperature) = self.sampler.plain_temperature() else { return Ok(false) };
+        let most = model.most_steps(scheduler.num_lanes());
+        if most == 0 || !scheduler.is_decoding() {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        let left = |lane| scheduler.sequence(lane).map_or(0, Sequence::left);
+        let shortest = (0..scheduler.num_lanes()).map(left).min().unwrap_or(0);
+        let steps = scheduler.reserve(most.min(shortest), cache)?;
+        // Room for the steps may have cost some their lanes.
+        let lanes = scheduler.num_lanes();
+        let numbers: Vec<Vec<f64>> = (0..lanes)
+            .map(|lane| match scheduler.sequence_mut(lane) {
+                Some(sequence) => (0..steps).map(|_| sequence.uniform()).collect(),
+                None => vec![0.0; steps],
+            })
+            .collect();
+        let uniforms: Vec<f64> = (0..steps).flat_map(|step| numbers.iter().map(move |of| of[step])).collect();
+        let drawn = model.draw(&scheduler.at(), steps, &uniforms, temperature, cache)?;
+        statistics.decode_secs += start.elapsed().as_secs_f64();
+        statistics.steps += steps;
+
+        let start = Instant::now();
+        let mut outcomes = BTreeMap::new();
+        for lane in 0..lanes {
+            let mut taken = 0;
+            for step in 0..steps {
+                let at = step * lanes + lane;
+                let (logprob, sampling_logprob) = (drawn.logprobs[at], drawn.sampling_logprobs[at]);
+                let draw = if logprob.is_nan() {
+                    Err(Error::Logits { reason: "a NaN or an infinity", index: drawn.tokens[at] as usize })
+                } else {
+                    Ok(Draw { token: drawn.tokens[at], logprob, sampling_logprob })
+                };
+                taken += 1;
+                if let Some(finish) = self.take(scheduler, lane, draw, caller, statistics)? {
+                    outcomes.insert(lane, Outcome::Finished(finish));
+                    break;
+                }
+            }
+            scheduler.advance_lane(lane, taken);
+            statistics.decode_tokens += taken;
+        }
+        statistics.sampling_secs += start.elapsed().as_secs_f64();
+        self.settle(scheduler, outcomes, completions, caller)?;
+        Ok(true)
+    }
+
+    /// Gives a lane's sample a token; says whether it ends with it.
+    fn take(
+        &self,
+        scheduler: &mut Scheduler<'_>,
+        lane: usize,
+        draw: Result<Draw, Error>,
+        caller: &mut Caller<'_>,
+        statistics: &mut Statistics,
+    ) -> Result<Option<Finish>, Error> {
+        let Some(sequence) = scheduler.sequence_mut(lane) else { return Ok(None) };
+        let sample_id = self.requests[sequence.request].sample_id;
+        let position = sequence.generated.len();
+        let draw = draw.map_err(|error| Error::Draw { sample_id, position, source: Box::new(error) })?;
+        let Draw { token, logprob, .. } = draw;
+        let finish = sequence.push(draw, self.rules);
+        statistics.generated_tokens += 1;
+        (caller.on_event)(Event::Token { request: sequence.request, sample_id, token, logprob });
+        Ok(finish)
+    }
+
     /// Plans and computes one step, and draws where it gave logits.
     fn step(
         &self,
@@ -372,7 +514,7 @@ impl Call<'_> {
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<(), Error> {
-        let plan = scheduler.plan(cache)?;
+        let plan = scheduler.plan(model.most_steps(scheduler.num_lanes()) > 0, cache)?;
         let start = Instant::now();
         let logits = model.step(&plan.batch, cache)?;
         let vocab_size = model.vocab_size();
@@ -421,15 +563,7 @@ impl Call<'_> {
         let draws = self.sampler.draw_rows(&jobs);
         let mut outcomes = BTreeMap::new();
         for (&(lane, _), draw) in rows.iter().zip(draws) {
-            let Some(sequence) = scheduler.sequence_mut(lane) else { continue };
-            let sample_id = self.requests[sequence.request].sample_id;
-            let position = sequence.generated.len();
-            let draw = draw.map_err(|error| Error::Draw { sample_id, position, source: Box::new(error) })?;
-            let Draw { token, logprob, .. } = draw;
-            let finish = sequence.push(draw, self.rules);
-            statistics.generated_tokens += 1;
-            (caller.on_event)(Event::Token { request: sequence.request, sample_id, token, logprob });
-            if let Some(finish) = finish {
+            if let Some(finish) = self.take(scheduler, lane, draw, caller, statistics)? {
                 outcomes.insert(lane, Outcome::Finished(finish));
             }
         }

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::decode_model::{Span, StepBatch};
-use super::device_pages::DevicePages;
+use super::device_pages::{DevicePages, LayerPages};
 use super::pages::{PAGE_TOKENS, PageId};
 use crate::ops::paged_attention::{PagedKv, PagedSequence, PagedShape, paged_attention};
 use crate::ops::{Wide, buffer};
@@ -170,6 +170,28 @@ impl KvCache {
             Store::Host(_) => None,
         };
         Ok(CacheStep { batch, on_device })
+    }
+
+    /// Does the copies of pages that were asked for.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn settle_copies(&mut self) -> Result<(), Error> {
+        match &mut self.store {
+            Store::Device(pages) => pages.copy_waiting(),
+            Store::Host(_) => Ok(()),
+        }
+    }
+
+    /// The pages of all layers on a GPU.
+    ///
+    /// # Errors
+    /// If they are in host memory.
+    pub(super) fn layer_pages(&self) -> Result<Vec<LayerPages>, Error> {
+        match &self.store {
+            Store::Device(pages) => pages.layers(),
+            Store::Host(_) => Err(Error::KvPlace { what: "pages of a GPU for pages in host memory".into() }),
+        }
     }
 
     /// Stores a step's keys and values in `layer`, then lets its queries attend over what is cached for their sequences,

@@ -8,7 +8,8 @@
 //! Invariant: a completion is a function of the model, its prompt, the sampling settings and (seed, step, sample id).
 //! On a GPU the last bits of the logits also depend on what else is in a step.
 //! [`pages`] and the scheduler know no memory and no device; [`kv_cache`] and [`sampler`] are the two places that touch
-//! numbers. Keys and values lie where the model computes; tokens are drawn on the host.
+//! numbers. Keys and values lie where the model computes. Tokens are drawn on the host, or, a few at a time for all sequences, by
+//! a model that can: the engine's on a GPU, whose steps are recorded and repeated.
 
 pub mod decode_model;
 mod device_pages;
@@ -18,6 +19,7 @@ pub mod forward;
 pub mod generate;
 pub mod kv_cache;
 pub mod pages;
+mod recorded;
 pub mod sampler;
 mod scheduler;
 mod sequence;
@@ -28,7 +30,7 @@ mod tests;
 
 pub use decode_model::{DecodeModel, Span, StepBatch};
 pub use error::Error;
-pub use generate::{Caller, Event, Rollout, RolloutSettings, Statistics};
+pub use generate::{Caller, Event, Reserve, Rollout, RolloutSettings, Statistics};
 pub use kv_cache::{CacheStep, KvCache, KvShape};
 pub use pages::{BlockAllocator, PAGE_TOKENS, PageId};
 pub use sequence::{Completion, Finish, Request};

@@ -93,6 +93,13 @@ impl Sampler {
         self.temperature == 0.0
     }
 
+    /// The temperature, where nothing else changes the distribution: no filter, no penalty.
+    pub fn plain_temperature(&self) -> Option<f32> {
+        let is_filtered = self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0;
+        let is_plain = !self.needs_seen_tokens() && (self.is_greedy() || !is_filtered);
+        is_plain.then_some(self.temperature)
+    }
+
     /// Whether draws look at the tokens seen before.
     pub fn needs_seen_tokens(&self) -> bool {
         self.repetition_penalty != 1.0

@@ -11,10 +11,11 @@
 //! tokens only.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::Error;
-use super::decode_model::{Span, StepBatch};
+use super::decode_model::{self, Span, StepBatch};
 use super::kv_cache::KvCache;
 use super::pages::{BlockAllocator, PAGE_TOKENS, PageId, pages_for};
 use super::sequence::{Finish, Request, Sequence};
@@ -115,6 +116,7 @@ pub(super) enum Outcome {
 pub(super) struct Scheduler<'a> {
     limits: Limits,
     allocator: BlockAllocator,
+    requests: &'a [Request],
     prompts: Vec<Prompt<'a>>,
     /// Prompts to prefill, in order.
     queue: VecDeque<usize>,
@@ -129,35 +131,37 @@ pub(super) struct Scheduler<'a> {
 }
 
 impl<'a> Scheduler<'a> {
-    /// Queues all requests; equal prompts become one, at the place of the first.
+    /// Of `requests`, none of which is queued yet.
     pub(super) fn new(limits: Limits, num_pages: usize, requests: &'a [Request]) -> Self {
-        let mut prompts: Vec<Prompt<'a>> = Vec::new();
-        let mut known: HashMap<&[u32], usize> = HashMap::new();
-        for (index, request) in requests.iter().enumerate() {
-            let prompt = *known.entry(&request.prompt_ids).or_insert_with(|| {
-                prompts.push(Prompt {
-                    ids: &request.prompt_ids,
-                    requests: Vec::new(),
-                    forked: 0,
-                    pages: Vec::new(),
-                    logits: None,
-                    computed: 0,
-                });
-                prompts.len() - 1
-            });
-            prompts[prompt].requests.push(index);
-        }
         Self {
             limits,
             allocator: BlockAllocator::new(num_pages),
-            queue: (0..prompts.len()).collect(),
-            prompts,
+            requests,
+            queue: VecDeque::new(),
+            prompts: Vec::new(),
             ready: VecDeque::new(),
             preempted: BTreeMap::new(),
             lanes: Vec::new(),
             next_age: 0,
             preemptions: 0,
-            unfinished: requests.len(),
+            unfinished: 0,
+        }
+    }
+
+    /// Queues some of the requests; equal prompts among them become one, at the place of the first.
+    pub(super) fn add(&mut self, range: Range<usize>) {
+        let mut known: HashMap<&[u32], usize> = HashMap::new();
+        self.unfinished += range.len();
+        let requests = self.requests;
+        for index in range {
+            let ids: &'a [u32] = &requests[index].prompt_ids;
+            let prompt = *known.entry(ids).or_insert_with(|| {
+                let requests = Vec::new();
+                self.prompts.push(Prompt { ids, requests, forked: 0, pages: Vec::new(), logits: None, computed: 0 });
+                self.queue.push_back(self.prompts.len() - 1);
+                self.prompts.len() - 1
+            });
+            self.prompts[prompt].requests.push(index);
         }
     }
 
@@ -372,8 +376,52 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Chooses the tokens of the next step and makes room for them, copying shared pages that will be written to.
-    pub(super) fn plan(&mut self, cache: &mut KvCache) -> Result<Plan, Error> {
+    /// Whether all lanes are samples that want their next token.
+    pub(super) fn is_decoding(&self) -> bool {
+        !self.lanes.is_empty() && self.lanes.iter().all(|lane| self.is_lane_decoding(lane))
+    }
+
+    fn is_lane_decoding(&self, lane: &Lane) -> bool {
+        matches!(lane.work, Work::Sample(_)) && lane.cached + 1 == self.num_tokens(lane)
+    }
+
+    /// Makes room for the next `steps` tokens of each lane, all of which decode; returns for how many there is room, at least
+    /// one. Lanes may have to leave for it.
+    pub(super) fn reserve(&mut self, steps: usize, cache: &mut KvCache) -> Result<usize, Error> {
+        self.make_all_writable(cache)?;
+        let missing = |lanes: &[Lane], steps: usize| -> usize {
+            lanes.iter().map(|lane| pages_for(lane.cached + steps).saturating_sub(lane.pages.len())).sum()
+        };
+        let mut steps = steps.max(1);
+        while steps > 1 && missing(&self.lanes, steps) > self.allocator.free_pages() {
+            steps /= 2;
+        }
+        for lane in &mut self.lanes {
+            if !self.allocator.extend(&mut lane.pages, lane.cached + steps) {
+                return Err(Error::Stuck { waiting: self.unfinished, num_pages: self.allocator.num_pages() });
+            }
+        }
+        Ok(steps)
+    }
+
+    /// What the lanes are at: newest token, tokens in the cache, pages.
+    pub(super) fn at(&self) -> Vec<decode_model::Lane<'_>> {
+        let newest = |lane: &'_ Lane| match &lane.work {
+            Work::Sample(sequence) => sequence.generated.last().copied(),
+            Work::Prompt(_) => None,
+        };
+        let at =
+            |lane| decode_model::Lane { token: newest(lane).unwrap_or(0), context: lane.cached, pages: &lane.pages };
+        self.lanes.iter().map(at).collect()
+    }
+
+    /// Takes note that a lane's newest tokens are in the cache.
+    pub(super) fn advance_lane(&mut self, lane: usize, tokens: usize) {
+        self.lanes[lane].cached += tokens;
+    }
+
+    /// Every lane that decodes has a page of its own for its next token.
+    fn make_all_writable(&mut self, cache: &mut KvCache) -> Result<(), Error> {
         let mut lane = 0;
         while lane < self.lanes.len() {
             if self.lanes[lane].cached + 1 == self.num_tokens(&self.lanes[lane]) {
@@ -381,8 +429,17 @@ impl<'a> Scheduler<'a> {
             }
             lane += 1;
         }
+        Ok(())
+    }
+
+    /// Chooses the tokens of the next step and makes room for them, copying shared pages that will be written to.
+    ///
+    /// With `is_apart`, samples that decode wait while prompts are computed.
+    pub(super) fn plan(&mut self, is_apart: bool, cache: &mut KvCache) -> Result<Plan, Error> {
+        self.make_all_writable(cache)?;
         let mut plan = Plan::default();
-        let decoding = self.lanes.iter().filter(|lane| lane.cached + 1 == self.num_tokens(lane)).count();
+        let waits = is_apart && !self.is_decoding();
+        let decoding = self.lanes.iter().filter(|lane| !waits && lane.cached + 1 == self.num_tokens(lane)).count();
         let mut budget = self.limits.max_batch_tokens.saturating_sub(decoding);
         for (index, lane) in self.lanes.iter().enumerate() {
             let left = self.num_tokens(lane) - lane.cached;
@@ -390,7 +447,7 @@ impl<'a> Scheduler<'a> {
             if left > 1 {
                 budget -= tokens;
             }
-            if tokens > 0 {
+            if tokens > 0 && !(waits && self.is_lane_decoding(lane)) {
                 self.add_part(&mut plan, index, tokens);
             }
         }

@@ -107,6 +107,11 @@ impl Sequence {
         self.stream.uniform()
     }
 
+    /// Tokens that it may still have.
+    pub(super) fn left(&self) -> usize {
+        self.limit.saturating_sub(self.generated.len())
+    }
+
     /// Appends a drawn token; says whether the completion ends with it.
     pub(super) fn push(&mut self, draw: Draw, rules: EndRules<'_>) -> Option<Finish> {
         self.generated.push(draw.token);

@@ -240,6 +240,14 @@ impl Bench {
         Ok(Self { engine, optimizer, settings, tuning, num_steps: 0, peak_flops })
     }
 
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// The model's sizes.
     pub fn config(&self) -> &ModelConfig {
         self.engine.config()
@@ -299,7 +307,7 @@ impl Bench {
         }
         let (peak_bytes, device_bytes) = self.memory()?;
         let phases = self.phases(&step, work)?;
-        let order = self.engine.order_of(&step);
+        let order = self.engine.order_of(&step)?;
         let floor: f64 = step.iter().map(|batch| floor_flops(&self.engine, batch, (step.len(), order), work)).sum();
         let floor_secs = floor / self.peak_flops;
         let parked = step.first().and_then(|batch| self.engine.parked(batch));
@@ -337,14 +345,14 @@ impl Bench {
         Ok(self.engine.device().synchronize()?)
     }
 
-    fn reset_peak(&self) -> anyhow::Result<()> {
+    pub(super) fn reset_peak(&self) -> anyhow::Result<()> {
         if self.engine.device().is_cuda() {
             crate::device::reset_peak(self.engine.device())?;
         }
         Ok(())
     }
 
-    fn memory(&self) -> anyhow::Result<(u64, u64)> {
+    pub(super) fn memory(&self) -> anyhow::Result<(u64, u64)> {
         if !self.engine.device().is_cuda() {
             return Ok((0, 0));
         }

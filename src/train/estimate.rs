@@ -13,6 +13,7 @@ use crate::config::settings::{
 use crate::engine::{Activations, Types, micro_batches_at_a_time};
 use crate::model::config::{ModelConfig, TensorRole};
 use crate::model::peft::AdapterConfig;
+use crate::zero::LayerBytes;
 
 /// What the driver and libraries hold of a GPU beside tensors, and that with NCCL's channels: measured on an H200, driver 580.
 const CONTEXT_BYTES: [u64; 2] = [670 << 20, 2040 << 20];
@@ -348,14 +349,20 @@ impl Shape {
             [size(layers + 1) + size(layers), size(layers) + size(layers - 1)].map(|bytes| (bytes as f64).max(asked));
         let largest = self.trained.iter().max().copied().unwrap_or(0) * 4;
         // With trained weights as large as the model it is block by block; else as the engine's order has it.
-        let largest_layer = (1..=layers).map(|block| self.frozen[block]).max().unwrap_or(0);
-        let at_a_time = if params && world == 1 {
-            micro_batches_at_a_time(&self.config, self.types, work.tokens, largest_layer).min(work.micro_batches)
-        } else {
-            1
+        let largest_layer = |size: &dyn Fn(usize) -> u64| (1..=layers).map(size).max().unwrap_or(0);
+        let frozen_layer = if is_away { largest_layer(&|block| self.frozen[block]) } else { 0 };
+        let values_layer = if values_come { 4 * largest_layer(&|block| self.trained[block]) } else { 0 };
+        let [own_frozen, own_values] = [frozen_layer.div_ceil(world), share(ZeroStage::Optimizer, values_layer)];
+        let bytes = LayerBytes {
+            from_host: (if params { own_frozen } else { 0 } + if at_home { own_values } else { 0 }) as usize,
+            from_ranks: (frozen_layer + values_layer - own_frozen - own_values) as usize,
         };
+        let at_a_time = micro_batches_at_a_time(&self.config, self.types, work.tokens, bytes, activations);
+        let at_a_time = at_a_time.min(work.micro_batches);
         let inputs = self.kept_bytes()[1] * layers as f64 * (work.tokens * work.micro_batches) as f64;
-        let is_breadth_first = passes && work.micro_batches > 1 && trained as f64 > inputs;
+        // Through host memory ranks gather one block after the other.
+        let comes_alone = bytes.from_ranks > 0 && exchanging(ranks) == 1;
+        let is_breadth_first = work.micro_batches > 1 && (comes_alone || (passes && trained as f64 > inputs));
         let at_a_time = if is_breadth_first { work.micro_batches } else { at_a_time };
         let gradients = match (passes, is_breadth_first || work.micro_batches == at_a_time) {
             (false, _) => trained,

@@ -1,12 +1,14 @@
 //! One generation batch of GRPO: sample a group of completions for each prompt, reward them, turn rewards into
 //! advantages, and cut the batch into micro-batches.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::dealing::{self, Dealt, Lengths};
 use super::gathered;
 use super::session::Session;
 use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
@@ -16,7 +18,7 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::ranks::Ranks;
 use crate::reward::{self, Progress, Rewards, Scores};
 use crate::rollout::forward::{EngineModel, kv_shape};
-use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Rollout, RolloutSettings, Statistics};
+use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Reserve, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::{Console, Sample};
 
 /// One completion with everything the loss needs of it.
@@ -50,6 +52,7 @@ pub(super) struct Generator<'a> {
     settings: &'a GrpoSettings,
     rollout: Rollout,
     rewards: Rewards,
+    lengths: Lengths,
 }
 
 /// With whom completions are made, where it is shown, and whether it is to be given up.
@@ -83,8 +86,8 @@ pub(super) struct MicroBatch {
 impl<'a> Generator<'a> {
     /// Takes the rewards and checks the sampling settings.
     pub(super) fn new(settings: &'a GrpoSettings, session: &Session, rewards: Rewards) -> anyhow::Result<Self> {
-        let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids()))?;
-        Ok(Self { settings, rollout, rewards })
+        let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids(), session.engine.device()))?;
+        Ok(Self { settings, rollout, rewards, lengths: Lengths::default() })
     }
 
     /// The reward functions.
@@ -151,22 +154,69 @@ impl<'a> Generator<'a> {
         surroundings: &Surroundings<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
         let ranks = &*surroundings.ranks;
-        let lengths = prompts.iter().map(|&prompt| Ok(examples.get(prompt)?.prompt_ids.len()));
-        let lengths: Vec<usize> = lengths.collect::<Result<_, data::Error>>()?;
-        let owners = deal(prompts, &lengths, ranks.world_size());
-        let requests: Vec<Request> = prompts
+        let distinct: BTreeSet<usize> = prompts.iter().copied().collect();
+        let ids_of = |prompt: usize| Ok((prompt, examples.get(prompt)?.prompt_ids.clone()));
+        let ids: BTreeMap<usize, Vec<u32>> = distinct.into_iter().map(ids_of).collect::<Result<_, data::Error>>()?;
+        let Dealt { own, rest } = self.deal(session, prompts, &ids, ranks.world_size());
+        let own = own.into_iter().nth(ranks.rank()).unwrap_or_default();
+        let request = |sample: usize| {
+            let prompt = prompts[sample];
+            Request { sample_id: sample as u64, prompt_ids: ids[&prompt].clone(), group: prompt }
+        };
+        let requests: Vec<Request> = own.iter().chain(&rest).cloned().flatten().map(request).collect();
+        let first: usize = own.iter().map(Range::len).sum();
+        let mut end = first;
+        let rest: Vec<Range<usize>> = rest
             .iter()
-            .enumerate()
-            .filter(|(sample, _)| owners[*sample] == ranks.rank())
-            .map(|(sample, &prompt)| {
-                let prompt_ids = examples.get(prompt)?.prompt_ids.clone();
-                Ok(Request { sample_id: sample as u64, prompt_ids, group: prompt })
+            .map(|group| {
+                end += group.len();
+                end - group.len()..end
             })
-            .collect::<Result<_, data::Error>>()?;
-        let own = self.complete(session, &requests, key, sampling, surroundings)?;
+            .collect();
+        let mut taken = 0;
+        let mut take = || {
+            let turn = ranks.next_turn(taken)?;
+            taken += 1;
+            Ok(usize::try_from(turn).ok().and_then(|turn| rest.get(turn)).cloned())
+        };
+        let most_taken = rest.iter().map(Range::len).max().unwrap_or(0);
+        let most_unfinished = first.max(most_taken).min(self.settings.max_num_seqs);
+        let reserve = Reserve { first, most_taken, most_unfinished, take: &mut take };
+        let own = self.make(session, (&requests, reserve), key, sampling, surroundings)?;
+        tracing::debug!(
+            "made {} of {} completions: {first} were dealt to this rank, and {} it took of those that were not",
+            own.len(),
+            prompts.len(),
+            own.len() - first
+        );
         let mut all = gathered::in_order(own, ranks)?;
         all.sort_by_key(|completion| completion.sample_id);
+        let is_whole = all.len() == prompts.len() && (0..).zip(&all).all(|(id, made)| made.sample_id == id);
+        anyhow::ensure!(
+            is_whole,
+            "the ranks made {} completions of {}, or one of them twice",
+            all.len(),
+            prompts.len()
+        );
+        self.lengths.see(prompts.iter().map(|prompt| ids[prompt].as_slice()).zip(&all));
         Ok(all)
+    }
+
+    /// Which rank makes which completions of prompts with these tokens.
+    fn deal(&self, session: &Session, prompts: &[usize], ids: &BTreeMap<usize, Vec<u32>>, world_size: usize) -> Dealt {
+        // Some length before any was seen.
+        let unknown = self.settings.longest_completion().div_ceil(2);
+        // On a GPU the last bits of logits depend on what is computed beside them. And there a rank that computes all of its part at
+        // once loses by beginning with some of it.
+        let is_on_cpu = session.engine.device().is_cpu();
+        let is_free = is_on_cpu || !self.settings.training.full_determinism;
+        let waits = prompts.len().div_ceil(world_size) > self.settings.max_num_seqs;
+        let groups = dealing::groups(prompts, |prompt, samples| {
+            let ids = &ids[&prompt];
+            let length = if is_free { self.lengths.expected(ids, unknown) } else { unknown };
+            ids.len() + samples * length
+        });
+        dealing::deal(groups, world_size, is_on_cpu || (is_free && waits))
     }
 
     /// The completions of these requests, in their order; `key` and the requests' ids key the random draws.
@@ -178,8 +228,24 @@ impl<'a> Generator<'a> {
         sampling: &SamplingSettings,
         surroundings: &Surroundings<'_>,
     ) -> anyhow::Result<Vec<Completion>> {
-        let bar = surroundings.console.progress("rollout", requests.len() as u64, "sequences");
-        let mut model = EngineModel::new(&session.engine, true)?;
+        let take = &mut || Ok(None);
+        let none = Reserve { first: requests.len(), most_taken: 0, most_unfinished: 0, take };
+        self.make(session, (requests, none), key, sampling, surroundings)
+    }
+
+    /// The same, of the requests that this rank makes anyway and what it takes of the others.
+    fn make(
+        &mut self,
+        session: &Session,
+        (requests, reserve): (&[Request], Reserve<'_>),
+        key: u64,
+        sampling: &SamplingSettings,
+        surroundings: &Surroundings<'_>,
+    ) -> anyhow::Result<Vec<Completion>> {
+        // Of those that are not dealt it takes its equal part, perhaps.
+        let expected = reserve.first + (requests.len() - reserve.first).div_ceil(surroundings.ranks.world_size());
+        let bar = surroundings.console.progress("rollout", expected as u64, "sequences");
+        let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
         let (mut finished, mut tokens) = (0, 0);
         let mut on_event = |event: Event| match event {
             Event::Token { .. } => tokens += 1,
@@ -191,7 +257,7 @@ impl<'a> Generator<'a> {
         let is_cancelled = surroundings.is_interrupted;
         let mut caller = Caller { on_event: &mut on_event, is_cancelled, detokenize: Some(&detokenize) };
         let seed = self.settings.training.seed;
-        Ok(self.rollout.generate(&mut model, requests, sampling, seed, key, &mut caller)?)
+        Ok(self.rollout.generate_with(&mut model, (requests, reserve), sampling, seed, key, &mut caller)?)
     }
 
     /// The scores of all samples; each rank makes those of its share.
@@ -364,27 +430,11 @@ impl Share {
     }
 }
 
-/// Which rank makes which completion: whole groups, the longest prompts first, in turns there and back so that all ranks have
-/// about as much.
-fn deal(prompts: &[usize], lengths: &[usize], world_size: usize) -> Vec<usize> {
-    let mut starts: Vec<usize> = (0..prompts.len()).filter(|&at| at == 0 || prompts[at] != prompts[at - 1]).collect();
-    let ends: HashMap<usize, usize> =
-        starts.iter().copied().zip(starts.iter().skip(1).copied().chain([prompts.len()])).collect();
-    starts.sort_by_key(|&start| (std::cmp::Reverse(lengths[start]), start));
-    let mut owners = vec![0; prompts.len()];
-    for (turn, start) in starts.into_iter().enumerate() {
-        let (round, place) = (turn / world_size, turn % world_size);
-        let rank = if round.is_multiple_of(2) { place } else { world_size - 1 - place };
-        owners[start..ends[&start]].fill(rank);
-    }
-    owners
-}
-
 /// The rollout's limits: as many sequences at once as the settings say, in a cache that holds them all at full length.
-pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32]) -> RolloutSettings {
+pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32], device: &candle_core::Device) -> RolloutSettings {
     RolloutSettings {
         max_num_seqs: settings.max_num_seqs,
-        max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS.max(settings.max_num_seqs),
+        max_batch_tokens: RolloutSettings::batch_tokens(device).max(settings.max_num_seqs),
         kv_cache_bytes: usize::MAX,
         max_new_tokens: settings.longest_completion(),
         eos_token_ids: eos.to_vec(),
@@ -494,16 +544,6 @@ fn completion_key(prompt: usize, index: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranks_are_dealt_whole_groups_of_about_as_much() {
-        let prompts = [7, 7, 3, 3, 9, 9, 1, 1];
-        let lengths = [10, 10, 40, 40, 20, 20, 30, 30];
-        assert_eq!(deal(&prompts, &lengths, 2), [0, 0, 0, 0, 1, 1, 1, 1]);
-        assert_eq!(deal(&prompts, &lengths, 1), [0; 8]);
-        assert_eq!(deal(&prompts, &lengths, 5), [3, 3, 0, 0, 2, 2, 1, 1]);
-        assert!(deal(&[], &[], 3).is_empty());
-    }
 
     #[test]
     fn shares_of_scores_are_joined_in_their_order() {

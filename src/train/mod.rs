@@ -11,9 +11,11 @@
 
 mod backend;
 pub mod bench;
+pub mod bench_rollout;
 mod best;
 mod cadence;
 mod continuation;
+mod dealing;
 pub mod estimate;
 pub mod evaluate;
 mod gathered;
@@ -34,6 +36,7 @@ mod sample;
 mod save;
 pub mod session;
 pub mod sft;
+mod shards;
 mod state;
 mod tuning;
 mod turns;

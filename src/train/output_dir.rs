@@ -5,15 +5,16 @@
 //! back, and if it is killed, the next start carries it out.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::bail;
 
 use super::lock::Lock;
 use super::results::{self, StartsFrom, is_same_place};
 use crate::checkpoint::{self, Aside, Checkpoint, Fate};
-use crate::config::settings::{DataSettings, ModelSettings, Resume, TrainingSettings};
+use crate::config::settings::{DataSettings, ModelSettings, Resume, TrainingSettings, ZeroStage};
 use crate::fs;
-use crate::ranks::Ranks;
+use crate::ranks::{self, Ranks};
 use crate::telemetry::read_rows;
 
 const METRICS: &str = "metrics.jsonl";
@@ -36,16 +37,65 @@ pub(super) struct OutputDir {
 }
 
 /// Makes sure, before anything is loaded, that the output folder can be used, and takes it for this run. The first rank does;
-/// the others write nothing there.
+/// the others write there only their parts of checkpoints, and look whether they see the same folder.
 pub(super) fn claim(
     settings: &TrainingSettings,
     model: &ModelSettings,
     data: &DataSettings,
     ranks: &dyn Ranks,
 ) -> anyhow::Result<Option<OutputDir>> {
-    if !ranks.is_first() {
-        return Ok(None);
+    let claimed = ranks.is_first().then(|| take(settings, model, data)).transpose()?;
+    let writes_parts = settings.ranks.stage != ZeroStage::Replicated && !settings.save_only_model;
+    if ranks.world_size() > 1 && writes_parts {
+        check_shared(&settings.output_dir, ranks)?;
     }
+    Ok(claimed)
+}
+
+/// Refuses an `output_dir` that ranks do not share.
+fn check_shared(folder: &Path, ranks: &dyn Ranks) -> anyhow::Result<()> {
+    let sign = || tempfile::Builder::new().prefix(".partial-sign-").tempfile_in(folder);
+    let sign = ranks.is_first().then(sign).transpose().map_err(fs::io_error("create a file in", folder))?;
+    let name = sign.as_ref().and_then(|sign| sign.path().file_name());
+    let mut name = name.map(|name| name.to_string_lossy().into_owned().into_bytes()).unwrap_or_default();
+    ranks.broadcast(&mut name, 0)?;
+    let path = folder.join(String::from_utf8_lossy(&name).as_ref());
+    let is_there = comes_into_view(&path);
+    let own = serde_json::to_vec(&(is_there, ranks::host_name()))?;
+    let all = ranks.all_gather_bytes(&own)?;
+    let all: Vec<(bool, String)> =
+        all.iter().map(|message| serde_json::from_slice(message)).collect::<Result<_, _>>()?;
+    let blind = all.iter().enumerate().filter(|(_, (is_there, _))| !is_there);
+    let blind: Vec<String> = blind.map(|(rank, (_, host))| format!("{rank} (on {host})")).collect();
+    if !blind.is_empty() {
+        // Who ends before all know the reason is taken for it.
+        let _ = ranks.barrier();
+        bail!(
+            "`output_dir: {}` of rank 0 (on {}) is not what rank {} sees there: every rank writes its part of a checkpoint and \
+             reads it again, so `output_dir` must be a folder on a file system that all nodes share; set it to one, or use \
+             `zero_stage: 0`, where the first rank writes everything",
+            folder.display(),
+            all[0].1,
+            blind.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// Whether something that another rank has made is there, for which a folder of a network may take some time.
+pub(super) fn comes_into_view(path: &Path) -> bool {
+    const LOOKS: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(100);
+    (0..LOOKS).any(|look| {
+        if look > 0 {
+            std::thread::sleep(PAUSE);
+        }
+        path.exists()
+    })
+}
+
+/// The first rank's.
+fn take(settings: &TrainingSettings, model: &ModelSettings, data: &DataSettings) -> anyhow::Result<OutputDir> {
     let folder = &settings.output_dir;
     if model.lora.is_none() && is_same_place(folder, Path::new(&model.model_name_or_path)) {
         bail!(
@@ -89,7 +139,7 @@ pub(super) fn claim(
             return Err(fs::Error::Link { path, what: "a symbolic link" }.into());
         }
     }
-    Ok(Some(claimed))
+    Ok(claimed)
 }
 
 /// What a run reads, by key, where it lies on this machine.
@@ -218,5 +268,33 @@ impl OutputDir {
             results::take_records(&from, &self.path)?;
         }
         Ok(self.note.take())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ranks::local::Threads;
+
+    #[test]
+    fn ranks_that_have_folders_of_their_own_are_told_so_at_the_start() {
+        let (shared, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let seen = |folders: [&Path; 3]| -> Vec<Result<(), String>> {
+            let group = Threads::group(3, Duration::from_mins(1)).unwrap();
+            std::thread::scope(|scope| {
+                let look = |(ranks, folder): (Threads, &Path)| {
+                    let folder = folder.to_path_buf();
+                    scope.spawn(move || check_shared(&folder, &ranks).map_err(|error| error.to_string()))
+                };
+                let all: Vec<_> = group.into_iter().zip(folders).map(look).collect();
+                all.into_iter().map(|rank| rank.join().unwrap()).collect()
+            })
+        };
+        assert_eq!(seen([shared.path(); 3]), [const { Ok(()) }; 3]);
+        for told in seen([shared.path(), own.path(), shared.path()]) {
+            let told = told.unwrap_err();
+            assert!(told.contains("rank 1 (on ") && told.contains("all nodes share"), "{told}");
+        }
+        assert_eq!(std::fs::read_dir(shared.path()).unwrap().count(), 0);
     }
 }

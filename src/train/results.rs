@@ -9,7 +9,8 @@ use anyhow::Context as _;
 
 use super::save;
 use super::session::Session;
-use super::state::{STATE_FILE, TENSORS_FILE};
+use super::shards::is_tensors_file;
+use super::state::STATE_FILE;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::ModelSettings;
 use crate::fs::{self, io_error};
@@ -121,10 +122,11 @@ pub(super) enum Final<'a> {
     /// That of a checkpoint.
     Best(&'a Path),
     /// What is trained now.
-    Now(&'a save::Collected),
+    Now,
 }
 
-/// Puts the final model into `output_dir`. It is written beside and moved in
+/// Puts the final model into `output_dir`, on the first rank; the others are in [`save::help_to_write`] meanwhile if it is that of
+/// now. It is written beside and moved in
 /// when it is whole; weights of an earlier end that it does not replace are removed.
 ///
 /// # Errors
@@ -139,7 +141,7 @@ pub(super) fn publish(output_dir: &Path, session: &Session, which: Final<'_>) ->
         Final::Best(best) => {
             copy_model(&checkpoint::open(best).context("the best model cannot be taken")?, staged.path())?;
         }
-        Final::Now(collected) => save::write_model(staged.path(), session, collected)?,
+        Final::Now => save::write_model(staged.path(), session)?,
     }
     let mut names: Vec<String> = file_names(staged.path()).into_iter().collect();
     // What tells a reader which weights there are comes last.
@@ -161,7 +163,7 @@ pub(super) fn publish(output_dir: &Path, session: &Session, which: Final<'_>) ->
 /// Copies the model of a checkpoint without the state of its run.
 fn copy_model(checkpoint: &Checkpoint, folder: &Path) -> anyhow::Result<()> {
     let files = checkpoint.manifest().files.keys();
-    for name in files.filter(|name| ![STATE_FILE, TENSORS_FILE].contains(&name.as_str())) {
+    for name in files.filter(|name| *name != STATE_FILE && !is_tensors_file(name)) {
         fs::copy(&checkpoint.path().join(name), &folder.join(name))?;
     }
     Ok(())

@@ -319,7 +319,7 @@ impl<'a> Run<'a> {
             world_size: self.context.ranks.world_size(),
             accumulator: &self.accumulator,
         };
-        let done = write_checkpoint(self.settings, session, optimizer, state, own)?;
+        let done = write_checkpoint(self.settings, session, optimizer, state, own, &*self.context.ranks)?;
         self.last_saved = Some(self.step);
         let place = self.settings.output_dir.join(format!("checkpoint-{}", self.step));
         if let Some(done) = done {
@@ -338,20 +338,24 @@ impl<'a> Run<'a> {
     pub(super) fn finish(mut self, session: &Session) -> anyhow::Result<Outcome> {
         let output_dir = &self.settings.output_dir;
         self.console.finish_steps();
-        let Some(collected) = save::collect(session)? else { return Ok(Outcome::Finished) };
+        let best = self.best.checkpoint().filter(|_| self.best.is_loaded());
+        // The first rank's word: it has the checkpoints.
+        let mut is_now = vec![u8::from(best.is_none())];
+        self.context.ranks.broadcast(&mut is_now, 0)?;
+        if !self.context.ranks.is_first() {
+            if is_now == [1] {
+                save::help_to_write(session)?;
+            }
+            return Ok(Outcome::Finished);
+        }
         let mut summary = Section::new("Summary");
         if let Some(reason) = self.best.stops() {
             self.console.note(&format!("stopped early after step {} of {}: {reason}", self.step, self.cadence.total));
         }
-        let best = self.best.checkpoint().filter(|_| self.best.is_loaded());
         if best.is_none() && self.best.is_loaded() {
             tracing::warn!("`load_best_model_at_end`: no evaluation came with a checkpoint, so the last model is left");
         }
-        results::publish(
-            output_dir,
-            session,
-            best.as_deref().map_or(results::Final::Now(&collected), results::Final::Best),
-        )?;
+        results::publish(output_dir, session, best.as_deref().map_or(results::Final::Now, results::Final::Best))?;
         if let Some(step) = self.best.kept_step().filter(|_| self.settings.save_total_limit == Some(1)) {
             checkpoint::keep_only(output_dir, step);
         }

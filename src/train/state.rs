@@ -1,6 +1,5 @@
 //! What a checkpoint keeps of a run: found, taken back, written.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
@@ -11,9 +10,10 @@ use super::best::Best;
 use super::continuation::{self, Continuation, Values};
 use super::inputs::Inputs;
 use super::material::Material;
-use super::output_dir::OutputDir;
+use super::output_dir::{OutputDir, comes_into_view};
 use super::save;
 use super::session::Session;
+use super::shards;
 use crate::algo::EntropyControl;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::settings::{Resume, TrainingSettings};
@@ -22,18 +22,13 @@ use crate::fs::io_error;
 use crate::optim::LossScaler;
 use crate::ranks::Ranks;
 use crate::telemetry::Accumulator;
-use crate::zero::{FlatBlock, ParamStore, ShardedOptimizer};
+use crate::zero::ShardedOptimizer;
 
 /// File of a checkpoint with the state below.
 pub(super) const STATE_FILE: &str = "trainer_state.json";
-/// File of a checkpoint with trained values and optimizer moments, f32.
-pub(super) const TENSORS_FILE: &str = "trainer_state.safetensors";
-/// Version of the two.
-const STATE_VERSION: u32 = 1;
-/// What follows a parameter's name in the tensors file for the reference policy's values.
-const REFERENCE_SUFFIX: &str = ".reference";
-/// What may follow a parameter's name in the tensors file.
-const SUFFIXES: [&str; 4] = [REFERENCE_SUFFIX, ".exp_avg", ".exp_avg_sq", ".momentum_buffer"];
+/// Version of it where one file has all tensors, and where each rank has written its part: programs that know the first alone must
+/// not take a part for all.
+const STATE_VERSIONS: [u32; 2] = [1, 2];
 
 /// Everything a resumed run needs besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -69,6 +64,9 @@ pub(super) struct State<B> {
     /// What was read; none in checkpoints of programs that did not note it.
     #[serde(default)]
     inputs: Option<Inputs>,
+    /// The files with trained values and moments; none in checkpoints of programs that wrote one of a fixed name.
+    #[serde(default)]
+    tensor_files: Vec<String>,
     /// Whether the model is all there is beside this.
     #[serde(default)]
     is_model_only: bool,
@@ -106,16 +104,19 @@ pub(super) fn find_checkpoint(
     ranks: &dyn Ranks,
 ) -> anyhow::Result<Option<Checkpoint>> {
     let found = folder.map(|folder| find(settings, continuation, folder)).transpose()?.flatten();
-    let place = found.as_ref().map(|checkpoint| checkpoint.path().canonicalize());
-    let place = place.transpose().map_err(io_error("find", &settings.output_dir))?;
+    let place = found.as_ref().map(|checkpoint| {
+        let path = checkpoint.path().canonicalize().map_err(io_error("find", &settings.output_dir))?;
+        Ok::<_, crate::fs::Error>((path, checkpoint.identity()))
+    });
+    let place = place.transpose()?;
     let mut message = serde_json::to_vec(&place)?;
     ranks.broadcast(&mut message, 0)?;
     if ranks.is_first() {
         return Ok(found);
     }
-    let place: Option<PathBuf> = serde_json::from_slice(&message)?;
-    let opened = place.map(|place| {
-        checkpoint::open(&place).with_context(|| {
+    let place: Option<(PathBuf, String)> = serde_json::from_slice(&message)?;
+    let opened = place.map(|(place, identity)| {
+        checkpoint::open_compared(&place, &identity).with_context(|| {
             format!(
                 "rank {} cannot read the checkpoint that rank 0 goes on from; it must lie on a shared disk",
                 ranks.rank()
@@ -156,7 +157,7 @@ fn find(
     }
     let state: State<IgnoredAny> = checkpoint.json(STATE_FILE)?;
     let task = continuation.task;
-    if state.version != STATE_VERSION || state.task != task {
+    if !STATE_VERSIONS.contains(&state.version) || state.task != task {
         bail!(
             "`{}` holds state of `trainer {}` (format {}), not of `trainer {task}`",
             checkpoint.path().display(),
@@ -243,7 +244,7 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
     optimizer: &mut ShardedOptimizer,
     (inputs, material): (&Inputs, &Material),
 ) -> anyhow::Result<State<B>> {
-    let place = checkpoint.path().display().to_string();
+    let place = checkpoint.path().display();
     let mut state: State<B> = checkpoint.json(STATE_FILE)?;
     state.place = checkpoint.path().to_path_buf();
     let has_other_rows =
@@ -253,43 +254,11 @@ pub(super) fn restore<B: for<'de> Deserialize<'de>>(
         tracing::warn!("the generation batch in `{place}` is thrown away, since the rows have changed");
     }
     state.has_other_rows = has_other_rows;
-    let tensors: std::collections::BTreeMap<String, Vec<f32>> =
-        checkpoint.tensors(TENSORS_FILE)?.into_iter().map(|t| (t.name, t.values)).collect();
-    let store = session.engine.store();
-    for (block, flat) in store.flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-        let mut values = vec![0.0; flat.len()];
-        for entry in flat.entries() {
-            let saved = tensors.get(&entry.name).filter(|v| v.len() == entry.range.len()).with_context(|| {
-                format!(
-                    "`{place}` has no fitting `{}`; resume with the model and adapter settings of that run",
-                    entry.name
-                )
-            })?;
-            values[entry.range.clone()].copy_from_slice(saved);
-        }
-        store.write_values(block, &values)?;
+    let mut files = std::mem::take(&mut state.tensor_files);
+    if files.is_empty() {
+        files.push(shards::TENSORS_FILE.into());
     }
-    for (block, flat) in store.flats().enumerate().filter(|_| store.has_reference()) {
-        let mut values = vec![0.0; flat.len()];
-        for entry in flat.entries() {
-            let name = format!("{}{REFERENCE_SUFFIX}", entry.name);
-            let saved = tensors.get(&name).filter(|v| v.len() == entry.range.len());
-            values[entry.range.clone()].copy_from_slice(
-                saved.with_context(|| format!("`{place}` has no `{name}`; was it saved without a reference?"))?,
-            );
-        }
-        store.write_reference(block, &values)?;
-    }
-    let own: BTreeSet<&str> = store.flats().flat_map(FlatBlock::entries).map(|e| e.name.as_str()).collect();
-    let is_known = |name: &str| {
-        SUFFIXES.iter().find_map(|s| name.strip_suffix(s)).map_or_else(|| own.contains(name), |n| own.contains(n))
-    };
-    if let Some(name) = tensors.keys().find(|name| !is_known(name)) {
-        bail!(
-            "`{place}` holds `{name}`, which this run does not train; resume with the model and adapter settings of that run"
-        );
-    }
-    optimizer.load_state(store, state.optimizer_steps, |name| tensors.get(name).cloned())?;
+    shards::read(checkpoint, &files, session, optimizer, state.optimizer_steps)?;
     Ok(state)
 }
 
@@ -307,21 +276,43 @@ pub(super) struct RunState<'a> {
     pub(super) accumulator: &'a Accumulator,
 }
 
-/// Writes the checkpoint of a step: the first rank does, of what the others help to gather.
+/// Writes the checkpoint of a step: every rank its part of the tensors, the first the rest, which the others help to gather.
 pub(super) fn write_checkpoint<B: Serialize + Clone>(
     settings: &TrainingSettings,
     session: &Session,
     optimizer: &ShardedOptimizer,
     run: RunState<'_>,
     own: LoopState<B>,
+    ranks: &dyn Ranks,
 ) -> anyhow::Result<Option<checkpoint::Committed>> {
-    let model = save::collect(session)?;
-    let tensors = if settings.save_only_model { None } else { collect(session, optimizer)? };
-    let Some(model) = model else { return Ok(None) };
-    let mut writer = checkpoint::Writer::begin(&settings.output_dir, run.step, run.world_size)?.keeping(run.kept_step);
-    save::write_model(writer.path(), session, &model)?;
+    let begin = || checkpoint::Writer::begin(&settings.output_dir, run.step, run.world_size);
+    let mut writer = ranks.is_first().then(begin).transpose()?.map(|writer| writer.keeping(run.kept_step));
+    let mut partial = writer.as_ref().map(|writer| writer.place().partial().into()).unwrap_or_default();
+    ranks.broadcast(&mut partial, 0)?;
+    let model = match &writer {
+        Some(writer) => save::write_model(writer.path(), session),
+        None => save::help_to_write(session),
+    };
+    let write = || {
+        model?;
+        if settings.save_only_model {
+            return Ok(None);
+        }
+        let place = || {
+            let partial = String::from_utf8_lossy(&partial);
+            // If it does not, the place says so.
+            comes_into_view(&settings.output_dir.join(partial.as_ref()));
+            checkpoint::Place::of(&settings.output_dir, run.step, &partial)
+        };
+        shards::write(place, session, optimizer)
+    };
+    // Nobody takes the folder away while another writes there.
+    let written = shards::agree(write(), ranks)?;
+    let Some(mut writer) = writer.take() else { return Ok(None) };
+    let tensor_files: Vec<String> = written.iter().map(|file| file.name.clone()).collect();
+    let is_one_file = tensor_files.iter().all(|name| name == shards::TENSORS_FILE);
     let state = State {
-        version: STATE_VERSION,
+        version: STATE_VERSIONS[usize::from(!is_one_file)],
         task: run.continuation.task.to_string(),
         seed: settings.seed,
         settings: run.continuation.values.clone(),
@@ -335,44 +326,13 @@ pub(super) fn write_checkpoint<B: Serialize + Clone>(
         accumulator: run.accumulator.clone(),
         best: run.best,
         inputs: Some(run.inputs.clone()),
+        tensor_files,
         is_model_only: settings.save_only_model,
         is_evaluation_due: own.is_evaluation_due,
         place: PathBuf::new(),
         has_other_rows: false,
     };
     writer.add_json(STATE_FILE, &state)?;
-    if let Some(Tensors { values, references, moments }) = &tensors {
-        let store = session.engine.store();
-        let tensors = named(store, values, "")
-            .into_iter()
-            .chain(named(store, references, REFERENCE_SUFFIX))
-            .chain(optimizer.state(store, moments));
-        writer.add_tensors(TENSORS_FILE, tensors)?;
-    }
+    written.into_iter().try_for_each(|file| writer.take(file))?;
     Ok(Some(writer.commit(settings.save_total_limit)?))
-}
-
-/// What is trained and the optimizer's state, by block.
-struct Tensors {
-    values: Vec<Vec<f32>>,
-    references: Vec<Vec<f32>>,
-    moments: Vec<[Vec<f32>; 2]>,
-}
-
-/// All of it on the first rank; the others help to gather it.
-fn collect(session: &Session, optimizer: &ShardedOptimizer) -> anyhow::Result<Option<Tensors>> {
-    let store = session.engine.store();
-    let (values, references) = (store.collect_values()?, store.collect_references()?);
-    let moments = optimizer.collect(store)?;
-    let all = values.zip(references).zip(moments);
-    Ok(all.map(|((values, references), moments)| Tensors { values, references, moments }))
-}
-
-/// The parameters of every block with their values in `flats`, a copy of the flat buffers; `suffix` follows each name.
-fn named<'a>(store: &ParamStore, flats: &'a [Vec<f32>], suffix: &str) -> Vec<(String, &'a [f32], Vec<usize>)> {
-    let of_block = |(flat, values): (&FlatBlock, &'a Vec<f32>)| {
-        let entries = flat.entries().iter();
-        entries.map(|e| (format!("{}{suffix}", e.name), &values[e.range.clone()], e.shape.clone())).collect::<Vec<_>>()
-    };
-    store.flats().zip(flats).flat_map(of_block).collect()
 }

@@ -45,6 +45,17 @@ impl Entry {
             _ => None,
         }
     }
+
+    /// What of it each of the block's `shards` has, counted from its own start.
+    pub(super) fn parts_in(&self, shards: &[Range<usize>]) -> Vec<Range<usize>> {
+        let inside = |place: usize| place.clamp(self.range.start, self.range.end) - self.range.start;
+        shards.iter().map(|shard| inside(shard.start)..inside(shard.end)).collect()
+    }
+
+    /// Where it begins in a shard that has some of it, counted from the shard's start.
+    pub(super) fn start_in(&self, shard: &Range<usize>) -> usize {
+        self.range.start.clamp(shard.start, shard.end) - shard.start
+    }
 }
 
 /// Values and gradients of a block's trained parameters.
@@ -133,11 +144,6 @@ impl FlatBlock {
         self.entries.is_empty()
     }
 
-    /// The same ranges in bytes.
-    pub(super) fn shard_bytes(&self) -> Vec<Range<usize>> {
-        self.shards.iter().map(|shard| size_of::<f32>() * shard.start..size_of::<f32>() * shard.end).collect()
-    }
-
     /// Of each rank, the values that its optimizer moves; each has all where optimizer state is not cut into shards.
     pub fn shards(&self) -> &[Range<usize>] {
         &self.shards
@@ -146,11 +152,6 @@ impl FlatBlock {
     /// The values that this rank's optimizer moves.
     pub fn own(&self) -> Range<usize> {
         self.shards[self.rank].clone()
-    }
-
-    /// This rank.
-    pub(super) fn rank(&self) -> usize {
-        self.rank
     }
 
     /// Whether every rank's optimizer moves all values.
@@ -179,7 +180,11 @@ impl FlatBlock {
         self.own_part(&self.grads)
     }
 
-    fn own_part(&self, buffer: &Tensor) -> Result<Tensor, Error> {
+    /// As [`Self::own_values`], of a buffer like [`Self::values`].
+    ///
+    /// # Errors
+    /// Of the tensor library.
+    pub fn own_part(&self, buffer: &Tensor) -> Result<Tensor, Error> {
         let own = self.own();
         if buffer.elem_count() == own.len() {
             return Ok(buffer.clone());
@@ -199,6 +204,15 @@ impl FlatBlock {
                 Piece { range: start - own.start..end - own.start, has_decay: entry.has_decay, layout }
             };
             (start < end).then(piece)
+        })
+    }
+
+    /// The parameters of which values are in `range` of the buffer of all ranks, each with those that are.
+    pub fn entries_in(&self, range: &Range<usize>) -> impl Iterator<Item = (&Entry, Range<usize>)> {
+        let (first, end) = (range.start, range.end);
+        self.entries.iter().filter_map(move |entry| {
+            let inside = entry.range.start.max(first)..entry.range.end.min(end);
+            (inside.start < inside.end).then_some((entry, inside))
         })
     }
 
@@ -230,6 +244,11 @@ impl FlatBlock {
     }
 }
 
+/// The bytes of a range of values.
+pub(super) fn bytes_of(values: &Range<usize>) -> Range<usize> {
+    size_of::<f32>() * values.start..size_of::<f32>() * values.end
+}
+
 /// Cuts a buffer of `count` values into a shard for each rank, between parameters or chunks of `chunk` values of one. Chunks are
 /// those of which a norm is made: a rank that has all of a chunk makes the same part of the norm as one that has everything.
 fn shards(entries: &[Entry], count: usize, world_size: usize, chunk: usize) -> Vec<Range<usize>> {
@@ -251,6 +270,18 @@ fn shards(entries: &[Entry], count: usize, world_size: usize, chunk: usize) -> V
 mod tests {
     use super::shards as shards_of;
     use super::*;
+
+    #[test]
+    fn a_parameter_is_cut_as_its_block_is() {
+        let entry = Entry { name: String::new(), shape: vec![], range: 10..30, has_decay: true };
+        let shards = [0..5, 5..12, 12..12, 12..30, 30..40];
+        let parts = entry.parts_in(&shards);
+        assert_eq!(parts, [0..0, 0..2, 2..2, 2..20, 20..20]);
+        for (shard, part) in shards.iter().zip(parts).filter(|(_, part)| !part.is_empty()) {
+            assert_eq!(shard.start + entry.start_in(shard), entry.range.start + part.start, "{shard:?}");
+        }
+        assert_eq!(bytes_of(&(3..5)), 12..20);
+    }
 
     #[test]
     fn shards_cover_everything_and_end_where_chunks_do() {

@@ -190,6 +190,11 @@ impl Frozen {
         self.away.iter().flat_map(|away| &away.runs).map(|run| run.len).sum()
     }
 
+    /// Those of them that other ranks have.
+    pub(super) fn bytes_of_others(&self) -> usize {
+        self.away.iter().flat_map(|away| &away.runs).map(|run| run.len - run.own.len()).sum()
+    }
+
     /// Values of the weights that come for a visit.
     pub(super) fn values_away(&self) -> usize {
         self.away.iter().flat_map(|away| away.weights.values()).map(|weight| weight.count).sum()

@@ -132,6 +132,9 @@ impl<'s> Walk<'s> {
         if !store.comes_ahead() {
             return self.read_ahead();
         }
+        if let Some(next) = self.order.get(self.at) {
+            store.gather_ahead(next.block)?;
+        }
         let mut live = if self.live.contains_key(&now) { store.values_away(now) } else { 0 };
         let mut stays = vec![now];
         let mut next = None;

@@ -16,8 +16,8 @@ use crate::device::{Buffer, Queue, Ticket};
 pub struct Offload {
     /// Whether parameters wait in host memory or in a file: frozen ones, and trained ones if their optimizer works there too.
     pub params: bool,
-    /// Whether trained values, their gradients and the optimizer's state lie in host memory, where the optimizer works, or
-    /// values and state in a file.
+    /// Whether trained values, their gradients and the optimizer's state lie in host memory, or values and state in a file, apart
+    /// from what blocks compute with. The optimizer works in host memory then.
     pub optimizer: bool,
     /// What of it lies in files.
     pub files: Files,
@@ -45,11 +45,10 @@ impl Default for Offload {
 
 impl Offload {
     /// What the settings say for a run of that name, which no other run on the machine has, that computes on `device`. The CPU's
-    /// memory holds everything that does not lie in files.
+    /// memory holds everything that does not lie in files, and is where its optimizer works anyway.
     pub fn of(settings: &RankSettings, device: &Device, run: &str) -> Self {
         let OffloadSettings { optimizer, params, pin_memory, max_live_parameters, .. } = settings.offload;
         let in_file = |place| place == OffloadDevice::Nvme;
-        let waits = |place| in_file(place) || (device.is_cuda() && place != OffloadDevice::None);
         let files = Files {
             optimizer: settings.offload.optimizer_path.clone().filter(|_| in_file(optimizer)),
             parameters: settings.offload.params_path.clone().filter(|_| in_file(params)),
@@ -57,8 +56,8 @@ impl Offload {
             buffer_count: settings.offload.buffer_count,
         };
         Self {
-            params: waits(params),
-            optimizer: waits(optimizer),
+            params: in_file(params) || (device.is_cuda() && params != OffloadDevice::None),
+            optimizer: device.is_cuda() && optimizer != OffloadDevice::None,
             files,
             is_pinned: pin_memory,
             most_live: max_live_parameters.unwrap_or(0),
@@ -135,9 +134,9 @@ impl Link {
         if self.offload.optimizer { &Device::Cpu } else { &self.device }
     }
 
-    /// Whether blocks compute elsewhere than the optimizer works.
+    /// Whether blocks compute with a copy of the values that the optimizer moves.
     pub(super) fn has_home_elsewhere(&self) -> bool {
-        self.is_on_gpu && self.offload.optimizer
+        self.offload.optimizer
     }
 
     /// The file in which the optimizer's state lies.
@@ -155,10 +154,13 @@ impl Link {
         if self.files().next().is_some() { self.offload.files.buffer_count.saturating_sub(1) } else { 0 }
     }
 
-    /// Trained values where they wait. Where the CPU computes they are parameters: their memory is what is computed with.
+    /// Trained values where they wait. Where the CPU computes with those that the optimizer moves, they are parameters.
     pub(super) fn keep_values(&self, values: Vec<f32>) -> Result<Values, Error> {
-        let file = if self.is_on_gpu { &self.optimizer } else { &self.parameters };
-        if let Some(file) = file.as_ref().filter(|_| !values.is_empty()) {
+        let file = match self.has_home_elsewhere() {
+            true => self.optimizer.as_ref(),
+            false => self.parameters.as_ref().filter(|_| !self.is_on_gpu),
+        };
+        if let Some(file) = file.filter(|_| !values.is_empty()) {
             return Values::in_file(values, file, &self.stage);
         }
         let count = values.len();

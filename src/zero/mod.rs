@@ -26,7 +26,7 @@ pub use link::Offload;
 use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
 pub use sharing::Sharing;
-pub use store::{ParamStore, Slots};
+pub use store::{LayerBytes, ParamStore, Slots};
 pub use sums::{Next, Node, Sums};
 pub use values::Values;
 
@@ -141,18 +141,6 @@ pub enum Error {
     MicroStepsOutOfOrder {
         /// Which.
         index: usize,
-    },
-    /// Saved state does not fit this model.
-    #[error(
-        "saved state has {found} for `{name}`, this run needs {expected}; resume with the settings of the saved run"
-    )]
-    State {
-        /// Which parameter or number.
-        name: String,
-        /// What the file holds.
-        found: String,
-        /// What fits.
-        expected: String,
     },
 }
 

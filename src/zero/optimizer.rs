@@ -4,7 +4,7 @@
 //! does where a gradient of any is not finite.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ use super::files::Reading;
 use super::state::{Kept, Loaded, Spare};
 use super::store::Errand;
 use super::values::Staged;
-use super::{Error, FlatBlock, ParamStore, Piece};
+use super::{Entry, Error, FlatBlock, ParamStore, Piece};
 use crate::config::settings::OptimizerSettings;
 use crate::ops::buffer;
 use crate::optim::{AdamWStep, ParamGroup, State, clip_coefficient, norm_of_parts, sums_of_squares};
@@ -24,8 +24,6 @@ pub struct ShardedOptimizer {
     /// Steps taken.
     step: u64,
     states: Vec<Kept>,
-    /// What kept another thread from moving values.
-    problem: Arc<Mutex<Option<Error>>>,
 }
 
 /// What another thread is to do for a block, and with which state and pieces of it.
@@ -62,7 +60,7 @@ impl ShardedOptimizer {
         let spare = Arc::new(Spare::new(store.offload().files.buffer_count));
         let file = store.optimizer_file().map(|shelf| (shelf, &spare));
         let states = store.flats().map(|flat| Kept::new(flat, settings.kind, file)).collect::<Result<_, _>>()?;
-        Ok(Self { settings, step: 0, states, problem: store.unmoved().clone() })
+        Ok(Self { settings, step: 0, states })
     }
 
     /// Bytes of the state in a file.
@@ -96,10 +94,7 @@ impl ShardedOptimizer {
         max_grad_norm: f64,
         loss_scale: f64,
     ) -> Result<StepReport, Error> {
-        let parts = gradient_parts(store);
-        // What kept an errand from its end says more than that it was given up.
-        lock(&self.problem).take().map_or(Ok(()), Err)?;
-        let grad_norm = (norm_of_parts(&parts?) / loss_scale) as f32;
+        let grad_norm = (norm_of_parts(&gradient_parts(store)?) / loss_scale) as f32;
         if !grad_norm.is_finite() {
             return Ok(StepReport { grad_norm, is_skipped: true });
         }
@@ -114,7 +109,7 @@ impl ShardedOptimizer {
             step: self.step,
             grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
-        let runs_errands = store.may_run_errands();
+        let (runs_errands, ahead) = (store.may_run_errands(), blocks_ahead(store));
         let mut errands = Vec::new();
         let all: Vec<(usize, &FlatBlock, &Kept)> =
             store.flats().zip(&self.states).enumerate().map(|(block, (flat, kept))| (block, flat, kept)).collect();
@@ -122,15 +117,15 @@ impl ShardedOptimizer {
         for (at, &(block, flat, kept)) in all.iter().enumerate() {
             let pieces: Vec<Piece> = flat.own_pieces().collect();
             match kept {
-                _ if pieces.is_empty() => {}
                 Kept::Host(_) | Kept::File(_) if runs_errands => {
                     let errand = store.errand(block)?;
                     errands.extend(errand.map(|errand| (errand, flat.clone(), kept.clone(), pieces)));
                     continue;
                 }
+                _ if pieces.is_empty() => {}
                 Kept::Host(_) | Kept::File(_) => {
                     let coming = all[at..].iter().filter(|(_, flat, _)| !flat.own().is_empty());
-                    begin(&mut begun, store, coming.map(|(_, flat, kept)| (*flat, *kept)))?;
+                    begin(&mut begun, ahead, coming.map(|(_, flat, kept)| (*flat, *kept)))?;
                     move_pieces(flat, kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)?;
                 }
                 Kept::Device { first, second } => {
@@ -147,112 +142,76 @@ impl ShardedOptimizer {
             flat.stored().unload()?;
         }
         if !errands.is_empty() {
-            self.run(errands, hyper, blocks_ahead(store))?;
+            run(errands, hyper, ahead)?;
         }
         Ok(StepReport { grad_norm, is_skipped: false })
     }
 
-    /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
-    /// the first block while the host moves the second.
-    fn run(&self, errands: Vec<Errands>, hyper: AdamWStep, ahead: usize) -> Result<(), Error> {
-        let problem = self.problem.clone();
-        let all = move || {
-            let mut begun: VecDeque<Begun> = VecDeque::new();
-            let order: Vec<(FlatBlock, Kept)> =
-                errands.iter().map(|(_, flat, kept, _)| (flat.clone(), kept.clone())).collect();
-            for (at, (errand, _, kept, pieces)) in errands.into_iter().enumerate() {
-                let coming = order[at..].iter().map(|(flat, kept)| (flat, kept));
-                let done = begin_ahead(&mut begun, ahead, coming).and_then(|()| {
-                    let first = begun.pop_front().unwrap_or_default();
-                    errand.run(|flat| move_pieces(flat, &kept, first, &pieces, &hyper))
-                });
-                if let Err(error) = done {
-                    tracing::error!("the optimizer in host memory failed: {error}");
-                    // Before the errand is dropped: who waits for it asks why.
-                    *lock(&problem) = Some(error);
-                    return;
-                }
-                errand.done();
-            }
-        };
-        let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
-        thread.map(drop).map_err(Error::Thread)
-    }
-
-    /// The state of each block, all of it, copied to the host of the first rank: two arrays like the values. The others help to
-    /// gather them and get nothing.
+    /// The state of this rank's part of a block, copied to the host: two arrays like [`FlatBlock::own`], of which the second has zeros
+    /// where a rule keeps one. [`Self::state_names`] says which arrays there are.
     ///
     /// # Errors
-    /// If the device failed or a rank is lost.
-    pub fn collect(&self, store: &ParamStore) -> Result<Option<Vec<[Vec<f32>; 2]>>, Error> {
-        store.settle()?;
-        let is_first = store.sharing().ranks().is_first();
-        let mut all = Vec::new();
-        for (flat, kept) in store.flats().zip(&self.states) {
-            if flat.is_whole() {
-                all.extend(is_first.then(|| kept.to_vecs(flat)).transpose()?);
-                continue;
-            }
-            let [first, second] = kept.to_vecs(flat)?.map(|own| store.sharing().collect(&own, flat.shards()));
-            all.extend(first?.zip(second?).map(|(first, second)| [first, second]));
-        }
-        Ok(is_first.then_some(all))
+    /// If there is no such block, or the device failed.
+    pub fn own_state(&self, store: &ParamStore, block: usize) -> Result<[Vec<f32>; 2], Error> {
+        let kept = store.flats().nth(block).zip(self.states.get(block));
+        let (flat, kept) = kept.ok_or(Error::NoBlock { block, blocks: self.states.len() })?;
+        kept.to_vecs(flat)
     }
 
-    /// State by parameter name with that of the array appended (`exp_avg`, ...), for a checkpoint; `arrays` as
-    /// [`Self::collect`] gave them.
-    pub fn state<'a>(
-        &self,
-        store: &'a ParamStore,
-        arrays: &'a [[Vec<f32>; 2]],
-    ) -> impl Iterator<Item = (String, &'a [f32], Vec<usize>)> + use<'a> {
-        let kind = self.settings.kind;
-        store.flats().zip(arrays).flat_map(move |(flat, arrays)| {
-            flat.entries().iter().flat_map(move |e| {
-                let named = State::names(kind, e.matrix().is_some()).iter().zip(arrays);
-                named.map(|(name, values)| (format!("{}.{name}", e.name), &values[e.range.clone()], e.shape.clone()))
-            })
-        })
+    /// What the arrays that a parameter has in the state are called.
+    pub fn state_names(&self, entry: &Entry) -> &'static [&'static str] {
+        State::names(self.settings.kind, entry.matrix().is_some())
     }
 
-    /// Takes saved state back; `lookup` gives the values saved under a name.
+    /// Takes saved state of this rank's part back, block after block; `read` is asked for each array of each parameter in it: it
+    /// gets the parameter, the array's name, the first value wanted and the place for the values.
     ///
     /// # Errors
-    /// If a parameter's state is missing or of another size.
-    pub fn load_state<'a>(
+    /// What `read` returns, or if a device failed.
+    pub fn load_state<E: From<Error>>(
         &mut self,
         store: &ParamStore,
         step: u64,
-        lookup: impl Fn(&str) -> Option<Vec<f32>> + 'a,
-    ) -> Result<(), Error> {
+        mut read: impl FnMut(&Entry, &str, usize, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
         store.settle()?;
         let kind = self.settings.kind;
         for (flat, kept) in store.flats().zip(&mut self.states) {
-            let mut loaded = [vec![0.0; flat.len()], vec![0.0; flat.len()]];
-            for e in flat.entries() {
-                for (array, target) in State::names(kind, e.matrix().is_some()).iter().zip(&mut loaded) {
-                    let name = format!("{}.{array}", e.name);
-                    match lookup(&name) {
-                        Some(values) if values.len() == e.range.len() => {
-                            target[e.range.clone()].copy_from_slice(&values);
-                        }
-                        other => {
-                            let found = other.map_or_else(|| "nothing".into(), |v| format!("{} values", v.len()));
-                            return Err(Error::State { name, found, expected: format!("{} values", e.range.len()) });
-                        }
-                    }
+            let own = flat.own();
+            let mut loaded = [vec![0.0; own.len()], vec![0.0; own.len()]];
+            for (entry, range) in flat.entries_in(&own) {
+                let place = range.start - own.start..range.end - own.start;
+                for (array, target) in State::names(kind, entry.matrix().is_some()).iter().zip(&mut loaded) {
+                    read(entry, array, range.start - entry.range.start, &mut target[place.clone()])?;
                 }
             }
-            let own = flat.own();
-            kept.load(flat, &loaded.map(|all| all[own.clone()].to_vec()))?;
+            kept.load(flat, &loaded)?;
         }
         self.step = step;
         Ok(())
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
+/// the first block while the host moves the second. What lies in files is read as many blocks `ahead`.
+fn run(errands: Vec<Errands>, hyper: AdamWStep, ahead: usize) -> Result<(), Error> {
+    let all = move || {
+        let mut begun: VecDeque<Begun> = VecDeque::new();
+        let order: Vec<(FlatBlock, Kept)> =
+            errands.iter().map(|(_, flat, kept, _)| (flat.clone(), kept.clone())).collect();
+        for (at, (errand, _, kept, pieces)) in errands.into_iter().enumerate() {
+            let step = |flat: &FlatBlock| {
+                begin(&mut begun, ahead, order[at..].iter().map(|(flat, kept)| (flat, kept)))?;
+                move_pieces(flat, &kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)
+            };
+            // Values after one that could not be moved are not to be had either.
+            if !errand.run(step) {
+                return;
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("optimizer".into()).spawn(all);
+    thread.map(drop).map_err(Error::Thread)
 }
 
 /// The numbers of a step for one piece.
@@ -265,16 +224,8 @@ fn blocks_ahead(store: &ParamStore) -> usize {
     store.blocks_ahead().div_ceil(2)
 }
 
-/// Starts to read what lies in files of the first of the blocks and those after it.
+/// Starts to read what lies in files of the first of the blocks and of so many after it.
 fn begin<'a>(
-    begun: &mut VecDeque<Begun>,
-    store: &ParamStore,
-    blocks: impl Iterator<Item = (&'a FlatBlock, &'a Kept)>,
-) -> Result<(), Error> {
-    begin_ahead(begun, blocks_ahead(store), blocks)
-}
-
-fn begin_ahead<'a>(
     begun: &mut VecDeque<Begun>,
     ahead: usize,
     blocks: impl Iterator<Item = (&'a FlatBlock, &'a Kept)>,

@@ -7,10 +7,10 @@
 mod arrival;
 mod exchanged;
 mod home;
+mod sizes;
 mod together;
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,6 +27,7 @@ pub(super) use arrival::{Ahead, Arriving};
 use exchanged::OnTheirWay;
 pub(super) use home::Errand;
 use home::Home;
+pub use sizes::LayerBytes;
 
 /// How many of the blocks that wait elsewhere are lent at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +51,6 @@ pub struct ParamStore {
     on_their_way: Mutex<OnTheirWay>,
     /// What went wrong when a slot was given back, told by the next call.
     spoiled: Mutex<Option<Error>>,
-    /// What kept the optimizer's thread from moving values.
-    unmoved: Arc<Mutex<Option<Error>>>,
 }
 
 #[derive(Debug)]
@@ -159,7 +158,6 @@ impl ParamStore {
             fetches: AtomicU64::new(0),
             on_their_way: Mutex::default(),
             spoiled: Mutex::new(None),
-            unmoved: Arc::default(),
         };
         for block in 0..store.blocks.len() {
             if store.link.has_home_elsewhere() {
@@ -198,20 +196,17 @@ impl ParamStore {
         self.blocks.iter().all(|block| block.policy.is_some())
     }
 
-    /// Whether all blocks of a speaker are where blocks compute.
+    /// Whether all blocks of a speaker are where blocks compute, and ranks need not go through them together. After a step of an
+    /// optimizer with a home elsewhere they do, once: each has moved a part of the values.
     pub fn holds_all_of(&self, speaker: Speaker) -> bool {
+        if self.has_values_apart() {
+            return false;
+        }
         let is_there = |block: &Block| match &block.reference {
             Some(reference) => reference.params.is_some(),
             None => block.policy.is_some(),
         };
         if speaker == Speaker::Reference { self.blocks.iter().all(is_there) } else { self.holds_all() }
-    }
-
-    /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
-    pub fn visiting_bytes(&self) -> usize {
-        let mut all: Vec<usize> = self.blocks.iter().map(|block| block.frozen.away_bytes()).collect();
-        all.sort_unstable();
-        all.iter().rev().take(2).sum()
     }
 
     /// Whether a step should finish with one block before it takes the next, so that gradients of one block take memory at a
@@ -266,21 +261,12 @@ impl ParamStore {
         if block >= self.blocks.len() {
             return Err(Error::NoBlock { block, blocks: self.blocks.len() });
         }
-        // That says more than that it was given up.
-        self.values_arrive(block).map_err(|error| self.take_unmoved().unwrap_or(error))
-    }
-
-    /// Where the optimizer's thread says what kept it from moving values.
-    pub(super) fn unmoved(&self) -> &Arc<Mutex<Option<Error>>> {
-        &self.unmoved
-    }
-
-    fn take_unmoved(&self) -> Option<Error> {
-        self.unmoved.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.values_arrive(block)
     }
 
     /// Has what computes wait for the values of a block that the optimizer, here or on other ranks, moved last.
     fn values_arrive(&self, block: usize) -> Result<(), Error> {
+        self.gather_apart(block)?;
         let own = &self.blocks[block];
         own.home.as_ref().map_or(Ok(()), |home| home.arrive())?;
         let arriving = own.values_coming.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -366,49 +352,6 @@ impl ParamStore {
         self.blocks.iter().map(|block| &block.flat)
     }
 
-    /// Number of trained values over all blocks.
-    pub fn num_trainable(&self) -> usize {
-        self.flats().map(FlatBlock::len).sum()
-    }
-
-    /// Bytes of gradients that are there between steps.
-    pub fn gradient_bytes(&self) -> usize {
-        let lasting = |bucket: &Bucket| if bucket.is_lasting() { bucket.len() } else { 0 };
-        let shared = |block: &Block| -> usize {
-            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).map(lasting).sum()
-        };
-        let own: usize = self.flats().map(|flat| flat.grads().elem_count()).sum();
-        size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
-    }
-
-    /// Bytes of trained values that are where blocks compute for longer than a visit.
-    pub fn computed_bytes(&self) -> usize {
-        let of_block = |block: &Block| match &block.home {
-            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
-            None => block.flat.stored().len_in_memory(),
-        };
-        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
-    }
-
-    /// Trained values that this rank keeps in memory.
-    pub fn num_kept(&self) -> usize {
-        self.flats().map(|flat| flat.stored().len_in_memory()).sum()
-    }
-
-    /// This rank's files, each with the bytes that lie in it.
-    pub fn files(&self) -> Vec<(&Path, u64)> {
-        self.link.files().map(|file| (file.path(), file.len())).collect()
-    }
-
-    /// Bytes of the largest block that come from files for its visit.
-    pub fn largest_read_bytes(&self) -> usize {
-        let of_block = |block: &Block| {
-            let values = if block.flat.stored().is_in_file() { block.flat.stored().len() } else { 0 };
-            block.frozen.bytes_in_file() + size_of::<f32>() * values
-        };
-        self.blocks.iter().map(of_block).max().unwrap_or(0)
-    }
-
     /// The file of the optimizer's state.
     pub(super) fn optimizer_file(&self) -> Option<&Arc<Shelf>> {
         self.link.optimizer_file()
@@ -417,43 +360,6 @@ impl ParamStore {
     /// Blocks that are read ahead of a walk.
     pub(super) fn blocks_ahead(&self) -> usize {
         if self.has_slots() { 0 } else { self.link.blocks_ahead() }
-    }
-
-    /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
-    pub fn bytes_aside(&self, sums: Sums) -> usize {
-        size_of::<f32>() * sums.most_aside() * self.num_trainable()
-    }
-
-    /// Bytes of frozen weights over all blocks, as far as they are on this rank.
-    pub fn frozen_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
-    }
-
-    /// Those of them that wait in host memory.
-    pub fn offloaded_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
-    }
-
-    /// Those of them that lie in a file.
-    pub fn bytes_in_file(&self) -> usize {
-        self.blocks.iter().map(|block| block.frozen.bytes_in_file()).sum()
-    }
-
-    /// Bytes that come from host memory or a file for a visit of the largest layer: a block between the first and the last.
-    pub fn layer_bytes_from_host(&self) -> usize {
-        let of_block = |block: &Block| {
-            let values = if self.values_wait() { block.flat.stored().len() } else { 0 };
-            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + size_of::<f32>() * values
-        };
-        let last = self.blocks.len().saturating_sub(1);
-        self.blocks.get(1..last).unwrap_or_default().iter().map(of_block).max().unwrap_or(0)
-    }
-
-    /// Values of a block that come for a visit.
-    pub(super) fn values_away(&self, block: usize) -> usize {
-        let own = &self.blocks[block];
-        let comes = self.values_wait() || (self.sharing.cuts_parameters() && !own.flat.has_all_values());
-        own.frozen.values_away() + if comes { own.flat.len() } else { 0 }
     }
 
     /// Sets all gradients to zero.

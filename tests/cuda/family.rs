@@ -167,7 +167,7 @@ fn error_of(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     errors.fold(0.0, |most, error| if most.is_nan() || error <= most { most } else { error })
 }
 
-fn completions(engine: &Engine, requests: &[Request]) -> Vec<Completion> {
+fn completions(engine: &Engine, requests: &[Request], is_recorded: bool) -> Vec<Completion> {
     let settings = RolloutSettings {
         max_num_seqs: 4,
         max_batch_tokens: 32,
@@ -176,7 +176,9 @@ fn completions(engine: &Engine, requests: &[Request]) -> Vec<Completion> {
         eos_token_ids: vec![1],
     };
     let mut rollout = Rollout::new(settings).unwrap();
-    let mut model = EngineModel::new(engine, true).unwrap();
+    let model = EngineModel::new(engine, true).unwrap();
+    let mut model = if is_recorded { model.recorded().unwrap() } else { model };
+    assert_eq!(model.is_recorded(), is_recorded && engine.types() != Types::F32);
     let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
     rollout.generate(&mut model, requests, &SamplingSettings::default(), 3, 0, &mut caller).unwrap()
 }
@@ -215,7 +217,8 @@ fn gradients_and_decoding_of_every_shape_are_those_of_the_cpu() {
                 }
             }
             let mut distances = (0f32, 0f32);
-            for (request, got) in requests.iter().zip(&completions(&engine, &requests)) {
+            let both = [false, true].map(|is_recorded| completions(&engine, &requests, is_recorded));
+            for (request, got) in requests.iter().chain(&requests).zip(both.iter().flatten()) {
                 distances.0 = distances.0.max(distance(&got.logprobs, &trainer_logprobs(&engine, request, got, 1.0)));
                 if types == Types::F32 {
                     distances.1 = distances.1.max(distance(&got.logprobs, &trainer_logprobs(&host, request, got, 1.0)));

@@ -71,7 +71,7 @@ fn hard_values(name: &str, count: usize, quant_type: QuantType) -> Vec<f32> {
 }
 
 /// The parts of a matrix on the device.
-struct Parts {
+pub(crate) struct Parts {
     packed: Tensor,
     values: Tensor,
     absmax: Vec<Tensor>,
@@ -79,7 +79,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(device: &Device, matrix: &Nf4Matrix) -> Self {
+    pub(crate) fn new(device: &Device, matrix: &Nf4Matrix) -> Self {
         let parts = matrix.to_bitsandbytes("float32");
         let absmax = match (&parts.nested_absmax, &parts.nested_quant_map) {
             (Some(nested), Some(map)) => vec![
@@ -97,7 +97,7 @@ impl Parts {
         }
     }
 
-    fn view(&self) -> Nf4View<'_> {
+    pub(crate) fn view(&self) -> Nf4View<'_> {
         let absmax = match &self.absmax[..] {
             [codes, absmax, map] => Nf4Absmax::Nested {
                 codes: array(codes).unwrap(),

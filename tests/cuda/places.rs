@@ -22,7 +22,7 @@ use crate::support::{device, download, seed};
 use crate::tiny::{Tiny, VOCABULARY};
 
 const STEPS: u64 = 3;
-const MICRO_BATCHES: usize = 4;
+const MICRO_BATCHES: usize = 8;
 const DEADLINE: Duration = Duration::from_secs(60);
 const STAGES: [ZeroStage; 4] =
     [ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters];
@@ -222,7 +222,9 @@ struct Case {
 fn cases(has_all_places: bool) -> Vec<(Results, Vec<Case>)> {
     let mut all = Vec::new();
     for tiny in tinies() {
-        for (types, order) in [(Types::F32, Order::DepthFirst), (Types::BF16, Order::BreadthFirst)] {
+        let ways =
+            [(Types::F32, Order::DepthFirst), (Types::F32, Order::Grouped(3)), (Types::BF16, Order::BreadthFirst)];
+        for (types, order) in ways {
             let want = train(tiny.engine(&device(), types), order, OptimizerKind::AdamW);
             let mut cases = Vec::new();
             for (number, stage) in STAGES.into_iter().enumerate() {

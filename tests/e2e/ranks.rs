@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::test_run::{TestRun, names, start};
@@ -94,6 +95,15 @@ fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
         let run = || run().set("lr_scheduler_type", "constant").set("eval_strategy", "no");
         let straight = over(run(), 1, 0).set("max_steps", 4).done();
         let moved = over(run(), 4, 3).set("max_steps", 1).done();
+        // Each rank has written its part, and nobody all of them.
+        let checkpoint = moved.output().join("checkpoint-1");
+        let written = names(&checkpoint).into_iter().filter(|name| name.starts_with("trainer_state"));
+        let parts: Vec<String> = written.filter(|name| name.ends_with(".safetensors")).collect();
+        let expected: Vec<String> =
+            (1..5).map(|rank| format!("trainer_state-{rank:05}-of-00004.safetensors")).collect();
+        assert_eq!(parts, expected);
+        let sizes: Vec<u64> = parts.iter().map(|part| fs::metadata(checkpoint.join(part)).unwrap().len()).collect();
+        assert!(sizes.iter().all(|size| 3 * size < sizes.iter().sum()), "{sizes:?}");
         for (steps, ranks, stage) in [(2, 2, 2), (3, 3, 1), (4, 1, 0)] {
             let more = [
                 format!("max_steps={steps}"),
@@ -110,6 +120,32 @@ fn a_run_goes_on_with_another_number_of_ranks_and_in_another_stage() {
         let other = moved.run(&["--resume", "--set", "num_processes=2", "--set", "max_steps=6"]);
         other.expect_error(1, &["`gradient_accumulation_steps` was 12 over all ranks, is 6"]);
     }
+}
+
+#[test]
+fn the_best_model_and_models_alone_are_those_of_one_rank() {
+    let best = |ranks, stage| {
+        let run = TestRun::sft().set("metric_for_best_model", "eval_loss").set("load_best_model_at_end", true);
+        // The loss falls, so the best is not the last.
+        over(run.set("max_steps", 6).set("greater_is_better", true).set("save_total_limit", 1), ranks, stage)
+    };
+    let alone = best(1, 0).done();
+    let losses = alone.metric("eval_loss");
+    assert!(losses.iter().any(|loss| loss > losses.last().unwrap()), "the last model is the best: {losses:?}");
+    let shared = best(3, 3).done();
+    shared.assert_same(&alone);
+    assert_eq!(shared.checkpoints(), alone.checkpoints());
+    let only = |ranks, stage| {
+        let run = TestRun::full().set("max_train_samples", 48).set("max_steps", 4).set("save_only_model", true);
+        over(run.set("save_strategy", "steps").set("save_steps", 2).set("eval_strategy", "no"), ranks, stage)
+    };
+    let alone = only(1, 0).done();
+    let shared = only(3, 3).done();
+    shared.assert_same(&alone);
+    let files = |run: &TestRun, step| names(&run.output().join(format!("checkpoint-{step}")));
+    assert_eq!(files(&shared, 2), files(&alone, 2));
+    let weights = |run: &TestRun| fs::read(run.output().join("checkpoint-2/model.safetensors")).unwrap();
+    assert!(weights(&shared) == weights(&alone));
 }
 
 /// The process of a rank of the run in `output`, by what it says of itself in its log, or the first rank by its lock.
@@ -131,6 +167,15 @@ fn wait_for_step(output: &Path) {
     let started = Instant::now();
     while !fs::read_to_string(output.join("metrics.jsonl")).is_ok_and(|text| text.contains("\"step\"")) {
         assert!(started.elapsed() < Duration::from_mins(1), "no step came");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until something has this name.
+fn wait_for(path: &Path) {
+    let started = Instant::now();
+    while !path.exists() {
+        assert!(started.elapsed() < Duration::from_mins(1), "`{}` did not come", path.display());
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -212,33 +257,237 @@ fn an_error_of_one_rank_is_the_error_of_the_run() {
     assert_eq!(ended.code, Some(1), "{}", ended.err);
 }
 
-/// The rank that writes finds the disk full while the others help to gather what it writes.
+/// The rank that writes everything finds the disk full while the others wait for it.
 #[test]
-fn a_full_disk_of_one_rank_ends_the_run_and_loses_nothing() {
-    for (ranks, stage) in [(2, 0), (3, 2), (4, 3)] {
-        let sft = || TestRun::sft().set("save_total_limit", 1).set("lr_scheduler_type", "constant");
-        let run = |ranks, stage| over(sft(), ranks, stage);
-        let straight = run(1, 0).done();
-        let stopped = run(ranks, stage);
-        stopped.run(&["--set", "max_steps=2"]).expect(0);
-        // Files of at most 200 KiB, which the state of training is not.
-        let ended = stopped.run_limited("ulimit -f 200", &["--resume"]);
-        assert_eq!(ended.code, Some(1), "{}", ended.err);
-        for part in ["cannot write", "trainer_state.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
-            assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
-        }
-        assert_eq!(stopped.checkpoints(), [2]);
-        stopped.run(&["--resume"]).expect(0);
-        assert!(stopped.weights() == straight.weights(), "{ranks} ranks in stage {stage}");
+fn a_full_disk_of_the_first_rank_ends_the_run_and_loses_nothing() {
+    let run = |ranks| over(TestRun::sft().set("save_total_limit", 1).set("lr_scheduler_type", "constant"), ranks, 0);
+    let straight = run(1).done();
+    let stopped = run(2);
+    stopped.run(&["--set", "max_steps=2"]).expect(0);
+    // Files of at most 200 KiB, which the state of training is not.
+    let ended = stopped.run_limited("ulimit -f 200", &["--resume"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.err);
+    for part in ["cannot write", "trainer_state.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+        assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+    }
+    assert_eq!(stopped.checkpoints(), [2]);
+    stopped.run(&["--resume"]).expect(0);
+    assert!(stopped.weights() == straight.weights());
+}
+
+/// Goes on from the newest checkpoint to step 9, where a run that nobody disturbed stands with `straight`.
+#[track_caller]
+fn assert_goes_on(run: &TestRun, straight: &TestRun) {
+    let written = names(&run.output()).into_iter().filter_map(|name| name.strip_prefix("checkpoint-")?.parse().ok());
+    let steps: Vec<u64> = written.collect();
+    steps.iter().for_each(|&step| run.assert_checkpoint(step));
+    if steps.iter().all(|step| *step < 9) {
+        run.run(&["--resume", "--set", "max_steps=9"]).expect(0);
+        assert!(run.weights() == straight.weights(), "the final weights differ");
+        // What was left of a save is gone.
+        run.checkpoints();
     }
 }
 
 #[test]
-fn more_ranks_than_rows_have_nothing_to_learn_and_do_no_harm() {
+fn a_full_disk_of_any_rank_ends_the_run_and_loses_nothing() {
+    let steps = |run: TestRun| run.set("lr_scheduler_type", "constant");
+    let straight = steps(long()).set("max_steps", 9).done();
+    for (victim, stage) in [(1, 2), (2, 3)] {
+        let run = steps(long()).set("zero_stage", stage);
+        let child = start(&mut run.command(&[]));
+        wait_for(&run.output().join("checkpoint-3"));
+        // One rank's files may not grow beyond 20 KiB, which its part of the state does.
+        let process = process_of(&run.output(), victim).unwrap();
+        let limited = Command::new("prlimit").args([format!("--pid={process}"), "--fsize=20480".into()]).status();
+        assert!(limited.unwrap().success());
+        let ended = crate::test_run::end(child);
+        assert_eq!(ended.code, Some(1), "{}", ended.err);
+        let file = format!("trainer_state-{:05}-of-00003.safetensors`", victim + 1);
+        for part in [&format!("rank {victim}"), "cannot write", &file, "ulimit -f", "earlier checkpoints are untouched"]
+        {
+            assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+        }
+        // Nothing of the half checkpoint is left.
+        run.checkpoints();
+        assert_goes_on(&run, &straight);
+    }
+}
+
+/// The first rank fails in the middle of the model, of which the others send it a parameter after the other.
+#[test]
+fn a_full_disk_while_the_model_is_gathered_ends_the_run_and_loses_nothing() {
+    let run = |steps| {
+        let run = TestRun::full().set("max_steps", steps).set("save_strategy", "steps").set("save_steps", 3);
+        over(run.set("lr_scheduler_type", "constant").set("max_train_samples", 48).set("eval_strategy", "no"), 3, 3)
+    };
+    let straight = run(9).done();
+    let stopped = run(300);
+    let child = start(&mut stopped.command(&[]));
+    wait_for(&stopped.output().join("checkpoint-3"));
+    let process = process_of(&stopped.output(), 0).unwrap();
+    let limited = Command::new("prlimit").args([format!("--pid={process}"), "--fsize=100000".into()]).status();
+    assert!(limited.unwrap().success());
+    let ended = crate::test_run::end(child).expect(1);
+    for part in ["cannot write", "model.safetensors`", "ulimit -f", "earlier checkpoints are untouched"] {
+        assert!(ended.err.contains(part), "`{part}` is missing in\n{}", ended.err);
+    }
+    assert!(rank_logs(&stopped).iter().all(|log| log.contains("rank 0") && log.contains("cannot write")));
+    stopped.checkpoints();
+    assert_goes_on(&stopped, &straight);
+}
+
+#[test]
+fn a_rank_that_is_killed_while_all_write_leaves_no_half_checkpoint() {
+    let steps = |run: TestRun| run.set("lr_scheduler_type", "constant");
+    let straight = steps(long()).set("max_steps", 9).done();
+    for victim in 0..3 {
+        let run = steps(long());
+        let child = start(&mut run.command(&[]));
+        wait_for(&run.output().join("checkpoint-3"));
+        let process = process_of(&run.output(), victim).unwrap();
+        let begun = Instant::now();
+        let is_saving = || names(&run.output()).iter().any(|name| name.contains(".partial-"));
+        while !is_saving() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "nothing is saved");
+        }
+        kill("KILL", process);
+        crate::test_run::end(child).expect(3);
+        assert_goes_on(&run, &straight);
+    }
+}
+
+#[test]
+fn a_checkpoint_in_one_file_of_an_older_program_is_read_by_any_ranks() {
+    let run = |ranks, stage| over(TestRun::sft().set("lr_scheduler_type", "constant"), ranks, stage);
+    let straight = run(1, 0).done();
+    let older = run(1, 0);
+    older.run(&["--set", "max_steps=2"]).expect(0);
+    // It did not say which files hold tensors.
+    let checkpoint = older.output().join("checkpoint-2");
+    let edit = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let path = checkpoint.join(name);
+        let mut value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut value);
+        fs::write(path, value.to_string()).unwrap();
+    };
+    edit("trainer_state.json", &|state| {
+        assert_eq!(state["version"], 1);
+        assert_eq!(state["tensor_files"], serde_json::json!(["trainer_state.safetensors"]));
+        state.as_object_mut().unwrap().remove("tensor_files");
+    });
+    let (blake3, bytes) = trainer::fs::checksum(&checkpoint.join("trainer_state.json")).unwrap();
+    edit("manifest.json", &|manifest| {
+        manifest["files"]["trainer_state.json"] = serde_json::json!({"bytes": bytes, "blake3": blake3});
+    });
+    let more = ["num_processes=3", "zero_stage=3", "gradient_accumulation_steps=4"];
+    let mut arguments = vec!["--resume"];
+    arguments.extend(more.iter().flat_map(|more| ["--set", more]));
+    older.run(&arguments).expect(0);
+    older.assert_same(&straight);
+}
+
+/// Completions that a rank was dealt and that it took of those that were not, over all batches, by what it says of them.
+fn made_by(log: &str) -> [usize; 2] {
+    let mut sums = [0; 2];
+    for line in log.lines().filter(|line| line.contains("were dealt to this rank")) {
+        let said = line.split("completions: ").nth(1).unwrap();
+        let numbers: Vec<usize> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        sums.iter_mut().zip(&numbers).for_each(|(sum, number)| *sum += number);
+    }
+    sums
+}
+
+#[test]
+fn completions_of_a_slow_rank_are_made_by_the_others_and_are_the_same() {
     let run = |ranks| {
-        let run = TestRun::sft().set("packing", "false").set("max_train_samples", 3).set("eval_strategy", "no");
-        over(run.set("eval_fraction", "null"), ranks, 2).set("per_device_train_batch_size", 1)
+        let run = TestRun::grpo().set("num_generations", 2).set("max_completion_length", 48).set("max_steps", 5);
+        over(run, ranks, 0)
     };
     let alone = run(1).done();
-    run(4).done().assert_same(&alone);
+    let shared = run(2);
+    let mut command = shared.command(&[]);
+    command.env("TRAINER_LOG", "warn,trainer=debug");
+    let child = start(&mut command);
+    wait_for_step(&shared.output());
+    let slow = process_of(&shared.output(), 1).unwrap();
+    let is_over = AtomicBool::new(false);
+    // The number of a process that has ended may be another's.
+    let runs = || fs::read_to_string(format!("/proc/{slow}/cmdline")).is_ok_and(|line| line.contains("output_dir"));
+    let ended = std::thread::scope(|scope| {
+        // The second rank runs a tenth of the time.
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) && runs() {
+                kill("STOP", slow);
+                std::thread::sleep(Duration::from_millis(45));
+                kill("CONT", slow);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let ended = crate::test_run::end(child);
+        is_over.store(true, Ordering::Relaxed);
+        ended
+    });
+    let ended = ended.expect(0);
+    let [dealt, taken] = made_by(&ended.err);
+    let [dealt_to_slow, taken_by_slow] = made_by(&rank_logs(&shared).concat());
+    assert_eq!(dealt + taken + dealt_to_slow + taken_by_slow, alone.completions().len());
+    assert!(taken > 2 * taken_by_slow && dealt.abs_diff(dealt_to_slow) < dealt, "{taken} and {taken_by_slow}");
+    shared.assert_same(&alone);
+}
+
+#[test]
+fn a_signal_while_ranks_take_from_each_other_is_a_step_that_was_not_begun() {
+    let run = || {
+        let run = TestRun::grpo().set("num_generations", 2).set("max_completion_length", 48).set("max_steps", 40);
+        over(run, 3, 0).set("save_strategy", "no")
+    };
+    let straight = run().done();
+    for whom in [0, 2] {
+        let stopped = run();
+        let child = start(&mut stopped.command(&[]));
+        wait_for_step(&stopped.output());
+        kill("TERM", process_of(&stopped.output(), whom).unwrap());
+        crate::test_run::end(child).expect(130);
+        stopped.run(&["--resume"]).expect(0);
+        stopped.assert_same(&straight);
+    }
+}
+
+/// Ranks on machines whose `output_dir` is not one folder: the first writes what it has by itself, and parts are refused at once.
+#[test]
+fn ranks_without_a_shared_folder_write_no_parts_and_say_what_is_needed() {
+    let run = |stage| {
+        let run = over(TestRun::sft(), 2, stage).set("max_steps", 2).set("eval_strategy", "no");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let elsewhere = format!("output_dir={}", run.beside("elsewhere").display());
+        let rank = |rank: usize, more: &[&str]| {
+            let mut command = run.command(more);
+            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string()).env("WORLD_SIZE", "2");
+            start(command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string()))
+        };
+        let (first, second) = (rank(0, &[]), rank(1, &["--set", &elsewhere]));
+        let second = std::thread::spawn(move || crate::test_run::end(second));
+        let first = crate::test_run::end(first);
+        (first, second.join().unwrap(), run)
+    };
+    let (first, second, done) = run(0);
+    assert_eq!((first.code, second.code), (Some(0), Some(0)), "{}\n{}", first.err, second.err);
+    assert_eq!(done.checkpoints(), [2]);
+    done.assert_checkpoint(2);
+    let (first, _, stopped) = run(2);
+    first.expect_error(1, &["of rank 0 (on ", "is not what rank 1 (on ", "that all nodes share", "zero_stage: 0"]);
+    assert!(stopped.checkpoints().is_empty() && !stopped.has("metrics.jsonl"));
+}
+
+#[test]
+fn more_ranks_than_rows_have_nothing_to_learn_and_do_no_harm() {
+    let run = |ranks, stage| {
+        let run = TestRun::sft().set("packing", "false").set("max_train_samples", 3).set("eval_strategy", "no");
+        over(run.set("eval_fraction", "null"), ranks, stage).set("per_device_train_batch_size", 1)
+    };
+    let alone = run(1, 0).done();
+    for stage in [2, 3] {
+        run(4, stage).done().assert_same(&alone);
+    }
 }

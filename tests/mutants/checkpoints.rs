@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use trainer::checkpoint::{self, FileEntry, Manifest, Writer};
+use trainer::checkpoint::{self, FileEntry, Manifest, Part, PartsWriter, Writer};
 use trainer::config::{Context, Source, load_grpo, load_sft};
 use trainer::ranks::Alone;
 use trainer::reward;
@@ -28,6 +28,15 @@ fn prepare_checkpoint(good: &Path) {
     let values = [1.0, 2.0, 3.0, 4.0];
     let tensors = [("a".to_string(), &values[..], vec![2, 2]), ("b".to_string(), &values[1..], vec![3])];
     writer.add_tensors("tensors.safetensors", tensors).unwrap();
+    // What two ranks have of two tensors.
+    let part = |name: &str, range| Part { name: name.into(), shape: vec![2, 4], range };
+    for (name, parts, count) in
+        [("parts-1", vec![part("c", 0..3), part("d", 0..8)], 11), ("parts-2", vec![part("c", 3..8)], 5)]
+    {
+        let mut file = PartsWriter::create(&writer.place(), &format!("{name}.safetensors"), &parts).unwrap();
+        file.write(&vec![0.5; count]).unwrap();
+        writer.take(file.finish().unwrap()).unwrap();
+    }
     writer.commit(None).unwrap();
 }
 
@@ -42,6 +51,8 @@ fn manifests(good: &Path) -> Seeds {
         file(&good.join("run"), "checkpoint-3/manifest.json"),
         (JOURNAL.into(), journal.into()),
         file(&good.join("run"), "checkpoint-3/tensors.safetensors"),
+        file(&good.join("run"), "checkpoint-3/parts-1.safetensors"),
+        file(&good.join("run"), "checkpoint-3/parts-2.safetensors"),
     ]
 }
 
@@ -80,26 +91,33 @@ fn read_manifest(path: &Path, good: &Path) -> Result<(), String> {
         std::fs::write(run.join(name), "text").unwrap();
     }
     let checkpoint = run.join("checkpoint-3");
-    if name.ends_with(".safetensors") {
-        seal(&checkpoint, "tensors.safetensors");
+    if let Some(name) = name.strip_prefix("checkpoint-3/").filter(|name| name.ends_with(".safetensors")) {
+        seal(&checkpoint, name);
     }
     let settled = checkpoint::settle_earlier(&run).map_err(|e| e.to_string());
     let opened = checkpoint::open(&checkpoint).map_err(|e| e.to_string()).and_then(|opened| {
-        let mut outcome = Ok(());
         for name in opened.manifest().files.keys() {
             assert!(opened.file(name).unwrap().starts_with(&checkpoint), "{name} leads outside");
             let _ = opened.json::<serde_json::Value>(name);
-            if name.ends_with(".safetensors") {
-                outcome = opened.tensors(name).map(|_| ()).map_err(|e| e.to_string());
-            }
         }
-        outcome
+        let names = opened.manifest().files.keys().filter(|name| name.ends_with(".safetensors"));
+        read_all(&opened, &names.cloned().collect::<Vec<_>>()).map_err(|e| e.to_string())
     });
     let _ = checkpoint::find_latest(&run);
     let _ = checkpoint::clean_up(&run);
     assert_eq!(std::fs::read_to_string(&outside).unwrap(), "kept", "something outside was touched");
     settled?;
     if name == JOURNAL { Ok(()) } else { opened }
+}
+
+/// Reads every value of files of tensors.
+fn read_all(checkpoint: &checkpoint::Checkpoint, names: &[String]) -> Result<(), checkpoint::Error> {
+    let tensors = checkpoint.tensors(names)?;
+    for tensor in tensors.names() {
+        let count = tensors.shape(tensor).unwrap().iter().product();
+        assert!(tensors.read(tensor, 0, &mut vec![0.0; count])?, "{tensor} is not all there");
+    }
+    Ok(())
 }
 
 /// The tasks, and lines of their configuration.

@@ -16,7 +16,7 @@ struct Matrix {
   int32_t rows;
   int32_t cols;
   int32_t dtype;
-  int32_t unused;
+  int32_t layout; // 0 but for rows that packed products read: see mma.cuh
 };
 
 constexpr int F32 = 0, F16 = 1, BF16 = 2;

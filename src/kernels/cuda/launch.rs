@@ -44,7 +44,7 @@ pub(super) struct RawMatrix {
     rows: i32,
     cols: i32,
     dtype: i32,
-    unused: i32,
+    layout: i32,
 }
 
 impl From<Matrix<'_>> for RawMatrix {
@@ -55,14 +55,19 @@ impl From<Matrix<'_>> for RawMatrix {
             rows: m.rows as i32,
             cols: m.cols as i32,
             dtype: type_code(m.dtype()),
-            unused: 0,
+            layout: 0,
         }
     }
 }
 
 impl RawMatrix {
+    /// The same with another order of columns and distance of rows, as `mma.cuh` numbers them.
+    pub(super) fn ordered(self, layout: i32, stride: usize) -> Self {
+        Self { layout, stride: stride as i64, ..self }
+    }
+
     /// Stands for an argument that is left out.
-    pub(super) const NONE: Self = Self { data: 0, stride: 0, rows: 0, cols: 0, dtype: 0, unused: 0 };
+    pub(super) const NONE: Self = Self { data: 0, stride: 0, rows: 0, cols: 0, dtype: 0, layout: 0 };
 
     pub(super) fn or_none(matrix: Option<Matrix<'_>>) -> Self {
         matrix.map_or(Self::NONE, Self::from)

@@ -8,6 +8,7 @@
 mod assemble;
 mod attention;
 mod checks;
+mod decode;
 #[cfg(feature = "cuda")]
 mod gemm;
 #[cfg(not(feature = "cuda"))]
@@ -15,10 +16,12 @@ mod gemm;
 mod gemm;
 mod gguf;
 mod head;
+mod lanes;
 mod launch;
 mod nf4;
 mod norm;
 mod optimizer;
+mod packed_product;
 mod paged_attention;
 mod paged_step;
 mod pointwise;
@@ -33,16 +36,28 @@ pub use attention::{
     AttentionPlan, AttentionVariant, SegmentRange, attention_backward, attention_backward_with, attention_forward,
     attention_forward_with,
 };
+pub use decode::{
+    DecodeHeads, LowRankTo, decode_combine, decode_draw, decode_draw_workspace, decode_heads, decode_low_parts,
+    decode_low_rank, decode_norm,
+};
 pub use gemm::{
     begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic, start_choices, take_choices,
     try_noted,
 };
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
+pub use lanes::{Drawn, Lane, Lanes, LanesSize, LanesView};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 pub use optimizer::{adamw, sums_of_squares};
-pub use paged_attention::{PagedCache, copy_pages, paged_attention, paged_attention_workspace, write_pages};
+pub use packed_product::{
+    LowRank, PackedOperand, PackedWeights, ProductCard, ProductForm, ProductKind, ProductOutput, ProductWorkspace,
+    RANK_STEP, RowLayout, Rows, packed_product,
+};
+pub use paged_attention::{
+    PagedCache, copy_pages, decode_attention, decode_attention_workspace, paged_attention, paged_attention_workspace,
+    write_pages,
+};
 pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 pub use products::{Accumulate, Side, Taken, Tried};

@@ -8,10 +8,10 @@ use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
 /// Maxima that share one nested maximum.
-const NESTED_BLOCK: usize = 256;
+pub(super) const NESTED_BLOCK: usize = 256;
 
 /// Values of the map of 8-bit maxima.
-const MAP_LEN: usize = 256;
+pub(super) const MAP_LEN: usize = 256;
 
 kernels! {
     // Of `nf4.cu`.

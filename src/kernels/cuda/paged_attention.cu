@@ -16,7 +16,7 @@
 //   attend_plain: everything else; one row, up to 8 heads, 16 keys at a time in f32.
 //   combine: a warp for each (row, head) whose context was split.
 // Bound: bytes of keys and values for decoding, tensor cores or cache bandwidth for prompts.
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace {
 
@@ -33,24 +33,13 @@ struct Attention {
   int heads, kv_heads, d, page_tokens;
   int splits, split_keys;
   int head_tile, head_tiles; // heads of a block; blocks for the heads of one key-value head
+  bool keeps_parts;          // parts also of contexts that are one part; who asks for that adds them
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ float load_any(const void *data, int dtype, int64_t at) {
-  if (dtype == F32) return static_cast<const float *>(data)[at];
-  if (dtype == F16) return to_float(static_cast<const __half *>(data)[at]);
-  return to_float(static_cast<const __nv_bfloat16 *>(data)[at]);
-}
-
-__device__ __forceinline__ void store_any(void *data, int dtype, int64_t at, float x) {
-  if (dtype == F32) static_cast<float *>(data)[at] = x;
-  else if (dtype == F16) static_cast<__half *>(data)[at] = from_float<__half>(x);
-  else static_cast<__nv_bfloat16 *>(data)[at] = from_float<__nv_bfloat16>(x);
 }
 
 __device__ __forceinline__ int64_t split_index(const Attention &a, int64_t row, int head, int split) {
@@ -62,11 +51,16 @@ __device__ __forceinline__ float2 *split_sums(const Attention &a) {
   return reinterpret_cast<float2 *>(a.partial + (parts + 1) / 2 * 2);
 }
 
+// Whether a row's result is parts.
+__device__ __forceinline__ bool has_parts(const Attention &a, int context) {
+  return a.keeps_parts || context > a.split_keys;
+}
+
 // One value of a row's result, or of its part for this split.
 __device__ __forceinline__ void put(const Attention &a, int64_t row, int head, int context, int split, int col,
                                     float sum, float x) {
-  if (context <= a.split_keys) {
-    store_any(a.out.data, a.out.dtype, row * a.out.stride + static_cast<int64_t>(head) * a.d + col,
+  if (!has_parts(a, context)) {
+    store_any(a.out.data, a.out.dtype, place_of(a.out, static_cast<int>(row), head * a.d + col),
               sum > 0.0f ? x / sum : 0.0f);
   } else {
     a.partial[split_index(a, row, head, split) * a.d + col] = x;
@@ -102,31 +96,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(at)
                : "memory");
-}
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                        uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  Pack<T, 2> pair;
-  pair.v[0] = from_float<T>(low);
-  pair.v[1] = from_float<T>(high);
-  return *reinterpret_cast<uint32_t *>(&pair);
 }
 
 #endif
@@ -224,6 +193,8 @@ template <typename T, int D> __global__ void __launch_bounds__(THREADS, 3) atten
   uint32_t *slots = reinterpret_cast<uint32_t *>(shared + 4 * STAGE);
   uint32_t shared_at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.y;
+  launch_dependents();
+  wait_for_dependency();
   int blocks_per_row = a.kv_heads * a.head_tiles;
   int64_t row0 = blockIdx.x / blocks_per_row;
   int kv_head = blockIdx.x % blocks_per_row / a.head_tiles, tile = blockIdx.x % a.head_tiles;
@@ -360,7 +331,7 @@ template <typename T, int D> __global__ void __launch_bounds__(THREADS, 3) atten
         put(a, row0 + token, head, context, split, col, acc.sum[r], acc.o[i][r * 2]);
         put(a, row0 + token, head, context, split, col + 1, acc.sum[r], acc.o[i][r * 2 + 1]);
       }
-      if (context > a.split_keys && lane % 4 == 0)
+      if (has_parts(a, context) && lane % 4 == 0)
         split_sums(a)[split_index(a, row0 + token, head, split)] = make_float2(acc.maximum[r], acc.sum[r]);
     }
     return;
@@ -396,7 +367,7 @@ template <typename T, int D> __global__ void __launch_bounds__(THREADS, 3) atten
       x += weight * parts[(w * 16 + pair) * D + col];
     }
     put(a, row0 + token, head, context, split, col, sum, x);
-    if (context > a.split_keys && col == 0)
+    if (has_parts(a, context) && col == 0)
       split_sums(a)[split_index(a, row0 + token, head, split)] = make_float2(top, sum);
   }
 #endif
@@ -430,6 +401,8 @@ template <typename T, int DIMS, int VECTOR> __global__ void __launch_bounds__(TH
   constexpr int WIDTH = DIMS * 32;
   __shared__ __align__(16) float keys[PLAIN_KEYS][WIDTH], values[PLAIN_KEYS][WIDTH];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.y;
+  launch_dependents();
+  wait_for_dependency();
   int blocks_per_row = a.kv_heads * a.head_tiles;
   int64_t row = blockIdx.x / blocks_per_row;
   int kv_head = blockIdx.x % blocks_per_row / a.head_tiles, tile = blockIdx.x % a.head_tiles;
@@ -527,13 +500,15 @@ template <typename T, int DIMS, int VECTOR> __global__ void __launch_bounds__(TH
       int col = i * 32 + lane;
       if (col < a.d) put(a, row, head0 + head, context, split, col, sum[h], o[h][i]);
     }
-    if (context > a.split_keys && lane == 0)
+    if (has_parts(a, context) && lane == 0)
       split_sums(a)[split_index(a, row, head0 + head, split)] = make_float2(maximum[h], sum[h]);
   }
 }
 
 // Adds the parts of rows whose context was split, in the order of the splits.
 __global__ void __launch_bounds__(THREADS) combine(Attention a) {
+  launch_dependents();
+  wait_for_dependency();
   int64_t index = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   int64_t row = index / a.heads;
@@ -561,8 +536,8 @@ __global__ void __launch_bounds__(THREADS) combine(Attention a) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     int col = i * 32 + lane;
-    int64_t to = row * a.out.stride + static_cast<int64_t>(head) * a.d + col;
-    if (col < a.d) store_any(a.out.data, a.out.dtype, to, x[i] / sum);
+    if (col < a.d)
+      store_any(a.out.data, a.out.dtype, place_of(a.out, static_cast<int>(row), head * a.d + col), x[i] / sum);
   }
 }
 
@@ -610,8 +585,7 @@ template <typename T, int D> int launch_tiles(Attention a, cudaStream_t stream) 
       cudaFuncSetAttribute(attend_tiles<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile_bytes<D>());
   if (code != cudaSuccess) return static_cast<int>(code);
   dim3 grid(static_cast<uint32_t>(a.q.rows) * a.kv_heads * a.head_tiles, a.splits);
-  attend_tiles<T, D><<<grid, THREADS, tile_bytes<D>(), stream>>>(a);
-  return LAUNCHED();
+  return launch_after(attend_tiles<T, D>, grid, THREADS, tile_bytes<D>(), stream, a);
 }
 
 template <typename T, int VECTOR> int launch_plain(Attention a, cudaStream_t stream) {
@@ -619,10 +593,9 @@ template <typename T, int VECTOR> int launch_plain(Attention a, cudaStream_t str
   a.head_tile = group < PLAIN_HEADS ? group : PLAIN_HEADS;
   a.head_tiles = (group + a.head_tile - 1) / a.head_tile;
   dim3 grid(static_cast<uint32_t>(a.q.rows) * a.kv_heads * a.head_tiles, a.splits);
-  if (a.d <= 64) attend_plain<T, 2, VECTOR><<<grid, THREADS, 0, stream>>>(a);
-  else if (a.d <= 128) attend_plain<T, 4, VECTOR><<<grid, THREADS, 0, stream>>>(a);
-  else attend_plain<T, 8, VECTOR><<<grid, THREADS, 0, stream>>>(a);
-  return LAUNCHED();
+  if (a.d <= 64) return launch_after(attend_plain<T, 2, VECTOR>, grid, THREADS, 0, stream, a);
+  if (a.d <= 128) return launch_after(attend_plain<T, 4, VECTOR>, grid, THREADS, 0, stream, a);
+  return launch_after(attend_plain<T, 8, VECTOR>, grid, THREADS, 0, stream, a);
 }
 
 } // namespace
@@ -654,13 +627,14 @@ extern "C" int paged_copy(const uint64_t *stores, int num_stores, const uint32_t
 
 extern "C" int paged_attend(Matrix out, Matrix q, const void *keys, const void *values, int dtype,
                             const uint32_t *tables, const uint32_t *rows, float *partial, float scale_log2,
-                            int kv_heads, int d, int page_tokens, int splits, int split_keys, cudaStream_t stream) {
+                            int kv_heads, int d, int page_tokens, int splits, int split_keys, int keeps_parts,
+                            cudaStream_t stream) {
   if (q.rows == 0 || q.cols == 0) return 0;
   Attention a{};
   a.out = out, a.q = q, a.keys = keys, a.values = values, a.tables = tables;
   a.rows = reinterpret_cast<const uint2 *>(rows), a.partial = partial, a.scale_log2 = scale_log2;
   a.heads = q.cols / d, a.kv_heads = kv_heads, a.d = d, a.page_tokens = page_tokens;
-  a.splits = splits, a.split_keys = split_keys;
+  a.splits = splits, a.split_keys = split_keys, a.keeps_parts = keeps_parts != 0;
   int device = 0, major = 0;
   cudaError_t code = cudaGetDevice(&device);
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -678,8 +652,7 @@ extern "C" int paged_attend(Matrix out, Matrix q, const void *keys, const void *
     done = is_aligned_cache && d % 8 == 0 ? launch_plain<__nv_bfloat16, 8>(a, stream)
                                           : launch_plain<__nv_bfloat16, 1>(a, stream);
   }
-  if (done != 0 || splits == 1) return done;
+  if (done != 0 || splits == 1 || a.keeps_parts) return done;
   int64_t warps = static_cast<int64_t>(q.rows) * a.heads;
-  combine<<<static_cast<uint32_t>((warps + WARPS - 1) / WARPS), THREADS, 0, stream>>>(a);
-  return LAUNCHED();
+  return launch_after(combine, static_cast<uint32_t>((warps + WARPS - 1) / WARPS), THREADS, 0, stream, a);
 }

@@ -6,6 +6,9 @@ use std::f32::consts::LOG2_E;
 
 use candle_core::{DType, Device};
 
+use super::checks::expect_array;
+use super::decode::check_cache;
+use super::lanes::LanesView;
 use super::launch::{RawMatrix, RawStream, kernels, launched, stream, type_code};
 use super::paged_step::{PageStores, PagedSize, PagedStep};
 use crate::device::{Error, Matrix, Pointer, argument, array, upload_u32};
@@ -30,6 +33,7 @@ kernels! {
         page_tokens: i32,
         splits: i32,
         split_keys: i32,
+        keeps_parts: i32,
         stream: RawStream,
     ) -> i32;
 }
@@ -251,6 +255,76 @@ pub fn paged_attention(
             page_tokens as i32,
             splits as i32,
             split_keys as i32,
+            0,
+            stream(device)?,
+        )
+    };
+    launched(KERNEL, code)
+}
+
+/// Keys of a block of [`decode_attention`]: as many for every number of lanes and keys, so that sums do not depend on them.
+pub(super) const LANE_SPLIT_KEYS: usize = 128;
+
+/// Parts of contexts up to `max_context`.
+pub(super) fn lane_splits(max_context: usize) -> usize {
+    max_context.div_ceil(LANE_SPLIT_KEYS).max(1)
+}
+
+/// Floats of the workspace of [`decode_attention`] for contexts up to `max_context`.
+pub fn decode_attention_workspace(lanes: usize, heads: usize, head_dim: usize, max_context: usize) -> usize {
+    lanes * heads * lane_splits(max_context) * (head_dim + 2) + 1
+}
+
+/// Attention of each lane's query over its tokens in the cache, this step's included: parts for each 128 keys, which
+/// [`super::decode_combine`] adds; the order of the sums does not depend on the other lanes. A lane whose context is longer than
+/// `max_context` is cut off there.
+///
+/// # Shapes
+/// `q`: `[M, H D]` of the cache's type; `parts`: f32, [`decode_attention_workspace`] elements.
+///
+/// # Errors
+/// If shapes or types do not fit, the lanes are over another cache, or the launch fails.
+pub fn decode_attention(
+    device: &Device,
+    parts: Pointer<'_>,
+    q: Matrix<'_>,
+    cache: PagedCache<'_>,
+    lanes: &LanesView<'_>,
+    max_context: usize,
+    scale: f32,
+) -> Result<(), Error> {
+    const KERNEL: &str = "decode attention";
+    check_cache(KERNEL, &cache, lanes, q.dtype())?;
+    let PagedCache { kv_heads, head_dim, page_tokens, .. } = cache;
+    if q.rows != lanes.lanes || !q.cols.is_multiple_of(kv_heads * head_dim) {
+        return Err(argument(KERNEL, "q", q.shape(), format!("[{}, H · {head_dim}]", lanes.lanes)));
+    }
+    let splits = lane_splits(max_context);
+    let needed = decode_attention_workspace(q.rows, q.cols / head_dim, head_dim, max_context);
+    expect_array(KERNEL, "parts", parts, DType::F32, needed)?;
+    if !parts.address.is_multiple_of(8) || splits > MAX_GRID_ROWS {
+        return Err(argument(KERNEL, "parts", (parts, splits), "a multiple of 8 bytes, at most 65,535 parts"));
+    }
+    // SAFETY: views of live device memory whose shapes were checked; lanes stand in pages of this cache, as `Lanes` sees to; the
+    // stream orders the accesses.
+    let code = unsafe {
+        paged_attend(
+            // Only the parts are written.
+            q.into(),
+            q.into(),
+            cache.keys.address,
+            cache.values.address,
+            type_code(cache.dtype),
+            lanes.tables.address,
+            lanes.rows.address,
+            parts.address,
+            scale * LOG2_E,
+            kv_heads as i32,
+            head_dim as i32,
+            page_tokens as i32,
+            splits as i32,
+            LANE_SPLIT_KEYS as i32,
+            1,
             stream(device)?,
         )
     };

@@ -29,7 +29,9 @@ struct Axpby {
 
   __device__ __forceinline__ int row(int64_t) const { return 0; }
   __device__ __forceinline__ float operator()(int, int64_t, float x) const { return alpha * x; }
-  __device__ __forceinline__ float operator()(int, int64_t, float x, float y) const { return alpha * x + beta * y; }
+  __device__ __forceinline__ float operator()(int, int64_t, float x, float y) const {
+    return __fadd_rn(__fmul_rn(alpha, x), __fmul_rn(beta, y)); // as the CPU
+  }
 };
 
 __device__ __forceinline__ uint64_t mix(uint64_t bits) {

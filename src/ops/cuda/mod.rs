@@ -6,6 +6,7 @@
 pub(crate) mod attention;
 pub(crate) mod buffer;
 pub(crate) mod head;
+pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod paged_attention;

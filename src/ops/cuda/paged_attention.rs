@@ -65,6 +65,29 @@ impl Step {
     }
 }
 
+/// Keys and values of one layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerPages {
+    shape: PagesShape,
+    dtype: DType,
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl LayerPages {
+    /// As kernels take them.
+    pub(crate) fn cache(&self) -> Result<PagedCache<'_>, Error> {
+        let PagesShape { page_tokens, kv_heads, head_dim, .. } = self.shape;
+        let (keys, values) = (array(&self.keys)?, array(&self.values)?);
+        Ok(PagedCache { keys, values, dtype: self.dtype, kv_heads, head_dim, page_tokens })
+    }
+
+    /// Whether it is the same memory.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.keys.id() == other.keys.id()
+    }
+}
+
 impl Pages {
     /// A cache whose content is not defined until it is written.
     ///
@@ -87,19 +110,12 @@ impl Pages {
         self.shape
     }
 
-    fn layer(&self, layer: usize) -> Result<PagedCache<'_>, Error> {
+    /// The pages of a layer, which share the memory.
+    pub(crate) fn layer(&self, layer: usize) -> Result<LayerPages, Error> {
         let (Some(keys), Some(values)) = (self.keys.get(layer), self.values.get(layer)) else {
             return Err(shape_error("key-value cache", "layer", layer, format!("below {}", self.shape.layers)));
         };
-        let PagesShape { page_tokens, kv_heads, head_dim, .. } = self.shape;
-        Ok(PagedCache {
-            keys: array(keys)?,
-            values: array(values)?,
-            dtype: self.dtype,
-            kv_heads,
-            head_dim,
-            page_tokens,
-        })
+        Ok(LayerPages { shape: self.shape, dtype: self.dtype, keys: keys.clone(), values: values.clone() })
     }
 
     /// Copies whole pages in every layer; no destination may be another copy's source or destination.
@@ -128,7 +144,8 @@ impl Pages {
         room: usize,
     ) -> Result<Wide, Error> {
         let device = q.device();
-        let cache = self.layer(layer)?;
+        let layer = self.layer(layer)?;
+        let cache = layer.cache()?;
         let PagesShape { kv_heads, head_dim, .. } = self.shape;
         let _span = span(device, Phase::Attention)?;
         let from = matrix(q)?;

@@ -21,6 +21,8 @@ pub(super) enum Kind {
     StartOver = 2,
     /// The sender ends with an error, whose text follows.
     Failure = 3,
+    /// The sender asks the first rank for a number, and gets it.
+    Turn = 4,
 }
 
 /// Which collective it belongs to.
@@ -34,6 +36,8 @@ pub(super) enum Operation {
     StartOver = 4,
     /// What goes on beside these frames.
     Exchange = 5,
+    /// No collective.
+    NextTurn = 6,
 }
 
 impl Operation {
@@ -45,6 +49,7 @@ impl Operation {
             Self::Barrier => "barrier",
             Self::StartOver => "start_over",
             Self::Exchange => "the exchange between GPUs",
+            Self::NextTurn => "next_turn",
         }
     }
 }
@@ -84,6 +89,7 @@ impl Frame {
             1 => Kind::Beat,
             2 => Kind::StartOver,
             3 => Kind::Failure,
+            4 => Kind::Turn,
             _ => return Err(damaged()),
         };
         let operation = match header[5] {
@@ -92,6 +98,7 @@ impl Frame {
             2 => Operation::AllToAll,
             3 => Operation::Barrier,
             4 => Operation::StartOver,
+            6 => Operation::NextTurn,
             _ => return Err(damaged()),
         };
         if header[..4] != MAGIC || length > MOST_BYTES {

@@ -23,6 +23,14 @@ pub(super) enum Taken {
     Nothing,
 }
 
+/// What there is of a number that was asked for.
+pub(super) enum TakenTurn {
+    Number(u64),
+    /// As [`Taken::StartOver`].
+    StartOver,
+    Nothing,
+}
+
 pub(super) struct Inboxes {
     state: Mutex<State>,
     arrived: Condvar,
@@ -32,6 +40,37 @@ struct State {
     /// How often this rank has left work at hand.
     generation: u32,
     of: Vec<Inbox>,
+    /// The number that the first rank gave last.
+    turn: Option<Turn>,
+}
+
+/// A number that one rank gets of those that ranks share between two collectives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Turn {
+    /// How often the rank that asked had left work at hand, and its last collective.
+    pub(super) after: (u32, u64),
+    pub(super) number: u64,
+}
+
+/// The numbers, at the first rank.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    after: (u32, u64),
+    next: u64,
+}
+
+impl Turns {
+    /// The next number between a collective and the one after it. Who asks for an earlier place is late: there is none for it.
+    pub(super) fn next(&mut self, after: (u32, u64)) -> Turn {
+        if after < self.after {
+            return Turn { after, number: u64::MAX };
+        }
+        if after > self.after {
+            *self = Self { after, next: 0 };
+        }
+        self.next += 1;
+        Turn { after, number: self.next - 1 }
+    }
 }
 
 #[derive(Default)]
@@ -43,10 +82,17 @@ struct Inbox {
     left_after: u64,
 }
 
+impl State {
+    /// Whether a rank has left the work at hand before it gave its share of the collective `round`.
+    fn has_left(&self, round: u64) -> bool {
+        self.of.iter().any(|inbox| inbox.generation > self.generation && inbox.left_after < round)
+    }
+}
+
 impl Inboxes {
     pub(super) fn new(world_size: usize) -> Self {
         let of = (0..world_size).map(|_| Inbox::default()).collect();
-        Self { state: Mutex::new(State { generation: 0, of }), arrived: Condvar::new() }
+        Self { state: Mutex::new(State { generation: 0, of, turn: None }), arrived: Condvar::new() }
     }
 
     /// The state is only ever changed by single steps, so a panic elsewhere leaves it whole.
@@ -66,6 +112,29 @@ impl Inboxes {
         }
         drop(state);
         self.arrived.notify_all();
+    }
+
+    pub(super) fn put_turn(&self, turn: Turn) {
+        self.lock().turn = Some(turn);
+        self.arrived.notify_all();
+    }
+
+    /// The number that was asked for after a collective; waits for it at most for `time`.
+    pub(super) fn take_turn(&self, after: (u32, u64), time: Duration) -> TakenTurn {
+        let mut state = self.lock();
+        for is_last in [false, true] {
+            // Who asks is before the next collective.
+            if state.has_left(after.1 + 1) {
+                return TakenTurn::StartOver;
+            }
+            if let Some(turn) = state.turn.take_if(|turn| turn.after == after) {
+                return TakenTurn::Number(turn.number);
+            }
+            if !is_last {
+                state = self.arrived.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        TakenTurn::Nothing
     }
 
     pub(super) fn end(&self, peer: usize, end: End) {
@@ -120,7 +189,7 @@ impl Inboxes {
             {
                 return Taken::Frame(frame);
             }
-            if state.of.iter().any(|inbox| inbox.generation > current && inbox.left_after < round) {
+            if state.has_left(round) {
                 return Taken::StartOver;
             }
             if !is_last {

@@ -2,7 +2,8 @@
 //!
 //! [`connect`] meets the others at rank 0 and returns the group. A collective is one frame to every other rank and one from each;
 //! a thread per connection reads frames as they come, so that nobody's writing waits for somebody's computing. A further thread
-//! tells the others every second that this process runs.
+//! tells the others every second that this process runs. What ranks take in turn the first rank gives out, on the thread that reads
+//! who asks: no rank waits for what another computes.
 //!
 //! No wait is for ever. A connection that ends, a rank that says that it failed, a rank of which nothing is heard, and a rank that
 //! computes beyond the deadline are errors of their own, which name the rank, its host and the collective. Time is counted in
@@ -20,7 +21,7 @@ use std::time::Duration;
 use super::control::check_root;
 use super::{Error, Ranks};
 use frame::{Frame, Kind, Operation};
-use inbox::{End, Inboxes};
+use inbox::{End, Inboxes, TakenTurn, Turn, Turns};
 pub use meeting::{Meeting, connect, free_port};
 
 /// Time between two looks at what has come and who is there.
@@ -45,6 +46,8 @@ struct Shared {
     silence: Duration,
     peers: Vec<Option<Peer>>,
     inboxes: Inboxes,
+    /// Those that the first rank gives out.
+    turns: Mutex<Turns>,
     /// Ticks of this process so far.
     ticks: AtomicU64,
     is_over: AtomicBool,
@@ -90,6 +93,7 @@ impl Tcp {
             silence: LONGEST_SILENCE.min(deadline),
             inboxes: Inboxes::new(peers.len()),
             peers,
+            turns: Mutex::default(),
             ticks: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
         });
@@ -155,6 +159,7 @@ impl Shared {
                     self.inboxes.end(peer, End::Failed(String::from_utf8_lossy(&bytes).into_owned()));
                     return;
                 }
+                Ok(frame) if frame.kind == Kind::Turn => self.pass_turn(peer, &frame),
                 Ok(frame) => self.inboxes.put(peer, frame),
                 Err(_) => {
                     self.inboxes.end(peer, End::Gone);
@@ -162,6 +167,27 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// The first rank is asked for a number, and another gets it.
+    fn pass_turn(&self, peer: usize, frame: &Frame) {
+        if self.rank > 0 {
+            let (numbers, _) = frame.bytes.as_chunks::<8>();
+            if let [generation, number] = *numbers {
+                let (generation, number) = (u64::from_le_bytes(generation) as u32, u64::from_le_bytes(number));
+                self.inboxes.put_turn(Turn { after: (generation, frame.round), number });
+            }
+            return;
+        }
+        let turn = self.give_turn((frame.generation, frame.round));
+        let bytes = [u64::from(turn.after.0), turn.number].map(u64::to_le_bytes).concat();
+        let since = self.ticks.load(Ordering::Relaxed);
+        // Who is gone needs none, and who takes nothing any more is found out by a collective.
+        let _ = self.send(peer, Kind::Turn, Operation::NextTurn, frame.round, &bytes, since);
+    }
+
+    fn give_turn(&self, after: (u32, u64)) -> Turn {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner).next(after)
     }
 
     /// Counts time.
@@ -348,6 +374,27 @@ impl Ranks for Tcp {
         }
         *round = 0;
         Ok(())
+    }
+
+    fn next_turn(&self, _taken: u64) -> Result<u64, Error> {
+        let round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &self.shared;
+        let (since, operation) = (shared.ticks.load(Ordering::Relaxed), Operation::NextTurn);
+        let after = (shared.inboxes.generation(), *round);
+        if self.rank() == 0 {
+            shared.inboxes.put_turn(shared.give_turn(after));
+        } else {
+            shared.send(0, Kind::Turn, operation, *round, &[], since)?;
+        }
+        loop {
+            match shared.inboxes.take_turn(after, TICK) {
+                TakenTurn::Number(number) => return Ok(number),
+                TakenTurn::StartOver => {
+                    return Err(Error::StartOver { rank: self.rank(), operation: operation.name() });
+                }
+                TakenTurn::Nothing => shared.check_others(operation, since, &|peer| peer == 0)?,
+            }
+        }
     }
 
     fn lost(&self) -> Option<Error> {

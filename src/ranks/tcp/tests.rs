@@ -128,6 +128,83 @@ fn work_that_one_rank_leaves_all_leave_and_begin_anew() {
 }
 
 #[test]
+fn each_turn_goes_to_one_rank_while_the_first_is_busy() {
+    let started = Instant::now();
+    let results = on_ranks(3, DEADLINE, |ranks| {
+        let take = |count: u64| (0..count).map(|n| ranks.next_turn(n).unwrap()).collect::<Vec<_>>();
+        let mut all = Vec::new();
+        for round in 0..10 {
+            // The first rank computes meanwhile, and asks too when it is done.
+            if ranks.rank() == 0 {
+                std::thread::sleep(TICK);
+            }
+            all.push(take(ranks.rank() as u64 + round));
+            ranks.barrier().unwrap();
+        }
+        all
+    });
+    for round in 0..10 {
+        let mut numbers: Vec<u64> = results.iter().flat_map(|all| all[round].clone()).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..3 + 3 * round as u64).collect::<Vec<_>>());
+    }
+    assert!(started.elapsed() < Duration::from_secs(15));
+}
+
+#[test]
+fn turns_begin_anew_after_each_collective_and_none_is_left_for_who_asks_late() {
+    let mut turns = Turns::default();
+    let mut number = |after| turns.next(after).number;
+    assert_eq!(
+        [(0, 0), (0, 0), (0, 3), (0, 3), (0, 1), (1, 0), (0, 9), (1, 0)].map(&mut number),
+        [0, 1, 0, 1, u64::MAX, 0, u64::MAX, 1]
+    );
+}
+
+#[test]
+fn who_asks_for_a_turn_hears_that_the_work_was_left_or_the_first_rank_is_gone() {
+    let results = on_ranks(3, DEADLINE, |ranks| {
+        let mut taken = Vec::new();
+        for round in 0..6 {
+            ranks.barrier().unwrap();
+            if ranks.rank() == round % 3 {
+                ranks.start_over().unwrap();
+            } else {
+                // It decodes, and asks between groups.
+                let left = loop {
+                    match ranks.next_turn(0) {
+                        Ok(_) => std::thread::sleep(Duration::from_millis(1)),
+                        Err(error) => break error,
+                    }
+                };
+                assert!(matches!(left, Error::StartOver { operation: "next_turn", .. }), "{left}");
+                ranks.start_over().unwrap();
+            }
+            taken.push(ranks.next_turn(0).unwrap());
+        }
+        ranks.barrier().unwrap();
+        if ranks.rank() == 0 {
+            return (taken, Ok(0));
+        }
+        let lost = loop {
+            match ranks.next_turn(0) {
+                Ok(_) => std::thread::sleep(Duration::from_millis(1)),
+                lost => break lost,
+            }
+        };
+        (taken, lost)
+    });
+    for round in 0..6 {
+        let mut numbers: Vec<u64> = results.iter().map(|(taken, _)| taken[round]).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 1, 2], "they begin anew");
+    }
+    for (_, lost) in &results[1..] {
+        assert!(matches!(lost, Err(Error::PeerLost { peer: 0, operation: "next_turn", .. })), "{lost:?}");
+    }
+}
+
+#[test]
 fn ranks_in_different_collectives_find_out() {
     let results = on_ranks(2, DEADLINE, |ranks| {
         let result = if ranks.rank() == 0 { ranks.barrier() } else { ranks.all_gather_bytes(b"xy").map(drop) };

@@ -254,6 +254,7 @@ fn all_pages_are_free_at_the_end() {
         let mut model = AttentionModel::new(VOCAB);
         let limits = scheduler::Limits { max_num_seqs: 5, max_batch_tokens: 16 };
         let mut scheduler = scheduler::Scheduler::new(limits, num_pages, &requests);
+        scheduler.add(0..requests.len());
         let mut cache = KvCache::new(model.kv_shape(), num_pages, &Device::Cpu).unwrap();
         let rules = sequence::EndRules { eos_token_ids: &[EOS], stop_strings: &[], detokenize: None };
         let mut finished = 0;
@@ -289,7 +290,7 @@ fn all_pages_are_free_at_the_end() {
             if scheduler.unfinished() == 0 {
                 break;
             }
-            let plan = scheduler.plan(&mut cache).unwrap();
+            let plan = scheduler.plan(false, &mut cache).unwrap();
             scheduler.check_pages();
             let logits = model.step(&plan.batch, &mut cache).unwrap().to_vec2::<f32>().unwrap();
             let lanes = scheduler.advance(&plan);
@@ -452,6 +453,62 @@ fn cancelling_ends_before_the_next_step() {
     assert_eq!(again, run(settings(), &requests, &sampling).completions);
     rollout.release_cache();
     assert_eq!(rollout.cache_bytes(), 0);
+}
+
+/// What is taken meanwhile is what it would have been, comes when there is room, and keeps to the limits.
+#[test]
+fn requests_that_are_taken_while_others_are_made_come_out_the_same() {
+    // Five groups of three, of which the last has the prompt of the second.
+    let mut all = requests(&[9, 14, 5, 21, 14], 3);
+    let twin = all[3].prompt_ids.clone();
+    all[12..].iter_mut().for_each(|request| request.prompt_ids.clone_from(&twin));
+    let sampling = SamplingSettings::default();
+    let expected = run(settings(), &all, &sampling).completions;
+    // First, most unfinished, and which of the groups from the first on are taken.
+    let cases: [(usize, usize, &[usize]); 5] =
+        [(6, 6, &[2, 3, 4]), (6, 3, &[4, 2]), (0, 3, &[0, 1, 2, 3, 4]), (3, 12, &[1]), (6, 6, &[])];
+    for (first, most_unfinished, taken) in cases {
+        let settings = RolloutSettings { max_num_seqs: 6, ..settings() };
+        let (mut model, mut rollout) = (AttentionModel::new(VOCAB), Rollout::new(settings).unwrap());
+        let unfinished = Cell::new(first);
+        let mut left = taken.iter();
+        let mut take = || {
+            let group = left.next().map(|group| 3 * group..3 * group + 3);
+            let would_be = unfinished.get() + group.as_ref().map_or(0, |_| 3);
+            assert!(unfinished.get() == 0 || unfinished.get() + 3 <= most_unfinished, "{would_be}");
+            unfinished.set(would_be);
+            Ok(group)
+        };
+        let mut on_event = |event| match event {
+            Event::Finished { .. } => unfinished.set(unfinished.get() - 1),
+            Event::Step { unfinished: counted, running, .. } => {
+                assert_eq!(counted, unfinished.get());
+                assert!(running <= 6);
+            }
+            Event::Token { .. } => {}
+        };
+        let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: None };
+        let reserve = Reserve { first, most_taken: 3, most_unfinished, take: &mut take };
+        let made = rollout.generate_with(&mut model, (&all, reserve), &sampling, 5, 2, &mut caller).unwrap();
+        let is_made = |request: &usize| *request < first || taken.contains(&(request / 3));
+        let wanted: Vec<Completion> = (0..15).filter(is_made).map(|request| expected[request].clone()).collect();
+        assert_same(&made, &wanted, &format!("{first} and {taken:?}"));
+        assert!(left.next().is_none() && unfinished.get() == 0);
+    }
+}
+
+#[test]
+fn a_reserve_that_nothing_can_be_taken_from_ends_the_call_with_its_reason() {
+    let lost = || Error::Reserve(crate::ranks::Error::StartOver { rank: 1, operation: "next_turn" });
+    let (mut model, mut rollout) = (AttentionModel::new(VOCAB), Rollout::new(settings()).unwrap());
+    let mut take = || Err(crate::ranks::Error::StartOver { rank: 1, operation: "next_turn" });
+    let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
+    let reserve = Reserve { first: 2, most_taken: 1, most_unfinished: 2, take: &mut take };
+    let (all, sampling) = (requests(&[4, 6, 5], 1), SamplingSettings::default());
+    let error = rollout.generate_with(&mut model, (&all, reserve), &sampling, 5, 2, &mut caller).unwrap_err();
+    assert_eq!(error.to_string(), lost().to_string());
+    let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
+    assert!(matches!(source, Some(crate::ranks::Error::StartOver { .. })));
 }
 
 #[test]

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Tensor};
 
 use super::{ParamStore, Shared};
-use crate::device::{Buffer, Part, Queue, empty};
+use crate::device::{Buffer, Part, Queue, Ticket, empty};
 use crate::ops::buffer;
+use crate::zero::flat::bytes_of;
 use crate::zero::{Coming, Error, FlatBlock, Node, Sums};
 
 /// Gradients that are not yet where the optimizer takes them.
@@ -67,11 +68,7 @@ impl ParamStore {
         let Some(bucket) = &shared.bucket else { return Ok(()) };
         let source = &self.blocks[shared.param.of_block].flat;
         let Some(entry) = source.entry(&shared.param.of_name) else { return Ok(()) };
-        let inside = |shard: &Range<usize>| {
-            let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
-            clipped(shard.start)..clipped(shard.end)
-        };
-        let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
+        let shards = entry.parts_in(&self.reduced_shards(source));
         let total = self.start_reducing(sums, &bucket.take_sums()?, &shards)?.total()?;
         *lock(&shared.exchanged) = total;
         Ok(())
@@ -87,7 +84,7 @@ impl ParamStore {
         for sum in own {
             let buffer = Arc::new(Buffer::of_tensor(sum.clone())?);
             for (to, shard) in to.iter_mut().zip(shards) {
-                to.push(buffer.part(size_of::<f32>() * shard.start..size_of::<f32>() * shard.end)?);
+                to.push(buffer.part(bytes_of(shard))?);
             }
             buffers.push(buffer);
         }
@@ -122,8 +119,7 @@ impl ParamStore {
         let total = parts.total()?;
         for (shared, entry) in self.sharers(block) {
             if let (Some(total), Some(more)) = (&total, lock(&shared.exchanged).take()) {
-                let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
-                buffer::add(&total.narrow(0, start, more.elem_count())?, &more)?;
+                buffer::add(&total.narrow(0, entry.start_in(&shard), more.elem_count())?, &more)?;
             }
         }
         if !own.flat.is_whole() {
@@ -141,7 +137,8 @@ impl ParamStore {
         if let Some(total) = total {
             buffer::copy(&total, &all.narrow(0, shard.start, shard.len())?)?;
         }
-        let coming = self.gather_in(Arc::new(Buffer::of_tensor(all.clone())?), &shards)?;
+        let (target, made) = (Arc::new(Buffer::of_tensor(all.clone())?), Queue::of(self.device())?.ticket()?);
+        let coming = self.gather_in(target, &shards, made)?;
         match &own.home {
             Some(home) => {
                 coming.arrive()?;
@@ -152,11 +149,9 @@ impl ParamStore {
         Ok(())
     }
 
-    /// Starts the gathering of what each rank has of a buffer, by its values.
-    fn gather_in(&self, target: Arc<Buffer>, shards: &[Range<usize>]) -> Result<Coming, Error> {
-        let bytes: Vec<_> =
-            shards.iter().map(|shard| size_of::<f32>() * shard.start..size_of::<f32>() * shard.end).collect();
-        let made = Queue::of(self.device())?.ticket()?;
+    /// Starts the gathering of what each rank has of a buffer, by its values, after `made`.
+    fn gather_in(&self, target: Arc<Buffer>, shards: &[Range<usize>], made: Ticket) -> Result<Coming, Error> {
+        let bytes: Vec<_> = shards.iter().map(bytes_of).collect();
         let came = match self.sharing.exchange() {
             Some(exchange) => exchange.all_gather_ranges(&target.whole(), &bytes, &made)?,
             None => made,
@@ -171,19 +166,20 @@ impl ParamStore {
         gathering.iter().try_for_each(Coming::arrive)
     }
 
-    /// After a step of the optimizer: starts the way of a block's values from the ranks that moved them to all.
+    /// Starts the way of a block's values to all ranks from those that moved them.
     pub(super) fn exchange_values(&self, block: usize) -> Result<(), Error> {
         let own = &self.blocks[block];
-        if own.flat.is_empty() || own.flat.is_whole() {
-            return self.send_values(block);
-        }
-        let target = match &own.home {
-            Some(home) => home.send_own_values(&own.flat, &self.link)?,
-            None if own.flat.has_all_values() => Some(Arc::new(Buffer::of_tensor(own.flat.values()?)?)),
-            None => None,
+        let (target, moved) = match &own.home {
+            Some(home) => match home.sent_values() {
+                Some(sent) => sent,
+                None => return Ok(()),
+            },
+            None if own.flat.has_all_values() => {
+                (Arc::new(Buffer::of_tensor(own.flat.values()?)?), Queue::of(self.device())?.ticket()?)
+            }
+            None => return Ok(()),
         };
-        let Some(target) = target else { return Ok(()) };
-        *lock(&own.values_coming) = Some(self.gather_in(target, own.flat.shards())?);
+        *lock(&own.values_coming) = Some(self.gather_in(target, own.flat.shards(), moved)?);
         Ok(())
     }
 
@@ -202,18 +198,13 @@ impl ParamStore {
         if !own.is_empty() {
             let place = all.narrow(0, own.start, own.len())?;
             placed = if let Some(locked) = locked {
-                let part = target.part(flat.shard_bytes()[self.sharing.rank()].clone())?;
-                self.link.copies().copy(&locked.whole(), &part, &placed)?
+                self.link.copies().copy(&locked.whole(), &target.part(bytes_of(&own))?, &placed)?
             } else {
                 buffer::copy(&values.to_device(self.device())?, &place)?;
                 Queue::of(self.device())?.ticket()?
             };
         }
-        let came = match self.sharing.exchange() {
-            Some(exchange) => exchange.all_gather_ranges(&target.whole(), &flat.shard_bytes(), &placed)?,
-            None => placed,
-        };
-        coming.push(Coming::new(target, came));
+        coming.push(self.gather_in(target, flat.shards(), placed)?);
         Ok(all)
     }
 }

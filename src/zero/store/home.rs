@@ -1,46 +1,75 @@
-//! Trained values, gradients and the optimizer's state in host memory, beside a GPU that computes with a copy.
+//! Trained values, gradients and the optimizer's state in host memory, or values and state in a file, beside blocks that compute with a copy.
 //!
 //! Gradients go home when they are final, while backward goes on with the blocks before; values come back when the optimizer has
-//! moved them. Both are copied on a queue of their own.
+//! moved them. Both are copied on a queue of their own. Another thread moves a block's values, or this rank's part of them, while
+//! the next step begins; who asks for the block waits for them, and gathers them then where other ranks move the rest.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Tensor};
 
 use super::ParamStore;
 use crate::device::{Buffer, Queue, Ticket, Work, empty};
 use crate::ops::buffer;
+use crate::zero::flat::bytes_of;
 use crate::zero::gradients::Bucket;
 use crate::zero::{Error, FlatBlock, Link};
 
 /// The ways of one block's flat buffers.
 #[derive(Debug)]
 pub(super) struct Home {
-    /// The trained values where the block computes, unless they come for each visit: f32 `[n]`.
-    working: Option<(Tensor, Arc<Buffer>)>,
+    /// Unless the values come for each visit.
+    working: Option<Working>,
     /// The memory of the flat buffers, where it is page-locked.
     values: Option<Arc<Buffer>>,
     grads: Option<Arc<Buffer>>,
     /// When the optimizer has moved the values and sent them, if another thread does it.
     moved: Mutex<Ticket>,
+    /// What kept it from that.
+    problem: Mutex<Option<Error>>,
+    /// When this rank's part of the values is where the block computes.
+    sent: Mutex<Ticket>,
+    /// Whether ranks have moved their parts of the values, and nobody has asked for them since.
+    is_apart: AtomicBool,
+}
+
+/// The trained values where a block computes: f32 `[n]`.
+#[derive(Debug)]
+struct Working {
+    values: Tensor,
+    /// Their memory on a GPU.
+    memory: Option<Arc<Buffer>>,
 }
 
 impl Home {
     /// Where values `stay` where the block computes, unless parameters wait too. They are not sent yet.
     pub(super) fn new(flat: &FlatBlock, link: &Link, stays: bool) -> Result<Self, Error> {
         let working = || {
-            let values = empty(link.device(), flat.len(), DType::F32)?;
-            let buffer = Arc::new(Buffer::of_tensor(values.clone())?);
-            Ok::<_, Error>((values, buffer))
+            let (device, count) = (link.device(), flat.len());
+            if device.is_cpu() {
+                return Ok::<_, Error>(Working { values: Tensor::zeros(count, DType::F32, device)?, memory: None });
+            }
+            let values = empty(device, count, DType::F32)?;
+            let memory = Some(Arc::new(Buffer::of_tensor(values.clone())?));
+            Ok(Working { values, memory })
         };
         let stays = !link.offload().params && stays && !flat.is_empty();
         let lock = |tensor: &Tensor| Ok::<_, Error>(link.lock(tensor)?.map(Arc::new));
         let (values, grads) = (flat.stored().memory().map(lock).transpose()?.flatten(), lock(flat.grads())?);
-        Ok(Self { working: stays.then(working).transpose()?, values, grads, moved: Mutex::new(Ticket::done()) })
+        Ok(Self {
+            working: stays.then(working).transpose()?,
+            values,
+            grads,
+            moved: Mutex::new(Ticket::done()),
+            problem: Mutex::default(),
+            sent: Mutex::new(Ticket::done()),
+            is_apart: AtomicBool::new(false),
+        })
     }
 
     pub(super) fn working_values(&self) -> Option<&Tensor> {
-        self.working.as_ref().map(|(values, _)| values)
+        self.working.as_ref().map(|working| &working.values)
     }
 
     pub(super) fn locked_values(&self) -> Option<&Arc<Buffer>> {
@@ -50,56 +79,53 @@ impl Home {
     /// Has what computes wait for the values that were sent last.
     pub(super) fn arrive(&self) -> Result<(), Error> {
         self.wait_for_optimizer()?;
-        match &self.working {
-            Some((_, buffer)) => Ok(buffer.come_home()?),
+        match self.working.as_ref().and_then(|working| working.memory.as_ref()) {
+            Some(memory) => Ok(memory.come_home()?),
             None => Ok(()),
         }
     }
 
     /// Lets the host wait until the optimizer has moved the values.
+    ///
+    /// # Errors
+    /// What kept it from that, to the first who waits.
     pub(super) fn wait_for_optimizer(&self) -> Result<(), Error> {
-        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ok(moved.wait(None)?)
+        let moved = lock(&self.moved).clone();
+        moved.wait(None).map_err(|given_up| lock(&self.problem).take().unwrap_or_else(|| given_up.into()))
     }
 
-    /// Whether the optimizer has moved the values. Who waits for them is told what kept it from that.
+    /// Whether it has. Who waits for the values is told what kept it from that.
     pub(super) fn is_moved(&self) -> bool {
-        self.moved.lock().unwrap_or_else(PoisonError::into_inner).is_done().unwrap_or(false)
+        lock(&self.moved).is_done().unwrap_or(false)
     }
 
-    /// Starts the way of the values to where the block computes, after what computes with the old ones.
+    /// Starts the way of this rank's part of the values to its place where the block computes, after `computed`, if all are there.
     fn send_values(&self, flat: &FlatBlock, copies: &Queue, computed: &Ticket) -> Result<(), Error> {
-        let Some((working, target)) = &self.working else { return Ok(()) };
-        match self.values.clone().or_else(|| flat.stored().locked()) {
-            Some(values) => {
-                copies.copy(&values.whole(), &target.whole(), computed)?;
+        let Some(Working { values: working, memory }) = &self.working else { return Ok(()) };
+        let own = flat.own();
+        let sent = match (self.values.clone().or_else(|| flat.stored().locked()), memory) {
+            _ if own.is_empty() => computed.clone(),
+            (Some(values), Some(memory)) => copies.copy(&values.whole(), &memory.part(bytes_of(&own))?, computed)?,
+            _ => {
+                buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(&flat.values()?)?)?;
+                Queue::of(working.device())?.ticket()?
             }
-            None => buffer::write(working, &buffer::to_vec(&flat.values()?)?)?,
-        }
+        };
+        *lock(&self.sent) = sent;
         Ok(())
     }
 
-    /// Starts the way of this rank's part of the values to its place among all where the block computes, if they are there.
-    pub(super) fn send_own_values(&self, flat: &FlatBlock, link: &Link) -> Result<Option<Arc<Buffer>>, Error> {
-        let Some((working, target)) = &self.working else { return Ok(None) };
-        let own = flat.own();
-        match self.values.clone().or_else(|| flat.stored().locked()) {
-            _ if own.is_empty() => {}
-            Some(values) => {
-                let computed = Queue::of(link.device())?.ticket()?;
-                let place = target.part(size_of::<f32>() * own.start..size_of::<f32>() * own.end)?;
-                link.copies().copy(&values.whole(), &place, &computed)?;
-                target.come_home()?;
-            }
-            None => buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(&flat.values()?)?)?,
-        }
-        Ok(Some(target.clone()))
+    /// The memory of all values where a GPU computes with them, and when this rank's part is there; `None` if they come for each
+    /// visit.
+    pub(super) fn sent_values(&self) -> Option<(Arc<Buffer>, Ticket)> {
+        let memory = self.working.as_ref()?.memory.clone()?;
+        Some((memory, lock(&self.sent).clone()))
     }
 
     /// Replaces all values where the block computes.
     pub(super) fn write_working(&self, all: &[f32]) -> Result<(), Error> {
         match &self.working {
-            Some((working, _)) => Ok(buffer::write(working, all)?),
+            Some(working) => Ok(buffer::write(&working.values, all)?),
             None => Ok(()),
         }
     }
@@ -110,11 +136,7 @@ impl Home {
             Some(home) => {
                 // Freed after the copy, in the order of the queue on which it was made.
                 let from = Arc::new(Buffer::of_tensor(grads)?);
-                let place = if from.len() == home.len() {
-                    home.whole()
-                } else {
-                    home.part(flat.shard_bytes()[flat.rank()].clone())?
-                };
+                let place = if from.len() == home.len() { home.whole() } else { home.part(bytes_of(&flat.own()))? };
                 link.copies().copy(&from.whole(), &place, &Ticket::done())?;
             }
             None if grads.elem_count() == flat.own().len() => {
@@ -132,7 +154,8 @@ impl Home {
     }
 }
 
-/// A step of the optimizer on one block, for another thread. Dropped before it is done, who waits for the values gets an error.
+/// A step of the optimizer on this rank's part of one block, for another thread. Dropped before it is done, who waits for the
+/// values gets an error.
 #[derive(Debug)]
 pub(in crate::zero) struct Errand {
     home: Arc<Home>,
@@ -140,20 +163,28 @@ pub(in crate::zero) struct Errand {
     copies: Queue,
     /// When nothing computes with the old values any more.
     computed: Ticket,
+    /// Whether this rank's part is to be where the block computes: else it comes there with those of the other ranks.
+    sends: bool,
     work: Work,
 }
 
 impl Errand {
-    /// Does `step` on the flat buffers, and starts the way of the values.
-    pub(in crate::zero) fn run(&self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> Result<(), Error> {
-        step(&self.flat)?;
-        self.home.send_values(&self.flat, &self.copies, &self.computed)?;
-        self.flat.stored().unload()
-    }
-
-    /// Says that it is done.
-    pub(in crate::zero) fn done(self) {
-        self.work.done();
+    /// Does `step` on the flat buffers, and starts the way of the values to where the block computes and to the file that they are
+    /// in. Returns whether it could; who waits for them gets the error.
+    pub(in crate::zero) fn run(self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> bool {
+        let Self { home, flat, copies, computed, sends, work } = self;
+        let sent = || if sends { home.send_values(&flat, &copies, &computed) } else { Ok(()) };
+        match step(&flat).and_then(|()| sent()).and_then(|()| flat.stored().unload()) {
+            Ok(()) => {
+                work.done();
+                true
+            }
+            Err(error) => {
+                // Before the work is given up, so that who sees that finds the reason.
+                *lock(&home.problem) = Some(error);
+                false
+            }
+        }
     }
 }
 
@@ -173,11 +204,11 @@ impl ParamStore {
         home.send_gradients(grads, &own.flat, &self.link)
     }
 
-    /// Lets the host wait until values and gradients that are on their way from or to the optimizer have come: to be called
-    /// before it, or anyone on the host, reads or writes the flat buffers.
+    /// Lets the host wait until values and gradients that are on their way from or to the optimizer have come: to be called by all
+    /// ranks, before it, or anyone on the host, reads or writes the flat buffers.
     ///
     /// # Errors
-    /// If the device failed.
+    /// If the device or the optimizer failed, or a rank is lost.
     pub fn settle(&self) -> Result<(), Error> {
         self.sharing.check_exchange()?;
         self.gradients_arrive()?;
@@ -195,30 +226,82 @@ impl ParamStore {
         self.share_values(block)
     }
 
-    /// Starts the way of a block's values, which the host has changed and all of which are on this rank, to where it computes.
+    /// Starts the way of this rank's part of a block's values, which the host has changed, to where it computes.
     pub(super) fn send_values(&self, block: usize) -> Result<(), Error> {
         let own = &self.blocks[block];
-        let Some(home) = &own.home else { return Ok(()) };
+        let Some(home) = own.home.as_ref().filter(|_| self.sends_own(&own.flat)) else { return Ok(()) };
         home.send_values(&own.flat, self.link.copies(), &Queue::of(self.device())?.ticket()?)
     }
 
-    /// Whether the optimizer works on the host beside a GPU, and may do so while the next step begins.
-    pub(in crate::zero) fn may_run_errands(&self) -> bool {
-        self.link.has_home_elsewhere() && self.sharing.world_size() == 1 && !self.sharing.exchanges_on_device()
+    /// Whether this rank's part of the values goes to where the block computes by itself. Through host memory it comes there with
+    /// those of the other ranks.
+    fn sends_own(&self, flat: &FlatBlock) -> bool {
+        flat.is_whole() || self.sharing.exchanges_on_device()
     }
 
-    /// An errand of the optimizer on a block: nobody computes with its values before it is done.
+    /// Whether the optimizer works on the host beside blocks that compute with a copy, and may do so while the next step begins.
+    pub(in crate::zero) fn may_run_errands(&self) -> bool {
+        self.link.has_home_elsewhere()
+    }
+
+    /// An errand of the optimizer on a block: nobody computes with its values before it is done, here and on every other rank that
+    /// has a part of them. `None` if this one has none.
     pub(in crate::zero) fn errand(&self, block: usize) -> Result<Option<Errand>, Error> {
         let own = &self.blocks[block];
-        let Some(home) = &own.home else { return Ok(None) };
+        let Some(home) = own.home.as_ref().filter(|_| !own.flat.is_empty()) else { return Ok(None) };
+        let computed = Queue::of(self.device())?.ticket()?;
+        let is_apart = home.working.is_some() && !own.flat.is_whole();
+        home.is_apart.store(is_apart, Ordering::Relaxed);
+        if own.flat.own().is_empty() {
+            *lock(&home.sent) = computed;
+            return Ok(None);
+        }
         let (work, moved) = Ticket::promise();
-        *home.moved.lock().unwrap_or_else(PoisonError::into_inner) = moved;
+        *lock(&home.moved) = moved;
         Ok(Some(Errand {
             home: home.clone(),
             flat: own.flat.clone(),
             copies: self.link.copies().clone(),
-            computed: Queue::of(self.device())?.ticket()?,
+            computed,
+            sends: self.sends_own(&own.flat),
             work,
         }))
     }
+
+    /// Whether ranks have moved their parts of some values apart from each other, and these are gathered when a walk asks for them.
+    pub(super) fn has_values_apart(&self) -> bool {
+        let is_apart = |home: &Arc<Home>| home.is_apart.load(Ordering::Relaxed);
+        self.blocks.iter().filter_map(|block| block.home.as_ref()).any(is_apart)
+    }
+
+    /// Gathers a block's values if ranks have moved their parts apart from each other.
+    pub(super) fn gather_apart(&self, block: usize) -> Result<(), Error> {
+        let Some(home) = self.blocks[block].home.as_ref().filter(|home| home.is_apart.load(Ordering::Relaxed)) else {
+            return Ok(());
+        };
+        home.wait_for_optimizer()?;
+        self.gather_values(block)?;
+        // After it: ranks that leave a walk leave it after the same collective, and gather the same blocks later.
+        home.is_apart.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The same between GPUs for the block that a walk asks for next, if this rank's part is moved: it comes while another computes.
+    /// If it is not, it is gathered when it is asked for, which is no other place in the order of what ranks exchange.
+    pub(in crate::zero) fn gather_ahead(&self, block: usize) -> Result<(), Error> {
+        let Some(home) = self.blocks.get(block).and_then(|block| block.home.as_ref()) else { return Ok(()) };
+        let is_beside = self.sharing.exchanges_on_device();
+        if is_beside && home.is_apart.load(Ordering::Relaxed) && home.is_moved() {
+            self.gather_apart(block)?;
+        }
+        Ok(())
+    }
 }
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "home_tests.rs"]
+mod tests;

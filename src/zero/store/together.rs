@@ -18,12 +18,13 @@ impl ParamStore {
     /// # Errors
     /// If a rank is lost, or the device of one of several has no room.
     pub fn gather_all(&mut self, room: usize) -> Result<bool, Error> {
+        (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
         let free = self.free_bytes()?.filter(|_| self.blocks.iter().any(|block| block.policy.is_none()));
         if let Some(free) = free {
             let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
             let of_block = |block: &Block| {
-                let comes = self.values_wait() || (self.sharing.cuts_parameters() && !block.flat.has_all_values());
-                block.frozen.away_bytes() + if comes { size_of::<f32>() * block.flat.len() } else { 0 }
+                block.frozen.away_bytes()
+                    + if self.values_come(block) { size_of::<f32>() * block.flat.len() } else { 0 }
             };
             let needed = waiting.map(of_block).sum::<usize>() + room;
             let is_too_much = needed as u64 > free;
@@ -136,16 +137,23 @@ impl ParamStore {
         }
     }
 
-    /// After a step of the optimizer: values that every rank computes with come from the rank that moved them.
+    /// After the optimizer, here and on the other ranks, moved a block's values: has them come to where every rank computes.
     pub(in crate::zero) fn share_values(&self, block: usize) -> Result<(), Error> {
+        self.send_values(block)?;
+        self.gather_values(block)
+    }
+
+    /// Gathers a block's values from the ranks that moved them, where all are to compute with them: between GPUs this starts their
+    /// way, else they are there. What comes for each visit is gathered then.
+    pub(super) fn gather_values(&self, block: usize) -> Result<(), Error> {
+        let (flat, home) = (&self.blocks[block].flat, &self.blocks[block].home);
+        if flat.is_whole() || flat.is_empty() {
+            return Ok(());
+        }
         if self.sharing.exchanges_on_device() {
             return self.exchange_values(block);
         }
-        let (flat, home) = (&self.blocks[block].flat, &self.blocks[block].home);
         let has_working = home.as_ref().is_some_and(|home| home.working_values().is_some());
-        if flat.is_whole() || flat.is_empty() {
-            return self.send_values(block);
-        }
         if flat.has_all_values() || has_working {
             let own = if flat.has_all_values() { flat.own_values()? } else { flat.values()? };
             let all = self.sharing.gather(&on_host(&own)?, flat.shards())?;
@@ -165,11 +173,7 @@ impl ParamStore {
             let Some(bucket) = &shared.bucket else { continue };
             let source = &self.blocks[shared.param.of_block].flat;
             let Some(entry) = source.entry(&shared.param.of_name) else { continue };
-            let inside = |shard: &Range<usize>| {
-                let clipped = |place: usize| place.clamp(entry.range.start, entry.range.end) - entry.range.start;
-                clipped(shard.start)..clipped(shard.end)
-            };
-            let shards: Vec<_> = self.reduced_shards(source).iter().map(inside).collect();
+            let shards = entry.parts_in(&self.reduced_shards(source));
             let reduced = self.sharing.reduce(sums, &bucket.take_sums()?, &shards)?;
             *shared.reduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(reduced);
         }
@@ -181,8 +185,10 @@ impl ParamStore {
         let mut reduced = self.sharing.reduce(sums, &own.bucket.take_sums()?, &shards)?;
         for (shared, entry) in self.sharers(block) {
             let more = shared.reduced.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let start = entry.range.start.clamp(shard.start, shard.end) - shard.start;
-            reduced[start..].iter_mut().zip(more.unwrap_or_default()).for_each(|(sum, more)| *sum += more);
+            reduced[entry.start_in(&shard)..]
+                .iter_mut()
+                .zip(more.unwrap_or_default())
+                .for_each(|(sum, more)| *sum += more);
         }
         if own.flat.is_whole() {
             let all = self.sharing.gather(&reduced, &shards)?;

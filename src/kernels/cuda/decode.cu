@@ -1,0 +1,490 @@
+// What a decoding step does beside its products and attention: norms, the heads of queries and keys and where keys and values
+// go, drawing the next token. All of it reads where lanes stand from device memory, so that a recorded step can be repeated.
+//
+// Lanes: {first, context} of each, as in paged_attention.cu: its pages begin at tables[first], and it has `context` tokens,
+// the one of this step included. A lane with a context of 0 is empty: it computes, and stores and draws nothing.
+//
+// norm_kernel: a block for each row and 16 ranks, y = x / sqrt(mean(x^2) + eps) w in registers, then a warp for each of the
+//   ranks. combine_kernel: likewise for the parts of attention. low_kernel: blocks for each row and part of the columns, a warp
+//   for some ranks. Bound: launch; R K values of A for each row, mostly from the second-level cache.
+// heads_kernel: a warp for each head: queries and keys are normed (Qwen3) and turned, then keys and values go to their page.
+//   Bound: launch; M (H + 2 K) D values.
+// chunk_kernel, draw_kernel: the distribution of a row of logits in chunks of 512: the largest and the sum of exponentials of
+//   each, in f32; then, in f64, the sum over the chunks from the first to the last, the chunk and the token at which it passes
+//   `uniform` times the total, as rollout/sampler.rs does. Bound: bytes, 4 M V read once.
+#include "mma.cuh"
+
+namespace {
+
+constexpr int THREADS = 256, HEAD_WARPS = 4, MOST_HEAD = 256, DRAW_CHUNK = 512, DRAW_THREADS = 512;
+
+constexpr int ROW_THREADS = 512, ROW_WARPS = ROW_THREADS / 32, MOST_COLUMNS = 16384;
+
+// Low-rank products of rows: A [R, K] of type T, f32 [M, R] (or [S, M, R], S parts of the sum).
+struct LowRank {
+  const void *a;
+  float *low;
+  int32_t ranks, cols;
+};
+
+// Asks for the `A` that a warp multiplies with: no other kernel writes it.
+template <typename T> __device__ __forceinline__ void prefetch_rank(const LowRank &l, int rank) {
+  if (!l.a || rank >= l.ranks) return;
+  const T *a = static_cast<const T *>(l.a) + static_cast<int64_t>(rank) * l.cols;
+  for (int col = threadIdx.x % 32 * 64; col < l.cols; col += 32 * 64) prefetch(a + col);
+}
+
+// The products of a row in shared memory with 16 of the `A`s, a warp for each.
+template <typename T>
+__device__ __forceinline__ void multiply_row(const LowRank &l, const T *row, int index, int first) {
+  const int lane = threadIdx.x % 32, rank = first + threadIdx.x / 32;
+  if (rank >= l.ranks) return;
+  const T *a = static_cast<const T *>(l.a) + static_cast<int64_t>(rank) * l.cols;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int col = lane * 8; col < l.cols; col += 256) {
+    float v[8], w[8];
+    load_pack<T, 8>(v, row + col);
+    load_pack<T, 8>(w, a + col);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += v[i] * w[i];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) l.low[static_cast<int64_t>(index) * l.ranks + rank] = sum;
+}
+
+template <typename R, typename T>
+__global__ void __launch_bounds__(ROW_THREADS)
+    norm_kernel(Matrix y, Matrix x, const float *weight, float eps, LowRank low) {
+  constexpr int N = 8, MOST = MOST_COLUMNS / ROW_THREADS / N;
+  __shared__ float scratch[ROW_WARPS + 1];
+  extern __shared__ __align__(16) unsigned char memory[]; // the row, where there are low-rank products
+  T *row = reinterpret_cast<T *>(memory);
+  prefetch_rank<T>(low, blockIdx.y * ROW_WARPS + threadIdx.x / 32);
+  for (int col = threadIdx.x * 32; col < x.cols; col += ROW_THREADS * 32) prefetch(weight + col);
+  launch_dependents();
+  wait_for_dependency();
+  const R *from = static_cast<const R *>(x.data) + blockIdx.x * x.stride;
+  float v[MOST][N], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MOST; i++) {
+    const int col = (i * ROW_THREADS + threadIdx.x) * N;
+    if (col >= x.cols) break;
+    load_pack<R, N>(v[i], from + col);
+#pragma unroll
+    for (int j = 0; j < N; j++) sum += v[i][j] * v[i][j];
+  }
+  sum = block_sum(sum, scratch);
+  const float r = 1.0f / sqrtf(sum / static_cast<float>(x.cols) + eps);
+#pragma unroll
+  for (int i = 0; i < MOST; i++) {
+    const int col = (i * ROW_THREADS + threadIdx.x) * N;
+    if (col >= x.cols) break;
+    float w[N];
+    load_pack<float, N>(w, weight + col);
+#pragma unroll
+    for (int j = 0; j < N; j++) w[j] *= v[i][j] * r;
+    if (blockIdx.y == 0) store_columns<T>(y, blockIdx.x, col, w);
+    if (low.a) store_pack<T, N>(row + col, w);
+  }
+  if (!low.a) return;
+  __syncthreads();
+  multiply_row<T>(low, row, blockIdx.x, blockIdx.y * ROW_WARPS);
+}
+
+// Low-rank products of `LINES` rows in another order of columns than plain, with `A`s in that order: blockIdx.y is a part of the
+// sum.
+template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_kernel(Matrix x, LowRank low) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_line = blockIdx.x * LINES, units = low.cols / 8;
+  const int first = units * blockIdx.y / gridDim.y, end = units * (blockIdx.y + 1) / gridDim.y;
+  for (int rank = warp; blockIdx.x == 0 && rank < low.ranks; rank += THREADS / 32)
+    for (int unit = first + lane * 8; unit < end; unit += 256)
+      prefetch(static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols + unit * 8);
+  launch_dependents();
+  wait_for_dependency();
+  const T *data = static_cast<const T *>(x.data);
+  for (int rank = warp; rank < low.ranks; rank += THREADS / 32) {
+    const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
+    float sum[LINES] = {};
+#pragma unroll 2
+    for (int unit = first + lane; unit < end; unit += 32) {
+      float w[8];
+      load_pack<T, 8>(w, a + unit * 8);
+#pragma unroll
+      for (int i = 0; i < LINES; i++) {
+        const int line = min(first_line + i, x.rows - 1);
+        const int64_t place = x.layout == TILES ? static_cast<int64_t>(unit / 8) * x.stride * 64 + line * 64 +
+                                                      ((unit % 8 ^ (line & 7)) << 3)
+                                                : line * x.stride + unit * 8;
+        float v[8];
+        load_pack<T, 8>(v, data + place);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[i] += v[j] * w[j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < LINES; i++) {
+      const float all = warp_sum(sum[i]);
+      if (lane == 0 && first_line + i < x.rows)
+        low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + first_line + i) * low.ranks + rank] = all;
+    }
+  }
+}
+
+// The end of attention: the parts of a row's context in the order of the parts, then its low-rank products.
+struct Combine {
+  Matrix out; // [M, H D]
+  const float *partial;
+  const uint2 *rows;
+  LowRank low;
+  int32_t heads, d, splits, split_keys;
+};
+
+template <typename T> __global__ void __launch_bounds__(ROW_THREADS) combine_kernel(const __grid_constant__ Combine c) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  T *all = reinterpret_cast<T *>(memory);
+  prefetch_rank<T>(c.low, blockIdx.y * ROW_WARPS + threadIdx.x / 32);
+  launch_dependents();
+  wait_for_dependency();
+  const int lane = threadIdx.x % 32, row = blockIdx.x;
+  const int64_t floats = static_cast<int64_t>(c.out.rows) * c.heads * c.splits * c.d;
+  const float2 *sums = reinterpret_cast<const float2 *>(c.partial + (floats + 1) / 2 * 2);
+  const int context = static_cast<int>(c.rows[row].y);
+  const int splits = min(c.splits, (context + c.split_keys - 1) / c.split_keys);
+  for (int head = threadIdx.x / 32; head < c.heads; head += ROW_WARPS) {
+    const int64_t first = (static_cast<int64_t>(row) * c.heads + head) * c.splits;
+    float top = -INFINITY;
+    for (int s = lane; s < splits; s += 32) top = fmaxf(top, sums[first + s].x);
+    top = warp_max(top);
+    float sum = 0.0f, x[MOST_HEAD / 32] = {};
+#pragma unroll 4
+    for (int s = 0; s < splits; s++) {
+      const float2 part = sums[first + s];
+      const float weight = exp2f(part.x - top);
+      sum += weight * part.y;
+#pragma unroll
+      for (int i = 0; i < MOST_HEAD / 32; i++)
+        if (i * 32 < c.d) x[i] += weight * c.partial[(first + s) * c.d + i * 32 + lane];
+    }
+#pragma unroll
+    for (int i = 0; i < MOST_HEAD / 32; i++) {
+      if (i * 32 >= c.d) break;
+      const int col = head * c.d + i * 32 + lane;
+      const T value = from_float<T>(splits > 0 ? x[i] / sum : 0.0f);
+      if (blockIdx.y == 0) static_cast<T *>(c.out.data)[place_of(c.out, row, col)] = value;
+      all[col] = value;
+    }
+  }
+  if (!c.low.a) return;
+  __syncthreads();
+  multiply_row<T>(c.low, all, row, blockIdx.y * ROW_WARPS);
+}
+
+struct Heads {
+  Matrix qkv; // [M, (H + 2 K) D], queries and keys in place
+  const float *q_norm, *k_norm;
+  const float2 *table; // [M, D / 2]
+  void *keys, *values;
+  const uint32_t *tables;
+  const uint2 *rows;
+  float eps;
+  int32_t heads, kv_heads, d, page_tokens;
+};
+
+template <typename T> __global__ void __launch_bounds__(HEAD_WARPS * 32) heads_kernel(const __grid_constant__ Heads h) {
+  constexpr int MOST = MOST_HEAD / 32;
+  const int lane = threadIdx.x % 32, head = blockIdx.x * HEAD_WARPS + threadIdx.x / 32, row = blockIdx.y;
+  launch_dependents();
+  wait_for_dependency();
+  if (head >= h.heads + 2 * h.kv_heads) return;
+  const bool is_query = head < h.heads, is_value = head >= h.heads + h.kv_heads;
+  T *x = static_cast<T *>(h.qkv.data) + row * h.qkv.stride + static_cast<int64_t>(head) * h.d;
+  float v[MOST];
+#pragma unroll
+  for (int i = 0; i < MOST; i++) v[i] = i * 32 < h.d ? to_float(x[i * 32 + lane]) : 0.0f;
+  const float *weight = is_value ? nullptr : is_query ? h.q_norm : h.k_norm;
+  if (weight) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MOST; i++) sum += v[i] * v[i];
+    const float r = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(h.d) + h.eps);
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+      if (i * 32 < h.d) v[i] = to_float(from_float<T>(v[i] * r * weight[i * 32 + lane]));
+  }
+  if (!is_value) {
+    const int half = h.d / 2, pairs = half / 32; // d is a multiple of 64
+    const float2 *table = h.table + static_cast<int64_t>(row) * half;
+#pragma unroll
+    for (int i = 0; i < MOST / 2; i++) {
+      if (i >= pairs) break;
+      const float2 turn = table[i * 32 + lane];
+      float a = v[i], b = 0.0f;
+#pragma unroll
+      for (int j = 0; j < MOST; j++)
+        if (j == i + pairs) b = v[j];
+      const float one = a * turn.x - b * turn.y, two = b * turn.x + a * turn.y;
+      v[i] = one;
+#pragma unroll
+      for (int j = 0; j < MOST; j++)
+        if (j == i + pairs) v[j] = two;
+    }
+  }
+  if (is_query) {
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+      if (i * 32 < h.d) x[i * 32 + lane] = from_float<T>(v[i]);
+    return;
+  }
+  const uint2 place = h.rows[row];
+  if (place.y == 0) return;
+  const uint32_t position = place.y - 1;
+  const int64_t slot =
+      static_cast<int64_t>(h.tables[place.x + position / h.page_tokens]) * h.page_tokens + position % h.page_tokens;
+  const int kv_head = head - h.heads - (is_value ? h.kv_heads : 0);
+  T *to = static_cast<T *>(is_value ? h.values : h.keys) + (slot * h.kv_heads + kv_head) * h.d;
+#pragma unroll
+  for (int i = 0; i < MOST; i++)
+    if (i * 32 < h.d) to[i * 32 + lane] = from_float<T>(v[i]);
+}
+
+// The largest of a chunk (and the first place where it is), and the sum of exponentials above it.
+struct Chunk {
+  float largest, sum;
+};
+
+struct Draw {
+  const float *logits; // [M, V]
+  Chunk *chunks;       // [M, ceil(V / 512)]
+  const double *uniforms;
+  uint32_t *tokens, *positions;
+  uint2 *rows;
+  uint32_t *steps;      // steps taken, for each lane
+  uint32_t *drawn;      // [steps, M]
+  float *logprobs;      // [2, steps, M]: plain, and under what was drawn from
+  float temperature;    // 0: the first of the largest
+  int32_t lanes, vocabulary, most_steps;
+};
+
+__device__ __forceinline__ float scaled(const Draw &d, float logit) {
+  return d.temperature > 0.0f && d.temperature != 1.0f ? logit / d.temperature : logit;
+}
+
+__global__ void __launch_bounds__(THREADS) chunk_kernel(const __grid_constant__ Draw d) {
+  launch_dependents();
+  wait_for_dependency();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y;
+  const int chunk = blockIdx.x * (THREADS / 32) + warp, count = (d.vocabulary + DRAW_CHUNK - 1) / DRAW_CHUNK;
+  if (chunk >= count) return;
+  const float *logits = d.logits + static_cast<int64_t>(row) * d.vocabulary;
+  float v[DRAW_CHUNK / 32], largest = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < DRAW_CHUNK / 32; i++) {
+    const int at = chunk * DRAW_CHUNK + i * 32 + lane;
+    v[i] = at < d.vocabulary ? scaled(d, __ldcg(logits + at)) : -INFINITY;
+    largest = fmaxf(largest, v[i]);
+  }
+  largest = warp_max(largest);
+  const float base = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+  for (int i = 0; i < DRAW_CHUNK / 32; i++) sum += expf(v[i] - base); // a NaN or an infinity spoils the sum
+  sum = warp_sum(sum);
+  if (lane == 0) d.chunks[static_cast<int64_t>(row) * count + chunk] = {largest, sum};
+}
+
+// The sums of what stands before each thread's value, and of all.
+__device__ double before(double x, double &all, double *scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = DRAW_THREADS / 32;
+  double own = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const double other = __shfl_up_sync(0xffffffffu, own, step);
+    if (lane >= step) own += other;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = own;
+  __syncthreads();
+  double sum = 0.0;
+  all = 0.0;
+  for (int i = 0; i < warps; i++) {
+    if (i < warp) sum += scratch[i];
+    all += scratch[i];
+  }
+  return sum + own - x;
+}
+
+__global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(const __grid_constant__ Draw d) {
+  __shared__ double scratch[DRAW_THREADS / 32];
+  __shared__ float largest_of[DRAW_THREADS / 32];
+  __shared__ int chosen;
+  __shared__ double chosen_before;
+  launch_dependents();
+  wait_for_dependency();
+  const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint2 place = d.rows[row];
+  if (place.y == 0) return;
+  const uint32_t step = d.steps[row];
+  const int count = (d.vocabulary + DRAW_CHUNK - 1) / DRAW_CHUNK;
+  const Chunk *chunks = d.chunks + static_cast<int64_t>(row) * count;
+  const float *logits = d.logits + static_cast<int64_t>(row) * d.vocabulary;
+
+  float largest = -INFINITY;
+  for (int i = threadIdx.x; i < count; i += DRAW_THREADS) largest = fmaxf(largest, chunks[i].largest);
+  largest = warp_max(largest);
+  if (lane == 0) largest_of[warp] = largest;
+  if (threadIdx.x == 0) chosen = -1;
+  __syncthreads();
+  for (int i = 0; i < DRAW_THREADS / 32; i++) largest = fmaxf(largest, largest_of[i]);
+
+  // Each thread has neighbouring chunks, so that sums go from the first to the last.
+  const int each = (count + DRAW_THREADS - 1) / DRAW_THREADS, first = threadIdx.x * each;
+  const int end = min(first + each, count);
+  auto weight_of = [&](int i) {
+    const Chunk c = chunks[i];
+    // A chunk without a weight has 0, one that is not finite spoils the sum.
+    const double above = c.largest == -INFINITY ? 0.0 : exp(static_cast<double>(c.largest) - largest);
+    return static_cast<double>(c.sum) * above;
+  };
+  double own = 0.0, total;
+  for (int i = first; i < end; i++) own += weight_of(i);
+  double sum = before(own, total, scratch);
+  const bool is_greedy = d.temperature == 0.0f;
+  const double target = is_greedy ? 0.0 : d.uniforms[static_cast<int64_t>(step) * d.lanes + row] * total;
+  if (is_greedy) {
+    int mine = count;
+    for (int i = first; i < end && mine == count; i++)
+      if (chunks[i].largest == largest) mine = i;
+#pragma unroll
+    for (int s = 16; s > 0; s /= 2) mine = min(mine, __shfl_xor_sync(0xffffffffu, mine, s));
+    __shared__ int first_of[DRAW_THREADS / 32];
+    if (lane == 0) first_of[warp] = mine;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < DRAW_THREADS / 32; i++) mine = min(mine, first_of[i]);
+      chosen = min(mine, count - 1);
+    }
+  } else {
+    // One thread has the chunk in which the sum passes the target; where rounding leaves none, the last one that weighs.
+    for (int i = first; i < end; i++) {
+      const double weight = weight_of(i);
+      if (weight > 0.0 && sum <= target && target < sum + weight) {
+        chosen = i;
+        chosen_before = sum;
+      }
+      sum += weight;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && chosen < 0) {
+      double at = 0.0;
+      for (int i = 0; i < count; i++) {
+        const double weight = weight_of(i);
+        if (weight > 0.0) {
+          chosen = i;
+          chosen_before = at;
+          at += weight;
+        }
+      }
+      chosen = max(chosen, 0);
+    }
+  }
+  __syncthreads();
+
+  // The token: a thread for each of the chunk.
+  const int chunk = chosen, at = chunk * DRAW_CHUNK + threadIdx.x;
+  const float logit = at < d.vocabulary ? scaled(d, __ldcg(logits + at)) : -INFINITY;
+  __shared__ int token;
+  if (is_greedy) {
+    if (threadIdx.x == 0) token = d.vocabulary;
+    __syncthreads();
+    if (logit == largest) atomicMin(&token, at);
+  } else {
+    const double weight = logit == -INFINITY ? 0.0 : exp(static_cast<double>(logit) - largest);
+    double all;
+    const double here = before(weight, all, scratch), rest = target - chosen_before;
+    if (threadIdx.x == 0) token = -1;
+    __syncthreads();
+    if (weight > 0.0 && here <= rest && rest < here + weight) token = at;
+    __syncthreads();
+    // Where rounding leaves none: the last one that weighs.
+    const bool is_missing = token < 0;
+    __syncthreads();
+    if (is_missing && weight > 0.0) atomicMax(&token, at);
+  }
+  __syncthreads();
+  const int picked = min(max(token, 0), d.vocabulary - 1);
+  if (at == picked || (threadIdx.x == 0 && picked / DRAW_CHUNK != chunk)) {
+    const double logprob = static_cast<double>(scaled(d, logits[picked])) - largest - log(total);
+    const bool is_usable = isfinite(total) && isfinite(largest);
+    const int64_t to = static_cast<int64_t>(step) * d.lanes + row;
+    d.drawn[to] = picked;
+    d.logprobs[to] = is_usable ? static_cast<float>(logprob) : NAN;
+    d.logprobs[static_cast<int64_t>(d.most_steps) * d.lanes + to] = is_greedy ? 0.0f : static_cast<float>(logprob);
+    d.tokens[row] = picked;
+    d.positions[row] = place.y;
+    // After the last step that was announced the lane is empty.
+    d.rows[row] = make_uint2(place.x, step + 1 < d.most_steps ? place.y + 1 : 0);
+    d.steps[row] = step + 1;
+  }
+}
+
+// Blocks for 16 of the ranks each.
+unsigned rank_blocks(const LowRank &low) { return low.a ? (low.ranks + ROW_WARPS - 1) / ROW_WARPS : 1; }
+
+template <typename R, typename T>
+int norm(const Matrix &y, const Matrix &x, const float *weight, float eps, const LowRank &low, cudaStream_t stream) {
+  const size_t bytes = low.a ? sizeof(T) * x.cols : 0;
+  return launch_after(norm_kernel<R, T>, dim3(x.rows, rank_blocks(low)), ROW_THREADS, bytes, stream, y, x, weight, eps, low);
+}
+
+// Many rows share what is read of the `A`s.
+template <typename T> int low(const Matrix &x, const LowRank &products, int parts, cudaStream_t stream) {
+  if (x.rows < 16) return launch_after(low_kernel<T, 1>, dim3(x.rows, parts), THREADS, 0, stream, x, products);
+  return launch_after(low_kernel<T, 4>, dim3((x.rows + 3) / 4, parts), THREADS, 0, stream, x, products);
+}
+
+} // namespace
+
+extern "C" int trainer_decode_norm(Matrix y, Matrix x, const float *weight, float eps, const LowRank *products,
+                                   cudaStream_t stream) {
+  if (x.rows == 0) return 0;
+  const LowRank &low = *products;
+  if (y.dtype == BF16 && x.dtype == BF16) return norm<__nv_bfloat16, __nv_bfloat16>(y, x, weight, eps, low, stream);
+  if (y.dtype == F16 && x.dtype == F32) return norm<float, __half>(y, x, weight, eps, low, stream);
+  if (y.dtype == BF16 && x.dtype == F32) return norm<float, __nv_bfloat16>(y, x, weight, eps, low, stream);
+  if (y.dtype == F16 && x.dtype == F16) return norm<__half, __half>(y, x, weight, eps, low, stream);
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+extern "C" int trainer_decode_low(Matrix x, const LowRank *products, int32_t parts, cudaStream_t stream) {
+  if (x.rows == 0 || products->ranks == 0) return 0;
+  if (x.dtype == BF16) return low<__nv_bfloat16>(x, *products, parts, stream);
+  if (x.dtype == F16) return low<__half>(x, *products, parts, stream);
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+extern "C" int trainer_decode_combine(const Combine *combine, cudaStream_t stream) {
+  const Combine &c = *combine;
+  if (c.out.rows == 0) return 0;
+  const dim3 grid(c.out.rows, rank_blocks(c.low));
+  const size_t bytes = static_cast<size_t>(c.out.cols) * 2;
+  if (c.out.dtype == BF16) return launch_after(combine_kernel<__nv_bfloat16>, grid, ROW_THREADS, bytes, stream, c);
+  if (c.out.dtype == F16) return launch_after(combine_kernel<__half>, grid, ROW_THREADS, bytes, stream, c);
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+extern "C" int trainer_decode_heads(const Heads *heads, cudaStream_t stream) {
+  const Heads &h = *heads;
+  if (h.qkv.rows == 0) return 0;
+  const dim3 grid((h.heads + 2 * h.kv_heads + HEAD_WARPS - 1) / HEAD_WARPS, h.qkv.rows);
+  if (h.qkv.dtype == BF16) return launch_after(heads_kernel<__nv_bfloat16>, grid, HEAD_WARPS * 32, 0, stream, h);
+  if (h.qkv.dtype == F16) return launch_after(heads_kernel<__half>, grid, HEAD_WARPS * 32, 0, stream, h);
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+extern "C" int trainer_decode_draw(const Draw *draw, cudaStream_t stream) {
+  const Draw &d = *draw;
+  if (d.lanes == 0) return 0;
+  const int count = (d.vocabulary + DRAW_CHUNK - 1) / DRAW_CHUNK, warps = THREADS / 32;
+  const int code = launch_after(chunk_kernel, dim3((count + warps - 1) / warps, d.lanes), THREADS, 0, stream, d);
+  return code != 0 ? code : launch_after(draw_kernel, d.lanes, DRAW_THREADS, 0, stream, d);
+}

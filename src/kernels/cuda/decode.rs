@@ -1,0 +1,328 @@
+//! What a decoding step does beside its products and attention: norms, heads, drawing. Everything reads where the
+//! lanes stand from [`LanesView`], so that a step can be recorded and repeated.
+
+use candle_core::{DType, Device};
+
+use super::checks::{expect_array, expect_shape};
+use super::lanes::LanesView;
+use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
+use super::packed_product::Rows;
+use super::paged_attention::{LANE_SPLIT_KEYS, PagedCache, decode_attention_workspace, lane_splits};
+use crate::device::{Error, Matrix, Pointer, argument};
+
+/// Columns of a row that a norm holds.
+const MOST_COLUMNS: usize = 16_384;
+/// Logits of a chunk of the distribution.
+const DRAW_CHUNK: usize = 512;
+
+kernels! {
+    // Of `decode.cu`.
+    fn trainer_decode_norm(
+        y: RawMatrix,
+        x: RawMatrix,
+        weight: u64,
+        eps: f32,
+        low: *const RawLowRank,
+        stream: RawStream,
+    ) -> i32;
+    fn trainer_decode_low(x: RawMatrix, low: *const RawLowRank, parts: i32, stream: RawStream) -> i32;
+    fn trainer_decode_combine(combine: *const RawCombine, stream: RawStream) -> i32;
+    fn trainer_decode_heads(heads: *const RawHeads, stream: RawStream) -> i32;
+    fn trainer_decode_draw(draw: *const RawDraw, stream: RawStream) -> i32;
+}
+
+/// `LowRank` of `decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct RawLowRank {
+    a: u64,
+    low: u64,
+    ranks: i32,
+    cols: i32,
+}
+
+/// `Combine` of `decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawCombine {
+    out: RawMatrix,
+    partial: u64,
+    rows: u64,
+    low: RawLowRank,
+    heads: i32,
+    d: i32,
+    splits: i32,
+    split_keys: i32,
+}
+
+/// Low-rank products that are made beside a result.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRankTo<'b> {
+    /// `[R, K]` of the type of the result, in the order of its columns where that is not plain.
+    pub a: Matrix<'b>,
+    /// f32 `[M, R]`, or `[parts, M, R]`.
+    pub values: Pointer<'b>,
+}
+
+impl RawLowRank {
+    fn new(kernel: &'static str, low: Option<LowRankTo<'_>>, x: &Rows<'_>, parts: usize) -> Result<Self, Error> {
+        let Some(LowRankTo { a, values }) = low else { return Ok(Self::default()) };
+        let (m, k) = x.shape();
+        let fits = a.cols == k && a.stride == k && a.dtype() == x.dtype() && a.address.is_multiple_of(16);
+        if !fits || !k.is_multiple_of(8) || a.rows == 0 {
+            return Err(argument(kernel, "a", a, format!("[R, {k}] of {:?}, aligned", x.dtype())));
+        }
+        expect_array(kernel, "low-rank products", values, DType::F32, parts * m * a.rows)?;
+        Ok(Self { a: a.address, low: values.address, ranks: a.rows as i32, cols: k as i32 })
+    }
+}
+
+/// `Heads` of `decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawHeads {
+    qkv: RawMatrix,
+    q_norm: u64,
+    k_norm: u64,
+    table: u64,
+    keys: u64,
+    values: u64,
+    tables: u64,
+    rows: u64,
+    eps: f32,
+    heads: i32,
+    kv_heads: i32,
+    d: i32,
+    page_tokens: i32,
+    unused: i32,
+}
+
+/// `Draw` of `decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawDraw {
+    logits: u64,
+    chunks: u64,
+    uniforms: u64,
+    tokens: u64,
+    positions: u64,
+    rows: u64,
+    steps: u64,
+    drawn: u64,
+    logprobs: u64,
+    temperature: f32,
+    lanes: i32,
+    vocabulary: i32,
+    most_steps: i32,
+}
+
+/// Norms rows: `x / sqrt(mean(x²) + eps) · w`, and makes low-rank products of them, rounded as `to` has them.
+///
+/// # Shapes
+/// `x`, `to`: `[M, D]`, D a multiple of 8 up to 16,384, `to` f16 or bf16, `x` of its type or f32; `weight`: f32 `[D]`.
+///
+/// # Errors
+/// If shapes or types do not fit or the launch fails.
+pub fn decode_norm(
+    device: &Device,
+    to: Rows<'_>,
+    x: Matrix<'_>,
+    weight: Pointer<'_>,
+    eps: f32,
+    low: Option<LowRankTo<'_>>,
+) -> Result<(), Error> {
+    const KERNEL: &str = "decode norm";
+    let y = to.memory();
+    expect_shape(KERNEL, "y", &y, x.rows, x.cols)?;
+    expect_array(KERNEL, "weight", weight, DType::F32, x.cols)?;
+    let bytes = |m: &Matrix| m.dtype().size_in_bytes();
+    let is_aligned = |m: &Matrix| {
+        let pack = (8 * bytes(m)) as u64;
+        m.address.is_multiple_of(pack) && (m.stride * bytes(m)).is_multiple_of(8 * bytes(m))
+    };
+    let fits = x.cols.is_multiple_of(8) && x.cols <= MOST_COLUMNS && weight.address.is_multiple_of(32);
+    if !fits || !is_aligned(&x) || !is_aligned(&y) {
+        return Err(argument(KERNEL, "x", (x, y), format!("aligned rows of a multiple of 8, at most {MOST_COLUMNS}")));
+    }
+    let low = RawLowRank::new(KERNEL, low, &to, 1)?;
+    // SAFETY: views of live device memory whose shapes were checked; what is pointed to is copied before the call returns; the
+    // stream orders the accesses.
+    let code = unsafe { trainer_decode_norm(to.raw(), x.into(), weight.address, eps, &raw const low, stream(device)?) };
+    launched(KERNEL, code)
+}
+
+/// Parts in which [`decode_low_rank`] makes sums of so many columns: of few rows many, so that they are made side by side.
+pub fn decode_low_parts(rows: usize, cols: usize) -> usize {
+    const FEW_ROWS: usize = 16;
+    let (columns, most) = if rows < FEW_ROWS { (1024, 16) } else { (4096, 4) };
+    (cols / columns).clamp(1, most)
+}
+
+/// Low-rank products `x Aᵀ` of rows in any order of columns, with the `A`s in the same order, in [`decode_low_parts`] parts.
+///
+/// # Errors
+/// If shapes or types do not fit or the launch fails.
+pub fn decode_low_rank(device: &Device, x: Rows<'_>, low: LowRankTo<'_>) -> Result<(), Error> {
+    const KERNEL: &str = "decode low-rank products";
+    let parts = decode_low_parts(x.shape().0, x.shape().1);
+    let low = RawLowRank::new(KERNEL, Some(low), &x, parts)?;
+    // SAFETY: as in `decode_norm`.
+    launched(KERNEL, unsafe { trainer_decode_low(x.raw(), &raw const low, parts as i32, stream(device)?) })
+}
+
+/// Adds the parts that [`super::decode_attention`] left for contexts up to `max_context`, in their order.
+///
+/// # Shapes
+/// `out`: `[M, H D]`, at most 16,384 columns; `parts`: its workspace.
+///
+/// # Errors
+/// If shapes or types do not fit or the launch fails.
+pub fn decode_combine(
+    device: &Device,
+    out: Rows<'_>,
+    parts: Pointer<'_>,
+    lanes: &LanesView<'_>,
+    (head_dim, max_context): (usize, usize),
+    low: Option<LowRankTo<'_>>,
+) -> Result<(), Error> {
+    const KERNEL: &str = "decode combine";
+    let (m, k) = out.shape();
+    if m != lanes.lanes || head_dim == 0 || !k.is_multiple_of(head_dim) || k > MOST_COLUMNS || head_dim > 256 {
+        return Err(argument(KERNEL, "out", out.shape(), format!("[{}, H · {head_dim}]", lanes.lanes)));
+    }
+    let (heads, splits) = (k / head_dim, lane_splits(max_context));
+    expect_array(KERNEL, "parts", parts, DType::F32, decode_attention_workspace(m, heads, head_dim, max_context))?;
+    let raw = RawCombine {
+        out: out.raw(),
+        partial: parts.address,
+        rows: lanes.rows.address,
+        low: RawLowRank::new(KERNEL, low, &out, 1)?,
+        heads: heads as i32,
+        d: head_dim as i32,
+        splits: splits as i32,
+        split_keys: LANE_SPLIT_KEYS as i32,
+    };
+    // SAFETY: as in `decode_norm`.
+    launched(KERNEL, unsafe { trainer_decode_combine(&raw const raw, stream(device)?) })
+}
+
+/// Heads of queries, keys and values: their norms (Qwen3), their turns, and the cache's pages.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeHeads<'b> {
+    /// `[M, (H + 2 K) D]`: queries are changed in place, keys and values go to the cache.
+    pub qkv: Matrix<'b>,
+    /// f32 `[D]` each, of queries and keys.
+    pub norms: Option<[Pointer<'b>; 2]>,
+    /// In the norms.
+    pub eps: f32,
+    /// f32 `[M, D / 2, 2]`: cosines and sines of the lanes' positions.
+    pub table: Pointer<'b>,
+}
+
+pub(super) fn check_cache(
+    kernel: &'static str,
+    cache: &PagedCache<'_>,
+    lanes: &LanesView<'_>,
+    dtype: DType,
+) -> Result<(), Error> {
+    let PagedCache { keys, values, kv_heads, head_dim, page_tokens, .. } = *cache;
+    let token = kv_heads * head_dim;
+    let fits = cache.dtype == dtype
+        && matches!(dtype, DType::BF16 | DType::F16)
+        && matches!(head_dim, 64 | 128 | 192 | 256)
+        && keys.dtype() == dtype
+        && values.dtype() == dtype
+        && keys.len == values.len
+        && page_tokens == lanes.cache.page_tokens
+        && keys.len >= lanes.cache.pages * page_tokens * token;
+    if fits { Ok(()) } else { Err(argument(kernel, "cache", cache, format!("{:?} of {dtype:?}", lanes.cache))) }
+}
+
+/// See [`DecodeHeads`].
+///
+/// # Errors
+/// If shapes or types do not fit, the lanes are over another cache, or the launch fails.
+pub fn decode_heads(
+    device: &Device,
+    heads: &DecodeHeads<'_>,
+    cache: PagedCache<'_>,
+    lanes: &LanesView<'_>,
+) -> Result<(), Error> {
+    const KERNEL: &str = "decode heads";
+    let DecodeHeads { qkv, norms, eps, table } = *heads;
+    check_cache(KERNEL, &cache, lanes, qkv.dtype())?;
+    let PagedCache { kv_heads, head_dim: d, page_tokens, .. } = cache;
+    let all = qkv.cols / d;
+    if qkv.rows != lanes.lanes || !qkv.cols.is_multiple_of(d) || all <= 2 * kv_heads {
+        return Err(argument(KERNEL, "qkv", qkv.shape(), format!("[{}, (H + 2 · {kv_heads}) {d}]", lanes.lanes)));
+    }
+    expect_array(KERNEL, "table", table, DType::F32, qkv.rows * d)?;
+    for norm in norms.iter().flatten() {
+        expect_array(KERNEL, "norm", *norm, DType::F32, d)?;
+    }
+    let raw = RawHeads {
+        qkv: qkv.into(),
+        q_norm: address_or_none(norms.map(|[q, _]| q)),
+        k_norm: address_or_none(norms.map(|[_, k]| k)),
+        table: table.address,
+        keys: cache.keys.address,
+        values: cache.values.address,
+        tables: lanes.tables.address,
+        rows: lanes.rows.address,
+        eps,
+        heads: (all - 2 * kv_heads) as i32,
+        kv_heads: kv_heads as i32,
+        d: d as i32,
+        page_tokens: page_tokens as i32,
+        unused: 0,
+    };
+    // SAFETY: views of live device memory whose shapes were checked; lanes stand in pages of this cache, as `Lanes` sees to; the
+    // description is copied before the call returns; the stream orders the accesses.
+    launched(KERNEL, unsafe { trainer_decode_heads(&raw const raw, stream(device)?) })
+}
+
+/// Floats of the workspace of [`decode_draw`].
+pub fn decode_draw_workspace(lanes: usize, vocabulary: usize) -> usize {
+    2 * lanes * vocabulary.div_ceil(DRAW_CHUNK)
+}
+
+/// Draws each lane's next token from its logits divided by `temperature` (0: the first of the largest) by its uniform number of
+/// this step, notes it with its log-probability, and moves the lanes on by one.
+///
+/// # Shapes
+/// `logits`: f32 `[M, V]` without gaps; `workspace`: f32, [`decode_draw_workspace`] elements.
+///
+/// # Errors
+/// If shapes or types do not fit or the launch fails.
+pub fn decode_draw(
+    device: &Device,
+    logits: Matrix<'_>,
+    lanes: &LanesView<'_>,
+    temperature: f32,
+    workspace: Pointer<'_>,
+) -> Result<(), Error> {
+    const KERNEL: &str = "decode draw";
+    let vocabulary = lanes.vocabulary;
+    if logits.shape() != (lanes.lanes, vocabulary) || logits.stride != vocabulary || logits.dtype() != DType::F32 {
+        return Err(argument(KERNEL, "logits", logits, format!("f32 [{}, {vocabulary}]", lanes.lanes)));
+    }
+    expect_array(KERNEL, "workspace", workspace, DType::F32, decode_draw_workspace(lanes.lanes, vocabulary))?;
+    let raw = RawDraw {
+        logits: logits.address,
+        chunks: workspace.address,
+        uniforms: lanes.uniforms.address,
+        tokens: lanes.tokens.address,
+        positions: lanes.positions.address,
+        rows: lanes.rows.address,
+        steps: lanes.steps.address,
+        drawn: lanes.drawn.address,
+        logprobs: lanes.logprobs.address,
+        temperature,
+        lanes: lanes.lanes as i32,
+        vocabulary: vocabulary as i32,
+        most_steps: lanes.most_steps as i32,
+    };
+    // SAFETY: views of live device memory whose shapes were checked; the description is copied before the call returns; the
+    // stream orders the accesses.
+    launched(KERNEL, unsafe { trainer_decode_draw(&raw const raw, stream(device)?) })
+}

@@ -1,0 +1,294 @@
+//! Where the sequences of decoding steps stand, in the device's memory, so that steps follow each other without the host.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+
+use super::paged_step::PagedSize;
+use crate::device::{Buffer, Error, Pointer, Queue, Ticket, argument};
+
+/// A sequence at the beginning of a few steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Lane<'a> {
+    /// Its newest token, which is not in the cache yet.
+    pub token: u32,
+    /// Its tokens before that.
+    pub context: usize,
+    /// Its pages, with room for the tokens of all steps.
+    pub pages: &'a [u32],
+}
+
+/// How many there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LanesSize {
+    /// Sequences.
+    pub lanes: usize,
+    /// Steps between two visits of the host.
+    pub steps: usize,
+    /// Pages of all sequences together, shared ones counted for each.
+    pub pages: usize,
+}
+
+/// The tokens that were drawn in some steps, by step and lane.
+#[derive(Clone, Debug, Default)]
+pub struct Drawn {
+    /// `[steps, lanes]`
+    pub tokens: Vec<u32>,
+    /// Log-probabilities under the plain distribution, NaN where the logits are unusable: `[steps, lanes]`.
+    pub logprobs: Vec<f32>,
+    /// And under the one that was drawn from: `[steps, lanes]`.
+    pub sampling_logprobs: Vec<f32>,
+}
+
+/// The state of some lanes on the device, and its copy on the host.
+///
+/// A lane leaves the cache's pages only if a step is made for which [`Lanes::begin`] was not told of room. So the steps are
+/// counted on the device: after as many as were announced its lanes are empty, and further ones touch nothing.
+#[derive(Debug)]
+pub struct Lanes {
+    queue: Queue,
+    size: LanesSize,
+    cache: PagedSize,
+    vocabulary: usize,
+    state: Arc<Buffer>,
+    host: Arc<Buffer>,
+    drawn: Arc<Buffer>,
+    drawn_host: Arc<Buffer>,
+    /// Lanes of the steps at hand, with empty ones, and steps.
+    current: (usize, usize),
+}
+
+/// Where each part of the state begins, in bytes, for a number of lanes.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    tokens: usize,
+    positions: usize,
+    steps: usize,
+    uniforms: usize,
+    tables: usize,
+    end: usize,
+}
+
+impl Places {
+    fn of(size: LanesSize) -> Self {
+        let LanesSize { lanes, steps, pages } = size;
+        let tokens = 8 * lanes;
+        let positions = tokens + 4 * lanes;
+        let counters = positions + 4 * lanes;
+        let uniforms = (counters + 4 * lanes).next_multiple_of(8);
+        let tables = uniforms + 8 * lanes * steps;
+        Self { tokens, positions, steps: counters, uniforms, tables, end: tables + 4 * pages }
+    }
+}
+
+/// Views of the state for some number of lanes.
+#[derive(Clone, Copy, Debug)]
+pub struct LanesView<'b> {
+    /// How many lanes.
+    pub lanes: usize,
+    /// Most steps.
+    pub most_steps: usize,
+    /// `[lanes, 2]`: where the page list begins, and the context with this step's token; 0 for none.
+    pub(super) rows: Pointer<'b>,
+    /// Page lists.
+    pub(super) tables: Pointer<'b>,
+    /// `[lanes]`: this step's tokens.
+    pub tokens: Pointer<'b>,
+    /// `[lanes]`: their positions.
+    pub positions: Pointer<'b>,
+    pub(super) steps: Pointer<'b>,
+    pub(super) uniforms: Pointer<'b>,
+    pub(super) drawn: Pointer<'b>,
+    pub(super) logprobs: Pointer<'b>,
+    pub(super) cache: PagedSize,
+    pub(super) vocabulary: usize,
+}
+
+impl Lanes {
+    /// Memory for so many lanes over a cache.
+    ///
+    /// # Errors
+    /// If the device has too little memory, or the cache has 2^32 tokens or more.
+    pub fn new(queue: &Queue, size: LanesSize, cache: PagedSize, vocabulary: usize) -> Result<Self, Error> {
+        let tokens = cache.pages.checked_mul(cache.page_tokens).filter(|&tokens| tokens < u32::MAX as usize);
+        if tokens.is_none() || cache.page_tokens == 0 || size.lanes == 0 || size.steps == 0 {
+            return Err(argument("lanes", "size", (size, cache), "lanes and steps over fewer than 2^32 - 1 tokens"));
+        }
+        let (state, drawn) = (Places::of(size).end, 12 * size.lanes * size.steps);
+        Ok(Self {
+            queue: queue.clone(),
+            size,
+            cache,
+            vocabulary,
+            state: Arc::new(Buffer::device(queue, state)?),
+            host: Arc::new(Buffer::pinned(queue, state)?),
+            drawn: Arc::new(Buffer::device(queue, drawn)?),
+            drawn_host: Arc::new(Buffer::pinned(queue, drawn)?),
+            current: (0, 0),
+        })
+    }
+
+    /// What it has room for.
+    pub fn size(&self) -> LanesSize {
+        self.size
+    }
+
+    /// Views for the first `lanes`.
+    ///
+    /// # Errors
+    /// If there is no room for so many.
+    pub fn view(&self, lanes: usize) -> Result<LanesView<'_>, Error> {
+        if lanes > self.size.lanes {
+            return Err(argument("lanes", "lanes", lanes, format!("at most {}", self.size.lanes)));
+        }
+        let LanesSize { steps, pages, .. } = self.size;
+        let places = Places::of(LanesSize { lanes, ..self.size });
+        let array = |first, len, dtype| self.state.array(first, len, dtype);
+        Ok(LanesView {
+            lanes,
+            most_steps: steps,
+            rows: array(0, 2 * lanes, DType::U32)?,
+            tables: array(places.tables, pages, DType::U32)?,
+            tokens: array(places.tokens, lanes, DType::U32)?,
+            positions: array(places.positions, lanes, DType::U32)?,
+            steps: array(places.steps, lanes, DType::U32)?,
+            uniforms: array(places.uniforms, lanes * steps, DType::F64)?,
+            drawn: self.drawn.array(0, lanes * steps, DType::U32)?,
+            logprobs: self.drawn.array(4 * lanes * steps, 2 * lanes * steps, DType::F32)?,
+            cache: self.cache,
+            vocabulary: self.vocabulary,
+        })
+    }
+
+    /// Sets the lanes for the next `steps`; those beyond, up to `bucket`, are empty. `uniforms`: a number from 0 to 1 for each
+    /// step and lane, `[steps, lanes]`.
+    ///
+    /// # Errors
+    /// If there is no room for so many lanes, steps or pages, or a lane's token or pages are not there.
+    pub fn begin(&mut self, lanes: &[Lane<'_>], bucket: usize, steps: usize, uniforms: &[f64]) -> Result<(), Error> {
+        const WHAT: &str = "lanes";
+        let PagedSize { pages: num_pages, page_tokens } = self.cache;
+        let most = self.size.steps;
+        if lanes.len() > bucket || bucket > self.size.lanes || steps == 0 || steps > most {
+            return Err(argument(WHAT, "lanes", (lanes.len(), bucket, steps), self.size));
+        }
+        if uniforms.len() != lanes.len() * steps {
+            return Err(argument(WHAT, "uniforms", uniforms.len(), lanes.len() * steps));
+        }
+        let places = Places::of(LanesSize { lanes: bucket, ..self.size });
+        // Steps count up to `most`, where lanes become empty.
+        let first = most - steps;
+        let mut words = vec![0u32; (places.uniforms - 8 * bucket) / 4];
+        let (mut rows, mut tables) = (vec![0u32; 2 * bucket], Vec::new());
+        let mut numbers = vec![0f64; bucket * most];
+        for (index, lane) in lanes.iter().enumerate() {
+            let Lane { token, context, pages } = *lane;
+            let needed = (context + steps).div_ceil(page_tokens);
+            let Some(pages) = pages.get(..needed) else {
+                return Err(argument(WHAT, "pages", pages.len(), format!("{needed} for {context} + {steps} tokens")));
+            };
+            if let Some(page) = pages.iter().find(|&&page| page as usize >= num_pages) {
+                return Err(argument(WHAT, "pages", page, format!("below {num_pages}")));
+            }
+            if token as usize >= self.vocabulary {
+                return Err(argument(WHAT, "token", token, format!("below {}", self.vocabulary)));
+            }
+            rows[2 * index] = tables.len() as u32;
+            rows[2 * index + 1] = context as u32 + 1;
+            words[index] = token;
+            words[bucket + index] = context as u32;
+            words[2 * bucket + index] = first as u32;
+            for step in 0..steps {
+                numbers[(first + step) * bucket + index] = uniforms[step * lanes.len() + index];
+            }
+            tables.extend_from_slice(pages);
+        }
+        if tables.len() > self.size.pages {
+            return Err(argument(WHAT, "pages", tables.len(), format!("at most {}", self.size.pages)));
+        }
+        let used = places.tables + 4 * tables.len();
+        let host = unshared(&mut self.host)?;
+        host.write(0, &rows)?;
+        host.write(8 * bucket, &words)?;
+        host.write(places.uniforms, &numbers)?;
+        host.write(places.tables, &tables)?;
+        self.queue.copy(&self.host.part(0..used)?, &self.state.part(0..used)?, &Ticket::done())?;
+        self.current = (bucket, steps);
+        Ok(())
+    }
+
+    /// Waits for the steps since [`Lanes::begin`] and returns what the first `lanes` drew.
+    ///
+    /// # Errors
+    /// If a step failed on the device.
+    pub fn finish(&mut self, lanes: usize) -> Result<Drawn, Error> {
+        let ((bucket, steps), most) = (self.current, self.size.steps);
+        let bytes = 12 * bucket * most;
+        let from = self.drawn.part(0..bytes)?;
+        self.queue.copy(&from, &self.drawn_host.part(0..bytes)?, &Ticket::done())?.wait(None)?;
+        let first = most - steps;
+        self.drawn_host.with_bytes(|bytes| {
+            let words = |from: usize| {
+                (first..most).flat_map(move |step| (0..lanes).map(move |lane| from + step * bucket + lane)).map(|at| {
+                    let bytes: [u8; 4] = [0, 1, 2, 3].map(|byte| bytes[4 * at + byte]);
+                    u32::from_ne_bytes(bytes)
+                })
+            };
+            Drawn {
+                tokens: words(0).collect(),
+                logprobs: words(bucket * most).map(f32::from_bits).collect(),
+                sampling_logprobs: words(2 * bucket * most).map(f32::from_bits).collect(),
+            }
+        })
+    }
+}
+
+/// The buffer for writing: nobody else has it between two copies.
+fn unshared(buffer: &mut Arc<Buffer>) -> Result<&mut Buffer, Error> {
+    Arc::get_mut(buffer).ok_or_else(|| argument("lanes", "buffer", "shared", "a buffer of its own"))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::{Lane, Lanes, LanesSize};
+    use crate::device::Queue;
+    use crate::kernels::cuda::PagedSize;
+
+    fn lanes() -> Lanes {
+        let size = LanesSize { lanes: 4, steps: 3, pages: 6 };
+        Lanes::new(&Queue::of(&Device::Cpu).unwrap(), size, PagedSize { pages: 10, page_tokens: 4 }, 50).unwrap()
+    }
+
+    #[test]
+    fn what_would_leave_the_cache_or_the_vocabulary_is_refused() {
+        let mut lanes = lanes();
+        let lane = |token, context, pages| Lane { token, context, pages };
+        let mut problem = |lane: Lane<'_>, steps: usize| {
+            lanes.begin(&[lane], 2, steps, &vec![0.5; steps]).err().map(|error| error.to_string())
+        };
+        assert_eq!(problem(lane(49, 6, &[0, 9]), 2), None);
+        assert!(problem(lane(50, 6, &[0, 9]), 2).unwrap().contains("below 50"));
+        assert!(problem(lane(49, 6, &[0, 10]), 2).unwrap().contains("below 10"));
+        assert!(problem(lane(49, 6, &[0, 9]), 3).unwrap().contains("3 for 6 + 3 tokens"));
+        assert!(problem(lane(49, 1, &[0]), 4).unwrap().contains("lanes"));
+        assert!(problem(lane(49, 23, &[0; 7]), 3).unwrap().contains("at most 6"));
+        assert!(lanes.begin(&[lane(1, 0, &[0]), lane(1, 0, &[1])], 1, 1, &[0.5, 0.5]).is_err());
+        assert!(lanes.view(5).is_err() && lanes.begin(&[lane(1, 0, &[0])], 1, 1, &[]).is_err());
+    }
+
+    #[test]
+    fn numbers_lie_at_the_last_steps() {
+        let mut lanes = lanes();
+        let (one, two) = (Lane { token: 7, context: 5, pages: &[3, 1] }, Lane { token: 8, context: 0, pages: &[2] });
+        lanes.begin(&[one, two], 3, 2, &[0.1, 0.2, 0.3, 0.4]).unwrap();
+        let bytes = lanes.state.with_bytes(<[u8]>::to_vec).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(bytes[4 * at..4 * at + 4].try_into().unwrap());
+        assert_eq!((0..6).map(word).collect::<Vec<_>>(), [0, 6, 2, 1, 0, 0]);
+        assert_eq!((6..15).map(word).collect::<Vec<_>>(), [7, 8, 0, 5, 0, 0, 1, 1, 0]);
+        let number = |at: usize| f64::from_ne_bytes(bytes[64 + 8 * at..72 + 8 * at].try_into().unwrap());
+        assert_eq!((0..9).map(number).collect::<Vec<_>>(), [0.0, 0.0, 0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);
+        assert_eq!((34..37).map(word).collect::<Vec<_>>(), [3, 1, 2]);
+    }
+}

@@ -1,0 +1,204 @@
+// Products of few rows with packed weights, straight from their bytes: y = x Wᵀ (+ low sBᵀ) (+ bias) (+ residual), or the
+// SwiGLU of two such products. What the kernels of packed_product.cu and packed_product_sm90.cu share.
+//
+// x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: 4-bit codes with block maxima as in nf4.cu, or dense
+// values of type T, row after row as training has them. sB [O, r] of type T, r a multiple of 16; the low-rank products x Aᵀ
+// f32 [S, M, R], S parts whose sum is rounded to T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
+//
+// Tensor cores take the weights as their left operand (16 rows) and x as their right one (8 columns, rows of x). Which of a
+// chunk's 128 columns stands in which place of the operands is free as long as both agree: lane t of the four that share a
+// row has columns 32 t .. 32 t + 31, so that packed bytes are read 16 at a time as they lie, and no weight is repacked; what
+// makes x writes its columns in the order in which they are read (`place_of` in mma.cuh). A code becomes a value by a
+// shuffle (lane i holds value i % 16), is multiplied by its block's maximum and rounded to T: the same bits as training's.
+#pragma once
+
+#include "mma.cuh"
+
+constexpr int CHUNK = 128, MOST_MATRICES = 3;
+
+// As the host describes a matrix.
+struct Packed {
+  const uint8_t *data;
+  const float *absmax;
+  const uint8_t *codes;
+  const float *nested, *map, *values;
+  const void *b;
+  const float *bias;
+  float offset;
+  int32_t rows, rank, first_low;
+};
+
+struct Product {
+  Packed w[MOST_MATRICES];
+  Matrix x, residual, out;
+  const float *low; // [low_parts, M, low_cols]
+  float *partial;   // of the K parts of each tile
+  uint32_t *arrived;
+  int32_t count, low_parts, low_cols, splits;
+};
+
+enum Format { NF4_PLAIN, NF4_NESTED, DENSE };
+
+#ifdef __CUDACC__
+namespace {
+
+// 32 columns of a row, as they lie.
+template <typename T, int FORMAT> struct Piece {
+  uint4 codes;
+
+  __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { codes = load_streaming(w.data + flat / 2); }
+  // Columns 8 part .. 8 part + 7 as four registers.
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float value, float scale) const {
+    const uint32_t word = part == 0 ? codes.x : part == 1 ? codes.y : part == 2 ? codes.z : codes.w;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      // Within a byte the high nibble is first; the shuffle takes the low 4 bits.
+      const float a = __shfl_sync(0xffffffffu, value, word >> (8 * i + 4), 16);
+      const float b = __shfl_sync(0xffffffffu, value, word >> (8 * i), 16);
+      out[i] = pack_pair<T>(__fmul_rn(a, scale), __fmul_rn(b, scale));
+    }
+  }
+};
+
+template <typename T> struct Piece<T, DENSE> {
+  uint4 v[4];
+
+  __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = load_streaming(w.data + flat * 2 + i * 16);
+  }
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+    out[0] = v[part].x, out[1] = v[part].y, out[2] = v[part].z, out[3] = v[part].w;
+  }
+};
+
+// The matrix to which a tile of rows belongs, the tile's number there, and where the matrix's outputs begin.
+struct Tile {
+  int which, tile, first_out;
+};
+template <int ROWS> __device__ __forceinline__ Tile find_tile(const Product &p, int tile) {
+  Tile found{0, tile, 0};
+  for (; found.which + 1 < p.count; found.which++) {
+    const int tiles = (p.w[found.which].rows + ROWS - 1) / ROWS;
+    if (found.tile < tiles) break;
+    found.tile -= tiles;
+    found.first_out += p.w[found.which].rows;
+  }
+  return found;
+}
+
+// The part of the chunks that belongs to a block.
+__device__ __forceinline__ int2 chunks_of(const Product &p) {
+  const int64_t chunks = p.x.cols / CHUNK;
+  return make_int2(static_cast<int>(chunks * blockIdx.y / p.splits), static_cast<int>(chunks * (blockIdx.y + 1) / p.splits));
+}
+
+// Block maxima of a row in a tile's part of K: `2 (end - first)` of them, rows `stride` apart.
+template <int FORMAT, int ROWS, int THREADS, typename RowOf>
+__device__ __forceinline__ void load_maxima(float *to, int stride, int2 chunks, int k, RowOf row_of) {
+  if (FORMAT == DENSE) return;
+  const int blocks = 2 * (chunks.y - chunks.x), all = ROWS * blocks;
+  for (int i = threadIdx.x; i < all; i += THREADS) {
+    const int own = i / blocks, at = i - own * blocks;
+    const Packed *w;
+    const int row = row_of(own, w);
+    const int64_t block = static_cast<int64_t>(row) * (k / 64) + 2 * chunks.x + at;
+    float maximum;
+    if (FORMAT == NF4_PLAIN) maximum = __ldg(w->absmax + block);
+    else maximum = __fadd_rn(__fmul_rn(__ldg(w->map + __ldg(w->codes + block)), __ldg(w->nested + block / 256)), w->offset);
+    to[own * stride + at] = maximum;
+  }
+}
+
+__device__ __forceinline__ float with_bias(const Packed &w, int row, float sum) {
+  return w.bias ? sum + __ldg(w.bias + row) : sum;
+}
+
+// Ranks `at` .. `at + 3` of the low-rank products of a row, rounded.
+template <typename T> __device__ __forceinline__ uint2 low_ranks(const Product &p, int row, int at) {
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+  for (int part = 0; part < p.low_parts; part++) {
+    const int64_t place = (static_cast<int64_t>(part) * p.x.rows + row) * p.low_cols + at;
+    const float4 more = *reinterpret_cast<const float4 *>(p.low + place);
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+  }
+  return make_uint2(pack_pair<T>(sum.x, sum.y), pack_pair<T>(sum.z, sum.w));
+}
+
+// The end of a block: sums of the K parts of its tile, bias, SwiGLU, residual stream. `sum_of(row, col)` is the block's own sum
+// of a row of the tile and a row of x; `sums` [ROWS, COLS + 1] is free for those of all parts. With SwiGLU row `gate_of(i)` of the
+// tile is gate i and `up_of(i)` up i. Eight outputs of a row of x at a time: their loads are in flight together.
+template <typename T, bool IS_SWIGLU, int ROWS, int COLS, int THREADS, typename SumOf, typename GateOf, typename UpOf>
+__device__ __forceinline__ void finish(const Product &p, const Tile &at, int col0, float *sums, SumOf sum_of, GateOf gate_of,
+                                       UpOf up_of) {
+  constexpr int PAD = COLS + 1, N = 8;
+  __shared__ uint32_t last;
+  const Packed &w = p.w[at.which];
+  const bool is_split = p.splits > 1;
+  if (is_split) {
+    const int64_t place = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+    const int64_t step = static_cast<int64_t>(gridDim.z) * gridDim.x * (ROWS * COLS);
+    float *mine = p.partial + place * (ROWS * COLS);
+    // Rows of x that there are not are left out.
+    const int all = ROWS * min(COLS, p.x.rows - col0);
+    for (int i = threadIdx.x * 4; i < all; i += THREADS * 4) {
+      const int row = i % ROWS, col = i / ROWS;
+      const float4 four = {sum_of(row, col), sum_of(row + 1, col), sum_of(row + 2, col), sum_of(row + 3, col)};
+      __stcg(reinterpret_cast<float4 *>(mine + blockIdx.y * step + i), four);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(p.arrived + place, 1);
+    __syncthreads();
+    if (last != p.splits - 1) return;
+    __threadfence();
+#pragma unroll 2
+    for (int i = threadIdx.x * 4; i < all; i += THREADS * 4) {
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+      for (int part = 0; part < p.splits; part++) {
+        const float4 more = __ldcg(reinterpret_cast<const float4 *>(mine + part * step + i));
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      }
+      const int row = i % ROWS, col = i / ROWS;
+      sums[row * PAD + col] = sum.x, sums[(row + 1) * PAD + col] = sum.y;
+      sums[(row + 2) * PAD + col] = sum.z, sums[(row + 3) * PAD + col] = sum.w;
+    }
+    if (threadIdx.x == 0) p.arrived[place] = 0;
+    __syncthreads();
+  }
+  auto result = [&](int row, int col) { return is_split ? sums[row * PAD + col] : sum_of(row, col); };
+  constexpr int OUTPUTS = IS_SWIGLU ? ROWS / 2 : ROWS, GROUPS = OUTPUTS / N;
+  if constexpr (IS_SWIGLU) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < GROUPS * COLS; i += THREADS) {
+      const int own = i % GROUPS * N, col = i / GROUPS, row = at.tile * OUTPUTS + own, line = col0 + col;
+      if (row >= w.rows || line >= p.x.rows) continue;
+      float activated[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        const float gate = to_float(from_float<T>(with_bias(p.w[0], row + j, result(gate_of(own + j), col))));
+        const float up = to_float(from_float<T>(with_bias(p.w[1], row + j, result(up_of(own + j), col))));
+        const float sigmoid = __fdividef(1.0f, 1.0f + __expf(-gate)); // as swiglu.cu
+        activated[j] = up * (gate * sigmoid);
+      }
+      store_columns<T>(p.out, line, row, activated);
+    }
+  } else {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < GROUPS * COLS; i += THREADS) {
+      const int own = i % GROUPS * N, col = i / GROUPS, row = at.tile * OUTPUTS + own, line = col0 + col;
+      if (row >= w.rows || line >= p.x.rows) continue;
+      const int to = at.first_out + row;
+      float sum[N] = {};
+      if (p.residual.data) load_eight(sum, p.residual.data, p.residual.dtype, line * p.residual.stride + to);
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[j] += with_bias(w, row + j, result(own + j, col));
+      store_eight(p.out.data, p.out.dtype, line * p.out.stride + to, sum);
+    }
+  }
+}
+
+} // namespace
+#endif

@@ -1,0 +1,602 @@
+//! Products of few rows straight from packed weights.
+
+use candle_core::{DType, Device};
+
+use super::checks::expect_array;
+use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
+use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
+use crate::device::{Error, Matrix, Pointer, argument, compute_capability, multiprocessors};
+use crate::kernels::cpu::codebook::BLOCK_LEN;
+
+/// Columns of a step of the sum, see `packed_product.cu`.
+const CHUNK: usize = 128;
+/// Matrices that one launch multiplies.
+const MOST_MATRICES: usize = 3;
+/// Ranks of an adapter are a multiple of this; what is missing is zeros.
+pub const RANK_STEP: usize = 16;
+/// Rows of `x` that warp groups multiply at a time.
+const MOST_GROUP_ROWS: usize = 256;
+/// Parts into which a sum is cut.
+const MOST_SPLITS: usize = 16;
+/// Chunks whose maxima a block of a warp group holds.
+const MOST_GROUP_CHUNKS: usize = 30;
+
+kernels! {
+    // Of `packed_product.cu`.
+    fn trainer_packed_product(
+        product: *const RawProduct,
+        format: i32,
+        form: i32,
+        is_swiglu: i32,
+        tiles: i32,
+        stream: RawStream,
+    ) -> i32;
+    // Of `packed_product_sm90.cu`.
+    fn trainer_packed_product_sm90(
+        product: *const RawProduct,
+        format: i32,
+        is_swiglu: i32,
+        tiles: i32,
+        stream: RawStream,
+    ) -> i32;
+    fn trainer_has_packed_product_sm90() -> i32;
+}
+
+/// `Packed` of `packed_product.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct RawPacked {
+    data: u64,
+    absmax: u64,
+    codes: u64,
+    nested: u64,
+    map: u64,
+    values: u64,
+    b: u64,
+    bias: u64,
+    offset: f32,
+    rows: i32,
+    rank: i32,
+    first_low: i32,
+}
+
+/// `Product` of `packed_product.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawProduct {
+    w: [RawPacked; MOST_MATRICES],
+    x: RawMatrix,
+    residual: RawMatrix,
+    out: RawMatrix,
+    low: u64,
+    partial: u64,
+    arrived: u64,
+    count: i32,
+    low_parts: i32,
+    low_cols: i32,
+    splits: i32,
+}
+
+/// Weights as they lie.
+#[derive(Clone, Copy, Debug)]
+pub enum PackedWeights<'b> {
+    /// 4-bit codes of `[rows, cols]`.
+    Nf4 {
+        /// Codes and maxima.
+        view: Nf4View<'b>,
+        /// `O`.
+        rows: usize,
+        /// `K`.
+        cols: usize,
+    },
+    /// 16-bit values `[O, K]`, without gaps between rows.
+    Dense(Matrix<'b>),
+}
+
+/// One matrix of a product, with what belongs to its outputs.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedOperand<'b> {
+    /// `[O, K]`.
+    pub weights: PackedWeights<'b>,
+    /// f32 `[O]`.
+    pub bias: Option<Pointer<'b>>,
+    /// The scaled `B` of an adapter: `[O, r]` of the type of `x`, `r` a multiple of [`RANK_STEP`], and the first of its columns
+    /// among the low-rank products.
+    pub adapter: Option<(Matrix<'b>, usize)>,
+}
+
+/// Low-rank products `x Aᵀ` in parts that are yet to be added: f32 `[parts, M, cols]`.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'b> {
+    /// The values.
+    pub values: Pointer<'b>,
+    /// How many parts.
+    pub parts: usize,
+    /// Low-rank products of a row.
+    pub cols: usize,
+}
+
+/// The order of the columns of rows that products read, see `mma.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowLayout {
+    /// As they are.
+    Plain,
+    /// In the order in which a warp reads them.
+    Fragments,
+    /// In blocks of 64 columns of this many rows, a power of two from 8 to 256, for Hopper's warp groups.
+    Tiles(usize),
+}
+
+/// Rows in such an order.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'b> {
+    matrix: Matrix<'b>,
+    layout: RowLayout,
+}
+
+impl<'b> Rows<'b> {
+    /// Rows as they are.
+    pub fn plain(matrix: Matrix<'b>) -> Self {
+        Self { matrix, layout: RowLayout::Plain }
+    }
+
+    /// `m` rows in memory without gaps: `[rows of the layout, K]`, whose order is the layout's.
+    ///
+    /// # Errors
+    /// If the memory is too small or not aligned, or K is no multiple of 128.
+    pub fn new(memory: Matrix<'b>, m: usize, layout: RowLayout) -> Result<Self, Error> {
+        let rows = layout.rows(m);
+        let is_ordered = layout != RowLayout::Plain;
+        let fits = memory.rows >= rows && memory.stride == memory.cols && rows >= m;
+        let is_aligned = memory.address.is_multiple_of(128) && memory.cols.is_multiple_of(CHUNK);
+        if !fits || is_ordered && !is_aligned {
+            return Err(argument("rows", "memory", memory, format!("{rows} rows for {m}, aligned, in {layout:?}")));
+        }
+        Ok(Self { matrix: Matrix { rows: m, ..memory }, layout })
+    }
+
+    /// `(M, K)`.
+    pub fn shape(&self) -> (usize, usize) {
+        self.matrix.shape()
+    }
+
+    /// Their type.
+    pub fn dtype(&self) -> DType {
+        self.matrix.dtype()
+    }
+
+    /// The rows where they lie as they are.
+    pub fn as_plain(&self) -> Option<Matrix<'b>> {
+        (self.layout == RowLayout::Plain).then_some(self.matrix)
+    }
+
+    pub(super) fn memory(&self) -> Matrix<'b> {
+        self.matrix
+    }
+
+    pub(super) fn raw(&self) -> RawMatrix {
+        let raw = RawMatrix::from(self.matrix);
+        match self.layout {
+            RowLayout::Plain => raw,
+            RowLayout::Fragments => raw.ordered(1, self.matrix.stride),
+            RowLayout::Tiles(rows) => raw.ordered(2, rows),
+        }
+    }
+}
+
+impl RowLayout {
+    /// The layout in which products of `m` rows are fastest.
+    pub fn choose(m: usize, is_dense: bool, card: ProductCard) -> Self {
+        // For fewer rows, warps that need not go in step make values of codes faster.
+        let least = if is_dense { 1 } else { 17 };
+        match m {
+            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(8)),
+            _ => Self::Fragments,
+        }
+    }
+
+    /// The column that stands at a place of a row, for those who put other rows in this order.
+    pub fn column(self, place: usize) -> usize {
+        let (chunk, at) = (place / CHUNK * CHUNK, place % CHUNK);
+        chunk
+            + match self {
+                Self::Plain => at,
+                Self::Fragments => 32 * (at / 8 % 4) + 8 * (at / 32) + at % 8,
+                Self::Tiles(_) => 32 * (at % 8 / 2) + 4 * (at / 16) + at % 2 + 2 * (at / 8 % 2),
+            }
+    }
+
+    /// Rows that `m` rows take.
+    pub fn rows(self, m: usize) -> usize {
+        if let Self::Tiles(rows) = self { rows } else { m }
+    }
+}
+
+/// What of a card the cut of products depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductCard {
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
+    /// Whether it has Hopper's warp groups, and the program code for them.
+    pub has_groups: bool,
+    /// Whether a block has more than 64 KiB of shared memory.
+    pub has_large_blocks: bool,
+}
+
+impl ProductCard {
+    /// The card of a device.
+    ///
+    /// # Errors
+    /// If the device is no GPU.
+    pub fn of(device: &Device) -> Result<Self, Error> {
+        let (major, _) = compute_capability(device)?;
+        // SAFETY: the function takes nothing and asks the runtime about a kernel.
+        let has_groups = major == 9 && unsafe { trainer_has_packed_product_sm90() } == 1;
+        let multiprocessors = multiprocessors(device)? as usize;
+        Ok(Self { multiprocessors, has_groups, has_large_blocks: major >= 8 })
+    }
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy, Debug)]
+pub enum ProductOutput<'b> {
+    /// `[M, O]` of all matrices side by side; with a residual stream it is added.
+    Sum {
+        /// The result.
+        out: Matrix<'b>,
+        /// What it is added to; may be `out`.
+        onto: Option<Matrix<'b>>,
+    },
+    /// `silu(x W0ᵀ) · x W1ᵀ` of two matrices: `[M, O]`.
+    Swiglu(Rows<'b>),
+}
+
+/// Memory that products use while they run: one product at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct ProductWorkspace<'b> {
+    /// f32.
+    pub partial: Pointer<'b>,
+    /// u32, zeros.
+    pub arrived: Pointer<'b>,
+}
+
+/// How a product is cut: see `packed_product.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductForm {
+    /// The kernel's form.
+    pub form: usize,
+    /// Parts of the sum.
+    pub splits: usize,
+}
+
+/// The kernel for warp groups.
+const GROUPS: usize = 6;
+
+impl ProductForm {
+    /// Outputs of each matrix and rows of `x` that a block has, its rows of `W`, and its warps along the sum.
+    fn tile(self, is_swiglu: bool, layout: RowLayout) -> Block {
+        let (rows, cols, warps) = match self.form {
+            0 => (if is_swiglu { 32 } else { 16 }, 8, 8),
+            1 => (32, 8, 8),
+            2 => (64, 16, 4),
+            3 => (128, 32, 2),
+            4 => (128, 64, 2),
+            _ => (64, layout.rows(64), 1),
+        };
+        Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
+    }
+
+    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed.
+    pub fn choose(
+        m: usize,
+        rows: &[usize],
+        cols: usize,
+        kind: ProductKind,
+        layout: RowLayout,
+        card: ProductCard,
+    ) -> Self {
+        let is_swiglu = kind == ProductKind::Swiglu;
+        let all: usize = rows.iter().sum();
+        let form = match (layout, m) {
+            (RowLayout::Tiles(_), _) => GROUPS,
+            (_, 0..=8) if all.div_ceil(32) >= 4 * card.multiprocessors => 1,
+            (_, 0..=8) => 0,
+            (_, 9..=16) => 2,
+            (_, 17..=32) => 3,
+            _ if card.has_large_blocks => 4,
+            _ => 3,
+        };
+        let chunks = cols / CHUNK;
+        let block = Self { form, splits: 1 }.tile(is_swiglu, layout);
+        let blocks = Self { form, splits: 1 }.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
+        // Half steps: those that the busiest multiprocessor makes one after the other, or, where its blocks are too few to hide a
+        // step's latency, those of a block alone, for each round of blocks; and what adding the sums of several takes.
+        let Pace { resident, latency, end } = Pace::of(form, block.cols);
+        let cost = |splits: usize| {
+            let of_card = (blocks * splits).div_ceil(card.multiprocessors);
+            let steps = chunks.div_ceil(splits).div_ceil(block.warps);
+            let busy = (2 * of_card * steps).max(of_card.div_ceil(resident) * steps * latency);
+            busy + if splits > 1 { of_card * end } else { 0 }
+        };
+        let most = (chunks / block.warps).clamp(1, MOST_SPLITS);
+        let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
+        let splits = (least..=most.max(least)).min_by_key(|&splits| cost(splits)).unwrap_or(1);
+        Self { form, splits }
+    }
+
+    fn tiles(self, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> usize {
+        let Block { outputs, .. } = self.tile(is_swiglu, layout);
+        if is_swiglu {
+            rows.first().map_or(0, |rows| rows.div_ceil(outputs))
+        } else {
+            rows.iter().map(|rows| rows.div_ceil(outputs)).sum()
+        }
+    }
+
+    /// Floats and counters of the workspace for `m` rows of `x`.
+    pub fn workspace(self, m: usize, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> (usize, usize) {
+        if self.splits == 1 {
+            return (0, 0);
+        }
+        let block = self.tile(is_swiglu, layout);
+        let places = self.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
+        (self.splits * places * block.rows * block.cols, places)
+    }
+}
+
+/// How blocks of a form share a multiprocessor, as measured on an H200 with matrices of a 7B model: how many there are at a time,
+/// and, in half steps, how long a step takes by itself and what adding the sums of several blocks takes for each.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    resident: usize,
+    latency: usize,
+    end: usize,
+}
+
+impl Pace {
+    fn of(form: usize, cols: usize) -> Self {
+        let (resident, latency, end) = match (form, cols) {
+            (0, _) => (8, 6, 2),
+            (1, _) => (3, 6, 2),
+            (2..=4, _) => (2, 6, 6),
+            (_, 0..=32) => (4, 7, 4),
+            (_, 33..=64) => (4, 5, 8),
+            (_, 65..=128) => (3, 4, 16),
+            _ => (2, 3, 32),
+        };
+        Self { resident, latency, end }
+    }
+}
+
+/// What a block of a form has.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    outputs: usize,
+    rows: usize,
+    cols: usize,
+    warps: usize,
+}
+
+/// What a product makes, as far as its form depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProductKind {
+    /// [`ProductOutput::Sum`]
+    Sum,
+    /// [`ProductOutput::Swiglu`]
+    Swiglu,
+}
+
+impl PackedWeights<'_> {
+    /// `(O, K)`.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Nf4 { rows, cols, .. } => (*rows, *cols),
+            Self::Dense(matrix) => matrix.shape(),
+        }
+    }
+
+    /// Weights of one format are multiplied together.
+    pub fn format(&self) -> i32 {
+        match self {
+            Self::Nf4 { view: Nf4View { absmax: Nf4Absmax::Plain(_), .. }, .. } => 0,
+            Self::Nf4 { .. } => 1,
+            Self::Dense(_) => 2,
+        }
+    }
+
+    /// Whether the kernels can read them for products of activations of type `dtype`.
+    pub fn fits(&self, dtype: DType) -> bool {
+        let (rows, cols) = self.shape();
+        let is_aligned = match self {
+            Self::Nf4 { view, .. } => view.packed.address.is_multiple_of(16),
+            Self::Dense(matrix) => {
+                matrix.dtype() == dtype && matrix.stride == cols && matrix.address.is_multiple_of(16)
+            }
+        };
+        is_aligned
+            && rows > 0
+            && rows.is_multiple_of(8)
+            && cols.is_multiple_of(CHUNK)
+            && matches!(dtype, DType::BF16 | DType::F16)
+    }
+
+    fn raw(&self) -> Result<RawPacked, Error> {
+        const KERNEL: &str = "packed product";
+        let (rows, cols) = self.shape();
+        let raw = RawPacked { rows: rows as i32, ..RawPacked::default() };
+        match self {
+            Self::Dense(matrix) => Ok(RawPacked { data: matrix.address, ..raw }),
+            Self::Nf4 { view, .. } => {
+                let blocks = rows * cols / BLOCK_LEN;
+                expect_array(KERNEL, "packed", view.packed, DType::U8, rows * cols / 2)?;
+                expect_array(KERNEL, "values", view.values, DType::F32, 16)?;
+                let raw = RawPacked { data: view.packed.address, values: view.values.address, ..raw };
+                match view.absmax {
+                    Nf4Absmax::Plain(absmax) => {
+                        expect_array(KERNEL, "absmax", absmax, DType::F32, blocks)?;
+                        Ok(RawPacked { absmax: absmax.address, ..raw })
+                    }
+                    Nf4Absmax::Nested { codes, absmax, map, offset } => {
+                        expect_array(KERNEL, "codes", codes, DType::U8, blocks)?;
+                        expect_array(KERNEL, "nested absmax", absmax, DType::F32, blocks.div_ceil(NESTED_BLOCK))?;
+                        expect_array(KERNEL, "map", map, DType::F32, MAP_LEN)?;
+                        let (codes, nested, map) = (codes.address, absmax.address, map.address);
+                        Ok(RawPacked { codes, nested, map, offset, ..raw })
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies a few rows by packed weights of one format: `y = x Wᵀ + low sBᵀ + bias (+ onto)`.
+///
+/// A value of the weights has the bits that [`super::dequantize_nf4`] gives it in the type of `x`. Sums are f32, in an order that
+/// depends on the form and on the shape of `W`, not on the number of rows.
+///
+/// # Shapes
+/// `x`: f16 or bf16 `[M, K]`, K a multiple of 128, in the layout of the form; `group`: one to three `[O, K]`.
+///
+/// # Errors
+/// If shapes or types do not fit, the workspace is smaller than [`ProductForm::workspace`] says, or the launch fails.
+pub fn packed_product(
+    device: &Device,
+    group: &[PackedOperand<'_>],
+    x: Rows<'_>,
+    low: Option<LowRank<'_>>,
+    to: ProductOutput<'_>,
+    form: ProductForm,
+    workspace: ProductWorkspace<'_>,
+) -> Result<(), Error> {
+    const KERNEL: &str = "packed product";
+    let refuse = |what, got: (usize, usize), expected: String| argument(KERNEL, what, got, expected);
+    let (m, k) = x.shape();
+    let Some(first) = group.first().filter(|_| group.len() <= MOST_MATRICES) else {
+        return Err(argument(KERNEL, "group", group.len(), format!("1 to {MOST_MATRICES} matrices")));
+    };
+    if x.layout == RowLayout::Plain || (form.form == GROUPS) != matches!(x.layout, RowLayout::Tiles(_)) {
+        return Err(argument(KERNEL, "x", x, format!("rows in the order that form {} reads", form.form)));
+    }
+    let rows: Vec<usize> = group.iter().map(|operand| operand.weights.shape().0).collect();
+    let all: usize = rows.iter().sum();
+    let mut w = [RawPacked::default(); MOST_MATRICES];
+    for (raw, operand) in w.iter_mut().zip(group) {
+        let (rows, cols) = operand.weights.shape();
+        if cols != k || !operand.weights.fits(x.dtype()) || operand.weights.format() != first.weights.format() {
+            let expected = format!("aligned weights of one format with {k} columns, a multiple of {CHUNK}");
+            return Err(refuse("weights", (rows, cols), expected));
+        }
+        *raw = operand.weights.raw()?;
+        if let Some(bias) = operand.bias {
+            expect_array(KERNEL, "bias", bias, DType::F32, rows)?;
+        }
+        raw.bias = address_or_none(operand.bias);
+        if let Some((b, first_low)) = operand.adapter {
+            let cols = low.map_or(0, |low| low.cols);
+            let is_packed = b.stride == b.cols && b.address.is_multiple_of(16) && b.dtype() == x.dtype();
+            if b.rows != rows || !b.cols.is_multiple_of(RANK_STEP) || first_low + b.cols > cols || !is_packed {
+                let expected = format!("[{rows}, r], r a multiple of {RANK_STEP}, its low-rank products among {cols}");
+                return Err(refuse("adapter", b.shape(), expected));
+            }
+            (raw.b, raw.rank, raw.first_low) = (b.address, b.cols as i32, first_low as i32);
+        }
+    }
+    if let Some(low) = low {
+        expect_array(KERNEL, "low", low.values, DType::F32, low.parts * m * low.cols)?;
+    }
+    let is_swiglu = matches!(to, ProductOutput::Swiglu(_));
+    let (out, residual) = match to {
+        ProductOutput::Sum { out, onto } => {
+            let fits = |matrix: Matrix<'_>| {
+                let size = matrix.dtype().size_in_bytes();
+                let is_aligned = matrix.stride.is_multiple_of(8) && matrix.address.is_multiple_of(8 * size as u64);
+                matrix.shape() == (m, all) && is_aligned
+            };
+            if !fits(out) || !onto.is_none_or(fits) {
+                return Err(argument(KERNEL, "out", (out, onto), format!("[{m}, {all}], eight values aligned")));
+            }
+            (out.into(), RawMatrix::or_none(onto))
+        }
+        ProductOutput::Swiglu(out) => {
+            if group.len() != 2 || rows[0] != rows[1] || out.shape() != (m, rows[0]) || out.dtype() != x.dtype() {
+                return Err(refuse("out", out.shape(), format!("[{m}, {}] of two matrices of one shape", rows[0])));
+            }
+            (out.raw(), RawMatrix::NONE)
+        }
+    };
+    if form.splits == 0 || form.splits > k / CHUNK {
+        return Err(argument(KERNEL, "splits", form.splits, format!("1 to {}", k / CHUNK)));
+    }
+    let (floats, counters) = form.workspace(m, &rows, is_swiglu, x.layout);
+    expect_array(KERNEL, "workspace", workspace.partial, DType::F32, floats)?;
+    expect_array(KERNEL, "counters", workspace.arrived, DType::U32, counters)?;
+    let raw = RawProduct {
+        w,
+        x: x.raw(),
+        residual,
+        out,
+        low: low.map_or(0, |low| low.values.address),
+        partial: workspace.partial.address,
+        arrived: workspace.arrived.address,
+        count: group.len() as i32,
+        low_parts: low.map_or(0, |low| low.parts as i32),
+        low_cols: low.map_or(0, |low| low.cols as i32),
+        splits: form.splits as i32,
+    };
+    let tiles = form.tiles(&rows, is_swiglu, x.layout);
+    // SAFETY: all addresses are views of live device memory whose lengths and shapes were checked; the description is copied
+    // before the call returns; the stream orders the accesses.
+    let code = unsafe {
+        let (format, is_swiglu, tiles, stream) =
+            (first.weights.format(), i32::from(is_swiglu), tiles as i32, stream(device)?);
+        if form.form == GROUPS {
+            trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream)
+        } else {
+            trainer_packed_product(&raw const raw, format, form.form as i32, is_swiglu, tiles, stream)
+        }
+    };
+    launched(KERNEL, code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout};
+
+    const CARDS: [ProductCard; 3] = [
+        ProductCard { multiprocessors: 132, has_groups: true, has_large_blocks: true },
+        ProductCard { multiprocessors: 68, has_groups: false, has_large_blocks: true },
+        ProductCard { multiprocessors: 36, has_groups: false, has_large_blocks: false },
+    ];
+
+    #[test]
+    fn a_layout_is_an_order_of_the_columns_of_each_chunk() {
+        for layout in [RowLayout::Plain, RowLayout::Fragments, RowLayout::Tiles(8)] {
+            for chunk in 0..3 {
+                let mut columns: Vec<usize> =
+                    (chunk * CHUNK..(chunk + 1) * CHUNK).map(|place| layout.column(place)).collect();
+                columns.sort_unstable();
+                assert!(columns.into_iter().eq(chunk * CHUNK..(chunk + 1) * CHUNK), "{layout:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_shape_of_the_family_has_a_form_whose_parts_cover_the_sum() {
+        let shapes = [896, 1024, 1536, 2048, 2560, 3584, 4096, 5120, 8192];
+        let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
+        for card in CARDS {
+            for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
+                let layout = RowLayout::choose(m, m % 2 == 0, card);
+                assert!(layout.rows(m) >= m);
+                for (rows, kind) in
+                    [(vec![hidden, 512, 512], ProductKind::Sum), (vec![hidden, hidden], ProductKind::Swiglu)]
+                {
+                    let form = ProductForm::choose(m, &rows, hidden, kind, layout, card);
+                    assert!((1..=hidden / CHUNK).contains(&form.splits), "{form:?} for {hidden}, {m} rows");
+                    let (floats, places) = form.workspace(m, &rows, kind == ProductKind::Swiglu, layout);
+                    assert_eq!(floats == 0, places == 0);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,311 @@
+// Products of up to 256 rows with packed weights on Hopper's warp groups: see packed_product.cuh.
+//
+// Layout: columns of x in the order TILES: blocks of 64 columns of 8, 16, 32, 64, 128 or 256 rows in the hardware's swizzle, so
+// that a block comes to shared memory in one copy.
+//
+// Launch: a block is a warp group with 64 rows of W (with SwiGLU 32 of gate and 32 of up), all rows of x and a part of K
+// (blockIdx.y). The weights are the operand in registers: the values of the next 16 columns are made while `wgmma` multiplies
+// the last ones; x is the one in shared memory, a ring of blocks that bulk copies fill. The adapters' ranks follow as 16 more
+// columns at a time, with low-rank products [M, R] as x. Sums as in packed_product.cuh.
+//
+// Bound: shuffles for up to 64 rows (64 for 2,048 values, beside 16 accesses of codes), tensor cores from 128 on.
+#include "attention_sm90.cuh"
+#include "packed_product.cuh"
+
+namespace {
+
+constexpr int GROUP = 128, ROWS = 64;
+
+template <int N> constexpr int stages() { return N == 32 ? 3 : N == 16 ? 4 : 6; }
+// Blocks of a multiprocessor.
+template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : FORMAT == 2 ? 3 : 4; }
+template <int N> constexpr int stage_bytes() { return N * 8 * 128; }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+using attention::group_commit;
+using attention::group_descriptor;
+using attention::group_fence;
+using attention::group_publish;
+using attention::group_wait;
+using attention::phase_arrive;
+using attention::phase_init;
+using attention::phase_wait;
+
+#define GROUP_NAMES_1 "%0, %1, %2, %3"
+#define GROUP_NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define GROUP_NAMES_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define GROUP_OPERANDS_1(mode, c) GROUP_TILE(mode, c[0])
+#define GROUP_OPERANDS_2(mode, c) GROUP_TILE(mode, c[0]), GROUP_TILE(mode, c[1])
+#define GROUP_OPERANDS_4(mode, c) GROUP_FOUR_TILES(mode, c, 0)
+#define GROUP_NAMES_32                                                                                                 \
+  GROUP_NAMES_16                                                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "   \
+  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "   \
+  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
+#define GROUP_OPERANDS_32(mode, c)                                                                                     \
+  GROUP_OPERANDS_16(mode, c), GROUP_FOUR_TILES(mode, c, 16), GROUP_FOUR_TILES(mode, c, 20),                            \
+      GROUP_FOUR_TILES(mode, c, 24), GROUP_FOUR_TILES(mode, c, 28)
+
+// c += A B^T, 64 x 8 N x 16: A in registers as 16 rows a warp, 8 N rows of B.
+template <typename T, int N>
+__device__ __forceinline__ void group_multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b);
+#define GROUP_PRODUCT(TYPE, type, N, COLUMNS, n0, n1, n2, n3, n4)                                                      \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void group_multiply<TYPE, N>(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b) {      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." type "." type " {" GROUP_NAMES_##N            \
+                 "}, {%" #n0 ", %" #n1 ", %" #n2 ", %" #n3 "}, %" #n4 ", 1, 1, 1, 0;"                                  \
+                 : GROUP_OPERANDS_##N("+f", c)                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+  }
+GROUP_PRODUCT(__half, "f16", 1, 8, 4, 5, 6, 7, 8)
+GROUP_PRODUCT(__half, "f16", 2, 16, 8, 9, 10, 11, 12)
+GROUP_PRODUCT(__half, "f16", 4, 32, 16, 17, 18, 19, 20)
+GROUP_PRODUCT(__half, "f16", 8, 64, 32, 33, 34, 35, 36)
+GROUP_PRODUCT(__half, "f16", 16, 128, 64, 65, 66, 67, 68)
+GROUP_PRODUCT(__half, "f16", 32, 256, 128, 129, 130, 131, 132)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 1, 8, 4, 5, 6, 7, 8)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 2, 16, 8, 9, 10, 11, 12)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 4, 32, 16, 17, 18, 19, 20)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 8, 64, 32, 33, 34, 35, 36)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 16, 128, 64, 65, 66, 67, 68)
+GROUP_PRODUCT(__nv_bfloat16, "bf16", 32, 256, 128, 129, 130, 131, 132)
+#undef GROUP_PRODUCT
+
+// Begins a copy of a block of x; the barrier's phase is over when it is there.
+__device__ __forceinline__ void begin_block(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+#endif
+
+template <typename T, int FORMAT, int N, bool IS_SWIGLU>
+__global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(const __grid_constant__ Product p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N, PAD = COLS + 1;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+  float *sums = reinterpret_cast<float *>(memory), *maxima = reinterpret_cast<float *>(memory + STAGES * BYTES);
+  const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  const uint32_t full = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)), empty = full + 8 * STAGES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, K = p.x.cols;
+  const int2 chunks = chunks_of(p);
+  const int count = 2 * (chunks.y - chunks.x); // blocks of 64 columns
+
+  const Tile at = IS_SWIGLU ? Tile{0, static_cast<int>(blockIdx.x), 0} : find_tile<ROWS>(p, blockIdx.x);
+  auto row_of = [&](int own, const Packed *&matrix) {
+    matrix = IS_SWIGLU ? &p.w[own / 32] : &p.w[at.which];
+    return min(IS_SWIGLU ? at.tile * 32 + own % 32 : at.tile * ROWS + own, matrix->rows - 1);
+  };
+  const Packed *own_matrix;
+  int64_t from[2], row[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    row[half] = row_of(warp * 16 + g + half * 8, own_matrix);
+    from[half] = row[half] * K + t * 32;
+  }
+  const Packed &w = *own_matrix;
+  Piece<T, FORMAT> now[2], next[2];
+  auto fetch = [&](Piece<T, FORMAT>(&to)[2], int chunk) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) to[half].fetch(w, from[half] + chunk * CHUNK);
+  };
+  const float value = FORMAT == DENSE ? 0.0f : __ldg(w.values + lane % 16);
+  constexpr bool IS_AHEAD = FORMAT != DENSE;
+  if (IS_AHEAD) fetch(now, chunks.x);
+  const int blocks = count | 1;
+  load_maxima<FORMAT, ROWS, GROUP>(maxima, blocks, chunks, K, row_of);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      phase_init(full + 8 * i, 1);
+      phase_init(empty + 8 * i, GROUP / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (blockIdx.y == 0 && w.b && t == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) prefetch(static_cast<const T *>(w.b) + row[half] * w.rank);
+  }
+  launch_dependents();
+  wait_for_dependency();
+  __syncthreads();
+  const uint8_t *x = static_cast<const uint8_t *>(p.x.data) + static_cast<int64_t>(chunks.x) * 2 * BYTES;
+  if (threadIdx.x == 0) {
+    // What other kernels wrote before is visible to bulk copies.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    for (int i = 0; i < STAGES && i < count; i++)
+      begin_block(ring + i * BYTES, x + static_cast<int64_t>(i) * BYTES, BYTES, full + 8 * i);
+  }
+
+  float acc[N][4];
+#pragma unroll
+  for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+  // Two operands of 16 columns at a time, made while the two before them are multiplied.
+  uint32_t left[2][2][4];
+  float scale[2];
+  auto maxima_of = [&](int chunk) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      scale[half] =
+          FORMAT == DENSE ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
+  };
+  auto make = [&](uint32_t(&to)[2][4], const Piece<T, FORMAT>(&pieces)[2], int part) {
+    uint32_t top[4], low[4];
+    pieces[0].values(top, part, value, scale[0]);
+    pieces[1].values(low, part, value, scale[1]);
+#pragma unroll
+    for (int two = 0; two < 2; two++) {
+      to[two][0] = top[2 * two], to[two][1] = low[2 * two];
+      to[two][2] = top[2 * two + 1], to[two][3] = low[2 * two + 1];
+    }
+  };
+  if (!IS_AHEAD) fetch(now, chunks.x);
+  maxima_of(chunks.x);
+  make(left[0], now, 0);
+  int block = 0;
+  for (int chunk = chunks.x; chunk < chunks.y; chunk++) {
+    const bool has_next = chunk + 1 < chunks.y;
+    if (IS_AHEAD && has_next) fetch(next, chunk + 1);
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+      const int stage = block % STAGES;
+      if (part % 2 == 0) phase_wait(full + 8 * stage, block / STAGES & 1);
+      const uint64_t right = group_descriptor(ring + stage * BYTES, 16) + part % 2 * (64 >> 4);
+      group_fence();
+      group_multiply<T, N>(acc, left[part % 2][0], right);
+      group_multiply<T, N>(acc, left[part % 2][1], right + (32 >> 4));
+      group_commit();
+      group_wait<1>();
+      if (part % 2 == 0 && block > 0) {
+        // All of the block before has been multiplied: its place is free.
+        const int before = block - 1, next_block = before + STAGES;
+        if (lane == 0) phase_arrive(empty + 8 * (before % STAGES));
+        if (threadIdx.x == 0 && next_block < count) {
+          phase_wait(empty + 8 * (before % STAGES), before / STAGES & 1);
+          begin_block(ring + before % STAGES * BYTES, x + static_cast<int64_t>(next_block) * BYTES, BYTES,
+                      full + 8 * (before % STAGES));
+        }
+      }
+      if (part < 3) {
+        make(left[(part + 1) % 2], now, part + 1);
+      } else if (has_next) {
+        if (IS_AHEAD) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) now[half] = next[half];
+        } else {
+          fetch(now, chunk + 1);
+        }
+        maxima_of(chunk + 1);
+        make(left[0], now, 0);
+      }
+      if (part % 2 == 1) block++;
+    }
+  }
+  group_wait<0>();
+  __syncthreads(); // the ring is free
+
+  // The adapters: 16 ranks at a time as a block of 16 columns of x; lane t has ranks 4 t .. 4 t + 3.
+  int most_rank = 0;
+  for (int i = 0; i < p.count; i++) most_rank = max(most_rank, p.w[i].b ? p.w[i].rank : 0);
+  if (blockIdx.y == 0 && p.low && (IS_SWIGLU ? most_rank > 0 : w.b != nullptr)) {
+    for (int rank = 0; rank < (IS_SWIGLU ? most_rank : w.rank); rank += 16) {
+      // With SwiGLU the two matrices have their own low-rank products, in blocks of their own; the other's rows add zeros.
+      for (int which = 0; which < (IS_SWIGLU ? 2 : 1); which++) {
+        const Packed &source = IS_SWIGLU ? p.w[which] : w;
+        const bool is_there = source.b && rank < source.rank;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < COLS * 4; i += GROUP) {
+          const int line = i / 4, four = i % 4;
+          uint2 ranks = make_uint2(0, 0);
+          if (is_there && line < p.x.rows) ranks = low_ranks<T>(p, line, source.first_low + rank + four * 4);
+          // Columns 2 t, 2 t + 1 and those plus 8 of a row of 128 bytes, in the swizzle.
+          unsigned char *to = memory + line * 128;
+          *reinterpret_cast<uint32_t *>(to + ((0 ^ (line & 7)) << 4) + four * 4) = ranks.x;
+          *reinterpret_cast<uint32_t *>(to + ((1 ^ (line & 7)) << 4) + four * 4) = ranks.y;
+        }
+        group_publish();
+        __syncthreads();
+        uint2 half[2] = {make_uint2(0, 0), make_uint2(0, 0)};
+        if (is_there && &source == &w) {
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            half[i] =
+                *reinterpret_cast<const uint2 *>(static_cast<const T *>(w.b) + row[i] * w.rank + rank + t * 4);
+        }
+        const uint32_t ranks[4] = {half[0].x, half[1].x, half[0].y, half[1].y};
+        group_fence();
+        group_multiply<T, N>(acc, ranks, group_descriptor(ring, 16));
+        group_commit();
+        group_wait<0>();
+        __syncthreads();
+      }
+    }
+  }
+
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[(warp * 16 + g + i / 2 * 8) * PAD + n * 8 + t * 2 + i % 2] = acc[n][i];
+  __syncthreads();
+  auto sum_of = [&](int own, int col) { return sums[own * PAD + col]; };
+  auto gate_of = [](int own) { return own; };
+  auto up_of = [](int own) { return own + 32; };
+  finish<T, IS_SWIGLU, ROWS, COLS, GROUP>(p, at, 0, sums, sum_of, gate_of, up_of);
+#endif
+}
+
+template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Product &p, int tiles, cudaStream_t stream) {
+  const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
+  const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * ROWS * (8 * N + 1);
+  const size_t maxima = FORMAT == DENSE ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
+  const size_t bytes = ring + maxima > sums ? ring + maxima : sums;
+  auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
+  const cudaError_t code =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (code != cudaSuccess) return static_cast<int>(code);
+  return launch_after(kernel, dim3(tiles, p.splits), GROUP, bytes, stream, p);
+}
+
+template <typename T, int FORMAT> int launch_rows(const Product &p, bool is_swiglu, int tiles, cudaStream_t stream) {
+  switch (p.x.stride) {
+  case 8: return is_swiglu ? launch<T, FORMAT, 1, true>(p, tiles, stream) : launch<T, FORMAT, 1, false>(p, tiles, stream);
+  case 16: return is_swiglu ? launch<T, FORMAT, 2, true>(p, tiles, stream) : launch<T, FORMAT, 2, false>(p, tiles, stream);
+  case 32: return is_swiglu ? launch<T, FORMAT, 4, true>(p, tiles, stream) : launch<T, FORMAT, 4, false>(p, tiles, stream);
+  case 64: return is_swiglu ? launch<T, FORMAT, 8, true>(p, tiles, stream) : launch<T, FORMAT, 8, false>(p, tiles, stream);
+  case 128:
+    return is_swiglu ? launch<T, FORMAT, 16, true>(p, tiles, stream) : launch<T, FORMAT, 16, false>(p, tiles, stream);
+  case 256:
+    return is_swiglu ? launch<T, FORMAT, 32, true>(p, tiles, stream) : launch<T, FORMAT, 32, false>(p, tiles, stream);
+  }
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+template <typename T> int launch_format(const Product &p, int format, bool is_swiglu, int tiles, cudaStream_t stream) {
+  switch (format) {
+  case NF4_PLAIN: return launch_rows<T, NF4_PLAIN>(p, is_swiglu, tiles, stream);
+  case NF4_NESTED: return launch_rows<T, NF4_NESTED>(p, is_swiglu, tiles, stream);
+  case DENSE: return launch_rows<T, DENSE>(p, is_swiglu, tiles, stream);
+  }
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+} // namespace
+
+// The stride of x is its rows with what is missing to 8, 16, 32, 64, 128 or 256.
+extern "C" int trainer_packed_product_sm90(const Product *product, int32_t format, int32_t is_swiglu, int32_t tiles,
+                                           cudaStream_t stream) {
+  const Product &p = *product;
+  if (p.x.rows == 0 || tiles == 0) return 0;
+  if (p.x.dtype == F16) return launch_format<__half>(p, format, is_swiglu != 0, tiles, stream);
+  if (p.x.dtype == BF16) return launch_format<__nv_bfloat16>(p, format, is_swiglu != 0, tiles, stream);
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+// Whether the code for this card has the kernel.
+extern "C" int trainer_has_packed_product_sm90() {
+  return attention::is_built(product_sm90<__nv_bfloat16, NF4_NESTED, 8, false>) ? 1 : 0;
+}

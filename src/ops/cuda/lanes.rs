@@ -1,0 +1,268 @@
+//! A decoding step of some lanes: products of few rows straight from packed weights, with their adapters.
+//!
+//! Everything here works on memory that is lent and asks for none, so that a step can be recorded and repeated. What an adapter
+//! needs in the type of the activations is made once, when a rollout begins: the `A`s of a group one below the other, and each
+//! `B` scaled, with zeros up to whole steps of ranks.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::row;
+use crate::device::{Matrix, Pointer, array, empty, matrix, upload_u32};
+use crate::kernels::cuda::{
+    LowRank, LowRankTo, PackedOperand, PackedWeights, Part, ProductCard, ProductForm, ProductKind, ProductOutput,
+    ProductWorkspace, RANK_STEP, RowLayout, Rows, assemble, decode_low_parts, decode_low_rank, packed_product,
+};
+use crate::ops::linear::Linear;
+use crate::ops::{Error, shape_error};
+use crate::quant::Weight;
+
+/// Lanes from which low-rank products are made by a kernel of their own.
+const MANY_LANES: usize = 32;
+
+/// Projections of one input as lanes apply them.
+#[derive(Debug)]
+pub(crate) struct Projections {
+    each: Vec<Projection>,
+    /// The adapters' `A`s: `[R, K]`; `None` where nobody has the rows in the order of their columns.
+    a: Option<Tensor>,
+    /// The same in each order in which products read rows.
+    ordered: Vec<(RowLayout, Tensor)>,
+    rows: Vec<usize>,
+    cols: usize,
+    is_dense: bool,
+    card: ProductCard,
+}
+
+#[derive(Debug)]
+struct Projection {
+    weight: Weight,
+    bias: Option<Tensor>,
+    /// The scaled `B`: `[O, r]`, and the first of its ranks.
+    b: Option<(Tensor, usize)>,
+}
+
+/// Memory that products need beside their inputs and results, for one at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Floats of low-rank products.
+    pub(crate) low: usize,
+    /// Floats of partial sums.
+    pub(crate) partial: usize,
+    /// Counters, u32.
+    pub(crate) arrived: usize,
+}
+
+impl Room {
+    /// Enough for either.
+    pub(crate) fn or(self, other: Self) -> Self {
+        Self {
+            low: self.low.max(other.low),
+            partial: self.partial.max(other.partial),
+            arrived: self.arrived.max(other.arrived),
+        }
+    }
+}
+
+/// That memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scratch<'b> {
+    /// f32.
+    pub(crate) low: Pointer<'b>,
+    /// f32.
+    pub(crate) partial: Pointer<'b>,
+    /// u32, zeros.
+    pub(crate) arrived: Pointer<'b>,
+}
+
+impl Projection {
+    fn operand(&self) -> Result<PackedOperand<'_>, Error> {
+        let Self { weight, bias, b } = self;
+        let Some(weights) = weight.packed()? else {
+            return Err(shape_error("lanes", "weight", weight.kind_name(), "a packed weight"));
+        };
+        let bias = bias.as_ref().map(array).transpose()?;
+        let adapter = match b {
+            Some((b, first)) => Some((matrix(b)?, *first)),
+            None => None,
+        };
+        Ok(PackedOperand { weights, bias, adapter })
+    }
+}
+
+impl Projections {
+    /// The projections for activations of type `dtype`; `None` where the kernels do not read their weights, or an adapter is
+    /// weight-decomposed. `is_ordered`: nobody makes the low-rank products beside the rows, [`Self::apply`] does.
+    ///
+    /// # Errors
+    /// If the device has too little memory for the adapters.
+    pub(crate) fn new(
+        linears: &[&Linear],
+        use_adapter: bool,
+        dtype: DType,
+        device: &Device,
+        (card, is_ordered): (ProductCard, bool),
+    ) -> Result<Option<Self>, Error> {
+        let mut formats = Vec::with_capacity(linears.len());
+        for linear in linears {
+            let is_decomposed = linear.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some());
+            let Some(weights) = linear.weight.packed()?.filter(|weights| weights.fits(dtype)) else { return Ok(None) };
+            if is_decomposed && use_adapter {
+                return Ok(None);
+            }
+            formats.push(weights.format());
+        }
+        if formats.is_empty() || formats.iter().any(|format| *format != formats[0]) {
+            return Ok(None);
+        }
+        let is_dense = matches!(linears[0].weight, Weight::Dense(_));
+        let cols = linears[0].weight.cols();
+        let (mut each, mut parts, mut ranks) = (Vec::with_capacity(linears.len()), Vec::new(), 0);
+        for linear in linears {
+            let mut b = None;
+            if let Some(adapter) = linear.adapter.as_ref().filter(|_| use_adapter) {
+                let rank = adapter.a.value.dims()[0].next_multiple_of(RANK_STEP);
+                let scaled = empty(device, (linear.weight.rows(), rank), dtype)?;
+                let source = matrix(&adapter.b.value)?;
+                let part = Part { rows: 0, cols: 0, source, factor: adapter.scaling.into() };
+                assemble(device, matrix(&scaled)?, &[part])?;
+                b = Some((scaled, ranks));
+                parts.push((ranks, &adapter.a.value));
+                ranks += rank;
+            }
+            let bias = linear.bias.as_ref().map(|bias| bias.value.clone());
+            each.push(Projection { weight: linear.weight.clone(), bias, b });
+        }
+        let a = if ranks == 0 {
+            None
+        } else {
+            let all = empty(device, (ranks, cols), dtype)?;
+            let parts =
+                parts.iter().map(|(first, a)| Ok(Part { rows: *first, cols: 0, source: matrix(a)?, factor: 1.0 }));
+            assemble(device, matrix(&all)?, &parts.collect::<Result<Vec<_>, Error>>()?)?;
+            Some(all)
+        };
+        let order = |layout: RowLayout, a: &Tensor| {
+            let columns: Vec<u32> = (0..cols).map(|place| layout.column(place) as u32).collect();
+            Ok::<_, Error>((layout, a.index_select(&upload_u32(device, &columns)?, 1)?))
+        };
+        let mut ordered = Vec::new();
+        if let Some(a) = &a {
+            ordered.push(order(RowLayout::Fragments, a)?);
+            if card.has_groups {
+                ordered.push(order(RowLayout::Tiles(0), a)?);
+            }
+        }
+        let a = a.filter(|_| !is_ordered);
+        let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
+        Ok(Some(Self { each, a, rows, cols, is_dense, ordered, card }))
+    }
+
+    /// `K`.
+    pub(crate) fn inputs(&self) -> usize {
+        self.cols
+    }
+
+    /// The order in which they read rows of so many lanes.
+    pub(crate) fn layout(&self, lanes: usize) -> RowLayout {
+        RowLayout::choose(lanes, self.is_dense, self.card)
+    }
+
+    /// Outputs of all together.
+    pub(crate) fn outputs(&self) -> usize {
+        self.rows.iter().sum()
+    }
+
+    /// Bytes of weights and adapters that one application reads.
+    pub(crate) fn bytes(&self) -> usize {
+        let own = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let of = |one: &Projection| one.weight.size_bytes() + one.b.as_ref().map_or(0, |(b, _)| own(b));
+        self.each.iter().map(of).sum::<usize>() + self.ordered.first().map_or(0, |(_, a)| own(a))
+    }
+
+    fn form(&self, lanes: usize, kind: ProductKind) -> ProductForm {
+        ProductForm::choose(lanes, &self.rows, self.cols, kind, self.layout(lanes), self.card)
+    }
+
+    /// What [`Self::apply`] needs for so many lanes.
+    pub(crate) fn room(&self, lanes: usize, is_swiglu: bool) -> Room {
+        let kind = if is_swiglu { ProductKind::Swiglu } else { ProductKind::Sum };
+        let (partial, arrived) = self.form(lanes, kind).workspace(lanes, &self.rows, is_swiglu, self.layout(lanes));
+        let low = self.low_parts(lanes) * lanes * self.ranks();
+        Room { low, partial, arrived }
+    }
+
+    fn ranks(&self) -> usize {
+        self.ordered.first().map_or(0, |(_, a)| a.dims()[0])
+    }
+
+    /// Whether [`Self::apply`] makes the low-rank products: of many lanes, which then share what is read, and where nobody else can.
+    fn makes_low(&self, lanes: usize) -> bool {
+        self.ranks() > 0 && (self.a.is_none() || lanes >= MANY_LANES)
+    }
+
+    /// Parts of the low-rank products.
+    fn low_parts(&self, lanes: usize) -> usize {
+        if self.makes_low(lanes) { decode_low_parts(lanes, self.cols) } else { 1 }
+    }
+
+    /// The low-rank products that are to be made of the rows that are about to be applied to, by who makes them.
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn low<'b>(&'b self, lanes: usize, scratch: &Scratch<'b>) -> Result<Option<LowRankTo<'b>>, Error> {
+        let to = |a| Ok::<_, Error>(LowRankTo { a: matrix(a)?, values: scratch.low });
+        self.a.as_ref().filter(|_| !self.makes_low(lanes)).map(to).transpose()
+    }
+
+    fn operands(&self) -> Result<Vec<PackedOperand<'_>>, Error> {
+        self.each.iter().map(Projection::operand).collect()
+    }
+
+    /// Applies the projections to the rows of `x`, of which who made them made the low-rank products ([`Self::low`]).
+    ///
+    /// # Shapes
+    /// `x`: `[M, K]`.
+    ///
+    /// # Errors
+    /// If shapes or types do not fit, or the device fails.
+    pub(crate) fn apply(
+        &self,
+        device: &Device,
+        x: Rows<'_>,
+        to: ProductOutput<'_>,
+        scratch: &Scratch<'_>,
+    ) -> Result<(), Error> {
+        let workspace = ProductWorkspace { partial: scratch.partial, arrived: scratch.arrived };
+        let lanes = x.shape().0;
+        let ranks = self.ranks();
+        let low = LowRank { values: scratch.low, parts: self.low_parts(lanes), cols: ranks };
+        let low = (ranks > 0).then_some(low);
+        if self.makes_low(lanes) {
+            let is_tiles = |layout: &RowLayout| matches!(layout, RowLayout::Tiles(_));
+            let wanted = is_tiles(&self.layout(lanes));
+            let Some((_, a)) = self.ordered.iter().find(|(layout, _)| is_tiles(layout) == wanted) else {
+                return Err(shape_error("lanes", "layout", lanes, "rows in an order that the adapters have"));
+            };
+            decode_low_rank(device, x, LowRankTo { a: matrix(a)?, values: scratch.low })?;
+        }
+        let kind = if matches!(to, ProductOutput::Swiglu(_)) { ProductKind::Swiglu } else { ProductKind::Sum };
+        let form = self.form(lanes, kind);
+        Ok(packed_product(device, &self.operands()?, x, low, to, form, workspace)?)
+    }
+
+    /// The dense matrix where that is all there is.
+    pub(crate) fn as_dense(&self) -> Result<Option<Matrix<'_>>, Error> {
+        match (self.operands()?.as_slice(), self.ordered.first()) {
+            ([PackedOperand { weights: PackedWeights::Dense(matrix), bias: None, adapter: None }], None) => {
+                Ok(Some(*matrix))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// A vector of f32 as kernels for lanes read it.
+pub(crate) fn vector(values: &Tensor) -> Result<Pointer<'_>, Error> {
+    row(values)?;
+    Ok(array(values)?)
+}

@@ -1,0 +1,394 @@
+//! Decoding steps of the engine's model that are recorded once and repeated: embedding, layers, head and drawing as one launch,
+//! with everything they need to know in the device's memory.
+//!
+//! A recording is for a number of lanes (what is missing to the next such number are empty lanes) and a longest context. It works
+//! on the trainer's own weights, where all blocks are there for the length of a rollout; what the kernels do not read (a format,
+//! a type, a weight-decomposed adapter) goes step by step as before, and a run says so.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::Error;
+use super::kv_cache::KvCache;
+use crate::device::{Arena, Captured, Matrix, Queue, array, empty, matrix, upload_f32};
+use crate::engine::{self, Types};
+use crate::kernels::cuda::{
+    Accumulate, Drawn, Lane, Lanes, LanesSize, LanesView, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
+    Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
+};
+use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
+use crate::model::{Embedding, Head};
+use crate::ops;
+use crate::ops::cuda::lanes::{Projections, Room, Scratch, vector};
+use crate::quant::Weight;
+
+/// Tokens that are drawn between two visits of the host.
+pub(super) const STEPS: usize = 16;
+/// Lanes beyond which a step unpacks the weights instead.
+pub(super) const MOST_LANES: usize = 256;
+/// Lanes beyond which the head is a product of the library, which reads a dense table as fast.
+const MOST_HEAD_ROWS: usize = 32;
+/// Contexts are rounded up to this many tokens, longer ones to an eighth of themselves.
+const CONTEXT_STEP: usize = 512;
+
+/// The model's parts for lanes.
+struct Parts {
+    table: Weight,
+    layers: Vec<LaneLayer>,
+    norm: Tensor,
+    eps: f32,
+    head: Projections,
+    frequencies: Tensor,
+    rotation_scale: f32,
+    types: Types,
+    vocabulary: usize,
+}
+
+/// Memory of the steps: for so many lanes and such contexts.
+struct Memory {
+    parts: Rc<Parts>,
+    arena: RefCell<Arena>,
+    /// f32 `[lanes, V]`.
+    logits: Tensor,
+    /// Counters that every product leaves at zero.
+    arrived: Tensor,
+    lanes: RefCell<Lanes>,
+    cache: Vec<CacheTensors>,
+    size: Size,
+}
+
+/// Keys and values of a layer, kept as long as a recording names them.
+type CacheTensors = super::device_pages::LayerPages;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size {
+    lanes: usize,
+    context: usize,
+}
+
+/// What follows the logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum After {
+    /// The next token is drawn at a temperature.
+    Draw(f32),
+    /// The host takes the logits.
+    Nothing,
+}
+
+struct Recording {
+    size: Size,
+    after: After,
+    work: Captured<Rc<Memory>>,
+}
+
+/// The recorded steps of a rollout.
+pub(super) struct RecordedSteps {
+    device: Device,
+    parts: Rc<Parts>,
+    recordings: Vec<Recording>,
+    memory: Option<Rc<Memory>>,
+}
+
+impl std::fmt::Debug for RecordedSteps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecordedSteps").field("recordings", &self.recordings.len()).finish_non_exhaustive()
+    }
+}
+
+/// A number of lanes for which a step is recorded.
+fn bucket(lanes: usize) -> usize {
+    match lanes {
+        0..=8 => lanes.max(1).next_power_of_two(),
+        9..=64 => lanes.next_multiple_of(8),
+        _ => lanes.next_multiple_of(32),
+    }
+}
+
+/// A longest context for which it is recorded.
+fn context_bucket(context: usize) -> usize {
+    let step = CONTEXT_STEP.max((context / 8).next_power_of_two());
+    context.next_multiple_of(step)
+}
+
+impl RecordedSteps {
+    /// The steps of a model whose blocks are all there; `None` where its kernels do not read them.
+    ///
+    /// # Errors
+    /// If the device has too little memory for the adapters in the type of the activations.
+    pub(super) fn new(
+        engine: &engine::Engine,
+        embedding: &Embedding<'_>,
+        layers: &[DecoderLayer<'_>],
+        head: &Head<'_>,
+        use_adapter: bool,
+    ) -> Result<Option<Self>, Error> {
+        let (device, types) = (engine.device(), engine.types());
+        if !device.is_cuda() || !matches!(types.compute, DType::BF16 | DType::F16) {
+            return Ok(None);
+        }
+        let card = ProductCard::of(device)?;
+        let Some(table) = embedding.plain_table().filter(|table| matches!(table.table(), Ok(Some(_)))) else {
+            return Ok(None);
+        };
+        let Some(projection) =
+            Projections::new(&[&head.projection()], use_adapter, types.compute, device, (card, false))?
+        else {
+            return Ok(None);
+        };
+        let mut parts = Vec::with_capacity(layers.len());
+        for layer in layers {
+            match layer.for_lanes(use_adapter, types.compute, device, card)? {
+                Some(layer) => parts.push(layer),
+                None => return Ok(None),
+            }
+        }
+        let (frequencies, rotation_scale) = engine.config().inv_freq();
+        let parts = Parts {
+            table: table.clone(),
+            layers: parts,
+            norm: head.norm().clone(),
+            eps: engine.config().rms_norm_eps as f32,
+            head: projection,
+            frequencies: upload_f32(device, &frequencies)?,
+            rotation_scale,
+            types,
+            vocabulary: engine.config().vocab_size,
+        };
+        Ok(Some(Self { device: device.clone(), parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
+    }
+
+    /// Draws up to [`STEPS`] tokens for each lane.
+    ///
+    /// # Errors
+    /// If the lanes do not fit the cache, memory runs out, or the device fails.
+    pub(super) fn draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        uniforms: &[f64],
+        temperature: f32,
+        cache: &mut KvCache,
+    ) -> Result<Drawn, Error> {
+        let size = self.size(lanes, steps);
+        self.prepare(size, cache)?;
+        let index = self.recording(size, After::Draw(temperature))?;
+        let work = &self.recordings[index].work;
+        let mut state = work.kept().lanes.borrow_mut();
+        state.begin(lanes, size.lanes, steps, uniforms)?;
+        for _ in 0..steps {
+            work.repeat()?;
+        }
+        Ok(state.finish(lanes.len())?)
+    }
+
+    /// The logits after each lane's newest token: f32 `[lanes, V]` on the device.
+    ///
+    /// # Errors
+    /// As [`Self::draw`].
+    pub(super) fn logits(&mut self, lanes: &[Lane<'_>], cache: &mut KvCache) -> Result<Tensor, Error> {
+        let size = self.size(lanes, 1);
+        self.prepare(size, cache)?;
+        let index = self.recording(size, After::Nothing)?;
+        let work = &self.recordings[index].work;
+        let begun = work.kept().lanes.borrow_mut().begin(lanes, size.lanes, 1, &vec![0.0; lanes.len()]);
+        begun?;
+        work.repeat()?;
+        Ok(work.kept().logits.narrow(0, 0, lanes.len())?)
+    }
+
+    /// Bytes of the device that steps of up to `lanes` take, with contexts of a few thousand tokens.
+    pub(super) fn bytes(&self, lanes: usize) -> usize {
+        const CONTEXT: usize = 4096;
+        let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: CONTEXT };
+        self.parts.arena_bytes(size) + 4 * size.lanes * self.parts.vocabulary
+    }
+
+    fn size(&self, lanes: &[Lane<'_>], steps: usize) -> Size {
+        let longest = lanes.iter().map(|lane| lane.context + steps).max().unwrap_or(1);
+        Size { lanes: bucket(lanes.len()), context: context_bucket(longest) }
+    }
+
+    /// Memory that holds `size` over this cache; recordings on other memory go.
+    fn prepare(&mut self, size: Size, cache: &mut KvCache) -> Result<(), Error> {
+        cache.settle_copies()?;
+        let pages = cache.layer_pages()?;
+        let is_enough = |memory: &Rc<Memory>| {
+            let has = memory.size;
+            let is_same = pages.first().zip(memory.cache.first()).is_some_and(|(new, old)| new.is_same(old));
+            is_same && has.lanes >= size.lanes && has.context >= size.context
+        };
+        if self.memory.as_ref().is_some_and(is_enough) {
+            return Ok(());
+        }
+        let before = self.memory.take().map_or(size, |memory| memory.size);
+        // What is not enough is gone before there is more.
+        self.recordings.clear();
+        let size = Size { lanes: size.lanes.max(before.lanes), context: size.context.max(before.context) };
+        let (device, parts) = (&self.device, &self.parts);
+        let queue = Queue::of(device)?;
+        let cache_size = PagedSize { pages: cache.num_pages(), page_tokens: super::PAGE_TOKENS };
+        let room = parts.rooms(size.lanes);
+        let lanes_size =
+            LanesSize { lanes: size.lanes, steps: STEPS, pages: size.lanes * super::pages::pages_for(size.context) };
+        let make = || {
+            Ok::<_, crate::device::Error>((
+                Arena::new(&queue, parts.arena_bytes(size))?,
+                empty(device, (size.lanes, parts.vocabulary), DType::F32)?,
+                Lanes::new(&queue, lanes_size, cache_size, parts.vocabulary)?,
+            ))
+        };
+        let (arena, logits, lanes) = make()?;
+        let arrived = Tensor::zeros(room.arrived.max(1), DType::U32, device)?;
+        self.memory = Some(Rc::new(Memory {
+            parts: parts.clone(),
+            arena: RefCell::new(arena),
+            logits,
+            arrived,
+            lanes: RefCell::new(lanes),
+            cache: pages,
+            size,
+        }));
+        Ok(())
+    }
+
+    /// The index of a recording.
+    fn recording(&mut self, size: Size, after: After) -> Result<usize, Error> {
+        if let Some(index) = self.recordings.iter().position(|one| one.size == size && one.after == after) {
+            return Ok(index);
+        }
+        let Some(memory) = self.memory.clone() else { return Err(Error::NoSteps) };
+        let (device, queue) = (&self.device, Queue::of(&self.device)?);
+        // Once without a recording and with empty lanes: the driver loads its kernels.
+        memory.lanes.borrow_mut().begin(&[], size.lanes, 1, &[])?;
+        memory.step(device, size, after)?;
+        let work = queue.capture(memory, |memory| memory.step(device, size, after))?;
+        self.recordings.push(Recording { size, after, work });
+        Ok(self.recordings.len() - 1)
+    }
+}
+
+impl Parts {
+    fn room(&self, lanes: usize) -> Room {
+        self.layers.iter().fold(self.head.room(lanes, false), |room, layer| room.or(layer.room(lanes)))
+    }
+
+    /// Enough for up to so many lanes: fewer may take more workspace than many.
+    fn rooms(&self, lanes: usize) -> Room {
+        (1..=lanes).filter(|&n| n == bucket(n)).map(|n| self.room(n)).fold(Room::default(), Room::or)
+    }
+
+    /// Bytes of everything that [`Memory::step`] takes, with what aligning them may cost.
+    fn arena_bytes(&self, size: Size) -> usize {
+        const SPARE: usize = 64 << 10;
+        let Some(layer) = self.layers.first() else { return SPARE };
+        let (lanes, widths) = (size.lanes, layer.widths());
+        let padded = lanes.next_power_of_two().max(8);
+        // Fewer lanes may take more workspace than many.
+        let rooms =
+            (0..=lanes).filter(|&n| n == bucket(n) && n > 0).map(|n| self.room(n)).fold(Room::default(), Room::or);
+        let attention = layer.attention_floats(lanes, size.context);
+        let (compute, residual) = (self.types.compute.size_in_bytes(), self.types.residual.size_in_bytes());
+        let rows = residual * widths.hidden
+            + compute * (2 * widths.hidden + widths.qkv + widths.attended + widths.activated)
+            + 4 * 2 * self.frequencies.elem_count();
+        let draw = decode_draw_workspace(lanes, self.vocabulary);
+        padded * rows + 4 * (rooms.low + rooms.partial + attention + draw) + SPARE
+    }
+}
+
+impl Memory {
+    /// One token for each lane.
+    fn step(&self, device: &Device, size: Size, after: After) -> Result<(), Error> {
+        let lanes = self.lanes.borrow();
+        let view = lanes.view(size.lanes)?;
+        let logits = matrix(&self.logits)?.rows(0, size.lanes);
+        self.arena.borrow_mut().reset();
+        let arena = self.arena.borrow();
+        self.forward(device, &arena, size, &view, logits)?;
+        if let After::Draw(temperature) = after {
+            let draw = || {
+                let floats = decode_draw_workspace(size.lanes, self.parts.vocabulary);
+                decode_draw(device, logits, &view, temperature, arena.take_array(floats, DType::F32)?)
+            };
+            draw()?;
+        }
+        Ok(())
+    }
+
+    fn forward(
+        &self,
+        device: &Device,
+        arena: &Arena,
+        size: Size,
+        lanes: &LanesView<'_>,
+        logits: Matrix<'_>,
+    ) -> Result<(), Error> {
+        let parts = &*self.parts;
+        let Some(first) = parts.layers.first() else { return Err(Error::NoSteps) };
+        let (widths, count, room) = (first.widths(), size.lanes, parts.room(size.lanes));
+        let Types { compute, residual } = parts.types;
+        let take = |cols, dtype| arena.take((count, cols), dtype);
+        let rows = |cols| arena.take((count.next_power_of_two().max(8), cols), compute);
+        let floats = |len: usize| arena.take_array(len.max(1), DType::F32);
+        let prepare = || {
+            let buffers = LaneBuffers {
+                stream: take(widths.hidden, residual)?,
+                normed: rows(widths.hidden)?,
+                qkv: take(widths.qkv, compute)?,
+                attended: rows(widths.attended)?,
+                activated: rows(widths.activated)?,
+                rotations: floats(count * 2 * parts.frequencies.elem_count())?,
+                attention: floats(first.attention_floats(count, size.context))?,
+                scratch: Scratch {
+                    low: floats(room.low)?,
+                    partial: floats(room.partial)?,
+                    arrived: array(&self.arrived)?,
+                },
+            };
+            let frequencies = array(&parts.frequencies)?;
+            rope_table(device, buffers.rotations, lanes.positions, frequencies, parts.rotation_scale)?;
+            Ok::<_, crate::device::Error>(buffers)
+        };
+        let buffers = prepare()?;
+        let Some(table) = parts.table.table().map_err(ops::Error::from)? else { return Err(Error::NoSteps) };
+        gather_rows(device, buffers.stream, table, lanes.tokens)?;
+        for (layer, pages) in parts.layers.iter().zip(&self.cache) {
+            let cache: PagedCache<'_> = pages.cache()?;
+            layer.step(device, &buffers, cache, lanes, size.context)?;
+        }
+        let norm = vector(&parts.norm)?;
+        if let (true, Some(table)) = (count > MOST_HEAD_ROWS, parts.head.as_dense()?) {
+            // So many rows want a product of the library.
+            let rows = arena.take((count, widths.hidden), compute)?;
+            decode_norm(device, Rows::plain(rows), buffers.stream, norm, parts.eps, None)?;
+            let (left, right) = ((rows, Side::Plain), (table, Side::Transposed));
+            return Ok(gemm(device, logits, left, right, 1.0, Accumulate::No, None)?);
+        }
+        let low = parts.head.low(count, &buffers.scratch)?;
+        let normed = Rows::new(buffers.normed, count, parts.head.layout(count))?;
+        decode_norm(device, normed, buffers.stream, norm, parts.eps, low)?;
+        let to = ProductOutput::Sum { out: logits, onto: None };
+        Ok(parts.head.apply(device, normed, to, &buffers.scratch)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bucket, context_bucket};
+
+    #[test]
+    fn buckets_hold_what_they_are_for_and_are_few() {
+        for lanes in 1..=600 {
+            let held = bucket(lanes);
+            assert!(held >= lanes && bucket(held) == held && held <= lanes.max(4) * 2);
+        }
+        let buckets: std::collections::BTreeSet<usize> = (1..=256).map(bucket).collect();
+        assert!(buckets.len() <= 20, "{buckets:?}");
+        for context in [1, 511, 512, 513, 5_000, 32_000, 131_072] {
+            let held = context_bucket(context);
+            assert!(held >= context && held <= context + context / 4 + 512, "{context}: {held}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What a store takes, and what of it comes for a visit.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+
+use super::{Block, ParamStore};
+use crate::zero::gradients::Bucket;
+use crate::zero::{FlatBlock, Sums};
+
+/// Bytes of a layer that come for a visit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerBytes {
+    /// From this rank's host memory or file.
+    pub from_host: usize,
+    /// From other ranks.
+    pub from_ranks: usize,
+}
+
+impl ParamStore {
+    /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
+    pub fn visiting_bytes(&self) -> usize {
+        let of_block = |block: &Block| {
+            let values = if self.values_come(block) { block.flat.len() } else { 0 };
+            block.frozen.away_bytes() + size_of::<f32>() * values
+        };
+        let mut all: Vec<usize> = self.blocks.iter().map(of_block).collect();
+        all.sort_unstable();
+        all.iter().rev().take(2).sum()
+    }
+
+    /// Number of trained values over all blocks.
+    pub fn num_trainable(&self) -> usize {
+        self.flats().map(FlatBlock::len).sum()
+    }
+
+    /// Bytes of gradients that are there between steps.
+    pub fn gradient_bytes(&self) -> usize {
+        let lasting = |bucket: &Bucket| if bucket.is_lasting() { bucket.len() } else { 0 };
+        let shared = |block: &Block| -> usize {
+            block.shared.iter().filter_map(|shared| shared.bucket.as_ref()).map(lasting).sum()
+        };
+        let own: usize = self.flats().map(|flat| flat.grads().elem_count()).sum();
+        size_of::<f32>() * (own + self.blocks.iter().map(shared).sum::<usize>())
+    }
+
+    /// Bytes of trained values that are where blocks compute for longer than a visit.
+    pub fn computed_bytes(&self) -> usize {
+        let of_block = |block: &Block| match &block.home {
+            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
+            None => block.flat.stored().len_in_memory(),
+        };
+        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
+    }
+
+    /// Trained values that this rank keeps in memory.
+    pub fn num_kept(&self) -> usize {
+        self.flats().map(|flat| flat.stored().len_in_memory()).sum()
+    }
+
+    /// This rank's files, each with the bytes that lie in it.
+    pub fn files(&self) -> Vec<(&Path, u64)> {
+        self.link.files().map(|file| (file.path(), file.len())).collect()
+    }
+
+    /// Bytes of the largest block that come from files for its visit.
+    pub fn largest_read_bytes(&self) -> usize {
+        let of_block = |block: &Block| {
+            let values = if block.flat.stored().is_in_file() { block.flat.stored().len() } else { 0 };
+            block.frozen.bytes_in_file() + size_of::<f32>() * values
+        };
+        self.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
+    /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
+    pub fn bytes_aside(&self, sums: Sums) -> usize {
+        size_of::<f32>() * sums.most_aside() * self.num_trainable()
+    }
+
+    /// Bytes of frozen weights over all blocks, as far as they are on this rank.
+    pub fn frozen_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.size_bytes()).sum()
+    }
+
+    /// Those of them that wait in host memory.
+    pub fn offloaded_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
+    }
+
+    /// Those of them that lie in a file.
+    pub fn bytes_in_file(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.bytes_in_file()).sum()
+    }
+
+    /// Bytes that come for a visit of the largest layer: a block between the first and the last.
+    pub fn layer_bytes(&self) -> LayerBytes {
+        let last = self.blocks.len().saturating_sub(1);
+        let layers = self.blocks.get(1..last).unwrap_or_default();
+        let from_host = |block: &Block| {
+            let is_copied = self.values_come(block) && self.home().is_cpu();
+            let values = if is_copied { block.flat.stored().len() } else { 0 };
+            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + size_of::<f32>() * values
+        };
+        let from_ranks = |block: &Block| {
+            let is_gathered = self.values_come(block) && !block.flat.has_all_values();
+            let values = if is_gathered { block.flat.len() - block.flat.own().len() } else { 0 };
+            block.frozen.bytes_of_others() + size_of::<f32>() * values
+        };
+        LayerBytes {
+            from_host: layers.iter().map(from_host).max().unwrap_or(0),
+            from_ranks: layers.iter().map(from_ranks).max().unwrap_or(0),
+        }
+    }
+
+    /// Values of a block that come for a visit.
+    pub(in crate::zero) fn values_away(&self, block: usize) -> usize {
+        let own = &self.blocks[block];
+        own.frozen.values_away() + if self.values_come(own) { own.flat.len() } else { 0 }
+    }
+
+    /// Whether a block's trained values come for a visit.
+    pub(super) fn values_come(&self, block: &Block) -> bool {
+        self.values_wait() || (self.sharing.cuts_parameters() && !block.flat.has_all_values())
+    }
+}

@@ -1,0 +1,396 @@
+//! Decoding steps of few rows: products straight from packed weights, drawing on the device, recorded steps.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use trainer::config::settings::QuantType;
+use trainer::device::{Buffer, Queue, array, empty, matrix, synchronize, upload_f32};
+use trainer::kernels::cuda::{
+    Lane, Lanes, LanesSize, LowRank, LowRankTo, Nf4Absmax, Nf4View, PackedOperand, PackedWeights, PagedSize,
+    ProductCard, ProductForm, ProductKind, ProductOutput, ProductWorkspace, RowLayout, Rows, decode_draw,
+    decode_draw_workspace, decode_low_parts, decode_low_rank, decode_norm, dequantize_nf4, packed_product,
+};
+use trainer::quant::Nf4Matrix;
+use trainer::rng::Stream;
+
+use crate::nf4::Parts;
+use crate::support::{assert_close, device, download, random, seed, upload};
+
+/// A 4-bit matrix on the device.
+struct Codes {
+    parts: Parts,
+    rows: usize,
+    cols: usize,
+}
+
+impl Codes {
+    fn new(device: &Device, matrix: &Nf4Matrix, (rows, cols): (usize, usize)) -> Self {
+        Self { parts: Parts::new(device, matrix), rows, cols }
+    }
+
+    fn weights(&self) -> PackedWeights<'_> {
+        PackedWeights::Nf4 { view: self.parts.view(), rows: self.rows, cols: self.cols }
+    }
+
+    /// The values as products see them, f32 on the host.
+    fn dense(&self, device: &Device, dtype: DType) -> Vec<f32> {
+        let out = empty(device, (self.rows, self.cols), dtype).unwrap();
+        dequantize_nf4(device, matrix(&out).unwrap(), &self.parts.view(), 0, self.cols).unwrap();
+        download(&out)
+    }
+}
+
+fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
+    let x = Tensor::from_slice(x, (m, k), &Device::Cpu).unwrap();
+    let w = Tensor::from_slice(w, (w.len() / k, k), &Device::Cpu).unwrap();
+    x.matmul(&w.t().unwrap()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Rows in the order of a layout, and their values: what the norm of random rows writes.
+struct Input {
+    memory: Tensor,
+    stream: Tensor,
+    values: Vec<f32>,
+    m: usize,
+    layout: RowLayout,
+}
+
+impl Input {
+    fn new(device: &Device, m: usize, k: usize, dtype: DType, layout: RowLayout) -> Self {
+        let stream = upload(device, &random("x", m * k), (m, k), DType::F32);
+        let weight = upload_f32(device, &vec![1.0; k]).unwrap();
+        // What is missing to a tile's rows may be anything.
+        let memory = upload(device, &vec![f32::NAN; layout.rows(m) * k], (layout.rows(m), k), dtype);
+        let plain = empty(device, (m, k), dtype).unwrap();
+        let input = Self { memory, stream, values: Vec::new(), m, layout };
+        let (from, weight) = (matrix(&input.stream).unwrap(), array(&weight).unwrap());
+        decode_norm(device, input.rows(), from, weight, 1e-6, None).unwrap();
+        decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, 1e-6, None).unwrap();
+        Self { values: download(&plain), ..input }
+    }
+
+    /// The norm once more, with low-rank products.
+    fn low(&self, device: &Device, a: &Tensor) -> Vec<f32> {
+        let weight = upload_f32(device, &vec![1.0; a.dims()[1]]).unwrap();
+        let values = empty(device, (self.m, a.dims()[0]), DType::F32).unwrap();
+        let low = LowRankTo { a: matrix(a).unwrap(), values: array(&values).unwrap() };
+        let from = matrix(&self.stream).unwrap();
+        decode_norm(device, self.rows(), from, array(&weight).unwrap(), 1e-6, Some(low)).unwrap();
+        download(&values)
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows::new(matrix(&self.memory).unwrap(), self.m, self.layout).unwrap()
+    }
+}
+
+struct Work {
+    partial: Tensor,
+    arrived: Tensor,
+}
+
+impl Work {
+    fn new(device: &Device) -> Self {
+        Self {
+            partial: empty(device, 64 << 20, DType::F32).unwrap(),
+            arrived: Tensor::zeros(1 << 20, DType::U32, device).unwrap(),
+        }
+    }
+
+    fn room(&self) -> ProductWorkspace<'_> {
+        ProductWorkspace { partial: array(&self.partial).unwrap(), arrived: array(&self.arrived).unwrap() }
+    }
+}
+
+#[test]
+#[ignore = "gpu"]
+fn products_of_every_form_are_those_of_the_unpacked_weights() {
+    let device = device();
+    let work = Work::new(&device);
+    for dtype in [DType::BF16, DType::F16] {
+        for (rows, k, is_nested, is_packed) in [
+            ([48, 16, 16], 256, true, true),
+            ([144, 32, 32], 896, false, true),
+            ([80, 48, 16], 1024, true, true),
+            ([64, 16, 16], 384, true, false),
+        ] {
+            let packed: Vec<Codes> = rows
+                .iter()
+                .map(|&rows| {
+                    let values = random("weights", rows * k);
+                    Codes::new(&device, &Nf4Matrix::quantize(&values, rows, k, QuantType::Nf4, is_nested), (rows, k))
+                })
+                .collect();
+            let plain: Vec<Vec<f32>> = packed.iter().map(|codes| codes.dense(&device, dtype)).collect();
+            let dense: Vec<Tensor> =
+                plain.iter().zip(rows).map(|(values, rows)| upload(&device, values, (rows, k), dtype)).collect();
+            let ranks = 32;
+            let b: Vec<Tensor> =
+                rows.iter().map(|&rows| upload(&device, &random("b", rows * 16), (rows, 16), dtype)).collect();
+            let bias: Vec<Tensor> =
+                rows.iter().map(|&rows| upload_f32(&device, &random("bias", rows)).unwrap()).collect();
+            let operand = |index: usize, has_adapter: bool| PackedOperand {
+                weights: match is_packed {
+                    true => packed[index].weights(),
+                    false => PackedWeights::Dense(matrix(&dense[index]).unwrap()),
+                },
+                bias: Some(array(&bias[index]).unwrap()),
+                adapter: has_adapter.then(|| (matrix(&b[index]).unwrap(), if index == 1 { 16 } else { 0 })),
+            };
+            let card = ProductCard::of(&device).unwrap();
+            // Every number of rows in the layout that is chosen, many of them in the one of other cards too.
+            let ms = [1, 2, 7, 8, 9, 16, 17, 32, 40, 64, 65, 130, 256];
+            let layouts = ms.map(|m| (m, RowLayout::choose(m, !is_packed, card)));
+            for (m, layout) in layouts.into_iter().chain(
+                [20, 30, 65, 130]
+                    .map(|m| (m, RowLayout::Fragments))
+                    .into_iter()
+                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 { 16 } else { 8 })))),
+            ) {
+                let input = Input::new(&device, m, k, dtype, layout);
+                let (x, host_x) = (input.rows(), input.values.clone());
+                // The low-rank products of the rows as they lie, and those that the norm makes beside them.
+                let a = upload(&device, &random("a", ranks * k), (ranks, k), dtype);
+                let parts = decode_low_parts(m, k);
+                let values = empty(&device, parts * m * ranks, DType::F32).unwrap();
+                let order: Vec<u32> = (0..k).map(|place| layout.column(place) as u32).collect();
+                let ordered = a.index_select(&Tensor::new(order, &device).unwrap(), 1).unwrap();
+                let to = LowRankTo { a: matrix(&ordered).unwrap(), values: array(&values).unwrap() };
+                decode_low_rank(&device, x, to).unwrap();
+                let low = LowRank { values: array(&values).unwrap(), parts, cols: ranks };
+                let want_low = product(&host_x, &download(&a), m, k);
+                let each = download(&values);
+                let got_low: Vec<f32> =
+                    (0..m * ranks).map(|at| (0..parts).map(|part| each[part * m * ranks + at]).sum()).collect();
+                let case =
+                    format!("{dtype:?} {rows:?} x {k}, {m} rows in {layout:?}, packed {is_packed}, nested {is_nested}");
+                assert_close(&format!("{case}: low-rank products"), &got_low, &want_low, 1e-5);
+                assert_close(&format!("{case}: of the norm"), &input.low(&device, &a), &want_low, 1e-5);
+                // Rounded as the adapter multiplies them.
+                let low_t = download(&upload(&device, &got_low, (m, ranks), dtype));
+
+                let all: usize = rows.iter().sum();
+                let residual = upload(&device, &random("residual", m * all), (m, all), DType::F32);
+                let mut want = vec![0f32; m * all];
+                let mut first = 0;
+                for index in 0..3 {
+                    let own = product(&host_x, &plain[index], m, k);
+                    let start = if index == 1 { 16 } else { 0 };
+                    let columns: Vec<f32> =
+                        (0..m).flat_map(|row| low_t[row * ranks + start..row * ranks + start + 16].to_vec()).collect();
+                    let update = product(&columns, &download(&b[index]), m, 16);
+                    let (bias, base) = (download(&bias[index]), download(&residual));
+                    for row in 0..m {
+                        for col in 0..rows[index] {
+                            let (at, to) = (row * rows[index] + col, row * all + first + col);
+                            want[to] = own[at] + update[at] + bias[col] + base[to];
+                        }
+                    }
+                    first += rows[index];
+                }
+                let group: Vec<PackedOperand<'_>> = (0..3).map(|index| operand(index, true)).collect();
+                let chosen = ProductForm::choose(m, &rows, k, ProductKind::Sum, layout, card);
+                for splits in [1, 2, chosen.splits] {
+                    let form = ProductForm { splits, ..chosen };
+                    let out = empty(&device, (m, all), DType::F32).unwrap();
+                    let to = ProductOutput::Sum { out: matrix(&out).unwrap(), onto: Some(matrix(&residual).unwrap()) };
+                    packed_product(&device, &group, x, Some(low), to, form, work.room()).unwrap();
+                    assert_close(&format!("{case}, {form:?}"), &download(&out), &want, 1e-4);
+                }
+
+                // The second matrix again as the half of a SwiGLU.
+                let pair = [operand(1, false), operand(1, true)];
+                let height = rows[1];
+                let gate = product(&host_x, &plain[1], m, k);
+                let columns: Vec<f32> =
+                    (0..m).flat_map(|row| low_t[row * ranks + 16..row * ranks + 32].to_vec()).collect();
+                let update = product(&columns, &download(&b[1]), m, 16);
+                let bias = download(&bias[1]);
+                let rounded = |values: Vec<f32>| download(&upload(&device, &values, (m, height), dtype));
+                let gate = rounded((0..m * height).map(|at| gate[at] + bias[at % height]).collect());
+                let up = rounded(
+                    (0..m * height)
+                        .map(|at| product_at(&host_x, &plain[1], at, height, k) + update[at] + bias[at % height])
+                        .collect(),
+                );
+                let want: Vec<f32> =
+                    gate.iter().zip(&up).map(|(&gate, &up)| up * gate / (1.0 + (-gate).exp())).collect();
+                let form = ProductForm::choose(m, &[height, height], k, ProductKind::Swiglu, layout, card);
+                let out = empty(&device, (m, height), dtype).unwrap();
+                let to = ProductOutput::Swiglu(Rows::plain(matrix(&out).unwrap()));
+                packed_product(&device, &pair, x, Some(low), to, form, work.room()).unwrap();
+                assert_close(&format!("{case}, SwiGLU {form:?}"), &download(&out), &want, 1.5e-2);
+            }
+        }
+    }
+}
+
+fn product_at(x: &[f32], w: &[f32], at: usize, height: usize, k: usize) -> f32 {
+    let (row, col) = (at / height, at % height);
+    x[row * k..(row + 1) * k].iter().zip(&w[col * k..(col + 1) * k]).map(|(x, w)| x * w).sum()
+}
+
+/// Tokens and log-probabilities of one step over the same logits.
+fn draws(logits: &[f32], uniforms: &[f64], temperature: f32) -> (Vec<u32>, Vec<f32>) {
+    let (device, vocabulary) = (device(), logits.len());
+    let queue = Queue::of(&device).unwrap();
+    let count = uniforms.len();
+    let size = LanesSize { lanes: count, steps: 1, pages: count };
+    let mut lanes = Lanes::new(&queue, size, PagedSize { pages: 1, page_tokens: 16 }, vocabulary).unwrap();
+    let all: Vec<f32> = (0..count).flat_map(|_| logits.iter().copied()).collect();
+    let all = upload(&device, &all, (count, vocabulary), DType::F32);
+    let work = empty(&device, decode_draw_workspace(count, vocabulary), DType::F32).unwrap();
+    let each = vec![Lane { token: 0, context: 0, pages: &[0] }; count];
+    lanes.begin(&each, count, 1, uniforms).unwrap();
+    let view = lanes.view(count).unwrap();
+    decode_draw(&device, matrix(&all).unwrap(), &view, temperature, array(&work).unwrap()).unwrap();
+    // A further step finds empty lanes.
+    decode_draw(&device, matrix(&all).unwrap(), &view, temperature, array(&work).unwrap()).unwrap();
+    let drawn = lanes.finish(count).unwrap();
+    (drawn.tokens, drawn.logprobs)
+}
+
+#[test]
+#[ignore = "gpu"]
+fn draws_on_the_device_follow_the_distribution() {
+    let mut stream = Stream::new(seed(), "draws", 0, 0);
+    for (vocabulary, temperature) in [(50, 1.0f32), (1200, 0.7), (513, 1.3)] {
+        let logits: Vec<f32> = random("logits", vocabulary).iter().map(|x| 1.5 * x).collect();
+        let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / f64::from(temperature)).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let (mut counts, draws_of) = (vec![0f64; vocabulary], 400);
+        for _ in 0..100 {
+            let uniforms: Vec<f64> = (0..draws_of).map(|_| stream.uniform()).collect();
+            let (tokens, logprobs) = draws(&logits, &uniforms, temperature);
+            let mut sums = weights.iter().scan(0.0, |sum, w| {
+                *sum += w;
+                Some(*sum)
+            });
+            let ends: Vec<f64> = sums.by_ref().collect();
+            for ((&token, logprob), uniform) in tokens.iter().zip(logprobs).zip(uniforms) {
+                let token = token as usize;
+                counts[token] += 1.0;
+                assert!((f64::from(logprob) - (weights[token] / total).ln()).abs() < 1e-5);
+                // The inverse of the distribution function, up to rounding.
+                let (before, after) = (ends[token] - weights[token], ends[token]);
+                let slack = 1e-5 * total;
+                assert!((before - slack..after + slack).contains(&(uniform * total)), "{uniform}: token {token}");
+            }
+        }
+        let expected = |w: f64| w / total * 100.0 * draws_of as f64;
+        let chi: f64 = counts.iter().zip(&weights).map(|(n, &w)| (n - expected(w)).powi(2) / expected(w)).sum();
+        let degrees = (vocabulary - 1) as f64;
+        let deviation = (chi - degrees) / (2.0 * degrees).sqrt();
+        assert!(deviation.abs() < 6.0, "chi-squared {chi} with {degrees} degrees, TRAINER_TEST_SEED={}", seed());
+    }
+}
+
+#[test]
+#[ignore = "gpu"]
+fn hard_distributions_are_drawn_from_and_unusable_ones_are_seen() {
+    let mut logits = random("logits", 1100);
+    logits[600] = 9.0;
+    logits[1050] = 9.0;
+    let (tokens, logprobs) = draws(&logits, &[0.5, 0.1], 0.0);
+    assert_eq!(tokens, [600, 600]);
+    let total: f64 = logits.iter().map(|&l| f64::from(l - 9.0).exp()).sum();
+    assert!((f64::from(logprobs[0]) + total.ln()).abs() < 1e-5);
+    // All but two tokens are impossible, the first and the last chunk too.
+    let mut logits = vec![f32::NEG_INFINITY; 1600];
+    (logits[700], logits[701]) = (0.0, 0.0);
+    let (tokens, logprobs) = draws(&logits, &[0.0, 0.49, 0.51, 1.0 - f64::EPSILON / 2.0], 1.0);
+    assert_eq!(tokens, [700, 700, 701, 701]);
+    assert!(logprobs.iter().all(|logprob| (f64::from(*logprob) - 0.5f64.ln()).abs() < 1e-6));
+    for unusable in [f32::NAN, f32::INFINITY] {
+        logits[30] = unusable;
+        assert!(draws(&logits, &[0.3], 1.0).1[0].is_nan());
+    }
+    assert!(draws(&[f32::NEG_INFINITY; 9], &[0.3], 1.0).1[0].is_nan());
+}
+
+/// Microseconds and bytes a second of each form on the projections of a 7B model.
+#[test]
+#[ignore = "bench"]
+#[expect(clippy::print_stdout, reason = "a table for the reader")]
+fn bench_packed_product() {
+    let device = device();
+    let card = ProductCard::of(&device).unwrap();
+    let work = Work::new(&device);
+    for (name, rows, k, kind) in [
+        ("qkv", vec![3584, 512, 512], 3584, ProductKind::Sum),
+        ("o", vec![3584], 3584, ProductKind::Sum),
+        ("gate_up", vec![18_944, 18_944], 3584, ProductKind::Swiglu),
+        ("down", vec![3584], 18_944, ProductKind::Sum),
+        ("head", vec![152_064], 3584, ProductKind::Sum),
+    ] {
+        let all: usize = rows.iter().sum();
+        let is_packed = name != "head";
+        // Several copies, so that none stays in the cache between two calls.
+        let copies = if is_packed { (400 << 20) / (all * k / 2) + 1 } else { 1 };
+        let queue = Queue::of(&device).unwrap();
+        let bytes = if is_packed { all * k / 2 } else { 2 * all * k };
+        let codes: Vec<Buffer> = (0..copies).map(|_| Buffer::device(&queue, bytes).unwrap()).collect();
+        let blocks = all * k / 64;
+        let units = Tensor::zeros(blocks, DType::U8, &device).unwrap();
+        let nested = upload_f32(&device, &vec![0.01; blocks / 256 + 1]).unwrap();
+        let map = upload_f32(&device, &vec![0.5; 256]).unwrap();
+        let values = upload_f32(&device, &[0.1; 16]).unwrap();
+        let mut line = format!("{name:8}");
+        for m in [1, 8, 16, 32, 64, 128, 256] {
+            let layout = RowLayout::choose(m, !is_packed, card);
+            if !is_packed && m > 32 {
+                continue;
+            }
+            let memory = upload(&device, &vec![0.5; layout.rows(m) * k], (layout.rows(m), k), DType::BF16);
+            let x = Rows::new(matrix(&memory).unwrap(), m, layout).unwrap();
+            let is_swiglu = kind == ProductKind::Swiglu;
+            let out = empty(&device, (m, if is_swiglu { rows[0] } else { all }), DType::BF16).unwrap();
+            let chosen = ProductForm::choose(m, &rows, k, kind, layout, card);
+            line += &format!("\n  {m:4} f{} s{}:", chosen.form, chosen.splits);
+            for splits in [1, 2, 3, 4, 6, 8] {
+                let form = ProductForm { splits, ..chosen };
+                let floats = form.workspace(m, &rows, is_swiglu, layout).0;
+                if floats > 64 << 20 || form.form == 6 && k / 128 / splits > 40 {
+                    continue;
+                }
+                let run = |copy: usize| {
+                    let mut first = 0;
+                    let group: Vec<PackedOperand<'_>> = rows
+                        .iter()
+                        .map(|&rows| {
+                            let weights = if is_packed {
+                                let packed = codes[copy].array(first * k / 2, rows * k / 2, DType::U8).unwrap();
+                                let absmax = Nf4Absmax::Nested {
+                                    codes: array(&units).unwrap(),
+                                    absmax: array(&nested).unwrap(),
+                                    map: array(&map).unwrap(),
+                                    offset: 0.0,
+                                };
+                                let view = Nf4View { packed, absmax, values: array(&values).unwrap() };
+                                PackedWeights::Nf4 { view, rows, cols: k }
+                            } else {
+                                PackedWeights::Dense(codes[copy].matrix(0, (rows, k), DType::BF16).unwrap())
+                            };
+                            first += rows;
+                            PackedOperand { weights, bias: None, adapter: None }
+                        })
+                        .collect();
+                    let out = matrix(&out).unwrap();
+                    let to = match kind {
+                        ProductKind::Swiglu => ProductOutput::Swiglu(Rows::plain(out)),
+                        _ => ProductOutput::Sum { out, onto: None },
+                    };
+                    packed_product(&device, &group, x, None, to, form, work.room()).unwrap();
+                };
+                (0..copies).for_each(run);
+                synchronize(&device).unwrap();
+                let started = Instant::now();
+                (0..40).for_each(|round| run(round % copies));
+                synchronize(&device).unwrap();
+                let secs = started.elapsed().as_secs_f64() / 40.0;
+                line += &format!("  s{splits} {:.1} us {:.0} GB/s", secs * 1e6, bytes as f64 / secs / 1e9);
+            }
+        }
+        println!("{line}");
+    }
+}
