@@ -156,10 +156,8 @@ impl Link {
 
     /// Trained values where they wait. Where the CPU computes with those that the optimizer moves, they are parameters.
     pub(super) fn keep_values(&self, values: Vec<f32>) -> Result<Values, Error> {
-        let file = match self.has_home_elsewhere() {
-            true => self.optimizer.as_ref(),
-            false => self.parameters.as_ref().filter(|_| !self.is_on_gpu),
-        };
+        let parameters = self.parameters.as_ref().filter(|_| !self.is_on_gpu);
+        let file = if self.has_home_elsewhere() { self.optimizer.as_ref() } else { parameters };
         if let Some(file) = file.filter(|_| !values.is_empty()) {
             return Values::in_file(values, file, &self.stage);
         }
