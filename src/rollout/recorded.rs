@@ -359,7 +359,7 @@ impl Memory {
             layer.step(device, &buffers, cache, lanes, size.context)?;
         }
         let norm = vector(&parts.norm)?;
-        if let (true, Some(table)) = (count > MOST_HEAD_ROWS, parts.head.as_dense()?) {
+        if let (true, Some(table)) = (count > MOST_HEAD_ROWS, parts.head.as_dense(compute)?) {
             // So many rows want a product of the library.
             let rows = arena.take((count, widths.hidden), compute)?;
             decode_norm(device, Rows::plain(rows), buffers.stream, norm, parts.eps, None)?;

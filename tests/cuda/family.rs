@@ -167,9 +167,9 @@ fn error_of(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     errors.fold(0.0, |most, error| if most.is_nan() || error <= most { most } else { error })
 }
 
-fn completions(engine: &Engine, requests: &[Request], is_recorded: bool) -> Vec<Completion> {
+fn completions(engine: &Engine, requests: &[Request], is_recorded: bool, lanes: usize) -> Vec<Completion> {
     let settings = RolloutSettings {
-        max_num_seqs: 4,
+        max_num_seqs: lanes,
         max_batch_tokens: 32,
         kv_cache_bytes: 1 << 30,
         max_new_tokens: 5,
@@ -178,7 +178,8 @@ fn completions(engine: &Engine, requests: &[Request], is_recorded: bool) -> Vec<
     let mut rollout = Rollout::new(settings).unwrap();
     let model = EngineModel::new(engine, true).unwrap();
     let mut model = if is_recorded { model.recorded().unwrap() } else { model };
-    assert_eq!(model.is_recorded(), is_recorded && engine.types() != Types::F32);
+    let is_readable = engine.types() != Types::F32 && engine.config().hidden_size.is_multiple_of(128);
+    assert_eq!(model.is_recorded(), is_recorded && is_readable);
     let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
     rollout.generate(&mut model, requests, &SamplingSettings::default(), 3, 0, &mut caller).unwrap()
 }
@@ -217,7 +218,7 @@ fn gradients_and_decoding_of_every_shape_are_those_of_the_cpu() {
                 }
             }
             let mut distances = (0f32, 0f32);
-            let both = [false, true].map(|is_recorded| completions(&engine, &requests, is_recorded));
+            let both = [false, true].map(|is_recorded| completions(&engine, &requests, is_recorded, 4));
             for (request, got) in requests.iter().chain(&requests).zip(both.iter().flatten()) {
                 distances.0 = distances.0.max(distance(&got.logprobs, &trainer_logprobs(&engine, request, got, 1.0)));
                 if types == Types::F32 {
@@ -230,6 +231,39 @@ fn gradients_and_decoding_of_every_shape_are_those_of_the_cpu() {
             line += &format!("  {:?} {error:.1e} {:.1e}", types.compute, distances.0.max(distances.1));
         }
         println!("{}:{line}  {:.1} s", shape.name, started.elapsed().as_secs_f64());
+    }
+    assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
+}
+
+/// Few lanes and many take other forms of every product.
+#[test]
+#[ignore = "gpu"]
+#[expect(clippy::print_stdout, reason = "distances for the reader")]
+fn recorded_steps_of_every_shape_have_the_trainer_s_log_probabilities() {
+    let mut wrong = Vec::new();
+    let readable = SHAPES.iter().filter(|shape| shape.hidden.is_multiple_of(128));
+    for (index, shape) in readable.enumerate() {
+        for (types, _, _, most) in TOLERANCES.into_iter().skip(1).take(if index < 2 { 2 } else { 1 }) {
+            let engine = shape.engine(&device(), types);
+            let mut line = String::new();
+            for lanes in [1, 4, 12, 40, 100] {
+                let requests: Vec<Request> = (0..lanes as u64)
+                    .map(|i| Request { sample_id: i, prompt_ids: shape.tokens(18, 10 + i / 4), group: i as usize / 4 })
+                    .collect();
+                let (mut largest, mut sum, mut count) = (0f32, 0f64, 0);
+                for (request, got) in requests.iter().zip(&completions(&engine, &requests, true, lanes)).step_by(7) {
+                    let want = trainer_logprobs(&engine, request, got, 1.0);
+                    largest = largest.max(distance(&got.logprobs, &want));
+                    sum += got.logprobs.iter().zip(&want).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
+                    count += want.len();
+                }
+                line += &format!("  {lanes}: {largest:.1e} ({:.1e})", sum / f64::from(count as u32));
+                if largest.is_nan() || largest > most {
+                    wrong.push(format!("{}, {types:?}, {lanes} lanes: differ by {largest}", shape.name));
+                }
+            }
+            println!("{} {:?}:{line}", shape.name, types.compute);
+        }
     }
     assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
 }

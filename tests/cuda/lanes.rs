@@ -125,8 +125,17 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             let dense: Vec<Tensor> =
                 plain.iter().zip(rows).map(|(values, rows)| upload(&device, values, (rows, k), dtype)).collect();
             let ranks = 32;
-            let b: Vec<Tensor> =
-                rows.iter().map(|&rows| upload(&device, &random("b", rows * 16), (rows, 16), dtype)).collect();
+            let b: Vec<Tensor> = rows
+                .iter()
+                .map(|&rows| {
+                    upload(
+                        &device,
+                        &random("b", rows * 16).iter().map(|b| b * 0.05).collect::<Vec<_>>(),
+                        (rows, 16),
+                        dtype,
+                    )
+                })
+                .collect();
             let bias: Vec<Tensor> =
                 rows.iter().map(|&rows| upload_f32(&device, &random("bias", rows)).unwrap()).collect();
             let operand = |index: usize, has_adapter: bool| PackedOperand {

@@ -93,41 +93,40 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 // Low-rank products of `LINES` rows in another order of columns than plain, with `A`s in that order: blockIdx.y is a part of the
-// sum.
+// sum, a warp has one of the ranks.
 template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_kernel(Matrix x, LowRank low) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_line = blockIdx.x * LINES, units = low.cols / 8;
+  const int lane = threadIdx.x % 32, first_line = blockIdx.x * LINES, units = low.cols / 8;
+  const int rank = blockIdx.z * (THREADS / 32) + threadIdx.x / 32;
   const int first = units * blockIdx.y / gridDim.y, end = units * (blockIdx.y + 1) / gridDim.y;
-  for (int rank = warp; blockIdx.x == 0 && rank < low.ranks; rank += THREADS / 32)
-    for (int unit = first + lane * 8; unit < end; unit += 256)
-      prefetch(static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols + unit * 8);
+  const T *data = static_cast<const T *>(x.data);
+  const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
+  if (rank < low.ranks)
+    for (int unit = first + lane * 8; unit < end; unit += 256) prefetch(a + unit * 8);
   launch_dependents();
   wait_for_dependency();
-  const T *data = static_cast<const T *>(x.data);
-  for (int rank = warp; rank < low.ranks; rank += THREADS / 32) {
-    const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
-    float sum[LINES] = {};
-#pragma unroll 2
-    for (int unit = first + lane; unit < end; unit += 32) {
-      float w[8];
-      load_pack<T, 8>(w, a + unit * 8);
-#pragma unroll
-      for (int i = 0; i < LINES; i++) {
-        const int line = min(first_line + i, x.rows - 1);
-        const int64_t place = x.layout == TILES ? static_cast<int64_t>(unit / 8) * x.stride * 64 + line * 64 +
-                                                      ((unit % 8 ^ (line & 7)) << 3)
-                                                : line * x.stride + unit * 8;
-        float v[8];
-        load_pack<T, 8>(v, data + place);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[i] += v[j] * w[j];
-      }
-    }
+  if (rank >= low.ranks) return;
+  float sum[LINES] = {};
+#pragma unroll 4
+  for (int unit = first + lane; unit < end; unit += 32) {
+    float w[8];
+    load_pack<T, 8>(w, a + unit * 8);
 #pragma unroll
     for (int i = 0; i < LINES; i++) {
-      const float all = warp_sum(sum[i]);
-      if (lane == 0 && first_line + i < x.rows)
-        low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + first_line + i) * low.ranks + rank] = all;
+      const int line = min(first_line + i, x.rows - 1);
+      const int64_t place = x.layout == TILES ? static_cast<int64_t>(unit / 8) * x.stride * 64 + line * 64 +
+                                                    ((unit % 8 ^ (line & 7)) << 3)
+                                              : line * x.stride + unit * 8;
+      float v[8];
+      load_pack<T, 8>(v, data + place);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[i] += v[j] * w[j];
     }
+  }
+#pragma unroll
+  for (int i = 0; i < LINES; i++) {
+    const float all = warp_sum(sum[i]);
+    if (lane == 0 && first_line + i < x.rows)
+      low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + first_line + i) * low.ranks + rank] = all;
   }
 }
 
@@ -438,8 +437,9 @@ int norm(const Matrix &y, const Matrix &x, const float *weight, float eps, const
 
 // Many rows share what is read of the `A`s.
 template <typename T> int low(const Matrix &x, const LowRank &products, int parts, cudaStream_t stream) {
-  if (x.rows < 16) return launch_after(low_kernel<T, 1>, dim3(x.rows, parts), THREADS, 0, stream, x, products);
-  return launch_after(low_kernel<T, 4>, dim3((x.rows + 3) / 4, parts), THREADS, 0, stream, x, products);
+  const unsigned ranks = (products.ranks + THREADS / 32 - 1) / (THREADS / 32);
+  if (x.rows < 16) return launch_after(low_kernel<T, 1>, dim3(x.rows, parts, ranks), THREADS, 0, stream, x, products);
+  return launch_after(low_kernel<T, 4>, dim3((x.rows + 3) / 4, parts, ranks), THREADS, 0, stream, x, products);
 }
 
 } // namespace

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
 #pragma unroll
       for (int half = 0; half < 2; half++) to[mt][half].fetch(matrix_of(mt), from[mt][half] + chunk * CHUNK);
   };
-  const float value = FORMAT == DENSE ? 0.0f : __ldg(w.values + lane % 16);
+  const float value = is_dense(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
   if (chunks.x + wk < chunks.y) fetch(now, chunks.x + wk);
   const int blocks = 2 * (chunks.y - chunks.x) | 1;
   load_maxima<FORMAT, ROWS, THREADS>(shared, blocks, chunks, K, row_of);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
 #pragma unroll
       for (int half = 0; half < 2; half++)
         scale[mt][half] =
-            FORMAT == DENSE ? 1.0f : shared[own_of(mt, half) * blocks + 2 * (chunk - chunks.x) + t / 2];
+            is_dense(FORMAT) ? 1.0f : shared[own_of(mt, half) * blocks + 2 * (chunk - chunks.x) + t / 2];
 #pragma unroll
     for (int part = 0; part < 4; part++) {
       uint4 right[NT];
@@ -157,7 +157,7 @@ template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU
 int launch(const Product &p, int tiles, cudaStream_t stream) {
   constexpr int ROWS = 16 * MT * WR, COLS = 8 * NT;
   const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
-  const size_t maxima = FORMAT == DENSE ? 0 : static_cast<size_t>(ROWS) * (2 * chunks | 1), sums = WK * ROWS * (COLS + 1);
+  const size_t maxima = is_dense(FORMAT) ? 0 : static_cast<size_t>(ROWS) * (2 * chunks | 1), sums = WK * ROWS * (COLS + 1);
   const size_t bytes = sizeof(float) * (maxima > sums ? maxima : sums);
   auto kernel = product<T, FORMAT, MT, NT, WR, WK, IS_SWIGLU>;
   if (bytes > 48 * 1024) {
@@ -198,6 +198,7 @@ int launch_format(const Product &p, int format, int form, bool is_swiglu, int ti
   case NF4_PLAIN: return launch_form<T, NF4_PLAIN>(p, form, is_swiglu, tiles, stream);
   case NF4_NESTED: return launch_form<T, NF4_NESTED>(p, form, is_swiglu, tiles, stream);
   case DENSE: return launch_form<T, DENSE>(p, form, is_swiglu, tiles, stream);
+  case DENSE_OTHER: return launch_form<T, DENSE_OTHER>(p, form, is_swiglu, tiles, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

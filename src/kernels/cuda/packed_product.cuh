@@ -37,7 +37,9 @@ struct Product {
   int32_t count, low_parts, low_cols, splits;
 };
 
-enum Format { NF4_PLAIN, NF4_NESTED, DENSE };
+// DENSE_OTHER: of the other 16-bit type, rounded to T.
+enum Format { NF4_PLAIN, NF4_NESTED, DENSE, DENSE_OTHER };
+constexpr bool is_dense(int format) { return format >= DENSE; }
 
 #ifdef __CUDACC__
 namespace {
@@ -72,6 +74,21 @@ template <typename T> struct Piece<T, DENSE> {
   }
 };
 
+template <typename T> struct Other { using Type = __half; };
+template <> struct Other<__half> { using Type = __nv_bfloat16; };
+
+template <typename T> struct Piece<T, DENSE_OTHER> : Piece<T, DENSE> {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+    const uint4 v = this->v[part];
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const Pack<typename Other<T>::Type, 2> pair = *reinterpret_cast<const Pack<typename Other<T>::Type, 2> *>(&words[i]);
+      out[i] = pack_pair<T>(to_float(pair.v[0]), to_float(pair.v[1]));
+    }
+  }
+};
+
 // The matrix to which a tile of rows belongs, the tile's number there, and where the matrix's outputs begin.
 struct Tile {
   int which, tile, first_out;
@@ -96,7 +113,7 @@ __device__ __forceinline__ int2 chunks_of(const Product &p) {
 // Block maxima of a row in a tile's part of K: `2 (end - first)` of them, rows `stride` apart.
 template <int FORMAT, int ROWS, int THREADS, typename RowOf>
 __device__ __forceinline__ void load_maxima(float *to, int stride, int2 chunks, int k, RowOf row_of) {
-  if (FORMAT == DENSE) return;
+  if (is_dense(FORMAT)) return;
   const int blocks = 2 * (chunks.y - chunks.x), all = ROWS * blocks;
   for (int i = threadIdx.x; i < all; i += THREADS) {
     const int own = i / blocks, at = i - own * blocks;

@@ -396,11 +396,17 @@ impl PackedWeights<'_> {
     }
 
     /// Weights of one format are multiplied together.
-    pub fn format(&self) -> i32 {
+    pub fn format(&self, dtype: DType) -> i32 {
         match self {
             Self::Nf4 { view: Nf4View { absmax: Nf4Absmax::Plain(_), .. }, .. } => 0,
             Self::Nf4 { .. } => 1,
-            Self::Dense(_) => 2,
+            Self::Dense(matrix) => {
+                if matrix.dtype() == dtype {
+                    2
+                } else {
+                    3
+                }
+            }
         }
     }
 
@@ -410,7 +416,9 @@ impl PackedWeights<'_> {
         let is_aligned = match self {
             Self::Nf4 { view, .. } => view.packed.address.is_multiple_of(16),
             Self::Dense(matrix) => {
-                matrix.dtype() == dtype && matrix.stride == cols && matrix.address.is_multiple_of(16)
+                matches!(matrix.dtype(), DType::BF16 | DType::F16)
+                    && matrix.stride == cols
+                    && matrix.address.is_multiple_of(16)
             }
         };
         is_aligned
@@ -482,7 +490,10 @@ pub fn packed_product(
     let mut w = [RawPacked::default(); MOST_MATRICES];
     for (raw, operand) in w.iter_mut().zip(group) {
         let (rows, cols) = operand.weights.shape();
-        if cols != k || !operand.weights.fits(x.dtype()) || operand.weights.format() != first.weights.format() {
+        if cols != k
+            || !operand.weights.fits(x.dtype())
+            || operand.weights.format(x.dtype()) != first.weights.format(x.dtype())
+        {
             let expected = format!("aligned weights of one format with {k} columns, a multiple of {CHUNK}");
             return Err(refuse("weights", (rows, cols), expected));
         }
@@ -548,7 +559,7 @@ pub fn packed_product(
     // before the call returns; the stream orders the accesses.
     let code = unsafe {
         let (format, is_swiglu, tiles, stream) =
-            (first.weights.format(), i32::from(is_swiglu), tiles as i32, stream(device)?);
+            (first.weights.format(x.dtype()), i32::from(is_swiglu), tiles as i32, stream(device)?);
         if form.form == GROUPS {
             trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream)
         } else {

@@ -18,7 +18,7 @@ constexpr int GROUP = 128, ROWS = 64;
 
 template <int N> constexpr int stages() { return N == 32 ? 3 : N == 16 ? 4 : 6; }
 // Blocks of a multiprocessor.
-template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : FORMAT == 2 ? 3 : 4; }
+template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : is_dense(FORMAT) ? 3 : 4; }
 template <int N> constexpr int stage_bytes() { return N * 8 * 128; }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 #pragma unroll
     for (int half = 0; half < 2; half++) to[half].fetch(w, from[half] + chunk * CHUNK);
   };
-  const float value = FORMAT == DENSE ? 0.0f : __ldg(w.values + lane % 16);
-  constexpr bool IS_AHEAD = FORMAT != DENSE;
+  const float value = is_dense(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
+  constexpr bool IS_AHEAD = !is_dense(FORMAT);
   if (IS_AHEAD) fetch(now, chunks.x);
   const int blocks = count | 1;
   load_maxima<FORMAT, ROWS, GROUP>(maxima, blocks, chunks, K, row_of);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 #pragma unroll
     for (int half = 0; half < 2; half++)
       scale[half] =
-          FORMAT == DENSE ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
+          is_dense(FORMAT) ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
   };
   auto make = [&](uint32_t(&to)[2][4], const Piece<T, FORMAT>(&pieces)[2], int part) {
     uint32_t top[4], low[4];
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Product &p, int tiles, cudaStream_t stream) {
   const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
   const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * ROWS * (8 * N + 1);
-  const size_t maxima = FORMAT == DENSE ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
+  const size_t maxima = is_dense(FORMAT) ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
   const size_t bytes = ring + maxima > sums ? ring + maxima : sums;
   auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
   const cudaError_t code =
@@ -289,6 +289,7 @@ template <typename T> int launch_format(const Product &p, int format, bool is_sw
   case NF4_PLAIN: return launch_rows<T, NF4_PLAIN>(p, is_swiglu, tiles, stream);
   case NF4_NESTED: return launch_rows<T, NF4_NESTED>(p, is_swiglu, tiles, stream);
   case DENSE: return launch_rows<T, DENSE>(p, is_swiglu, tiles, stream);
+  case DENSE_OTHER: return launch_rows<T, DENSE_OTHER>(p, is_swiglu, tiles, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

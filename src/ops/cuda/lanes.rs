@@ -109,7 +109,7 @@ impl Projections {
             if is_decomposed && use_adapter {
                 return Ok(None);
             }
-            formats.push(weights.format());
+            formats.push(weights.format(dtype));
         }
         if formats.is_empty() || formats.iter().any(|format| *format != formats[0]) {
             return Ok(None);
@@ -250,11 +250,11 @@ impl Projections {
         Ok(packed_product(device, &self.operands()?, x, low, to, form, workspace)?)
     }
 
-    /// The dense matrix where that is all there is.
-    pub(crate) fn as_dense(&self) -> Result<Option<Matrix<'_>>, Error> {
+    /// The dense matrix where that is all there is, and it is of this type.
+    pub(crate) fn as_dense(&self, dtype: DType) -> Result<Option<Matrix<'_>>, Error> {
         match (self.operands()?.as_slice(), self.ordered.first()) {
             ([PackedOperand { weights: PackedWeights::Dense(matrix), bias: None, adapter: None }], None) => {
-                Ok(Some(*matrix))
+                Ok((matrix.dtype() == dtype).then_some(*matrix))
             }
             _ => Ok(None),
         }
