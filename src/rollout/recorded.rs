@@ -171,7 +171,7 @@ impl RecordedSteps {
         temperature: f32,
         cache: &mut KvCache,
     ) -> Result<Drawn, Error> {
-        let size = self.size(lanes, steps);
+        let size = Size::of(lanes, steps);
         self.prepare(size, cache)?;
         let index = self.recording(size, After::Draw(temperature))?;
         let work = &self.recordings[index].work;
@@ -188,7 +188,7 @@ impl RecordedSteps {
     /// # Errors
     /// As [`Self::draw`].
     pub(super) fn logits(&mut self, lanes: &[Lane<'_>], cache: &mut KvCache) -> Result<Tensor, Error> {
-        let size = self.size(lanes, 1);
+        let size = Size::of(lanes, 1);
         self.prepare(size, cache)?;
         let index = self.recording(size, After::Nothing)?;
         let work = &self.recordings[index].work;
@@ -203,11 +203,6 @@ impl RecordedSteps {
         const CONTEXT: usize = 4096;
         let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: CONTEXT };
         self.parts.arena_bytes(size) + 4 * size.lanes * self.parts.vocabulary
-    }
-
-    fn size(&self, lanes: &[Lane<'_>], steps: usize) -> Size {
-        let longest = lanes.iter().map(|lane| lane.context + steps).max().unwrap_or(1);
-        Size { lanes: bucket(lanes.len()), context: context_bucket(longest) }
     }
 
     /// Memory that holds `size` over this cache; recordings on other memory go.
@@ -266,6 +261,14 @@ impl RecordedSteps {
         let work = queue.capture(memory, |memory| memory.step(device, size, after))?;
         self.recordings.push(Recording { size, after, work });
         Ok(self.recordings.len() - 1)
+    }
+}
+
+impl Size {
+    /// The one for which steps of these lanes are recorded.
+    fn of(lanes: &[Lane<'_>], steps: usize) -> Self {
+        let longest = lanes.iter().map(|lane| lane.context + steps).max().unwrap_or(1);
+        Self { lanes: bucket(lanes.len()), context: context_bucket(longest) }
     }
 }
 

@@ -84,7 +84,7 @@ impl Bench {
         let mut model = EngineModel::new(engine, true)?.recorded()?;
         let (mut rollout_secs, mut best): (Vec<f64>, Option<Statistics>) = (Vec::new(), None);
         self.reset_peak()?;
-        for round in 0..1 + settings.steps as u64 {
+        for round in 0..=settings.steps as u64 {
             let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
             let started = Instant::now();
             rollout.generate(&mut model, &requests, &sampling, settings.seed, round, &mut caller)?;
@@ -102,7 +102,7 @@ impl Bench {
         let token_bytes = kv_shape(engine).page_bytes() as f64 / crate::rollout::PAGE_TOKENS as f64;
         // A completion's first token comes of its prompt.
         let steps = (completion_tokens - 1) as f64;
-        let contexts = steps * (prompt_tokens as f64 + (steps + 1.0) / 2.0);
+        let contexts = steps * f64::midpoint(2.0 * prompt_tokens as f64, steps + 1.0);
         let decode_bytes =
             waves * steps * model.weight_bytes() as f64 + (prompts * samples) as f64 * contexts * token_bytes;
         Ok(MeasuredRollout {

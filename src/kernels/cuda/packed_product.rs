@@ -573,11 +573,15 @@ pub fn packed_product(
 mod tests {
     use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout};
 
-    const CARDS: [ProductCard; 3] = [
-        ProductCard { multiprocessors: 132, has_groups: true, has_large_blocks: true },
-        ProductCard { multiprocessors: 68, has_groups: false, has_large_blocks: true },
-        ProductCard { multiprocessors: 36, has_groups: false, has_large_blocks: false },
-    ];
+    fn cards() -> [ProductCard; 3] {
+        [(132, true, true), (68, false, true), (36, false, false)].map(
+            |(multiprocessors, has_groups, has_large_blocks)| ProductCard {
+                multiprocessors,
+                has_groups,
+                has_large_blocks,
+            },
+        )
+    }
 
     #[test]
     fn a_layout_is_an_order_of_the_columns_of_each_chunk() {
@@ -595,7 +599,7 @@ mod tests {
     fn every_shape_of_the_family_has_a_form_whose_parts_cover_the_sum() {
         let shapes = [896, 1024, 1536, 2048, 2560, 3584, 4096, 5120, 8192];
         let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
-        for card in CARDS {
+        for card in cards() {
             for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
                 let layout = RowLayout::choose(m, m % 2 == 0, card);
                 assert!(layout.rows(m) >= m);

@@ -154,7 +154,7 @@ impl Projections {
         }
         let a = a.filter(|_| !is_ordered);
         let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
-        Ok(Some(Self { each, a, rows, cols, is_dense, ordered, card }))
+        Ok(Some(Self { each, a, ordered, rows, cols, is_dense, card }))
     }
 
     /// `K`.

@@ -3,8 +3,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::config::settings::SamplingSettings;
 use crate::rng::Stream;
-use crate::rollout::{DecodeModel, Error, KvCache, KvShape, StepBatch};
+use crate::rollout::decode_model::{Drawn, Lane};
+use crate::rollout::sampler::{Draw, DrawJob, Sampler, Scratch};
+use crate::rollout::{DecodeModel, Error, KvCache, KvShape, Span, StepBatch};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -25,6 +28,10 @@ pub(super) struct AttentionModel {
     pub(super) poisoned_position: Option<u32>,
     embedding: Vec<f32>,
     layers: Vec<Layer>,
+    /// Tokens that it draws itself for each sequence at a time.
+    pub(super) most_steps: usize,
+    /// Times that it drew.
+    pub(super) draws: usize,
     /// Tokens of each step so far.
     pub(super) step_tokens: Vec<usize>,
     /// Most sequences in a step so far.
@@ -51,6 +58,8 @@ impl AttentionModel {
                     value: weights("value", kv, scale, layer),
                 })
                 .collect(),
+            most_steps: 0,
+            draws: 0,
             step_tokens: Vec::new(),
             most_spans: 0,
         }
@@ -111,6 +120,48 @@ impl DecodeModel for AttentionModel {
 
     fn max_positions(&self) -> usize {
         self.max_positions
+    }
+
+    fn most_steps(&self, _lanes: usize) -> usize {
+        self.most_steps
+    }
+
+    fn draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        uniforms: &[f64],
+        temperature: f32,
+        cache: &mut KvCache,
+    ) -> Result<Drawn, Error> {
+        assert!((1..=self.most_steps).contains(&steps) && uniforms.len() == steps * lanes.len());
+        self.draws += 1;
+        let settings = SamplingSettings { temperature: temperature.into(), ..SamplingSettings::default() };
+        let (sampler, mut scratch) = (Sampler::new(&settings)?, Scratch::default());
+        let mut newest: Vec<u32> = lanes.iter().map(|lane| lane.token).collect();
+        let mut drawn = Drawn::default();
+        for step in 0..steps {
+            let mut batch = StepBatch::default();
+            for (index, lane) in lanes.iter().enumerate() {
+                batch.tokens.push(newest[index]);
+                batch.positions.push((lane.context + step) as u32);
+                let (pages, context) = (lane.pages.to_vec(), lane.context + step);
+                batch.spans.push(Span { tokens: index..index + 1, pages, context });
+                batch.logit_rows.push(index);
+            }
+            let logits = self.step(&batch, cache)?.to_vec2::<f32>()?;
+            for (index, logits) in logits.iter().enumerate() {
+                let uniform = uniforms[step * lanes.len() + index];
+                // As a device says it: a number that is none.
+                let draw = sampler.draw(DrawJob { logits, seen: &[], uniform }, &mut scratch);
+                let draw = draw.unwrap_or(Draw { token: 0, logprob: f32::NAN, sampling_logprob: f32::NAN });
+                newest[index] = draw.token;
+                drawn.tokens.push(draw.token);
+                drawn.logprobs.push(draw.logprob);
+                drawn.sampling_logprobs.push(draw.sampling_logprob);
+            }
+        }
+        Ok(drawn)
     }
 
     fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {

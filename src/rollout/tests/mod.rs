@@ -1,6 +1,7 @@
 //! The engine as a whole, on a tiny attention model.
 
 mod attention_model;
+mod drawing;
 
 use std::cell::Cell;
 

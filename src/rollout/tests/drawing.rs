@@ -1,0 +1,67 @@
+//! Models that draw several tokens at a time.
+
+use super::attention_model::AttentionModel;
+use super::{SamplingSettings, VOCAB, assert_same, detokenize, requests, run, settings, with_pages};
+use crate::rollout::{Caller, Completion, Error, Request, Rollout, RolloutSettings, Statistics};
+
+fn drawn(
+    settings: RolloutSettings,
+    requests: &[Request],
+    sampling: &SamplingSettings,
+    mut model: AttentionModel,
+) -> Result<(Vec<Completion>, Statistics, AttentionModel), Error> {
+    let mut rollout = Rollout::new(settings)?;
+    let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: Some(&detokenize) };
+    let completions = rollout.generate(&mut model, requests, sampling, 5, 2, &mut caller)?;
+    Ok((completions, rollout.statistics(), model))
+}
+
+fn model(most_steps: usize) -> AttentionModel {
+    let mut model = AttentionModel::new(VOCAB);
+    model.most_steps = most_steps;
+    model
+}
+
+#[test]
+fn completions_do_not_depend_on_who_draws_or_how_many_at_a_time() {
+    let requests = requests(&[3, 17, 40, 90, 16], 4);
+    let greedy = SamplingSettings { temperature: 0.0, ..SamplingSettings::default() };
+    let stopped = SamplingSettings { stop_strings: vec!["><3".into(), "1><2".into()], ..SamplingSettings::default() };
+    for sampling in [SamplingSettings::default(), greedy, stopped] {
+        for pages in [11, 25, 1000] {
+            let want = run(with_pages(pages), &requests, &sampling);
+            for most_steps in [1, 3, 16] {
+                let (got, statistics, model) =
+                    drawn(with_pages(pages), &requests, &sampling, model(most_steps)).unwrap();
+                let case = format!("{sampling:?}, {pages} pages, {most_steps} steps");
+                assert_same(&got, &want.completions, &case);
+                assert!(model.draws > 0, "{case}");
+                assert_eq!(statistics.generated_tokens, want.statistics.generated_tokens, "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn filters_and_penalties_are_the_host_s() {
+    let requests = requests(&[5, 20], 2);
+    for sampling in [
+        SamplingSettings { top_k: 5, ..SamplingSettings::default() },
+        SamplingSettings { top_p: 0.9, ..SamplingSettings::default() },
+        SamplingSettings { min_p: 0.1, ..SamplingSettings::default() },
+        SamplingSettings { repetition_penalty: 1.2, ..SamplingSettings::default() },
+    ] {
+        let want = run(settings(), &requests, &sampling);
+        let (got, _, model) = drawn(settings(), &requests, &sampling, model(16)).unwrap();
+        assert_same(&got, &want.completions, &format!("{sampling:?}"));
+        assert_eq!(model.draws, 0, "{sampling:?}");
+    }
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_a_draw_with_the_sample_and_the_position() {
+    let mut model = model(8);
+    model.poisoned_position = Some(9);
+    let error = drawn(settings(), &requests(&[5], 1), &SamplingSettings::default(), model).err().unwrap().to_string();
+    assert!(error.contains("a NaN or an infinity") && error.contains('5'), "{error}");
+}
