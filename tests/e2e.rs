@@ -27,6 +27,8 @@ mod evaluate;
 mod generate;
 #[path = "e2e/interrupt.rs"]
 mod interrupt;
+#[path = "e2e/nvme.rs"]
+mod nvme;
 #[path = "e2e/preprocess.rs"]
 mod preprocess;
 #[path = "e2e/ranks.rs"]

@@ -11,7 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{qwen2, qwen3};
 use trainer::config::settings::{
-    LoraSettings, ModelSettings, ModuleSet, QuantType, Quantization, SamplingSettings, WeightDtype,
+    LoraSettings, ModelSettings, ModuleSet, OptimizerKind, OptimizerSettings, QuantType, Quantization,
+    SamplingSettings, WeightDtype,
 };
 use trainer::engine::{self, Activations, DropoutKey, Engine, Order, Speaker, Types, neftune_noise};
 use trainer::model::HeadGradient;
@@ -22,7 +23,7 @@ use trainer::ops::{buffer, head};
 use trainer::rng::Stream;
 use trainer::rollout::forward::EngineModel;
 use trainer::rollout::{Caller, Request, Rollout, RolloutSettings};
-use trainer::zero::{self, Needs, ParamStore, Slots, Visit};
+use trainer::zero::{self, Files, Needs, Offload, ParamStore, ShardedOptimizer, Sharing, Slots, Visit};
 
 /// Sums of f32 products in another order, relative to the largest gradient of a block.
 const REORDERED: f32 = 1e-4;
@@ -67,16 +68,21 @@ fn engine_in(architecture: &str, lora: Option<LoraSettings>, recompute: bool, sl
         Some(slots) => ParamStore::with_slots(blocks, &Device::Cpu, slots),
         None => ParamStore::new(blocks, &Device::Cpu),
     });
-    // lora_B starts at zero, which would hide half of the adapter.
-    for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-        let mut values = buffer::to_vec(flat.values()).unwrap();
-        let mut stream = Stream::new(5, "equivalence tests", 0, block as u64);
-        values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
-        buffer::write(flat.values(), &values).unwrap();
-    }
+    shift(&engine);
     engine
 }
 
+/// Moves values from where they start: `lora_B` starts at zero, which would hide half of the adapter.
+fn shift(engine: &Engine) {
+    for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
+        let mut values = buffer::to_vec(&flat.values().unwrap()).unwrap();
+        let mut stream = Stream::new(5, "equivalence tests", 0, block as u64);
+        values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
+        engine.store().write_values(block, &values).unwrap();
+    }
+}
+
+/// Loaded blocks in the order of the walk.
 type Blocks<'a> = &'a mut dyn Iterator<Item = Result<BlockInit, zero::Error>>;
 
 /// An engine as it is loaded, over a store of its blocks.
@@ -352,6 +358,83 @@ fn a_block_in_a_slot_is_read_while_it_is_lent_and_no_longer() {
     }
 }
 
+/// Completions of an engine whose blocks come for each step of generation where they are not all there.
+fn completions(engine: &Engine) -> Vec<Vec<u32>> {
+    let request = |i: u64| Request { sample_id: i, prompt_ids: sequence(7, 300 + i / 2), group: i as usize / 2 };
+    let requests: Vec<Request> = (0..4).map(request).collect();
+    let settings = RolloutSettings {
+        max_num_seqs: 3,
+        max_batch_tokens: 32,
+        kv_cache_bytes: usize::MAX,
+        max_new_tokens: 8,
+        eos_token_ids: vec![1],
+    };
+    let mut rollout = Rollout::new(settings).unwrap();
+    let mut caller = Caller { on_event: &mut |_| (), is_cancelled: &|| false, detokenize: None };
+    let mut model = EngineModel::new(engine, true).unwrap();
+    let sampling = SamplingSettings { temperature: 0.8, ..SamplingSettings::default() };
+    let made = rollout.generate(&mut model, &requests, &sampling, 3, 0, &mut caller).unwrap();
+    made.into_iter().map(|completion| completion.token_ids).collect()
+}
+
+#[test]
+fn what_waits_in_files_computes_the_same_bits_step_after_step() {
+    let settings = OptimizerSettings {
+        kind: OptimizerKind::AdamW,
+        weight_decay: 0.1,
+        adam_beta1: 0.9,
+        adam_beta2: 0.99,
+        adam_epsilon: 1e-8,
+    };
+    for (architecture, lora) in kinds() {
+        // The optimizer where blocks compute, and apart from them.
+        for (optimizer, params, is_apart) in
+            [(true, false, false), (false, true, false), (true, true, false), (true, false, true), (true, true, true)]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let path = || Some(folder.path().to_path_buf());
+            let files = Files {
+                optimizer: path().filter(|_| optimizer),
+                parameters: path().filter(|_| params),
+                run: "equal".into(),
+                buffer_count: 3,
+            };
+            let place = Offload { params, optimizer: is_apart, files, ..Offload::default() };
+            let resident = engine_of(architecture, lora.clone(), true);
+            let waiting = engine_with(architecture, lora.clone(), true, |blocks| {
+                ParamStore::placed(blocks, &Device::Cpu, Sharing::alone(), place)
+            });
+            shift(&waiting);
+            assert_eq!(waiting.store().holds_all(), !params);
+            let step = step_of(3);
+            let mut moved =
+                [&resident, &waiting].map(|engine| ShardedOptimizer::new(settings, engine.store()).unwrap());
+            assert_eq!(moved[1].bytes_in_file() > 0, optimizer);
+            for number in 0..3 {
+                assert_eq!(gradients(&waiting, &step), gradients(&resident, &step), "{architecture} {number}");
+                let mut report =
+                    |index: usize, engine: &Engine| moved[index].step(engine.store(), 1e-2, 1.0, 1.0).unwrap();
+                assert_eq!(report(0, &resident), report(1, &waiting));
+            }
+            let outputs = |engine: &Engine| engine.logprobs(&step, Speaker::Policy, 0.7).unwrap();
+            assert_eq!(outputs(&waiting), outputs(&resident));
+            assert_eq!(completions(&waiting), completions(&resident));
+            let values = |engine: &Engine| engine.store().collect_values().unwrap().unwrap();
+            assert!(values(&waiting) == values(&resident));
+            let moments = [(&moved[0], &resident), (&moved[1], &waiting)];
+            let [left, right] = moments.map(|(optimizer, engine)| {
+                let blocks = 0..engine.store().num_blocks();
+                blocks.map(|block| optimizer.own_state(engine.store(), block).unwrap()).collect::<Vec<_>>()
+            });
+            assert!(left == right);
+            let num_files = usize::from(optimizer) + usize::from(params);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), num_files);
+            drop((resident, waiting, moved));
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+    }
+}
+
 #[test]
 fn a_slot_is_refused_while_all_are_lent_and_a_walk_ends() {
     let engine = engine_in("qwen2", None, false, Some(Slots { most_live: 1, is_spoiled: true }));
@@ -388,7 +471,7 @@ fn without_its_adapter_the_model_is_the_base() {
     let without = logprobs(&adapted, &batch, Speaker::Reference, 1.0);
     assert_ne!(with, without);
     for flat in adapted.store().flats().filter(|flat| !flat.is_empty()) {
-        buffer::fill(flat.values(), 0.0).unwrap();
+        buffer::fill(&flat.values().unwrap(), 0.0).unwrap();
     }
     assert_eq!(logprobs(&adapted, &batch, Speaker::Policy, 1.0).logprobs, without.logprobs);
 }
@@ -400,8 +483,8 @@ fn a_kept_reference_is_exchanged_and_moved_without_touching_the_policy() {
     let start = logprobs(&engine, &batch, Speaker::Policy, 1.0);
     engine.store_mut().keep_reference().unwrap();
     for flat in engine.store().flats() {
-        let moved: Vec<f32> = buffer::to_vec(flat.values()).unwrap().iter().map(|v| v * 1.1).collect();
-        buffer::write(flat.values(), &moved).unwrap();
+        let moved: Vec<f32> = buffer::to_vec(&flat.values().unwrap()).unwrap().iter().map(|v| v * 1.1).collect();
+        buffer::write(&flat.values().unwrap(), &moved).unwrap();
     }
     let policy = logprobs(&engine, &batch, Speaker::Policy, 1.0);
     assert_ne!(policy, start);

@@ -121,7 +121,8 @@ pub enum BackendArg {
 impl Args {
     /// How the ranks share the model's state, and what of it waits in host memory.
     fn ranks(&self) -> RankSettings {
-        let place = |waits| if waits { OffloadDevice::Cpu } else { OffloadDevice::None };
+        let elsewhere = if self.nvme_path.is_some() { OffloadDevice::Nvme } else { OffloadDevice::Cpu };
+        let place = |waits| if waits { elsewhere } else { OffloadDevice::None };
         let default = RankSettings::default();
         RankSettings {
             world_size: self.num_processes as usize,
@@ -135,6 +136,8 @@ impl Args {
                 optimizer: place(self.offload_optimizer),
                 params: place(self.offload_params),
                 max_live_parameters: Some(self.max_live_parameters),
+                optimizer_path: self.nvme_path.clone(),
+                params_path: self.nvme_path.clone(),
                 ..default.offload
             },
             ..default
@@ -233,6 +236,10 @@ pub struct Args {
     #[arg(long)]
     pub offload_params: bool,
 
+    /// What the two options above take elsewhere lies in files of this folder instead of host memory
+    #[arg(long = "nvme-path", value_name = "FOLDER")]
+    pub nvme_path: Option<PathBuf>,
+
     /// Values of parameters that may be on the GPU at a time where they come from elsewhere; two blocks always may
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub max_live_parameters: usize,
@@ -279,6 +286,9 @@ fn measure(
     settings: &RankSettings,
     (ranks, local_rank): (&Arc<dyn Ranks>, usize),
 ) -> anyhow::Result<()> {
+    if args.nvme_path.is_some() && !(args.offload_params || args.offload_optimizer) {
+        anyhow::bail!("`--nvme-path` says where something waits: add `--offload-params` or `--offload-optimizer`");
+    }
     let print = |text: &str| if ranks.is_first() { context.print(text) } else { Ok(()) };
     let default = if train::has_bf16() { Precision::Bf16 } else { Precision::No };
     let precision = args.precision.unwrap_or(default);
@@ -288,7 +298,9 @@ fn measure(
     }
     let exchange = backend.exchange(ranks, settings)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, settings, OptimizerKind::AdamW);
-    let offload = Offload::of(settings, &backend.device);
+    let mut run = format!("bench-{}", std::process::id()).into_bytes();
+    ranks.broadcast(&mut run, 0)?;
+    let offload = Offload::of(settings, &backend.device, &String::from_utf8(run)?);
     let settings = Settings {
         lora: lora(args.lora_r),
         warmup: args.warmup as usize,
@@ -443,6 +455,7 @@ fn record(
         "zero_stage": args.zero_stage,
         "offload_optimizer": args.offload_optimizer,
         "offload_params": args.offload_params,
+        "nvme_path": args.nvme_path,
         "max_live_parameters": args.max_live_parameters,
         "host_bytes": m.host_bytes,
         "tokens_per_second": m.tokens as f64 / m.median_secs(),

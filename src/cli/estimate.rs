@@ -106,6 +106,27 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
         ranks.world_size,
         if ranks.world_size == 1 { "" } else { "s" }
     );
+    let least = |stage: &ZeroStage| {
+        let estimate = of(&RankSettings { stage: *stage, ..ranks.clone() });
+        Estimate { kv_cache: 0, ..estimate }.device()
+    };
+    let stages = stages(ranks.world_size);
+    // A run takes what is free instead of a card that is not named.
+    let chosen = card.filter(|_| ranks.is_stage_auto).and_then(|card| stages.iter().find(|stage| least(stage) <= card));
+    let ranks = &RankSettings { stage: chosen.copied().unwrap_or(ranks.stage), ..ranks.clone() };
+    if ranks.is_stage_auto && ranks.world_size > 1 {
+        let _ = match (chosen, card) {
+            (Some(stage), Some(card)) => {
+                writeln!(text, "`zero_stage: auto` takes {} on a card of {}:\n", stage.number(), units::bytes(card))
+            }
+            (None, Some(card)) => {
+                writeln!(text, "`zero_stage: auto` finds none that fits a card of {}; stage 0:\n", units::bytes(card))
+            }
+            (_, None) => {
+                text.write_str("`zero_stage: auto` takes the first that fits (`--card` says what); stage 0:\n\n")
+            }
+        };
+    }
     write_parts(&mut text, &of(ranks), ranks, &shape);
     text.push('\n');
     write_alternatives(&mut text, ranks, card, activations.0, &of);
@@ -144,10 +165,29 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
         units::bytes(host),
         units::bytes(host * ranks.world_size as u64)
     );
+    if estimate.files > 0 {
+        let files = estimate.files;
+        let _ = writeln!(
+            text,
+            "{:<24}{:>12}{:>16}",
+            "in files",
+            units::bytes(files),
+            units::bytes(files * ranks.world_size as u64)
+        );
+    }
     if estimate.kv_cache > 0 {
         text.push_str(
             "The rollout is in the place of gradients and activations; with less memory its cache is smaller.\n",
         );
+    }
+}
+
+/// The stages that there are to choose from.
+fn stages(world_size: usize) -> &'static [ZeroStage] {
+    if world_size == 1 {
+        &[ZeroStage::Replicated]
+    } else {
+        &[ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters]
     }
 }
 
@@ -159,27 +199,30 @@ fn write_alternatives(
     activations: Activations,
     of: &dyn Fn(&RankSettings) -> Estimate,
 ) {
-    let stages: &[ZeroStage] = if ranks.world_size == 1 {
-        &[ZeroStage::Replicated]
-    } else {
-        &[ZeroStage::Replicated, ZeroStage::Optimizer, ZeroStage::Gradients, ZeroStage::Parameters]
-    };
-    let (none, cpu) = (OffloadDevice::None, OffloadDevice::Cpu);
+    let stages = stages(ranks.world_size);
+    let (none, cpu, nvme) = (OffloadDevice::None, OffloadDevice::Cpu, OffloadDevice::Nvme);
     let _ = writeln!(
         text,
-        "{:<12}{:<22}{:>12}{:>16}{}",
+        "{:<12}{:<22}{:>12}{:>17}{:>18}{}",
         "ZeRO stage",
-        "in host memory",
+        "waits elsewhere",
         "each GPU",
         "host, each rank",
+        "files, each rank",
         card.map_or_else(String::new, |card| format!("   on a card of {}", units::bytes(card)))
     );
     let mut is_first = true;
-    for (optimizer, params, name) in
-        [(none, none, "-"), (cpu, none, "optimizer"), (none, cpu, "parameters"), (cpu, cpu, "both")]
-    {
+    for (optimizer, params, name) in [
+        (none, none, "-"),
+        (cpu, none, "optimizer"),
+        (none, cpu, "parameters"),
+        (cpu, cpu, "both"),
+        (nvme, none, "optimizer, in files"),
+        (none, nvme, "parameters, in files"),
+        (nvme, nvme, "both, in files"),
+    ] {
         for &stage in stages {
-            let offload = OffloadSettings { optimizer, params, ..ranks.offload };
+            let offload = OffloadSettings { optimizer, params, ..ranks.offload.clone() };
             let estimate = of(&RankSettings { stage, offload, ..ranks.clone() });
             let device = estimate.device();
             // A rollout's cache gives way.
@@ -195,10 +238,11 @@ fn write_alternatives(
             });
             let _ = writeln!(
                 text,
-                "{:<12}{name:<22}{:>12}{:>16}{verdict}",
+                "{:<12}{name:<22}{:>12}{:>17}{:>18}{verdict}",
                 stage.number(),
                 units::bytes(device),
-                units::bytes(estimate.host)
+                units::bytes(estimate.host),
+                units::bytes(estimate.files)
             );
         }
     }

@@ -72,6 +72,8 @@ choices! {
         None = "none",
         /// In host memory.
         Cpu = "cpu",
+        /// In files of a folder.
+        Nvme = "nvme",
     }
 }
 choices! {

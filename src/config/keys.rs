@@ -12,6 +12,7 @@ use super::diagnose::Problems;
 use super::field::{Bounds, Command, Commands, DefaultValue, Field, Key};
 use super::launcher::LaunchFile;
 use super::mixture::{Datasets, Mixture};
+use super::ranges::{ANY, BATCH, FROM_0, FROM_1, GROUP, GROUP_OF_2, POSITIVE, ROWS, SHARE, TOKENS};
 use super::rewards::RewardList;
 use super::settings::{
     CodeSandbox, CodeScoring, DeviceChoice, GrpoLossType, ImportanceSamplingLevel, LrSchedulerType, QuantType, Resume,
@@ -26,23 +27,6 @@ use super::world::{Backend, Offload, Stage};
 use super::yaml::Entry;
 
 use DefaultValue::{Derived, PerCommand, Required, Text};
-
-const ANY: Bounds = Bounds::ANY;
-const SHARE: Bounds = Bounds::between(0.0, 1.0);
-/// A coefficient or threshold: beyond a million it is a slip of the exponent.
-const POSITIVE: Bounds = Bounds::between(0.0, 1e6).above_low();
-const FROM_0: Bounds = Bounds::between(0.0, 1e6);
-/// A count of steps, tokens or whatever: nothing that a run counts comes to a billion.
-const FROM_1: Bounds = Bounds::between(1.0, 1e9);
-/// Sequences or micro-steps of one step.
-const BATCH: Bounds = Bounds::between(1.0, 1_048_576.0);
-/// Tokens of one text: four times the longest context that models have.
-const TOKENS: Bounds = Bounds::between(1.0, 4_194_304.0);
-/// Completions of one prompt.
-const GROUP: Bounds = Bounds::between(1.0, 65_536.0);
-const GROUP_OF_2: Bounds = Bounds::between(2.0, 65_536.0);
-/// Rows of a data set.
-const ROWS: Bounds = Bounds::between(1.0, 1e12);
 
 macro_rules! name {
     ($field:ident) => {
@@ -240,19 +224,31 @@ keys! {
             "what a launch file says, else with `device: auto` the number of visible GPUs, else 1"
         ), Bounds::between(1.0, 1e6), "ranks";
         /// Stage of ZeRO: 0 keeps everything on every rank (data parallelism), 1 shards the optimizer's state, 2 gradients as
-        /// well, 3 parameters as well, frozen and 4-bit ones too. `auto` is what a launch file says, else 0. Results are the
-        /// same. Not in TRL.
+        /// well, 3 parameters as well, frozen and 4-bit ones too. `auto` is what a launch file says, else the first of them with
+        /// which the run fits its devices by the estimate of `trainer estimate`; the plan says why. Results are the same. Not in
+        /// TRL.
         zero_stage: Option<Stage> = Derived("what a launch file says, else 0"), ANY, "";
         /// With stage 3: parameters of at most so many values stay on every rank. Not in TRL; DeepSpeed's key and default.
         stage3_param_persistence_threshold: Option<usize> = Derived("what a launch file says, else 100000"),
             Bounds::between(0.0, 1e12), "values";
         /// Where the optimizer's state, the gradients and the f32 values that it moves wait beside a GPU: `cpu` is host memory,
-        /// where the optimizer then works, on all cores. Results are the same; an optimizer of 8 bits has them there, and 32 on a
-        /// GPU. Not in TRL; accelerate's key.
+        /// where the optimizer then works, on all cores; with `nvme` state and values lie in a file of
+        /// `offload_optimizer_nvme_path`, also where the CPU computes, and gradients in host memory. Results are the same; an
+        /// optimizer of 8 bits has them there, and 32 on a GPU. Not in TRL; accelerate's key.
         offload_optimizer_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
         /// Where parameters wait beside a GPU: `cpu` is host memory, from which each block comes for as long as it is computed
-        /// with, packed as it is, while the one before computes. With one rank too. Not in TRL; accelerate's key.
+        /// with, packed as it is, while the one before computes; `nvme` is a file of `offload_param_nvme_path`, also where the
+        /// CPU computes. With one rank too. Not in TRL; accelerate's key.
         offload_param_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
+        /// A folder on a fast disk of this machine for `offload_optimizer_device: nvme`. Each rank has a file of its own there,
+        /// named by run and rank, which goes with the run; one that a killed run left is removed by the next that uses the
+        /// folder. Not in TRL; accelerate's key.
+        offload_optimizer_nvme_path: Option<PathBuf> = Derived("what a launch file says, else the other one's"), ANY, "";
+        /// The same for `offload_param_device: nvme`. Not in TRL; accelerate's key.
+        offload_param_nvme_path: Option<PathBuf> = Derived("what a launch file says, else the other one's"), ANY, "";
+        /// Blocks of which something may be on its way from or to files at a time, with the one that is used: so many take host
+        /// memory. 1 reads nothing ahead. Not in TRL; DeepSpeed's `buffer_count`, of which the larger one acts.
+        offload_buffer_count: Option<usize> = Derived("what a launch file says, else 3"), Bounds::between(1.0, 1024.0), "blocks";
         /// Lock the pages of what waits in host memory, so that the GPU copies it by itself. Not in TRL; DeepSpeed's key.
         pin_memory: bool = Text("true"), ANY, "";
         /// Values of parameters that may be on a GPU at a time where blocks come from other ranks or from host memory: a block

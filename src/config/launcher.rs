@@ -223,6 +223,13 @@ pub(super) struct Asked<'a> {
     pub(super) offload_optimizer: Option<OffloadDevice>,
     /// Where parameters wait.
     pub(super) offload_params: Option<OffloadDevice>,
+    /// The folders of what waits in files.
+    pub(super) optimizer_path: Option<PathBuf>,
+    pub(super) params_path: Option<PathBuf>,
+    /// Blocks that are on their way from or to files at a time.
+    pub(super) buffer_count: Option<usize>,
+    /// Keys that say how DeepSpeed reads and writes files.
+    of_reading: Vec<String>,
     /// Whether what waits in host memory is page-locked.
     pub(super) pin_memory: Option<bool>,
     /// Values of parameters that may be on a GPU at a time.
@@ -249,6 +256,10 @@ impl<'a> Asked<'a> {
             persistence_threshold: None,
             offload_optimizer: None,
             offload_params: None,
+            optimizer_path: None,
+            params_path: None,
+            buffer_count: None,
+            of_reading: Vec::new(),
             pin_memory: None,
             max_live: None,
             whole_batch: None,
@@ -287,6 +298,15 @@ impl<'a> Asked<'a> {
         }
         let file = self.place();
         let place = [(self.key, String::new())];
+        let waits = [self.offload_optimizer, self.offload_params].contains(&Some(OffloadDevice::Nvme));
+        if self.errors.is_empty() && waits && !self.of_reading.is_empty() {
+            let message = format!(
+                "{file} says in {} how DeepSpeed reads and writes: here four threads do, pieces of 8 MiB at their places, and a \
+                 buffer is as large as a block",
+                self.of_reading.join(", ")
+            );
+            problems.caution(&place, message, "results are the same; `offload_buffer_count` says how many blocks");
+        }
         if self.errors.is_empty() && !self.missing.is_empty() {
             let message = format!("{file} asks for {}, which is not done", self.missing.join(", "));
             problems.caution(&place, message, "results are the same, memory and time are not");
@@ -403,16 +423,24 @@ impl<'a> Asked<'a> {
         }
     }
 
-    /// A place for state that is not the GPU's memory. Where the CPU computes, its memory holds everything.
+    /// A folder of the files of what is under `path`.
+    fn nvme_path(&mut self, path: &str, value: &Value) {
+        let folder = match value {
+            Value::String(text) if !["", "none", "auto"].contains(&text.to_lowercase().as_str()) => home::expand(text),
+            Value::Null | Value::String(_) => return,
+            other => return self.error(format!("has `{path}: {other}`"), "write the path of a folder"),
+        };
+        let target = if path.contains("optimizer") { &mut self.optimizer_path } else { &mut self.params_path };
+        *target = Some(folder.into());
+    }
+
+    /// A place for state that is not the GPU's memory. Where the CPU computes, its memory holds what does not lie in files.
     fn offload(&mut self, path: &str, device: &Value) {
         let place = match device.as_str().unwrap_or(if is_on(device) { "?" } else { "none" }) {
             "auto" | "" => return,
             "none" => OffloadDevice::None,
             "cpu" => OffloadDevice::Cpu,
-            "nvme" => {
-                self.missing.push(format!("`{path}` to nvme"));
-                OffloadDevice::Cpu
-            }
+            "nvme" => OffloadDevice::Nvme,
             _ => return self.error(format!("has `{path}: {device}`"), "write none, cpu or nvme"),
         };
         let is_optimizer = path.contains("optimizer");

@@ -37,6 +37,7 @@ mod launcher;
 mod load;
 mod mixture;
 mod nested;
+mod ranges;
 mod reference;
 mod resolve;
 mod resolve_grpo;

@@ -3,6 +3,8 @@
 //! A launcher that started the process knows their number. Where none did, the configuration says it, else a launch file,
 //! else the GPUs that are visible. What the configuration says itself counts more than a file that it names.
 
+use std::path::PathBuf;
+
 use super::diagnose::Problems;
 use super::field::Named;
 use super::keys::RawConfig;
@@ -74,16 +76,10 @@ impl Parse for Offload {
         let Value::Scalar { text, .. } = &node.value else {
             return Err(vec![Mismatch::expected(node, "one word").help(valid_values("", Self::VALUES))]);
         };
-        match text.to_lowercase().as_str() {
-            "nvme" => {
-                let what = "is `nvme`: state waits in host memory, and not yet in files";
-                Err(vec![Mismatch::new(node, what).help("write `cpu`")])
-            }
-            text => text.parse().map(Self).map_err(|()| {
-                let what = format!("does not know {}", describe(node));
-                vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))]
-            }),
-        }
+        text.to_lowercase().parse().map(Self).map_err(|()| {
+            let what = format!("does not know {}", describe(node));
+            vec![Mismatch::new(node, what).help(valid_values("", Self::VALUES))]
+        })
     }
 }
 
@@ -108,7 +104,7 @@ pub(super) fn offloads_optimizer(raw: &RawConfig) -> bool {
     said.or_else(of_files).unwrap_or(OffloadDevice::None) != OffloadDevice::None
 }
 
-/// What waits in host memory.
+/// What waits in host memory or in files.
 fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> OffloadSettings {
     let mut place = |key: &dyn Named, said: Option<Offload>, wish: &dyn Fn(&Asked<'_>) -> Option<OffloadDevice>| {
         let mut chosen = said.map(|Offload(device)| (device, "the configuration"));
@@ -137,7 +133,43 @@ fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> Off
     let max_live_parameters = Chosen::new(key, *key.value()).among(files, |file| file.max_live, help, problems);
     let of_files = files.iter().find_map(|file| file.pin_memory).filter(|_| !raw.pin_memory.is_given());
     let pin_memory = of_files.unwrap_or(*raw.pin_memory.value());
-    OffloadSettings { optimizer, params, pin_memory, max_live_parameters }
+    let key = &raw.offload_buffer_count;
+    let buffer_count = Chosen::new(key, *key.value()).among(files, |file| file.buffer_count, help, problems);
+    let mut offload =
+        OffloadSettings { optimizer, params, pin_memory, max_live_parameters, ..OffloadSettings::default() };
+    offload.buffer_count = buffer_count.unwrap_or(offload.buffer_count).max(1);
+    name_folders(raw, files, &mut offload, problems);
+    offload
+}
+
+/// The folders of what waits in files.
+fn name_folders(raw: &RawConfig, files: &[Asked<'_>], offload: &mut OffloadSettings, problems: &mut Problems) {
+    let of_files = |path: &dyn Fn(&Asked<'_>) -> Option<PathBuf>| files.iter().find_map(path);
+    let (of_optimizer, of_params) = (&raw.offload_optimizer_nvme_path, &raw.offload_param_nvme_path);
+    let optimizer = of_optimizer.value().clone().or_else(|| of_files(&|file| file.optimizer_path.clone()));
+    let params = of_params.value().clone().or_else(|| of_files(&|file| file.params_path.clone()));
+    let (is_optimizers, is_params) = (offload.optimizer == OffloadDevice::Nvme, offload.params == OffloadDevice::Nvme);
+    let either = optimizer.clone().or_else(|| params.clone());
+    for (key, device, is_asked) in [
+        (of_optimizer, &raw.offload_optimizer_device, is_optimizers),
+        (of_params, &raw.offload_param_device, is_params),
+    ] {
+        if is_asked && either.is_none() {
+            problems.clash(
+                &[(device, String::new())],
+                format!("`{}: nvme` needs a folder for its files, and none is named", device.name()),
+                format!("name one on a fast disk of this machine: `{}: /local_nvme`", key.name()),
+            );
+        } else if key.value().is_some() && !(is_optimizers || is_params) {
+            problems.caution(
+                &[(key, String::new())],
+                format!("`{}` has no effect: nothing waits in files", key.name()),
+                format!("write `{}: nvme`, or remove it", device.name()),
+            );
+        }
+    }
+    offload.params_path = params.or_else(|| either.clone()).filter(|_| is_params);
+    offload.optimizer_path = optimizer.or(either).filter(|_| is_optimizers);
 }
 
 fn device(raw: &RawConfig) -> DeviceChoice {
@@ -184,6 +216,7 @@ pub(super) fn resolve(raw: &RawConfig, context: &Context<'_>, problems: &mut Pro
     RankSettings {
         world_size,
         stage: stage.and_then(ZeroStage::of_number).unwrap_or_default(),
+        is_stage_auto: stage.is_none() && *raw.zero_stage.value() == Some(Stage::Auto),
         param_persistence_threshold: threshold.unwrap_or(default.param_persistence_threshold),
         timeout_secs: *raw.ddp_timeout.value(),
         backend: backend(raw, context, problems),

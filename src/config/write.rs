@@ -352,7 +352,8 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         report_to,
         disable_tqdm,
         hub,
-        ranks: RankSettings { world_size, stage, param_persistence_threshold, timeout_secs, backend, offload },
+        ranks:
+            RankSettings { world_size, stage, is_stage_auto, param_persistence_threshold, timeout_secs, backend, offload },
     } = training;
     write_hub(hub, texts);
     write_best(best.as_ref(), texts);
@@ -422,10 +423,13 @@ fn write_training(training: &TrainingSettings, texts: &mut Texts) {
         ("accelerate_config", "null".into()),
         ("ddp_backend", backend_text(*backend).into()),
         ("num_processes", world_size.to_string()),
-        ("zero_stage", stage.number().to_string()),
+        ("zero_stage", if *is_stage_auto { "auto".into() } else { stage.number().to_string() }),
         ("stage3_param_persistence_threshold", param_persistence_threshold.to_string()),
         ("offload_optimizer_device", offload.optimizer.to_string()),
         ("offload_param_device", offload.params.to_string()),
+        ("offload_optimizer_nvme_path", optional_path(offload.optimizer_path.as_deref())),
+        ("offload_param_nvme_path", optional_path(offload.params_path.as_deref())),
+        ("offload_buffer_count", offload.buffer_count.to_string()),
         ("pin_memory", offload.pin_memory.to_string()),
         ("stage3_max_live_parameters", optional(offload.max_live_parameters)),
         ("ddp_timeout", timeout_secs.to_string()),

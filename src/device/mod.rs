@@ -20,6 +20,7 @@ mod gpu;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_gpu.rs"]
 mod gpu;
+mod host;
 mod memory;
 mod parking;
 mod queue;
@@ -28,7 +29,7 @@ pub mod timers;
 mod view;
 
 pub use arena::Arena;
-pub use buffer::{Buffer, Part, Place, Plain};
+pub use buffer::{Buffer, Part, Place, Plain, bytes_of_mut};
 pub use captured::Captured;
 pub use card::{
     Footprint, IS_BUILT_FOR_GPUS, MemoryUse, compute_capability, device_memory_used, device_name, device_uuid,
@@ -37,6 +38,7 @@ pub use card::{
 };
 pub use error::Error;
 pub(crate) use error::argument;
+pub use host::free_host_memory;
 pub use memory::{
     download, download_f64, download_u8, download_u32, empty, overwrite, upload_f32, upload_i32, upload_u8, upload_u32,
     upload_u64,

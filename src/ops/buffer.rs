@@ -103,6 +103,16 @@ fn combine(op: &'static str, buffer: &Tensor, other: &Tensor, (keep, take): (f32
     })
 }
 
+/// Runs `change` on the values of a contiguous f32 buffer in host memory, which it may replace.
+///
+/// # Errors
+/// If it is not contiguous f32 on the CPU.
+pub fn with_values<T>(buffer: &Tensor, run: impl FnOnce(&mut [f32]) -> T) -> Result<T, Error> {
+    let (run, result) = (std::cell::Cell::new(Some(run)), std::cell::Cell::new(None));
+    change("change a buffer", buffer, |values| result.set(run.take().map(|run| run(values))))?;
+    Ok(result.into_inner().unwrap_or_else(|| unreachable!("a change that is made has run")))
+}
+
 /// Runs `update` on values and gradients of one length in host memory, of which it may change the first.
 ///
 /// # Errors

@@ -99,6 +99,11 @@ impl Blocks {
         self.codes.len() + size_of_val(self.scales.as_slice())
     }
 
+    /// The bytes of codes and scales, to be read and replaced.
+    pub fn bytes_mut(&mut self) -> [&mut [u8]; 2] {
+        [self.codes.as_mut_slice(), crate::device::bytes_of_mut(self.scales.as_mut_slice())]
+    }
+
     /// All values.
     pub fn to_vec(&self) -> Vec<f32> {
         let blocks = self.codes.chunks(BLOCK).zip(&self.scales);

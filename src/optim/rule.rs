@@ -3,6 +3,7 @@
 use super::blocks::Blocks;
 use super::{AdamWStep, Error, adamw_step, lion, muon};
 use crate::config::settings::OptimizerKind;
+use crate::device::bytes_of_mut;
 
 /// A parameter with fewer values keeps its moments in f32 where others have them in 8 bits (bitsandbytes' `min_8bit_size`).
 const LEAST_IN_8_BITS: usize = 4096;
@@ -63,6 +64,15 @@ impl State {
             Self::Adam(moments) => moments.iter().map(|values| size_of_val(values.as_slice())).sum(),
             Self::Adam8(moments) => moments.iter().map(Blocks::size_bytes).sum(),
             Self::Lion(values) | Self::Muon(values, _) => size_of_val(values.as_slice()),
+        }
+    }
+
+    /// The bytes of all that it keeps, one array after the other, to be read and replaced.
+    pub fn bytes_mut(&mut self) -> Vec<&mut [u8]> {
+        match self {
+            Self::Adam(moments) => moments.iter_mut().map(|values| bytes_of_mut(values.as_mut_slice())).collect(),
+            Self::Adam8(moments) => moments.iter_mut().flat_map(Blocks::bytes_mut).collect(),
+            Self::Lion(values) | Self::Muon(values, _) => vec![bytes_of_mut(values.as_mut_slice())],
         }
     }
 
@@ -155,6 +165,23 @@ mod tests {
                 assert!(params != numbers(1, count) && params.iter().all(|p| p.is_finite()));
                 assert!(second.load(&saved[..0]).is_err() && second.load(&vec![vec![0.0; 3]; 2]).is_err());
             }
+        }
+    }
+
+    #[test]
+    fn bytes_are_all_that_a_state_keeps() {
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit, OptimizerKind::Lion, OptimizerKind::Muon] {
+            let layout = Layout { count: 64 * 100, of: 64 * 100, matrix: Some((64, 100)) };
+            let (mut straight, mut params) = (State::new(kind, layout), numbers(1, 6400));
+            run(&mut straight, &mut params, 1..4);
+            let kept: Vec<Vec<u8>> = straight.bytes_mut().iter().map(|bytes| bytes.to_vec()).collect();
+            assert_eq!(kept.iter().map(Vec::len).sum::<usize>(), straight.size_bytes(), "{kind:?}");
+            let mut other = State::new(kind, layout);
+            other.bytes_mut().into_iter().zip(&kept).for_each(|(to, from)| to.copy_from_slice(from));
+            let mut again = params.clone();
+            run(&mut straight, &mut params, 4..6);
+            run(&mut other, &mut again, 4..6);
+            assert!(params == again, "{kind:?}");
         }
     }
 

@@ -118,8 +118,10 @@ pub struct Estimate {
     pub kv_cache: u64,
     /// Context and libraries.
     pub context: u64,
-    /// Host memory: weights, trained values, gradients, the optimizer's state.
+    /// Host memory: weights, trained values, gradients, the optimizer's state, what passes through it from and to files.
     pub host: u64,
+    /// Files: weights, trained values, the optimizer's state.
+    pub files: u64,
 }
 
 impl Estimate {
@@ -371,15 +373,19 @@ impl Shape {
         let weights = if params { 0 } else { own_frozen };
         let values = if values_come { if at_home { 0 } else { trained.div_ceil(world) } } else { trained };
         let own_values = share(ZeroStage::Optimizer, trained);
-        // What waits is cut over ranks in every stage.
-        let host = self.table
-            + if params { frozen.div_ceil(world) } else { 0 }
-            + if at_home { state + own_values + own_gradients } else { 0 };
         let reference = match (work.has_reference, at_home) {
             (false, _) => [0, 0],
             (true, true) => [0, own_values],
             (true, false) => [values, 0],
         };
+        // What waits is cut over ranks in every stage.
+        let own_params = if params { frozen.div_ceil(world) } else { 0 };
+        let own_state = if at_home { state + own_values + reference[1] } else { 0 };
+        let in_files = |place: OffloadDevice, bytes: u64| if place == OffloadDevice::Nvme { bytes } else { 0 };
+        let files = in_files(ranks.offload.params, own_params) + in_files(ranks.offload.optimizer, own_state);
+        let host = self.table + own_params + own_state - files
+            + if at_home { own_gradients } else { 0 }
+            + self.staged(ranks, [own_params, own_state]);
         let kept = activations;
         let is_rollout = work.cached_tokens > 0;
         let shape = &self.config;
@@ -395,8 +401,22 @@ impl Shape {
             activations: self.activations(work, kept, at_a_time, waiting) as u64,
             kv_cache: if is_rollout { cache + gathered + (512 << 20) } else { 0 },
             context: context_bytes(exchanging(ranks)),
-            host: host + reference[1],
+            host,
+            files,
         }
+    }
+
+    /// Host memory that `waiting` parameters and optimizer's state pass through from and to files: of each of the two, as many
+    /// neighbouring blocks as may be on their way.
+    fn staged(&self, ranks: &RankSettings, waiting: [u64; 2]) -> u64 {
+        let places = [ranks.offload.params, ranks.offload.optimizer];
+        let of = |((blocks, waiting), place): ((&Vec<u64>, u64), OffloadDevice)| {
+            let count = ranks.offload.buffer_count.clamp(1, blocks.len());
+            let most = blocks.windows(count).map(|some| some.iter().sum::<u64>()).max().unwrap_or(0);
+            let share = most as f64 / blocks.iter().sum::<u64>().max(1) as f64;
+            if place == OffloadDevice::Nvme { (share * waiting as f64) as u64 } else { 0 }
+        };
+        [&self.frozen, &self.trained].into_iter().zip(waiting).zip(places).map(of).sum()
     }
 
     /// Whether an adapter is trained, and not all weights.

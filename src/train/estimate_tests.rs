@@ -120,6 +120,17 @@ fn what_is_shared_or_waits_elsewhere_takes_less() {
     assert_eq!((both.optimizer, both.weights), (0, 0));
     assert!(both.host > plain.host + plain.weights);
     assert_eq!(plain.optimizer, 8 * shape.num_trained());
+    // What lies in files is not in host memory, but for what passes through it.
+    let nvme = OffloadDevice::Nvme;
+    assert_eq!((both.files, plain.files), (0, 0));
+    let in_files = of(1, ZeroStage::Replicated, nvme, nvme);
+    assert_eq!(in_files.device(), both.device());
+    assert_eq!(in_files.files, plain.weights + 12 * shape.num_trained());
+    assert!(in_files.host < both.host - in_files.files / 2, "{in_files:?} {both:?}");
+    // Gradients stay in host memory.
+    assert!(in_files.host > shape.table + 4 * shape.num_trained());
+    let halves = of(2, ZeroStage::Parameters, nvme, nvme);
+    assert!(halves.files.abs_diff(in_files.files / 2) < 1000, "{} {}", halves.files, in_files.files);
     let with_reference = |offload| {
         let ranks = RankSettings { offload, ..RankSettings::default() };
         let of = |has_reference| {

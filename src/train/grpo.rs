@@ -6,12 +6,14 @@ use anyhow::bail;
 use serde_json::Value;
 
 use super::continuation::Continuation;
+use super::estimate::Work;
 use super::gathered;
 use super::generation::{GenerationBatch, Generator, MicroBatch};
 use super::inputs::Inputs;
 use super::material::Material;
 use super::notices;
 use super::output_dir;
+use super::placing;
 use super::plan;
 use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale, Term};
 use super::run::Run;
@@ -56,15 +58,18 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
         started => started?,
     };
     let mut progress = plan::downloads(&context.terminal);
+    let work = Work::of_grpo(settings);
+    let (place, stage_note) = placing::of(training, &settings.model, work, &ranks, &backend)?;
     let mut session = session::open(
         &settings.model,
         training.seed,
         Purpose::Training,
         session::activations(training),
         &backend,
-        plan::placing(training, &ranks, &backend)?,
+        place,
         &mut progress,
     )?;
+    session.stage_note = stage_note;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
     if training.full_determinism {

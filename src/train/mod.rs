@@ -26,6 +26,7 @@ mod lock;
 mod material;
 mod notices;
 mod output_dir;
+mod placing;
 mod plan;
 mod policy_loss;
 pub mod preprocess;

@@ -1,7 +1,6 @@
 //! The sections that a run opens with, and checks that both loops make in each step.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::bail;
 
@@ -17,9 +16,8 @@ use crate::data::{Epoch, Part, TokenStatistics};
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
-use crate::ranks::Ranks;
 use crate::telemetry::{Allocation, Console, Kind, Ledger, Progress, Section, Terminal, units};
-use crate::zero::{FlatBlock, Offload, ShardedOptimizer, Sharing, StepReport};
+use crate::zero::{FlatBlock, ShardedOptimizer, Sharing, StepReport};
 
 /// A progress bar for downloads, made when the first one starts.
 pub fn downloads(terminal: &Terminal) -> impl FnMut(Download<'_>) + use<> {
@@ -42,17 +40,6 @@ pub(super) fn evaluation_key(training: &TrainingSettings) -> Option<&'static str
         Interval::No => training.eval_on_start.then_some("eval_on_start"),
         _ => Some("eval_strategy"),
     }
-}
-
-/// What ranks share of the model's state, and what of it waits in host memory.
-pub(super) fn placing(
-    training: &TrainingSettings,
-    ranks: &Arc<dyn Ranks>,
-    backend: &Backend,
-) -> anyhow::Result<(Sharing, Offload)> {
-    let exchange = backend.exchange(ranks, &training.ranks)?;
-    let sharing = Sharing::new(Arc::clone(ranks), exchange, &training.ranks, training.optimizer.kind);
-    Ok((sharing, Offload::of(&training.ranks, &backend.device)))
 }
 
 /// The learning-rate schedule over `total` optimizer steps.
@@ -154,11 +141,15 @@ pub(super) fn run_section(
         0.0 => "no clipping".to_string(),
         norm => format!("clipped at norm {norm}"),
     };
-    Section::new("Run")
+    let mut section = Section::new("Run")
         .row("task", task)
         .row("output", training.output_dir.display())
         .row("device", session.backend().describe())
-        .row("ranks", describe_ranks(sharing))
+        .row("ranks", describe_ranks(sharing));
+    if let Some(note) = &session.stage_note {
+        section.push("ZeRO stage", note);
+    }
+    section
         .row("steps", format!("{total}, {} an epoch", epoch.steps()))
         .row("batch", batch)
         .row(
@@ -260,12 +251,30 @@ pub(super) fn data_section(settings: &DataSettings, parts: &[Part], statistics: 
     )
 }
 
+/// What lies in this rank's files, and the memory that it passes through.
+fn describe_files(session: &Session, optimizer: &ShardedOptimizer) -> Vec<String> {
+    let store = session.engine.store();
+    let files = store.files();
+    let place = |(path, bytes): (&Path, u64)| format!("{} in `{}`", units::bytes(bytes), path.display());
+    let mut texts: Vec<String> = files.into_iter().map(place).collect();
+    if !texts.is_empty() {
+        let count = store.offload().files.buffer_count;
+        let [visit, step] = [store.largest_read_bytes(), optimizer.largest_read_bytes()];
+        let largest = units::bytes(visit.max(step) as u64);
+        let most = if count == 1 { "one block".into() } else { format!("{count} blocks") };
+        texts.push(format!("at most {most} of each in host memory at a time, a block up to {largest}"));
+    }
+    texts
+}
+
 /// The run's ledger with what lives as long as the run, and the rollout's cache, which grows when it is first used.
 pub(super) struct Memory {
     ledger: Ledger,
     kv_cache: Allocation,
     /// In host memory beside a GPU: of weights, of values with gradients, and of the optimizer's state.
     on_host: Option<[u64; 3]>,
+    /// What lies in files, for people.
+    in_files: Vec<String>,
     _held: Vec<Allocation>,
 }
 
@@ -282,7 +291,9 @@ impl Memory {
         let state = optimizer.size_bytes() as u64;
         let is_beside = store.device().is_cuda() && (store.offload().params || store.offload().optimizer);
         let kept = (4 * store.num_kept() + store.gradient_bytes()) as u64;
-        let [host_values, host_state] = if store.offload().optimizer && is_beside { [kept, state] } else { [0, 0] };
+        let in_file = optimizer.bytes_in_file() as u64;
+        let [host_values, host_state] =
+            if store.offload().optimizer && is_beside { [kept, state - in_file] } else { [0, 0] };
         let on_host = is_beside.then_some([store.offloaded_bytes() as u64, host_values, host_state]);
         let trained = store.computed_bytes() as u64;
         // Sums of all weights are laid aside block by block, which is little.
@@ -292,7 +303,10 @@ impl Memory {
         let gradients = (lasting + aside) as u64;
         let copies = if store.has_reference() { 2 } else { 1 };
         let (weights, adapters) = match session.adapter_spec {
-            Some(_) => (store.frozen_bytes() as u64 - on_host.map_or(0, |[weights, ..]| weights), copies * trained),
+            Some(_) => {
+                let away = on_host.map_or(0, |[weights, ..]| weights) + store.bytes_in_file() as u64;
+                (store.frozen_bytes() as u64 - away, copies * trained)
+            }
             None => (copies * trained, 0),
         };
         let ledger = Ledger::default();
@@ -300,7 +314,7 @@ impl Memory {
             (Kind::Weights, weights),
             (Kind::Adapters, adapters),
             (Kind::Gradients, gradients),
-            (Kind::Optimizer, state - host_state),
+            (Kind::Optimizer, state - host_state - in_file),
         ];
         let held = kinds.into_iter().filter(|&(_, bytes)| bytes > 0).map(|(kind, bytes)| {
             ledger.plan(kind, bytes);
@@ -310,7 +324,8 @@ impl Memory {
         if kv_cache_bytes > 0 {
             ledger.plan(Kind::KvCache, kv_cache_bytes);
         }
-        Self { kv_cache: ledger.register(Kind::KvCache, 0), on_host, _held: held, ledger }
+        let in_files = describe_files(session, optimizer);
+        Self { kv_cache: ledger.register(Kind::KvCache, 0), on_host, in_files, _held: held, ledger }
     }
 
     /// Notes the bytes that the rollout's cache takes now.
@@ -329,6 +344,9 @@ impl Memory {
                     "{weights} of weights, {values} of trained values and gradients, {state} of the optimizer's state"
                 ),
             );
+        }
+        for text in &self.in_files {
+            section.push("in files", text);
         }
         section
     }

@@ -23,6 +23,8 @@ const SHARD_BYTES: usize = 5_000_000_000;
 struct Parameters<'a> {
     store: &'a ParamStore,
     rest: std::vec::IntoIter<(&'a FlatBlock, &'a Entry)>,
+    /// The values of the block that was asked for last, which may have come from a file.
+    last: Option<(&'a FlatBlock, Tensor)>,
 }
 
 impl<'a> Parameters<'a> {
@@ -39,7 +41,7 @@ impl<'a> Parameters<'a> {
                 |name: String| by_name.get(name.as_str()).copied().ok_or(model::Error::MissingParameter { name });
             session.engine.config().tensors().into_iter().map(|tensor| find(tensor.name)).collect::<Result<_, _>>()?
         };
-        Ok(Self { store, rest: order.into_iter() })
+        Ok(Self { store, rest: order.into_iter(), last: None })
     }
 
     fn ranks(&self) -> &'a dyn Ranks {
@@ -47,19 +49,24 @@ impl<'a> Parameters<'a> {
     }
 
     /// What this rank has of a parameter.
-    fn kept(flat: &FlatBlock, entry: &Entry) -> anyhow::Result<Vec<f32>> {
+    fn kept(&mut self, flat: &'a FlatBlock, entry: &Entry) -> anyhow::Result<Vec<f32>> {
         let own = if flat.has_all_values() { 0..flat.len() } else { flat.own() };
         let kept = inside(entry, &own);
         if kept.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(buffer::to_vec(&flat.values().narrow(0, kept.start - own.start, kept.len())?)?)
+        let values = match self.last.take() {
+            Some((last, values)) if std::ptr::eq(last, flat) => values,
+            _ => flat.values()?,
+        };
+        let (_, values) = self.last.insert((flat, values));
+        Ok(buffer::to_vec(&values.narrow(0, kept.start - own.start, kept.len())?)?)
     }
 
     /// On the first rank: the next parameter with all its values.
     fn next(&mut self) -> anyhow::Result<Option<(&'a Entry, Vec<f32>)>> {
         let Some((flat, entry)) = self.rest.next() else { return Ok(None) };
-        let own = Self::kept(flat, entry)?;
+        let own = self.kept(flat, entry)?;
         if flat.has_all_values() {
             return Ok(Some((entry, own)));
         }
@@ -78,7 +85,10 @@ impl<'a> Parameters<'a> {
     /// On the first rank, which writes no more: the others need not send the rest.
     fn end(mut self) -> anyhow::Result<()> {
         match self.rest.find(|(flat, _)| !flat.has_all_values()) {
-            Some((flat, entry)) => self.exchange(Self::kept(flat, entry)?, false).map(drop),
+            Some((flat, entry)) => {
+                let own = self.kept(flat, entry)?;
+                self.exchange(own, false).map(drop)
+            }
             None => Ok(()),
         }
     }
@@ -86,7 +96,8 @@ impl<'a> Parameters<'a> {
     /// On the other ranks: sends what the first does not have, for as long as it writes.
     fn send(mut self) -> anyhow::Result<()> {
         while let Some((flat, entry)) = self.rest.find(|(flat, _)| !flat.has_all_values()) {
-            let heard = self.exchange(Self::kept(flat, entry)?, true)?;
+            let own = self.kept(flat, entry)?;
+            let heard = self.exchange(own, true)?;
             if heard.first().is_none_or(|word| *word != [1]) {
                 break;
             }

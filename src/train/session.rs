@@ -32,6 +32,8 @@ pub struct Session {
     pub folder: PathBuf,
     /// What is to be said about the token that ends the assistant's turns, where it is not the tokenizer's own.
     pub end_of_turn: Option<String>,
+    /// What is to be said about the stage of ZeRO.
+    pub stage_note: Option<String>,
 }
 
 impl Session {
@@ -114,7 +116,7 @@ pub fn open(
         backend.describe(),
         units::duration(secs)
     );
-    Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None })
+    Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None, stage_note: None })
 }
 
 /// The sizes of the model that `settings` name; no weights are read, and none downloaded.

@@ -7,10 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::continuation::Continuation;
+use super::estimate::Work;
 use super::gathered;
 use super::inputs::Inputs;
 use super::material::{Making, Material};
 use super::output_dir;
+use super::placing;
 use super::plan;
 use super::run::Run;
 use super::session::{self, Session};
@@ -54,15 +56,18 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let continuation = Continuation::new("sft", config::sft_texts(settings));
     let checkpoint = find_checkpoint(training, &continuation, folder.as_mut(), &*ranks)?;
     let mut progress = plan::downloads(&context.terminal);
+    let work = Work::of_sft(settings);
+    let (place, stage_note) = placing::of(training, &settings.model, work, &ranks, &backend)?;
     let mut session = session::open(
         &settings.model,
         training.seed,
         Purpose::Training,
         session::activations(training),
         &backend,
-        plan::placing(training, &ranks, &backend)?,
+        place,
         &mut progress,
     )?;
+    session.stage_note = stage_note;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     session.engine.set_neftune_noise_alpha(training.neftune_noise_alpha);
     if training.full_determinism {

@@ -111,7 +111,7 @@ pub(super) fn write(
         };
         put(Array::Values, &buffer::to_vec(&flat.own_values()?)?)?;
         if let Some(reference) = reference {
-            put(Array::Reference, &buffer::to_vec(&flat.own_part(reference)?)?)?;
+            put(Array::Reference, &buffer::to_vec(&flat.own_part(&reference.tensor()?)?)?)?;
         }
         for (index, moment) in optimizer.own_state(store, block)?.iter().enumerate() {
             put(Array::Moment(index), moment)?;

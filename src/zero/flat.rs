@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
-use super::{Error, Sharing};
+use super::values::Values;
+use super::{Error, Link, Sharing};
 use crate::config::settings::ZeroStage;
 use crate::model::params::Trainable;
 use crate::ops::buffer;
@@ -67,23 +68,19 @@ pub struct FlatBlock {
     /// Whether every rank has its shard of the values alone. A shard may be all of them, or none.
     is_cut: bool,
     /// f32 `[n]`, or where parameters are cut into shards this rank's.
-    values: Tensor,
+    values: Values,
     /// f32 `[n]`, or where gradients are cut into shards this rank's.
     grads: Tensor,
 }
 
 impl FlatBlock {
-    /// Lays the parameters out in their order on `device`, as far as this rank keeps them: where optimizer state is cut into
-    /// shards and `cuts_values`, the values are too.
+    /// Lays the parameters out in their order where they wait, as far as this rank keeps them: where optimizer state is cut into
+    /// shards and works elsewhere than blocks compute, the values are too.
     ///
     /// # Errors
-    /// If the buffers cannot be allocated.
-    pub fn new(
-        trainable: Vec<Trainable>,
-        device: &Device,
-        sharing: &Sharing,
-        cuts_values: bool,
-    ) -> Result<Self, Error> {
+    /// If the buffers cannot be allocated, or a file cannot be written.
+    pub(super) fn new(trainable: Vec<Trainable>, link: &Link, sharing: &Sharing) -> Result<Self, Error> {
+        let device = link.home();
         let mut entries = Vec::with_capacity(trainable.len());
         let mut values = Vec::with_capacity(trainable.iter().map(|t| t.values.len()).sum());
         for Trainable { name, shape, values: own, has_decay } in trainable {
@@ -103,13 +100,13 @@ impl FlatBlock {
             ),
         };
         let own = shards[rank].clone();
-        let is_cut = sharing.cuts_values(count) || (cuts_values && sharing.stage() >= ZeroStage::Optimizer);
+        let is_cut =
+            sharing.cuts_values(count) || (link.has_home_elsewhere() && sharing.stage() >= ZeroStage::Optimizer);
         if is_cut {
             values = values[own.clone()].to_vec();
         }
         let num_grads = if sharing.stage() >= ZeroStage::Gradients { own.len() } else { count };
-        let num_values = values.len();
-        let values = Tensor::from_vec(values, num_values, device)?;
+        let values = link.keep_values(values)?;
         let grads = Tensor::zeros(num_grads, DType::F32, device)?;
         Ok(Self { entries, shards, rank, is_cut, values, grads })
     }
@@ -119,8 +116,16 @@ impl FlatBlock {
         &self.entries
     }
 
-    /// The values: f32 `[n]`, or where parameters are cut into shards this rank's.
-    pub fn values(&self) -> &Tensor {
+    /// The values: f32 `[n]`, or where parameters are cut into shards this rank's. Where they lie in a file, a copy of them.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn values(&self) -> Result<Tensor, Error> {
+        self.values.tensor()
+    }
+
+    /// The values, wherever they lie.
+    pub(super) fn stored(&self) -> &Values {
         &self.values
     }
 
@@ -162,9 +167,9 @@ impl FlatBlock {
     /// The values that this rank's optimizer moves: f32 `[own]`, sharing memory with [`Self::values`].
     ///
     /// # Errors
-    /// Of the tensor library.
+    /// Of the tensor library, or if they lie in a file that cannot be read.
     pub fn own_values(&self) -> Result<Tensor, Error> {
-        self.own_part(&self.values)
+        self.own_part(&self.values()?)
     }
 
     /// Their gradients: f32 `[own]`, sharing memory with [`Self::grads`].
@@ -214,9 +219,9 @@ impl FlatBlock {
     /// Replaces the values by those of all parameters, as far as they are on this rank: `all` is `[n]`.
     ///
     /// # Errors
-    /// If the lengths differ.
+    /// If the lengths differ, or they lie in a file that fails.
     pub fn write_values(&self, all: &[f32]) -> Result<(), Error> {
-        self.write(&self.values, all)
+        self.values.change(|values| self.write(values, all))
     }
 
     /// Puts values of all parameters into a buffer like that of the values.

@@ -1,7 +1,7 @@
 //! A block's weights that are not trained: where blocks compute, or away from there until they are asked for.
 //!
 //! What is away lies in runs of bytes, one for each type of number, of which each rank has an equal part: in the memory that it
-//! is computed with where ranks share it, in host memory where it is offloaded. It comes as it is: nothing is unpacked.
+//! is computed with where ranks share it, in host memory or a file where it is offloaded. It comes as it is: nothing is unpacked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::files::Reading;
+use super::link::Waiting;
 use super::{Coming, Error, Link, Sharing};
 use crate::device::{Buffer, Place, Ticket, empty};
 use crate::fs::Bytes;
@@ -51,8 +53,21 @@ struct Run {
     /// Bytes over all ranks.
     len: usize,
     /// This rank's part.
-    own: Arc<Buffer>,
+    own: Waiting,
 }
+
+/// Bytes of a run that come from a file.
+#[derive(Debug)]
+enum Ahead {
+    /// To be computed with by the host.
+    Host(Reading<Vec<u8>>),
+    /// To be copied to a GPU.
+    Staged(Reading<Buffer>),
+}
+
+/// The runs of a block that were asked for before its visit; those in memory need not be.
+#[derive(Debug, Default)]
+pub(super) struct RunsAhead(Vec<Option<Ahead>>);
 
 /// Weights that have been asked for, and what they come in.
 #[derive(Debug, Default)]
@@ -156,8 +171,9 @@ impl Frozen {
         let run = |(dtype, mut bytes): (DType, Vec<u8>)| {
             let part = bytes.len().div_ceil(world_size).next_multiple_of(ALIGNMENT);
             bytes.resize(part * world_size, 0);
-            let own = link.keep(&bytes[part * rank..part * (rank + 1)])?;
-            Ok::<_, Error>(Run { dtype, len: part * world_size, own: Arc::new(own) })
+            bytes.truncate(part * (rank + 1));
+            let own = link.put_away(if rank == 0 { bytes } else { bytes.split_off(part * rank) })?;
+            Ok::<_, Error>(Run { dtype, len: part * world_size, own })
         };
         let runs = runs.into_iter().map(run).collect::<Result<_, _>>()?;
         self.away = Some(Away { weights, runs });
@@ -189,15 +205,40 @@ impl Frozen {
         &self.here
     }
 
-    /// Starts the way of all that are away to `device`; ranks that share them ask for them together.
-    pub(super) fn fetch(&self, sharing: &Sharing, (link, device): (&Link, &Device)) -> Result<Arriving, Error> {
+    /// Starts to read those that lie in files, on the way to `device`.
+    pub(super) fn read_ahead(&self, sharing: &Sharing, (link, device): (&Link, &Device)) -> Result<RunsAhead, Error> {
+        let is_gathered_on_host = sharing.world_size() > 1 && !sharing.exchanges_on_device();
+        let is_staged = device.is_cuda() && !is_gathered_on_host;
+        let read = |run: &Run| match &run.own {
+            Waiting::Memory(_) => Ok(None),
+            Waiting::File(extent) if is_staged => Ok(Some(Ahead::Staged(link.read(extent)?))),
+            Waiting::File(extent) => Ok(Some(Ahead::Host(extent.read(vec![0; extent.len()])))),
+        };
+        let runs: Result<Vec<_>, Error> = self.away.iter().flat_map(|away| &away.runs).map(read).collect();
+        Ok(RunsAhead(runs?))
+    }
+
+    /// Whether some lie in files.
+    pub(super) fn is_in_file(&self) -> bool {
+        self.bytes_in_file() > 0
+    }
+
+    /// Starts the way of all that are away to `device`, of what was read ahead or is read now; ranks that share them ask for them
+    /// together.
+    pub(super) fn fetch(
+        &self,
+        ahead: Option<RunsAhead>,
+        sharing: &Sharing,
+        (link, device): (&Link, &Device),
+    ) -> Result<Arriving, Error> {
         let Some(away) = &self.away else { return Ok(Arriving::default()) };
+        let ahead = ahead.map_or_else(|| self.read_ahead(sharing, (link, device)), Ok)?;
         let mut arriving = Arriving::default();
         if device.is_cuda() {
-            for run in &away.runs {
+            for (run, ahead) in away.runs.iter().zip(ahead.0) {
                 let all = empty(device, run.len / run.dtype.size_in_bytes(), run.dtype)?;
                 let target = Arc::new(Buffer::of_tensor(all.clone())?);
-                let ticket = run.come_to(&target, sharing, link)?;
+                let ticket = run.come_to(&target, ahead, sharing, link)?;
                 arriving.coming.push(Coming::new(target, ticket));
                 arriving.runs.push(all);
             }
@@ -210,9 +251,10 @@ impl Frozen {
             }
             return Ok(arriving);
         }
-        let runs = away.on_host(sharing)?;
+        let runs = away.on_host(ahead, sharing)?;
         for (name, at) in &away.weights {
-            arriving.weights.insert(name.clone(), at.weight(&runs, &away.runs, sharing.world_size() > 1)?);
+            let shares_memory = sharing.world_size() > 1 || self.is_in_file();
+            arriving.weights.insert(name.clone(), at.weight(&runs, &away.runs, shares_memory)?);
         }
         Ok(arriving)
     }
@@ -231,30 +273,40 @@ impl Frozen {
 
     /// Those of them that lie in host memory for as long as they are not asked for.
     pub(super) fn offloaded_bytes(&self) -> usize {
-        let runs = self.away.iter().flat_map(|away| &away.runs).filter(|run| run.own.place() != Place::Device);
-        runs.map(|run| run.own.len()).sum()
+        let in_host_memory =
+            |run: &&Run| matches!(&run.own, Waiting::Memory(buffer) if buffer.place() != Place::Device);
+        self.away.iter().flat_map(|away| &away.runs).filter(in_host_memory).map(|run| run.own.len()).sum()
+    }
+
+    /// Those of them that lie in a file.
+    pub(super) fn bytes_in_file(&self) -> usize {
+        let in_file = |run: &&Run| matches!(run.own, Waiting::File(_));
+        self.away.iter().flat_map(|away| &away.runs).filter(in_file).map(|run| run.own.len()).sum()
     }
 }
 
 impl Away {
     /// All runs in host memory.
-    fn on_host(&self, sharing: &Sharing) -> Result<Vec<Bytes>, Error> {
-        let whole = |run: &Run| Ok(run.gathered(sharing)?.into());
-        self.runs.iter().map(whole).collect()
+    fn on_host(&self, ahead: RunsAhead, sharing: &Sharing) -> Result<Vec<Bytes>, Error> {
+        let whole = |(run, ahead): (&Run, Option<Ahead>)| Ok(run.gathered(ahead, sharing)?.into());
+        self.runs.iter().zip(ahead.0).map(whole).collect()
     }
 }
 
 impl Run {
     /// The bytes of all ranks, gathered through host memory.
-    fn gathered(&self, sharing: &Sharing) -> Result<Vec<u8>, Error> {
-        let own = match self.own.place() {
-            Place::Device => {
-                let host = Arc::new(Buffer::host(self.own.len()));
-                let queue = crate::device::Queue::of(self.own.of_device())?;
-                queue.copy(&self.own.whole(), &host.whole(), &Ticket::done())?.wait(None)?;
+    fn gathered(&self, ahead: Option<Ahead>, sharing: &Sharing) -> Result<Vec<u8>, Error> {
+        let own = match (&self.own, ahead) {
+            (_, Some(Ahead::Host(reading))) => reading.wait()?,
+            (_, Some(Ahead::Staged(reading))) => reading.wait()?.with_bytes(<[u8]>::to_vec)?,
+            (Waiting::File(extent), None) => extent.read(vec![0; extent.len()]).wait()?,
+            (Waiting::Memory(own), None) if own.place() == Place::Device => {
+                let host = Arc::new(Buffer::host(own.len()));
+                let queue = crate::device::Queue::of(own.of_device())?;
+                queue.copy(&own.whole(), &host.whole(), &Ticket::done())?.wait(None)?;
                 host.with_bytes(<[u8]>::to_vec)?
             }
-            Place::Pinned | Place::Host => self.own.with_bytes(<[u8]>::to_vec)?,
+            (Waiting::Memory(own), None) => own.with_bytes(<[u8]>::to_vec)?,
         };
         if sharing.world_size() == 1 {
             return Ok(own);
@@ -263,23 +315,40 @@ impl Run {
     }
 
     /// Starts the way of all ranks' parts to `target` on a GPU.
-    fn come_to(&self, target: &Arc<Buffer>, sharing: &Sharing, link: &Link) -> Result<Ticket, Error> {
-        let own = self.own.whole();
-        let Some(exchange) = sharing.exchange() else {
-            if sharing.world_size() == 1 {
-                return Ok(link.copies().copy(&own, &target.whole(), &Ticket::done())?);
-            }
+    fn come_to(
+        &self,
+        target: &Arc<Buffer>,
+        ahead: Option<Ahead>,
+        sharing: &Sharing,
+        link: &Link,
+    ) -> Result<Ticket, Error> {
+        if sharing.exchange().is_none() && sharing.world_size() > 1 {
             let mut host = Buffer::host(self.len);
-            host.write(0, &self.gathered(sharing)?)?;
+            host.write(0, &self.gathered(ahead, sharing)?)?;
             return Ok(link.copies().copy(&Arc::new(host).whole(), &target.whole(), &Ticket::done())?);
-        };
-        if self.own.place() == Place::Device {
-            return Ok(exchange.all_gather(&own, &target.whole(), &Ticket::done())?);
         }
-        let part = self.own.len();
-        let place = target.part(part * sharing.rank()..part * (sharing.rank() + 1))?;
-        let copied = link.copies().copy(&own, &place, &Ticket::done())?;
-        Ok(exchange.all_gather(&place, &target.whole(), &copied)?)
+        let read = |reading: Reading<Buffer>| Ok::<_, Error>(Arc::new(reading.wait()?));
+        let (own, is_lent) = match (&self.own, ahead) {
+            (Waiting::Memory(own), _) => (own.clone(), false),
+            (Waiting::File(_), Some(Ahead::Staged(reading))) => (read(reading)?, true),
+            (Waiting::File(extent), _) => (read(link.read(extent)?)?, true),
+        };
+        let ticket = match sharing.exchange() {
+            None => link.copies().copy(&own.whole(), &target.whole(), &Ticket::done())?,
+            Some(exchange) if own.place() == Place::Device => {
+                exchange.all_gather(&own.whole(), &target.whole(), &Ticket::done())?
+            }
+            Some(exchange) => {
+                let part = own.len();
+                let place = target.part(part * sharing.rank()..part * (sharing.rank() + 1))?;
+                let copied = link.copies().copy(&own.whole(), &place, &Ticket::done())?;
+                exchange.all_gather(&place, &target.whole(), &copied)?
+            }
+        };
+        if is_lent {
+            link.give(own);
+        }
+        Ok(ticket)
     }
 }
 

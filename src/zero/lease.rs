@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::store::{Arriving, ParamStore};
+use super::store::{Ahead, Arriving, ParamStore};
 use super::{Error, Sums};
 use crate::model::params::BlockParams;
 
@@ -47,11 +47,13 @@ pub struct Walk<'s> {
     sums: Sums,
     /// Blocks that were lent and stay for a later visit, and those on their way for the next.
     live: BTreeMap<usize, Arriving>,
+    /// Blocks of which something is being read from a file for a later visit.
+    ahead: BTreeMap<usize, Ahead>,
 }
 
 impl<'s> Walk<'s> {
     pub(super) fn new(store: &'s ParamStore, order: Arc<[Visit]>, speaker: Speaker, sums: Sums) -> Self {
-        Self { store, order, at: 0, speaker, sums, live: BTreeMap::new() }
+        Self { store, order, at: 0, speaker, sums, live: BTreeMap::new(), ahead: BTreeMap::new() }
     }
 
     /// The next block of the order, ready to compute with.
@@ -73,7 +75,7 @@ impl<'s> Walk<'s> {
             return Ok(Lent::Resident(params));
         }
         store.take_slot(block)?;
-        let bound = self.live.remove(&block).map_or_else(|| store.start(block, self.speaker, store.device()), Ok);
+        let bound = self.live.remove(&block).map_or_else(|| self.start(block), Ok);
         let bound = bound.and_then(|arriving| {
             arriving.arrive()?;
             Ok((store.bind(block, self.speaker, needs, &arriving)?, arriving))
@@ -97,6 +99,30 @@ impl<'s> Walk<'s> {
         Ok(Lent::Bound(params))
     }
 
+    /// Starts the way of a block, of what was read ahead of it.
+    fn start(&mut self, block: usize) -> Result<Arriving, Error> {
+        let ahead = self.ahead.remove(&block);
+        self.store.start(block, ahead, self.speaker, self.store.device())
+    }
+
+    /// Starts to read what lies in files of the blocks that are asked for next.
+    fn read_ahead(&mut self) -> Result<(), Error> {
+        let store = self.store;
+        let most = store.blocks_ahead();
+        for visit in &self.order[self.at..] {
+            if self.ahead.len() >= most {
+                break;
+            }
+            if !self.live.contains_key(&visit.block)
+                && !self.ahead.contains_key(&visit.block)
+                && let Some(reading) = store.read_ahead(visit.block, self.speaker)?
+            {
+                self.ahead.insert(visit.block, reading);
+            }
+        }
+        Ok(())
+    }
+
     /// Lets go of blocks that others need the memory of, and starts the way of the next that has one, so that it comes while
     /// block `now` computes.
     ///
@@ -104,7 +130,7 @@ impl<'s> Walk<'s> {
     fn look_ahead(&mut self, now: usize) -> Result<(), Error> {
         let store = self.store;
         if !store.comes_ahead() {
-            return Ok(());
+            return self.read_ahead();
         }
         if let Some(next) = self.order.get(self.at) {
             store.gather_ahead(next.block)?;
@@ -126,9 +152,10 @@ impl<'s> Walk<'s> {
         }
         self.live.retain(|block, _| stays.contains(block));
         if let Some(next) = next.filter(|next| !self.live.contains_key(next)) {
-            self.live.insert(next, store.start(next, self.speaker, store.device())?);
+            let arriving = self.start(next)?;
+            self.live.insert(next, arriving);
         }
-        Ok(())
+        self.read_ahead()
     }
 }
 
@@ -196,6 +223,59 @@ impl Drop for Lease<'_> {
     fn drop(&mut self) {
         if let Lent::Slot(params, arriving) = &mut self.params {
             self.store.take_back(self.visit.block, std::mem::take(params), std::mem::take(arriving));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::model::params::{BlockInit, Trainable};
+    use crate::quant::Weight;
+    use crate::zero::{Files, Offload, Sharing};
+
+    /// Four blocks of a frozen matrix and a trained vector, in files of `folder`.
+    fn store(folder: &std::path::Path, buffer_count: usize) -> ParamStore {
+        let block = |index: usize| {
+            let values = Tensor::full(index as f32, (4, 8), &Device::Cpu).unwrap();
+            let trained = Trainable {
+                name: format!("b{index}"),
+                shape: vec![3],
+                values: vec![0.5 + index as f32; 3],
+                has_decay: false,
+            };
+            let frozen = [(format!("w{index}"), Weight::Dense(values))].into_iter().collect();
+            Ok(BlockInit { frozen, stays_on_host: BTreeSet::new(), trainable: vec![trained], shared: Vec::new() })
+        };
+        let files = Files { parameters: Some(folder.into()), run: "walk".into(), buffer_count, ..Files::default() };
+        let place = Offload { params: true, files, ..Offload::default() };
+        ParamStore::placed::<Error>((0..4).map(block), &Device::Cpu, Sharing::alone(), place).unwrap()
+    }
+
+    #[test]
+    fn the_next_blocks_are_being_read_before_the_one_at_hand_computes() {
+        let folder = tempfile::tempdir().unwrap();
+        for (buffers, after_first) in [(1, vec![]), (2, vec![1]), (3, vec![1, 2]), (9, vec![1, 2, 3])] {
+            let store = store(folder.path(), buffers);
+            let order = [0, 1, 2, 3, 2, 1].map(|block| Visit { block, needs: Needs::Values });
+            let mut walk = store.walk(order.into(), Speaker::Policy, Sums::running(0, 0, 1));
+            let read = |lease: &Lease<'_>, name: String| match &lease.params().get(&name).unwrap().weight {
+                Weight::Dense(tensor) => tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0],
+                other => panic!("{other:?}"),
+            };
+            for (at, Visit { block, .. }) in order.iter().enumerate() {
+                let lease = walk.advance().unwrap();
+                if at == 0 {
+                    assert_eq!(walk.ahead.keys().copied().collect::<Vec<_>>(), after_first, "{buffers} buffers");
+                }
+                assert!(walk.ahead.len() < buffers);
+                assert_eq!(read(&lease, format!("w{block}")), *block as f32);
+                assert_eq!(read(&lease, format!("b{block}")), 0.5 + *block as f32);
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 //! f32 buffer, its gradients in another of the same layout.
 
 mod device_optimizer;
+mod files;
 mod flat;
 mod frozen;
 mod gradients;
@@ -13,9 +14,12 @@ mod lease;
 mod link;
 mod optimizer;
 mod sharing;
+mod state;
 mod store;
 mod sums;
+mod values;
 
+pub use files::Files;
 pub use flat::{Entry, FlatBlock, Piece};
 pub use lease::{Lease, Needs, Speaker, Visit, Walk};
 pub use link::Offload;
@@ -24,6 +28,7 @@ pub use optimizer::{ShardedOptimizer, StepReport};
 pub use sharing::Sharing;
 pub use store::{LayerBytes, ParamStore, Slots};
 pub use sums::{Next, Node, Sums};
+pub use values::Values;
 
 /// What went wrong with parameters or optimizer state.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +48,20 @@ pub enum Error {
     /// A kernel of the GPU failed.
     #[error(transparent)]
     Cuda(#[from] crate::device::Error),
+    /// A file in which something waits cannot be used.
+    #[error("cannot {action} `{}` for {kind}: {source}; {help}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file or its folder.
+        path: std::path::PathBuf,
+        /// What waits, or is to wait, there.
+        kind: &'static str,
+        /// What the system said.
+        source: std::sync::Arc<std::io::Error>,
+        /// What to do.
+        help: String,
+    },
     /// The same name stands twice in a block.
     #[error("parameter `{name}` stands twice in one block")]
     Duplicate {
@@ -93,14 +112,14 @@ pub enum Error {
         /// What is shared.
         source: crate::quant::Error,
     },
-    /// The thread of the optimizer could not be started.
-    #[error("cannot start a thread for the optimizer: {0}")]
+    /// A thread of the optimizer or for files could not be started.
+    #[error("cannot start a thread: {0}")]
     Thread(#[source] std::io::Error),
     /// Several ranks cannot have all blocks on their devices at a time.
     #[error(
-        "all weights and a rollout take {needed} bytes of device memory, and {free} are free on this rank: ranks that generate have \
-         all of them; lower `max_completion_length` or `max_num_seqs`, raise `device_memory_limit`, quantise with `load_in_4bit`, or \
-         run one rank with `offload_param_device: cpu`, which brings them step by step"
+        "all weights and a rollout take {needed} bytes of memory, and {free} are free on this rank: ranks that generate have all of \
+         them; lower `max_completion_length` or `max_num_seqs`, raise `device_memory_limit`, quantise with `load_in_4bit`, or run \
+         one rank with `offload_param_device`, which brings them step by step"
     )]
     NoRoom {
         /// Bytes that all blocks take, with what a rollout needs.

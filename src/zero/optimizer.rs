@@ -3,14 +3,17 @@
 //! `optim` has the rules; state lies beside the values it belongs to, cut as they are. All ranks make a step together, and none
 //! does where a gradient of any is not finite.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::VecDeque;
+use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use super::files::Reading;
+use super::state::{Kept, Loaded, Spare};
 use super::store::Errand;
+use super::values::Staged;
 use super::{Entry, Error, FlatBlock, ParamStore, Piece};
-use crate::config::settings::{OptimizerKind, OptimizerSettings};
+use crate::config::settings::OptimizerSettings;
 use crate::ops::buffer;
 use crate::optim::{AdamWStep, ParamGroup, State, clip_coefficient, norm_of_parts, sums_of_squares};
 
@@ -24,63 +27,18 @@ pub struct ShardedOptimizer {
 }
 
 /// What another thread is to do for a block, and with which state and pieces of it.
-type Errands = (Errand, Arc<Mutex<Vec<State>>>, Vec<Piece>);
+type Errands = (Errand, FlatBlock, Kept, Vec<Piece>);
 
-/// State of this rank's part of one block.
-#[derive(Debug)]
-enum Kept {
-    /// Of each piece.
-    Host(Arc<Mutex<Vec<State>>>),
-    /// AdamW's moments of all of it.
-    Device { first: Tensor, second: Tensor },
+/// What comes from files for the step on a block.
+#[derive(Default)]
+struct Begun {
+    states: Option<Reading<Loaded>>,
+    values: Option<Reading<Staged>>,
 }
 
-impl Kept {
-    fn new(flat: &FlatBlock, kind: OptimizerKind) -> Result<Self, Error> {
-        let (count, device) = (flat.own().len(), flat.values().device());
-        if device.is_cpu() {
-            let states = flat.own_pieces().map(|piece| State::new(kind, piece.layout)).collect();
-            return Ok(Self::Host(Arc::new(Mutex::new(states))));
-        }
-        let zeros = || Tensor::zeros(count, DType::F32, device);
-        Ok(Self::Device { first: zeros()?, second: zeros()? })
-    }
-
-    /// Two arrays of this rank's part; the second has zeros where a rule keeps one.
-    fn to_vecs(&self, flat: &FlatBlock) -> Result<[Vec<f32>; 2], Error> {
-        let states = match self {
-            Self::Host(states) => lock(states),
-            Self::Device { first, second } => return Ok([buffer::to_vec(first)?, buffer::to_vec(second)?]),
-        };
-        let mut all = [vec![0.0; flat.own().len()], vec![0.0; flat.own().len()]];
-        for (piece, state) in flat.own_pieces().zip(states.iter()) {
-            for (all, own) in all.iter_mut().zip(state.to_vecs()) {
-                all[piece.range.clone()].copy_from_slice(&own);
-            }
-        }
-        Ok(all)
-    }
-
-    fn load(&mut self, flat: &FlatBlock, arrays: &[Vec<f32>; 2]) -> Result<(), Error> {
-        match self {
-            Self::Host(states) => {
-                for (piece, state) in flat.own_pieces().zip(lock(states).iter_mut()) {
-                    state.load(&arrays.each_ref().map(|all| all[piece.range.clone()].to_vec()))?;
-                }
-            }
-            Self::Device { first, second } => {
-                buffer::write(first, &arrays[0])?;
-                buffer::write(second, &arrays[1])?;
-            }
-        }
-        Ok(())
-    }
-
-    fn size_bytes(&self) -> usize {
-        match self {
-            Self::Host(states) => lock(states).iter().map(State::size_bytes).sum(),
-            Self::Device { first, .. } => 8 * first.elem_count(),
-        }
+impl Begun {
+    fn new(flat: &FlatBlock, kept: &Kept) -> Result<Self, Error> {
+        Ok(Self { states: kept.start(), values: flat.stored().start(false)? })
     }
 }
 
@@ -99,8 +57,20 @@ impl ShardedOptimizer {
     /// # Errors
     /// If memory runs out.
     pub fn new(settings: OptimizerSettings, store: &ParamStore) -> Result<Self, Error> {
-        let states = store.flats().map(|flat| Kept::new(flat, settings.kind)).collect::<Result<_, _>>()?;
+        let spare = Arc::new(Spare::new(store.offload().files.buffer_count));
+        let file = store.optimizer_file().map(|shelf| (shelf, &spare));
+        let states = store.flats().map(|flat| Kept::new(flat, settings.kind, file)).collect::<Result<_, _>>()?;
         Ok(Self { settings, step: 0, states })
+    }
+
+    /// Bytes of the state in a file.
+    pub fn bytes_in_file(&self) -> usize {
+        self.states.iter().map(Kept::bytes_in_file).sum()
+    }
+
+    /// Bytes of the largest block's state in a file.
+    pub fn largest_read_bytes(&self) -> usize {
+        self.states.iter().map(Kept::bytes_in_file).max().unwrap_or(0)
     }
 
     /// Bytes of the state.
@@ -139,16 +109,25 @@ impl ShardedOptimizer {
             step: self.step,
             grad_scale: (f64::from(clip_coefficient(grad_norm, max_grad_norm)) / loss_scale) as f32,
         };
+        let (runs_errands, ahead) = (store.may_run_errands(), blocks_ahead(store));
         let mut errands = Vec::new();
-        for (block, (flat, kept)) in store.flats().zip(&mut self.states).enumerate() {
+        let all: Vec<(usize, &FlatBlock, &Kept)> =
+            store.flats().zip(&self.states).enumerate().map(|(block, (flat, kept))| (block, flat, kept)).collect();
+        let mut begun: VecDeque<Begun> = VecDeque::new();
+        for (at, &(block, flat, kept)) in all.iter().enumerate() {
             let pieces: Vec<Piece> = flat.own_pieces().collect();
             match kept {
-                Kept::Host(states) if store.may_run_errands() => {
-                    errands.extend(store.errand(block)?.map(|errand| (errand, states.clone(), pieces)));
+                Kept::Host(_) | Kept::File(_) if runs_errands => {
+                    let errand = store.errand(block)?;
+                    errands.extend(errand.map(|errand| (errand, flat.clone(), kept.clone(), pieces)));
                     continue;
                 }
                 _ if pieces.is_empty() => {}
-                Kept::Host(states) => step_pieces(flat, &pieces, &mut lock(states), &hyper)?,
+                Kept::Host(_) | Kept::File(_) => {
+                    let coming = all[at..].iter().filter(|(_, flat, _)| !flat.own().is_empty());
+                    begin(&mut begun, ahead, coming.map(|(_, flat, kept)| (*flat, *kept)))?;
+                    move_pieces(flat, kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)?;
+                }
                 Kept::Device { first, second } => {
                     let (values, grads) = (flat.own_values()?, flat.own_grads()?);
                     let group = |piece: &Piece| {
@@ -160,9 +139,10 @@ impl ShardedOptimizer {
                 }
             }
             store.share_values(block)?;
+            flat.stored().unload()?;
         }
         if !errands.is_empty() {
-            run(errands, hyper)?;
+            run(errands, hyper, ahead)?;
         }
         Ok(StepReport { grad_norm, is_skipped: false })
     }
@@ -213,12 +193,19 @@ impl ShardedOptimizer {
 }
 
 /// Has another thread move values, block after block in the order of the walk, while the next step begins: a GPU computes with
-/// the first block while the host moves the second.
-fn run(errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
+/// the first block while the host moves the second. What lies in files is read as many blocks `ahead`.
+fn run(errands: Vec<Errands>, hyper: AdamWStep, ahead: usize) -> Result<(), Error> {
     let all = move || {
-        for (errand, states, pieces) in errands {
+        let mut begun: VecDeque<Begun> = VecDeque::new();
+        let order: Vec<(FlatBlock, Kept)> =
+            errands.iter().map(|(_, flat, kept, _)| (flat.clone(), kept.clone())).collect();
+        for (at, (errand, _, kept, pieces)) in errands.into_iter().enumerate() {
+            let step = |flat: &FlatBlock| {
+                begin(&mut begun, ahead, order[at..].iter().map(|(flat, kept)| (flat, kept)))?;
+                move_pieces(flat, &kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)
+            };
             // Values after one that could not be moved are not to be had either.
-            if !errand.run(|flat| step_pieces(flat, &pieces, &mut lock(&states), &hyper)) {
+            if !errand.run(step) {
                 return;
             }
         }
@@ -227,13 +214,32 @@ fn run(errands: Vec<Errands>, hyper: AdamWStep) -> Result<(), Error> {
     thread.map(drop).map_err(Error::Thread)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The numbers of a step for one piece.
 fn hyper_of(piece: &Piece, hyper: &AdamWStep) -> AdamWStep {
     AdamWStep { weight_decay: if piece.has_decay { hyper.weight_decay } else { 0.0 }, ..*hyper }
+}
+
+/// Blocks that are read ahead of the optimizer: half of what may be on its way, and the other half is written.
+fn blocks_ahead(store: &ParamStore) -> usize {
+    store.blocks_ahead().div_ceil(2)
+}
+
+/// Starts to read what lies in files of the first of the blocks and of so many after it.
+fn begin<'a>(
+    begun: &mut VecDeque<Begun>,
+    ahead: usize,
+    blocks: impl Iterator<Item = (&'a FlatBlock, &'a Kept)>,
+) -> Result<(), Error> {
+    for (flat, kept) in blocks.take(1 + ahead).skip(begun.len()) {
+        begun.push_back(Begun::new(flat, kept)?);
+    }
+    Ok(())
+}
+
+/// One step on this rank's part of a block in host memory, of what comes from files. The values stay loaded.
+fn move_pieces(flat: &FlatBlock, kept: &Kept, begun: Begun, pieces: &[Piece], hyper: &AdamWStep) -> Result<(), Error> {
+    flat.stored().load(begun.values)?;
+    kept.step(begun.states, |states| step_pieces(flat, pieces, states, hyper))
 }
 
 /// One step on each piece of this rank's part of a block in host memory.

@@ -16,13 +16,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
+use super::files::Shelf;
 use super::frozen::Frozen;
 use super::gradients::Bucket;
-use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Visit, Walk};
+use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Values, Visit, Walk};
 use crate::config::settings::ZeroStage;
 use crate::model::params::{BlockInit, BlockParams, SharedParam};
 use crate::ops::buffer;
-pub(super) use arrival::Arriving;
+pub(super) use arrival::{Ahead, Arriving};
 use exchanged::OnTheirWay;
 pub(super) use home::Errand;
 use home::Home;
@@ -86,7 +87,7 @@ struct Shared {
 #[derive(Debug)]
 struct Reference {
     /// As the trained ones: f32 `[n]`, or this rank's.
-    values: Tensor,
+    values: Values,
     params: Option<BlockParams>,
 }
 
@@ -137,7 +138,7 @@ impl ParamStore {
         sharing: Sharing,
         offload: Offload,
     ) -> Result<Self, E> {
-        let link = Link::new(device, offload, sharing.exchanges_on_device())?;
+        let link = Link::new(device, offload, sharing.exchanges_on_device(), sharing.rank())?;
         let mut blocks: Vec<Block> = Vec::new();
         for init in inits {
             let mut block = Block::new(init?, &blocks, &link, &sharing)?;
@@ -351,6 +352,16 @@ impl ParamStore {
         self.blocks.iter().map(|block| &block.flat)
     }
 
+    /// The file of the optimizer's state.
+    pub(super) fn optimizer_file(&self) -> Option<&Arc<Shelf>> {
+        self.link.optimizer_file()
+    }
+
+    /// Blocks that are read ahead of a walk.
+    pub(super) fn blocks_ahead(&self) -> usize {
+        if self.has_slots() { 0 } else { self.link.blocks_ahead() }
+    }
+
     /// Sets all gradients to zero.
     ///
     /// # Errors
@@ -404,7 +415,7 @@ impl ParamStore {
     pub fn keep_reference(&mut self) -> Result<(), Error> {
         self.settle()?;
         for block in &mut self.blocks {
-            block.reference = Some(Reference { values: block.flat.values().copy()?, params: None });
+            block.reference = Some(Reference { values: block.flat.stored().copy()?, params: None });
         }
         for block in 0..self.blocks.len() {
             // Beside another home its values come for each visit, as they are then.
@@ -424,7 +435,7 @@ impl ParamStore {
     }
 
     /// The reference's flat values by block; none if no reference was kept.
-    pub fn references(&self) -> impl Iterator<Item = &Tensor> {
+    pub fn references(&self) -> impl Iterator<Item = &Values> {
         self.blocks.iter().filter_map(|block| block.reference.as_ref()).map(|reference| &reference.values)
     }
 
@@ -436,8 +447,9 @@ impl ParamStore {
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
         self.settle()?;
         for (flat, reference) in self.flats().zip(self.references()) {
-            if flat.values().elem_count() > 0 {
-                buffer::mix(reference, flat.values(), alpha as f32)?;
+            if !reference.is_empty() {
+                let values = flat.values()?;
+                reference.change(|reference| Ok(buffer::mix(reference, &values, alpha as f32)?))?;
             }
         }
         Ok(())
@@ -449,7 +461,7 @@ impl Block {
     fn new(init: BlockInit, before: &[Self], link: &Link, sharing: &Sharing) -> Result<Self, Error> {
         let BlockInit { frozen, stays_on_host, trainable, shared: shared_params } = init;
         let device = link.device();
-        let flat = FlatBlock::new(trainable, link.home(), sharing, link.has_home_elsewhere())?;
+        let flat = FlatBlock::new(trainable, link, sharing)?;
         let passes = gradients_pass(sharing, link);
         let shared = |param: SharedParam| {
             let trained = before.get(param.of_block).and_then(|source| source.flat.entry(&param.of_name));

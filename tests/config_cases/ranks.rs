@@ -254,9 +254,12 @@ fn the_launch_files_of_the_repository_go_with_its_configurations() {
             let ranks = RankSettings { offload: OffloadSettings::default(), ..training.ranks };
             assert_eq!((ranks, warnings), (of(stage, world_size), vec![]), "{new}");
         }
-        let (training, warnings) = with("offload_optimizer_device: cpu", "offload_optimizer_device: nvme").unwrap();
-        assert_eq!(training.ranks, offloading(of(stage, 2), true, number == 3));
-        assert_one(&warnings, "`offload_optimizer_device` to nvme, which is not done");
+        let nvme = "offload_optimizer_device: nvme\n  offload_optimizer_nvme_path: /local_nvme";
+        let (training, warnings) = with("offload_optimizer_device: cpu", nvme).unwrap();
+        assert_eq!((training.ranks.offload.optimizer, warnings), (OffloadDevice::Nvme, vec![]));
+        assert_eq!(training.ranks.offload.optimizer_path.as_deref(), Some(Path::new("/local_nvme")));
+        let error = with("offload_optimizer_device: cpu", "offload_optimizer_device: nvme").unwrap_err();
+        assert_one(&error.messages().map(str::to_owned).collect::<Vec<_>>(), "needs a folder for its files");
     }
 }
 
@@ -420,8 +423,10 @@ fn every_key_of_zero_optimization_has_its_answer() {
     silent(&format!("{cpu_offload}use_cpu: true\n"), &machine(None, 2));
     let plain = with_live(of(ZeroStage::Parameters, 2));
     assert_eq!(silent(&cpu_offload, &machine(None, 2)), offloading(plain, true, true));
-    let (_, warnings) = ranks(&text("\"none\"", "\"nvme\", \"nvme_path\": \"/x\""), &cpu());
-    assert_one(&warnings, "`zero_optimization.offload_param` to nvme");
+    let OffloadSettings { optimizer, params, optimizer_path, params_path, .. } =
+        silent(&text("\"none\"", "\"nvme\", \"nvme_path\": \"/x\""), &cpu()).offload;
+    assert_eq!([optimizer, params], [OffloadDevice::Nvme; 2]);
+    assert_eq!([optimizer_path, params_path], [Some("/x".into()), Some("/x".into())]);
     // As it was written long ago.
     assert_eq!(silent("deepspeed: {zero_optimization: true}\nnum_processes: 2\n", &cpu()).stage, ZeroStage::Optimizer);
 }
@@ -434,7 +439,10 @@ fn what_stands_in_the_configuration_counts_more_than_the_file() {
     assert_one(&warnings, "zero3 says 3 for `zero_stage`, and the configuration says 1, which counts");
     assert_eq!(silent(&format!("{zero3}zero_stage: 3\n"), &cpu()).stage, ZeroStage::Parameters);
     assert_eq!(silent(&format!("{zero3}zero_stage: auto\n"), &cpu()).stage, ZeroStage::Parameters);
-    assert_eq!(silent("zero_stage: auto\nnum_processes: 2\n", &cpu()).stage, ZeroStage::Replicated);
+    assert!(!silent(&format!("{zero3}zero_stage: auto\n"), &cpu()).is_stage_auto);
+    let open = silent("zero_stage: auto\nnum_processes: 2\n", &cpu());
+    assert_eq!((open.stage, open.is_stage_auto), (ZeroStage::Replicated, true));
+    assert!(!silent("num_processes: 2\n", &cpu()).is_stage_auto);
     for (text, stage) in [("0", 0), ("1", 1), ("\"2\"", 2), ("3.0", 3)] {
         assert_eq!(silent(&format!("num_processes: 2\nzero_stage: {text}\n"), &cpu()).stage.number(), stage, "{text}");
     }
@@ -540,8 +548,56 @@ fn what_waits_in_host_memory_is_said_by_keys_and_files() {
         [true, true, false]
     );
     assert!(pinned("pin_memory: true\n", ", pin_memory: false"), "the configuration counts more");
-    assert_one(&errors("offload_param_device: nvme\n", &gpu), "state waits in host memory, and not yet in files");
     assert_one(&errors("offload_optimizer_device: disk\n", &gpu), "`offload_optimizer_device` ");
+}
+
+#[test]
+fn what_waits_in_files_is_said_by_keys_and_files() {
+    let nvme = |lines: &str| silent(lines, &cpu()).offload;
+    let both = "offload_optimizer_device: nvme\noffload_param_device: NVMe\n";
+    let one = nvme(&format!("{both}offload_param_nvme_path: /a\n"));
+    assert_eq!([&one.optimizer_path, &one.params_path], [&Some("/a".into()), &Some("/a".into())]);
+    assert_eq!(one.buffer_count, 3);
+    let two =
+        nvme(&format!("{both}offload_param_nvme_path: /a\noffload_optimizer_nvme_path: /b\noffload_buffer_count: 7\n"));
+    assert_eq!((two.optimizer_path, two.params_path, two.buffer_count), (Some("/b".into()), Some("/a".into()), 7));
+    // What does not wait in files has no folder.
+    let half = nvme("offload_param_device: nvme\noffload_optimizer_nvme_path: /b\n");
+    assert_eq!((half.optimizer_path, half.params_path), (None, Some("/b".into())));
+    let wrong = errors(both, &cpu());
+    assert_eq!(wrong.len(), 2, "{wrong:?}");
+    assert!(wrong.iter().all(|text| text.contains("needs a folder for its files")), "{wrong:?}");
+    assert_one(&ranks("offload_param_nvme_path: /a\n", &cpu()).1, "`offload_param_nvme_path` has no effect");
+    assert_one(&errors("offload_buffer_count: 0\n", &cpu()), "at least 1");
+
+    let deepspeed = |inner: &str, outer: &str| {
+        let offload = format!("{{device: nvme, nvme_path: /x{inner}}}");
+        format!("deepspeed: {{zero_optimization: {{offload_param: {offload}}}{outer}}}\n")
+    };
+    let found = nvme(&deepspeed(", buffer_count: 5, pin_memory: true, pipeline_read: true", ""));
+    assert_eq!((found.params, found.buffer_count), (OffloadDevice::Nvme, 5));
+    assert_eq!(found.params_path.as_deref(), Some(Path::new("/x")));
+    // The larger count of the two acts, and the configuration's before it.
+    let two = "deepspeed: {zero_optimization: {offload_param: {device: nvme, nvme_path: /x, buffer_count: 5}, \
+               offload_optimizer: {device: nvme, nvme_path: /y, buffer_count: 4}}}\n";
+    let found = nvme(two);
+    assert_eq!((found.buffer_count, found.optimizer_path.as_deref()), (5, Some(Path::new("/y"))));
+    let (found, warnings) = ranks(&format!("{two}offload_buffer_count: 2\n"), &cpu());
+    assert_eq!(found.offload.buffer_count, 2);
+    assert_one(&warnings, "says 5 for `offload_buffer_count`, and the configuration says 2, which counts");
+    // How DeepSpeed reads is taken, and what is done is said.
+    let aio =
+        ", aio: {block_size: 1048576, queue_depth: 8, thread_count: 1, single_submit: false, overlap_events: true}";
+    let (_, warnings) = ranks(&deepspeed("", aio), &cpu());
+    assert_one(&warnings, "four threads do");
+    assert!(warnings[0].contains("`aio.block_size`"), "{warnings:?}");
+    let (_, warnings) = ranks(&deepspeed(", buffer_size: 1e8, max_in_cpu: 1e9", ""), &cpu());
+    assert_one(&warnings, "`zero_optimization.offload_param.max_in_cpu`");
+    silent("deepspeed: {aio: {block_size: 1048576}}\n", &cpu());
+    assert_one(&errors(&deepspeed("", ", aio: {block_sise: 1}"), &cpu()), "has `aio.block_sise`, which is not known");
+    assert_one(&errors(&deepspeed(", buffer_count: 0", ""), &cpu()), "buffer_count: 0`");
+    let odd = deepspeed("", "").replace("/x", "[x]");
+    assert!(errors(&odd, &cpu())[0].contains("nvme_path: [\"x\"]`"));
 }
 
 #[test]
@@ -554,6 +610,8 @@ fn ranks_survive_the_round_trip() {
         ("num_processes: 2\nzero_stage: 2\nddp_timeout: 60\nddp_backend: gloo\n", cpu()),
         ("offload_optimizer_device: cpu\npin_memory: false\nstage3_max_live_parameters: 7\n", machine(None, 2)),
         ("offload_param_device: cpu\n", machine(None, 2)),
+        ("offload_param_device: nvme\noffload_param_nvme_path: /a b\noffload_buffer_count: 9\n", cpu()),
+        ("num_processes: 2\nzero_stage: auto\n", cpu()),
         ("zero_stage: 3\nstage3_param_persistence_threshold: 1000000000000\n", cpu()),
         (eight.as_str(), cpu()),
         (eight.as_str(), machine(Some(8), 0)),

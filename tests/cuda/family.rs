@@ -114,10 +114,10 @@ impl Shape {
         let store = ParamStore::new(loaded.blocks.map(Result::unwrap).map(Ok::<_, zero::Error>), device).unwrap();
         let engine = Engine::new(loaded.config, loaded.adapter, store, types, Activations::Recompute);
         for (block, flat) in engine.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-            let mut values = buffer::to_vec(flat.values()).unwrap();
+            let mut values = buffer::to_vec(&flat.values().unwrap()).unwrap();
             let mut stream = Stream::new(5, "family tests", 0, block as u64);
             values.iter_mut().for_each(|v| *v += 0.02 * stream.normal() as f32);
-            buffer::write(flat.values(), &values).unwrap();
+            buffer::write(&flat.values().unwrap(), &values).unwrap();
         }
         engine
     }

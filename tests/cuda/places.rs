@@ -1,5 +1,6 @@
 //! Steps of the optimizer with what waits in host memory or lies with other ranks, against everything in one place: the same bits.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use trainer::ranks::host::OnHost;
 use trainer::ranks::local::Threads;
 use trainer::ranks::{Exchange, Ranks};
 use trainer::rng::Stream;
-use trainer::zero::{Offload, ShardedOptimizer, Sharing};
+use trainer::zero::{Files, Offload, ShardedOptimizer, Sharing};
 
 use crate::support::{device, download, seed};
 use crate::tiny::{Tiny, VOCABULARY};
@@ -88,15 +89,35 @@ fn tinies() -> Vec<Tiny> {
     vec![tiny("qwen2", 64, &Projection::ALL[..], 0.0), tiny("qwen3", 64, some, 0.3), tiny("qwen2", 16, &[], 0.0)]
 }
 
+/// Files with a name that no other test has.
+fn files(optimizer: bool, parameters: bool, buffer_count: usize) -> Files {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let folder = |is_there: bool| is_there.then(std::env::temp_dir);
+    let run = format!("places-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    Files { optimizer: folder(optimizer), parameters: folder(parameters), run, buffer_count }
+}
+
 fn places() -> Vec<Offload> {
     let nothing = Offload::default();
+    let mut all = in_memory(&nothing);
+    all.extend([
+        Offload { params: true, files: files(false, true, 3), ..nothing.clone() },
+        Offload { optimizer: true, files: files(true, false, 3), ..nothing.clone() },
+        Offload { params: true, optimizer: true, files: files(true, true, 5), ..nothing.clone() },
+        Offload { params: true, optimizer: true, files: files(true, false, 1), ..nothing.clone() },
+        Offload { params: true, optimizer: true, is_pinned: false, files: files(true, true, 2), ..nothing },
+    ]);
+    all
+}
+
+fn in_memory(nothing: &Offload) -> Vec<Offload> {
     vec![
         nothing.clone(),
         Offload { params: true, ..nothing.clone() },
         Offload { params: true, most_live: usize::MAX, persistence_threshold: 100, ..nothing.clone() },
         Offload { optimizer: true, ..nothing.clone() },
         Offload { params: true, optimizer: true, persistence_threshold: 100, ..nothing.clone() },
-        Offload { params: true, optimizer: true, is_pinned: false, ..nothing },
+        Offload { params: true, optimizer: true, is_pinned: false, ..nothing.clone() },
     ]
 }
 

@@ -124,6 +124,16 @@ fn memory_is_estimated_before_anything_is_loaded() {
     assert!(ended.out.contains("too much"), "{}", ended.out);
     let ended = estimate(&["configs/ci/sft.yaml"]).expect(0);
     assert!(!ended.out.contains("fits"), "without a card nothing is said about one\n{}", ended.out);
+    // Files take what host memory would, and a stage that is left open is that of the card.
+    let nvme =
+        ["--set", "offload_param_device=nvme", "--set", "offload_param_nvme_path=/nvme", "--set", "zero_stage=auto"];
+    let ended = estimate(&[&guide[..], &shape, &nvme].concat()).expect(0);
+    for part in ["in files", "both, in files", "`zero_stage: auto` takes 0 on a card of 7.45 GiB"] {
+        assert!(ended.out.contains(part), "{part} is missing in\n{}", ended.out);
+    }
+    let small = ["configs/grpo_config_deepseek.yaml", "--gpus", "2", "--card", "3GB"];
+    let ended = estimate(&[&small[..], &shape, &nvme[4..]].concat()).expect(0);
+    assert!(ended.out.contains("`zero_stage: auto` finds none that fits"), "{}", ended.out);
     estimate(&["configs/ci/sft.yaml", "--card", "big"]).expect_error(2, &["11GB"]);
     estimate(&["configs/ci/sft.yaml", "--set", "model_name_or_path=/nowhere"]).expect_error(1, &["/nowhere"]);
 }

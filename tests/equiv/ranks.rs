@@ -14,7 +14,7 @@ use trainer::ops::{buffer, head};
 use trainer::quant::Weight;
 use trainer::ranks::local::Threads;
 use trainer::ranks::{self, Ranks, tcp};
-use trainer::zero::{self, Offload, ParamStore, ShardedOptimizer, Sharing};
+use trainer::zero::{self, Files, Offload, ParamStore, ShardedOptimizer, Sharing};
 
 use super::{engine_of, engine_with, kinds, packed, sequence};
 
@@ -44,7 +44,17 @@ fn places() -> Vec<Offload> {
     let nothing = Offload::default();
     let optimizer = Offload { optimizer: true, ..nothing.clone() };
     let both = Offload { params: true, persistence_threshold: 100, ..optimizer.clone() };
-    vec![nothing.clone(), Offload { params: true, ..nothing }, optimizer, both]
+    let filed = Offload { files: files(false), ..optimizer.clone() };
+    let all_filed = Offload { files: files(true), persistence_threshold: 0, ..both.clone() };
+    vec![nothing.clone(), Offload { params: true, ..nothing }, optimizer, both, filed, all_filed]
+}
+
+/// A file for the optimizer of each rank, and one for parameters if they lie in files too, with a name that no other test has.
+fn files(parameters: bool) -> Files {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let folder = Some(std::env::temp_dir());
+    let run = format!("equal-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    Files { optimizer: folder.clone(), parameters: folder.filter(|_| parameters), run, buffer_count: 3 }
 }
 
 /// What is the same on all ranks of a run.
@@ -67,7 +77,7 @@ impl Case {
             ParamStore::placed(blocks, &Device::Cpu, sharing, self.place.clone())
         });
         for (block, flat) in whole.store().flats().enumerate().filter(|(_, flat)| !flat.is_empty()) {
-            engine.store().write_values(block, &buffer::to_vec(flat.values()).unwrap()).unwrap();
+            engine.store().write_values(block, &buffer::to_vec(&flat.values().unwrap()).unwrap()).unwrap();
         }
         engine.force_order(self.order);
         engine

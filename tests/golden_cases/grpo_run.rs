@@ -137,7 +137,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) -> anyhow::Result<()> {
         report.check(&format!("{case} step {} grad norm", step + 1), error, GRAD_NORM * slack);
         let tolerance = 1e-5 * slack + 1e-3 * config.learning_rate * slack;
         for flat in engine.store().flats() {
-            let values = buffer::to_vec(flat.values())?;
+            let values = buffer::to_vec(&flat.values()?)?;
             for entry in flat.entries() {
                 let expected = weights.floats(&format!("step{}.{}", step + 1, entry.name))?;
                 let error = max_difference(&values[entry.range.clone()], &expected);

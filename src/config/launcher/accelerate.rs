@@ -79,8 +79,8 @@ const OF_DEEPSPEED: &Fates = &[
     ("offload_param_device", Read),
     ("gradient_accumulation_steps", Read),
     ("gradient_clipping", Read),
-    ("offload_optimizer_nvme_path", Fine),
-    ("offload_param_nvme_path", Fine),
+    ("offload_optimizer_nvme_path", Read),
+    ("offload_param_nvme_path", Read),
     // Weights are always read shard by shard, and a saved model is always whole.
     ("zero3_init_flag", Fine),
     ("zero3_save_16bit_model", Fine),
@@ -241,6 +241,7 @@ impl Asked<'_> {
             },
             ("deepspeed_config_file", _) => {}
             ("offload_optimizer_device" | "offload_param_device", _) => asked.offload(name, value),
+            ("offload_optimizer_nvme_path" | "offload_param_nvme_path", _) => asked.nvme_path(path, value),
             ("gradient_accumulation_steps", _) => asked.accumulation(path, value),
             ("gradient_clipping", _) => asked.clipping(path, value),
             _ => asked.zero_key(name, path, value),

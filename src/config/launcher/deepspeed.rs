@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Asked, Fate, Fates, is_auto};
+use super::{Asked, Fate, Fates, is_auto, is_on};
 use crate::config::settings::LrSchedulerType;
 
 use Fate::{Fine, Missing, Off, Read};
@@ -44,7 +44,7 @@ const KEYS: &Fates = &[
     ("comet", Fine),
     ("csv_monitor", Fine),
     ("comms_logger", Fine),
-    ("aio", Fine),
+    ("aio", Read),
     ("checkpoint", Fine),
     ("hybrid_engine", Fine),
     ("nebula", Fine),
@@ -136,10 +136,10 @@ pub(super) const ZERO: &Fates = &[
 /// `offload_optimizer` and `offload_param`.
 const OFFLOAD: &Fates = &[
     ("device", Read),
-    ("nvme_path", Fine),
-    ("buffer_count", Fine),
-    ("buffer_size", Fine),
-    ("max_in_cpu", Fine),
+    ("nvme_path", Read),
+    ("buffer_count", Read),
+    ("buffer_size", Read),
+    ("max_in_cpu", Read),
     ("pin_memory", Read),
     ("pipeline", Fine),
     ("pipeline_read", Fine),
@@ -149,6 +149,17 @@ const OFFLOAD: &Fates = &[
     ("super_offload", Fine),
     ("convert_grad_on_cpu", Fine),
     ("cpuadam_cores_perc", Fine),
+];
+
+/// `aio`: how DeepSpeed reads and writes files.
+const AIO: &Fates = &[
+    ("block_size", Read),
+    ("queue_depth", Read),
+    ("thread_count", Read),
+    ("intra_op_parallelism", Read),
+    ("single_submit", Read),
+    ("overlap_events", Read),
+    ("use_gds", Read),
 ];
 
 /// `bf16`.
@@ -193,6 +204,10 @@ impl Asked<'_> {
             "optimizer" => asked.optimizer(value),
             "scheduler" => asked.scheduler(value),
             "zero_optimization" => asked.zero(path, value),
+            "aio" => {
+                let Some(map) = asked.map(path, value) else { return };
+                asked.walk(path, map, AIO, |asked, _, own, _| asked.of_reading.push(format!("`{own}`")));
+            }
             _ => {
                 asked.precision(path, value, "bf16", *raw.bf16.value());
                 let Value::Object(map) = value else { return };
@@ -248,6 +263,16 @@ impl Asked<'_> {
                 let Some(map) = self.map(path, value) else { return };
                 self.walk(path, map, OFFLOAD, |asked, name, own, value| match name {
                     "pin_memory" => asked.pin(own, value),
+                    "nvme_path" => asked.nvme_path(own, value),
+                    "buffer_count" => {
+                        let count = asked.count(own, value, (1, 1024));
+                        asked.buffer_count = asked.buffer_count.max(count);
+                    }
+                    "buffer_size" | "max_in_cpu" => {
+                        if is_on(value) {
+                            asked.of_reading.push(format!("`{own}`"));
+                        }
+                    }
                     _ => asked.offload(path, value),
                 });
             }

@@ -27,7 +27,7 @@ use self::report::Report;
 use super::generation::Surroundings;
 use super::run::is_of_interrupt;
 use super::session::{self, Session};
-use super::{Backend, Context, Outcome, plan, sft as supervised};
+use super::{Backend, Context, Outcome, placing, plan, sft as supervised};
 use crate::config::settings::{DataSettings, GrpoSettings, ModelSettings, RankSettings, SftSettings, TrainingSettings};
 use crate::data::{self, Dataset, hub};
 use crate::engine::Activations;
@@ -181,7 +181,7 @@ pub fn sft(settings: &SftSettings, request: &Request, context: &Context<'_>) -> 
 
 /// The settings for one rank.
 fn alone(training: &TrainingSettings) -> TrainingSettings {
-    let ranks = RankSettings { offload: training.ranks.offload, ..RankSettings::default() };
+    let ranks = RankSettings { offload: training.ranks.offload.clone(), ..RankSettings::default() };
     TrainingSettings { ranks, ..training.clone() }
 }
 
@@ -247,6 +247,7 @@ fn open(
     progress: &mut hub::Progress<'_>,
 ) -> anyhow::Result<Session> {
     let activations = (Activations::Keep, 0);
+    let run = placing::run_name(&shared.training.output_dir, &crate::ranks::Alone)?;
     let (seed, purpose) = (shared.training.seed, Purpose::Inference);
     let mut session = session::open(
         &choice.settings,
@@ -254,7 +255,7 @@ fn open(
         purpose,
         activations,
         backend,
-        (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device)),
+        (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device, &run)),
         progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());

@@ -175,7 +175,7 @@ impl ParamStore {
                 None => return Ok(()),
             },
             None if own.flat.has_all_values() => {
-                (Arc::new(Buffer::of_tensor(own.flat.values().clone())?), Queue::of(self.device())?.ticket()?)
+                (Arc::new(Buffer::of_tensor(own.flat.values()?)?), Queue::of(self.device())?.ticket()?)
             }
             None => return Ok(()),
         };

@@ -1,4 +1,4 @@
-//! Trained values, gradients and the optimizer's state in host memory, beside blocks that compute with a copy.
+//! Trained values, gradients and the optimizer's state in host memory, or values and state in a file, beside blocks that compute with a copy.
 //!
 //! Gradients go home when they are final, while backward goes on with the blocks before; values come back when the optimizer has
 //! moved them. Both are copied on a queue of their own. Another thread moves a block's values, or this rank's part of them, while
@@ -55,7 +55,8 @@ impl Home {
             Ok(Working { values, memory })
         };
         let stays = !link.offload().params && stays && !flat.is_empty();
-        let (values, grads) = (link.lock(flat.values())?.map(Arc::new), link.lock(flat.grads())?.map(Arc::new));
+        let lock = |tensor: &Tensor| Ok::<_, Error>(link.lock(tensor)?.map(Arc::new));
+        let (values, grads) = (flat.stored().memory().map(lock).transpose()?.flatten(), lock(flat.grads())?);
         Ok(Self {
             working: stays.then(working).transpose()?,
             values,
@@ -93,21 +94,20 @@ impl Home {
         moved.wait(None).map_err(|given_up| lock(&self.problem).take().unwrap_or_else(|| given_up.into()))
     }
 
-    /// Whether it has.
-    fn is_moved(&self) -> Result<bool, Error> {
-        let moved = lock(&self.moved).clone();
-        moved.is_done().map_err(|given_up| lock(&self.problem).take().unwrap_or_else(|| given_up.into()))
+    /// Whether it has. Who waits for the values is told what kept it from that.
+    pub(super) fn is_moved(&self) -> bool {
+        lock(&self.moved).is_done().unwrap_or(false)
     }
 
     /// Starts the way of this rank's part of the values to its place where the block computes, after `computed`, if all are there.
     fn send_values(&self, flat: &FlatBlock, copies: &Queue, computed: &Ticket) -> Result<(), Error> {
         let Some(Working { values: working, memory }) = &self.working else { return Ok(()) };
         let own = flat.own();
-        let sent = match (&self.values, memory) {
+        let sent = match (self.values.clone().or_else(|| flat.stored().locked()), memory) {
             _ if own.is_empty() => computed.clone(),
             (Some(values), Some(memory)) => copies.copy(&values.whole(), &memory.part(bytes_of(&own))?, computed)?,
             _ => {
-                buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(flat.values())?)?;
+                buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(&flat.values()?)?)?;
                 Queue::of(working.device())?.ticket()?
             }
         };
@@ -169,12 +169,12 @@ pub(in crate::zero) struct Errand {
 }
 
 impl Errand {
-    /// Does `step` on the flat buffers, and starts the way of the values. Returns whether it could; who waits for them gets the
-    /// error.
+    /// Does `step` on the flat buffers, and starts the way of the values to where the block computes and to the file that they are
+    /// in. Returns whether it could; who waits for them gets the error.
     pub(in crate::zero) fn run(self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> bool {
         let Self { home, flat, copies, computed, sends, work } = self;
         let sent = || if sends { home.send_values(&flat, &copies, &computed) } else { Ok(()) };
-        match step(&flat).and_then(|()| sent()) {
+        match step(&flat).and_then(|()| sent()).and_then(|()| flat.stored().unload()) {
             Ok(()) => {
                 work.done();
                 true
@@ -291,7 +291,7 @@ impl ParamStore {
     pub(in crate::zero) fn gather_ahead(&self, block: usize) -> Result<(), Error> {
         let Some(home) = self.blocks.get(block).and_then(|block| block.home.as_ref()) else { return Ok(()) };
         let is_beside = self.sharing.exchanges_on_device();
-        if is_beside && home.is_apart.load(Ordering::Relaxed) && home.is_moved()? {
+        if is_beside && home.is_apart.load(Ordering::Relaxed) && home.is_moved() {
             self.gather_apart(block)?;
         }
         Ok(())

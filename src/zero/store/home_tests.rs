@@ -4,18 +4,23 @@ use std::time::Duration;
 use candle_core::Device;
 
 use super::*;
-use crate::config::settings::{OptimizerKind, RankSettings, ZeroStage};
+use crate::config::settings::{OptimizerKind, OptimizerSettings, RankSettings, ZeroStage};
 use crate::model::params::{BlockInit, BlockParams, Trainable};
 use crate::quant::Weight;
 use crate::ranks::Ranks;
 use crate::ranks::local::Threads;
-use crate::zero::{Needs, Offload, Sharing, Speaker, Sums, Visit, Walk};
+use crate::zero::{Files, Needs, Offload, ShardedOptimizer, Sharing, Speaker, Sums, Visit, Walk};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Values of the parameters of each block; the last has fewer than there are ranks.
 const COUNTS: [&[usize]; 3] = [&[5, 3, 4, 8], &[7, 2, 9], &[1]];
 
 fn store(sharing: Sharing) -> ParamStore {
+    store_with(sharing, Files::default())
+}
+
+/// As [`store`], with some of it in files.
+fn store_with(sharing: Sharing, files: Files) -> ParamStore {
     let block = |(number, counts): (usize, &&[usize])| {
         let trainable = |(index, &count): (usize, &usize)| {
             let values = (0..count).map(|value| (100 * number + 10 * index + value) as f32).collect();
@@ -24,7 +29,7 @@ fn store(sharing: Sharing) -> ParamStore {
         let trainable = counts.iter().enumerate().map(trainable).collect();
         Ok::<_, Error>(BlockInit { trainable, ..BlockInit::default() })
     };
-    let offload = Offload { optimizer: true, ..Offload::default() };
+    let offload = Offload { optimizer: true, files, ..Offload::default() };
     ParamStore::placed(COUNTS.iter().enumerate().map(block), &Device::Cpu, sharing, offload).unwrap()
 }
 
@@ -75,6 +80,33 @@ fn what_keeps_the_optimizer_from_moving_values_is_the_error_of_who_waits_for_the
     // Values that were not moved are not to be had, and not to be saved.
     assert!(store.settle().unwrap_err().to_string().contains("given up"));
     assert!(store.collect_values().is_err());
+}
+
+#[test]
+fn what_is_wrong_with_a_file_of_the_optimizer_is_the_error_of_who_waits_for_the_values() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = Files { optimizer: Some(folder.path().into()), run: "errands".into(), ..Files::default() };
+    let store = store_with(Sharing::alone(), files);
+    let settings = OptimizerSettings {
+        kind: OptimizerKind::AdamW,
+        weight_decay: 0.1,
+        adam_beta1: 0.9,
+        adam_beta2: 0.999,
+        adam_epsilon: 1e-8,
+    };
+    let mut optimizer = ShardedOptimizer::new(settings, &store).unwrap();
+    let mut step = || optimizer.step(&store, 0.5, 0.0, 1.0);
+    // Without gradients values decay.
+    step().unwrap();
+    let decayed: Vec<f32> = at_first(0).iter().map(|value| value * (1.0 - 0.5 * 0.1)).collect();
+    assert_eq!(values_of(walk(&store).nth(0).params()), decayed);
+    let (path, bytes) = store.files().into_iter().next().unwrap();
+    assert!(bytes > 0);
+    store.settle().unwrap();
+    std::fs::File::options().write(true).open(path).unwrap().set_len(0).unwrap();
+    step().unwrap();
+    let error = walk(&store).advance().unwrap_err().to_string();
+    assert!(error.contains("cannot read") && error.contains("cut short"), "{error}");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What a store takes, and what of it comes for a visit.
 
+use std::path::Path;
+
 use candle_core::Tensor;
 
 use super::{Block, ParamStore};
@@ -9,7 +11,7 @@ use crate::zero::{FlatBlock, Sums};
 /// Bytes of a layer that come for a visit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerBytes {
-    /// From this rank's host memory.
+    /// From this rank's host memory or file.
     pub from_host: usize,
     /// From other ranks.
     pub from_ranks: usize,
@@ -46,14 +48,28 @@ impl ParamStore {
     pub fn computed_bytes(&self) -> usize {
         let of_block = |block: &Block| match &block.home {
             Some(home) => home.working_values().map_or(0, Tensor::elem_count),
-            None => block.flat.values().elem_count(),
+            None => block.flat.stored().len_in_memory(),
         };
         size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
     }
 
-    /// Trained values that this rank keeps.
+    /// Trained values that this rank keeps in memory.
     pub fn num_kept(&self) -> usize {
-        self.flats().map(|flat| flat.values().elem_count()).sum()
+        self.flats().map(|flat| flat.stored().len_in_memory()).sum()
+    }
+
+    /// This rank's files, each with the bytes that lie in it.
+    pub fn files(&self) -> Vec<(&Path, u64)> {
+        self.link.files().map(|file| (file.path(), file.len())).collect()
+    }
+
+    /// Bytes of the largest block that come from files for its visit.
+    pub fn largest_read_bytes(&self) -> usize {
+        let of_block = |block: &Block| {
+            let values = if block.flat.stored().is_in_file() { block.flat.stored().len() } else { 0 };
+            block.frozen.bytes_in_file() + size_of::<f32>() * values
+        };
+        self.blocks.iter().map(of_block).max().unwrap_or(0)
     }
 
     /// Bytes of gradients that a step of so many micro-batches takes beside those of the buckets.
@@ -71,14 +87,19 @@ impl ParamStore {
         self.blocks.iter().map(|block| block.frozen.offloaded_bytes()).sum()
     }
 
+    /// Those of them that lie in a file.
+    pub fn bytes_in_file(&self) -> usize {
+        self.blocks.iter().map(|block| block.frozen.bytes_in_file()).sum()
+    }
+
     /// Bytes that come for a visit of the largest layer: a block between the first and the last.
     pub fn layer_bytes(&self) -> LayerBytes {
         let last = self.blocks.len().saturating_sub(1);
         let layers = self.blocks.get(1..last).unwrap_or_default();
         let from_host = |block: &Block| {
             let is_copied = self.values_come(block) && self.home().is_cpu();
-            let values = if is_copied { block.flat.values().elem_count() } else { 0 };
-            block.frozen.offloaded_bytes() + size_of::<f32>() * values
+            let values = if is_copied { block.flat.stored().len() } else { 0 };
+            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + size_of::<f32>() * values
         };
         let from_ranks = |block: &Block| {
             let is_gathered = self.values_come(block) && !block.flat.has_all_values();

@@ -3,30 +3,30 @@
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
 use super::{Block, ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
-use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums};
+use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums, Values};
 
 impl ParamStore {
     /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
-    /// they are there anyway. With one rank what waits in host memory stays there if the device has no room for it beside `room`
-    /// bytes: it comes block by block then, and this says so.
+    /// they are there anyway. With one rank what waits elsewhere stays there if the device has no room for it beside `room` bytes:
+    /// it comes block by block then, and this says so.
     ///
     /// # Errors
     /// If a rank is lost, or the device of one of several has no room.
     pub fn gather_all(&mut self, room: usize) -> Result<bool, Error> {
         (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
-        if self.device().is_cuda() && self.blocks.iter().any(|block| block.policy.is_none()) {
+        let free = self.free_bytes()?.filter(|_| self.blocks.iter().any(|block| block.policy.is_none()));
+        if let Some(free) = free {
             let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
             let of_block = |block: &Block| {
                 block.frozen.away_bytes()
                     + if self.values_come(block) { size_of::<f32>() * block.flat.len() } else { 0 }
             };
             let needed = waiting.map(of_block).sum::<usize>() + room;
-            let free = crate::device::free_memory(self.device())?;
             let is_too_much = needed as u64 > free;
             if self.sharing.world_size() == 1 && is_too_much {
                 return Ok(false);
@@ -43,6 +43,16 @@ impl ParamStore {
             }
         }
         Ok(true)
+    }
+
+    /// Memory that is free where blocks compute, if they are not held there anyway.
+    fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        if self.device().is_cuda() {
+            return Ok(Some(crate::device::free_memory(self.device())?));
+        }
+        // Ranks of one machine come for it together.
+        let each = |free: u64| free / self.sharing.world_size() as u64;
+        Ok(crate::device::free_host_memory().filter(|_| !self.files().is_empty()).map(each))
     }
 
     /// Ends [`Self::gather_all`].
@@ -88,7 +98,7 @@ impl ParamStore {
     /// # Errors
     /// If a rank is lost or the device failed.
     pub fn collect_values(&self) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        self.collect(self.flats().map(|flat| (flat, flat.values())))
+        self.collect(self.flats().map(|flat| (flat, flat.stored())))
     }
 
     /// As [`Self::collect_values`], of the reference; empty if none was kept.
@@ -101,16 +111,16 @@ impl ParamStore {
 
     fn collect<'a>(
         &'a self,
-        buffers: impl Iterator<Item = (&'a FlatBlock, &'a Tensor)>,
+        buffers: impl Iterator<Item = (&'a FlatBlock, &'a Values)>,
     ) -> Result<Option<Vec<Vec<f32>>>, Error> {
         let is_first = self.sharing.ranks().is_first();
         self.settle()?;
         let mut all = Vec::new();
         for (flat, values) in buffers {
             if !flat.has_all_values() {
-                all.extend(self.sharing.collect(&on_host(values)?, flat.shards())?);
+                all.extend(self.sharing.collect(&on_host(&values.tensor()?)?, flat.shards())?);
             } else if is_first {
-                all.push(buffer::to_vec(values)?);
+                all.push(buffer::to_vec(&values.tensor()?)?);
             }
         }
         Ok(is_first.then_some(all))
@@ -122,7 +132,7 @@ impl ParamStore {
     /// If the lengths differ.
     pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
         match &self.blocks[block].reference {
-            Some(reference) => self.blocks[block].flat.write(&reference.values, all),
+            Some(reference) => reference.values.change(|values| self.blocks[block].flat.write(values, all)),
             None => Ok(()),
         }
     }
@@ -145,11 +155,11 @@ impl ParamStore {
         }
         let has_working = home.as_ref().is_some_and(|home| home.working_values().is_some());
         if flat.has_all_values() || has_working {
-            let own = if flat.has_all_values() { flat.own_values()? } else { flat.values().clone() };
+            let own = if flat.has_all_values() { flat.own_values()? } else { flat.values()? };
             let all = self.sharing.gather(&on_host(&own)?, flat.shards())?;
             match home {
                 Some(home) => home.write_working(&all)?,
-                None => buffer::write(flat.values(), &all)?,
+                None => flat.write_values(&all)?,
             }
         }
         Ok(())
