@@ -143,8 +143,8 @@ impl DecodeModel for EngineModel<'_> {
         self.engine.device()
     }
 
-    fn step_bytes(&self, lanes: usize) -> u64 {
-        let recorded = self.recorded.as_ref().map_or(0, |recorded| recorded.bytes(lanes));
+    fn step_bytes(&self, lanes: usize, longest: usize) -> u64 {
+        let recorded = self.recorded.as_ref().map_or(0, |recorded| recorded.bytes(lanes, longest));
         let visiting = if self.bound.is_some() { 0 } else { self.engine.store().visiting_bytes() };
         (recorded + visiting) as u64
     }

@@ -219,7 +219,7 @@ impl Rollout {
             Some(cache) => cache,
             None => KvCache::new(
                 shape,
-                self.pages_with_room(num_pages, longest, (shape, model.step_bytes(lanes)), &device)?,
+                self.pages_with_room(num_pages, longest, (shape, model.step_bytes(lanes, longest)), &device)?,
                 &device,
             )?,
         };

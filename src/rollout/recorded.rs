@@ -198,10 +198,9 @@ impl RecordedSteps {
         Ok(work.kept().logits.narrow(0, 0, lanes.len())?)
     }
 
-    /// Bytes of the device that steps of up to `lanes` take, with contexts of a few thousand tokens.
-    pub(super) fn bytes(&self, lanes: usize) -> usize {
-        const CONTEXT: usize = 4096;
-        let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: CONTEXT };
+    /// Bytes of the device that steps of up to `lanes` take, with contexts of up to `longest` tokens.
+    pub(super) fn bytes(&self, lanes: usize, longest: usize) -> usize {
+        let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: context_bucket(longest + STEPS) };
         self.parts.arena_bytes(size) + 4 * size.lanes * self.parts.vocabulary
     }
 
