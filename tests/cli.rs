@@ -108,6 +108,23 @@ fn a_bench_measures_steps_of_both_kinds_and_writes_what_it_read() {
 }
 
 #[test]
+fn a_bench_of_rollouts_counts_their_tokens_and_knows_their_floor() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.jsonl");
+    let json_option = format!("--json={}", json.display());
+    let options = ["--steps=2", "--lora-r=4", "--device=cpu", &json_option];
+    let run = |work: &str| trainer(&[&["bench", "data/tiny-qwen", work][..], &options].concat());
+    let (code, out, err) = run("--rollout=2x3x5+7");
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains("(10 tokens)") && out.contains("(36 tokens, 7 steps)"), "{out}");
+    let row: serde_json::Value = serde_json::from_str(std::fs::read_to_string(&json).unwrap().trim()).unwrap();
+    assert_eq!((row["rollout"].as_str(), row["rollout_secs"].as_array().unwrap().len()), (Some("2x3x5+7"), 2), "{row}");
+    assert!(row["decode_bytes"].as_f64().unwrap() > 0.0 && row["floor_secs"].as_f64().unwrap() > 0.0, "{row}");
+    let (code, _, err) = run("--rollout=4x16");
+    assert!(code != Some(0) && err.contains("PROMPTSxSAMPLESxPROMPT+COMPLETION"), "{err}");
+}
+
+#[test]
 fn a_bench_of_ranks_takes_the_order_that_it_is_told_and_else_that_of_a_run() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("bench.jsonl");

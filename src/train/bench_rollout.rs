@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::bench::{Bench, Work};
 use crate::config::settings::SamplingSettings;
-use crate::device::{empty, synchronize};
+use crate::device::empty;
 use crate::engine::Engine;
 use crate::rng::Stream;
 use crate::rollout::forward::{EngineModel, kv_shape};
@@ -128,10 +128,10 @@ fn bandwidth(engine: &Engine) -> anyhow::Result<f64> {
     let bytes = 2 * 4 * from.elem_count();
     let mut best = f64::INFINITY;
     for _ in 0..5 {
-        synchronize(device)?;
+        device.synchronize()?;
         let started = Instant::now();
         let _copy = from.copy()?;
-        synchronize(device)?;
+        device.synchronize()?;
         best = best.min(started.elapsed().as_secs_f64());
     }
     Ok(bytes as f64 / best)
