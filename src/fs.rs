@@ -221,19 +221,53 @@ impl Region {
     }
 }
 
+/// Whether an open file is the one at `path`; where that cannot be known open files are not removed, and it is.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt as _;
+        let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        let (own, there) = (file.metadata().map(id), std::fs::metadata(path).map(id));
+        matches!((own, there), (Ok(own), Ok(there)) if own == there)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, path);
+        true
+    }
+}
+
+/// Fills `bytes` from `offset` of a file on.
 #[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
 }
 
+/// Writes all of `bytes` from `offset` of a file on.
+#[cfg(unix)]
+pub(crate) fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+/// Fills `bytes` from `offset` of a file on.
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         let count = std::os::windows::fs::FileExt::seek_read(file, bytes, offset)?;
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         (bytes, offset) = (&mut bytes[count..], offset + count as u64);
+    }
+    Ok(())
+}
+
+/// Writes all of `bytes` from `offset` of a file on.
+#[cfg(windows)]
+pub(crate) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let count = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
+        (bytes, offset) = (&bytes[count..], offset + count as u64);
     }
     Ok(())
 }

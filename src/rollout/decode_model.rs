@@ -53,9 +53,13 @@ pub trait DecodeModel {
         0
     }
 
+    /// Most sequences that it is best computed with at a time: more wait for others.
+    fn most_lanes(&self) -> usize {
+        usize::MAX
+    }
+
     /// Most tokens that the model draws for each sequence without the host; 0 if it does not draw.
-    fn most_steps(&self, lanes: usize) -> usize {
-        let _ = lanes;
+    fn most_steps(&self) -> usize {
         0
     }
 

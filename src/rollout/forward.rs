@@ -149,8 +149,12 @@ impl DecodeModel for EngineModel<'_> {
         (recorded + visiting) as u64
     }
 
-    fn most_steps(&self, lanes: usize) -> usize {
-        if self.recorded.is_some() && lanes <= MOST_LANES { STEPS } else { 0 }
+    fn most_lanes(&self) -> usize {
+        if self.recorded.is_some() { MOST_LANES } else { usize::MAX }
+    }
+
+    fn most_steps(&self) -> usize {
+        if self.recorded.is_some() { STEPS } else { 0 }
     }
 
     fn draw(

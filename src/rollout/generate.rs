@@ -213,7 +213,8 @@ impl Rollout {
         let at_once = reserve.first.max(reserve.most_unfinished).max(reserve.most_taken).min(requests.len());
         let num_pages = self.num_pages(model, at_once, longest);
         let (shape, device) = (model.kv_shape(), model.device().clone());
-        let lanes = self.settings.max_num_seqs.min(requests.len());
+        let most_lanes = self.settings.max_num_seqs.min(model.most_lanes());
+        let lanes = most_lanes.min(requests.len());
         // One that does not fit is gone before a new one is made.
         let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
             Some(cache) => cache,
@@ -223,8 +224,7 @@ impl Rollout {
                 &device,
             )?,
         };
-        let limits =
-            Limits { max_num_seqs: self.settings.max_num_seqs, max_batch_tokens: self.settings.max_batch_tokens };
+        let limits = Limits { max_num_seqs: most_lanes, max_batch_tokens: self.settings.max_batch_tokens };
         let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);
         scheduler.add(0..reserve.first);
         let result = call.run(model, &mut cache, (&mut scheduler, reserve), caller, &mut self.statistics);
@@ -302,7 +302,7 @@ impl Rollout {
     fn num_pages(&self, model: &dyn DecodeModel, num_requests: usize, longest: usize) -> usize {
         let budget = self.settings.kv_cache_bytes.checked_div(model.kv_shape().page_bytes()).unwrap_or(usize::MAX);
         // Besides the lanes, one ready prompt may hold pages; the scheduler also likes a spare page per lane.
-        let lanes = self.settings.max_num_seqs.min(num_requests) + 1;
+        let lanes = self.settings.max_num_seqs.min(model.most_lanes()).min(num_requests) + 1;
         budget.min(lanes.saturating_mul(pages_for(longest) + 2))
     }
 }
@@ -407,7 +407,7 @@ impl Call<'_> {
         statistics: &mut Statistics,
     ) -> Result<bool, Error> {
         let Some(temperature) = self.sampler.plain_temperature() else { return Ok(false) };
-        let most = model.most_steps(scheduler.num_lanes());
+        let most = model.most_steps();
         if most == 0 || !scheduler.is_decoding() {
             return Ok(false);
         }
@@ -484,7 +484,7 @@ impl Call<'_> {
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<(), Error> {
-        let plan = scheduler.plan(model.most_steps(scheduler.num_lanes()) > 0, cache)?;
+        let plan = scheduler.plan(model.most_steps() > 0, cache)?;
         let start = Instant::now();
         let logits = model.step(&plan.batch, cache)?;
         let vocab_size = model.vocab_size();

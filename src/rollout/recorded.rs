@@ -26,7 +26,7 @@ use crate::quant::Weight;
 
 /// Tokens that are drawn between two visits of the host.
 pub(super) const STEPS: usize = 16;
-/// Lanes beyond which a step unpacks the weights instead.
+/// Most lanes: the kernels multiply so many rows at a time.
 pub(super) const MOST_LANES: usize = 256;
 /// Lanes beyond which the head is a product of the library, which reads a dense table as fast.
 const MOST_HEAD_ROWS: usize = 32;
@@ -192,8 +192,7 @@ impl RecordedSteps {
         self.prepare(size, cache)?;
         let index = self.recording(size, After::Nothing)?;
         let work = &self.recordings[index].work;
-        let begun = work.kept().lanes.borrow_mut().begin(lanes, size.lanes, 1, &vec![0.0; lanes.len()]);
-        begun?;
+        work.kept().lanes.borrow_mut().begin(lanes, size.lanes, 1, &vec![0.0; lanes.len()])?;
         work.repeat()?;
         Ok(work.kept().logits.narrow(0, 0, lanes.len())?)
     }
@@ -287,9 +286,7 @@ impl Parts {
         let Some(layer) = self.layers.first() else { return SPARE };
         let (lanes, widths) = (size.lanes, layer.widths());
         let padded = lanes.next_power_of_two().max(8);
-        // Fewer lanes may take more workspace than many.
-        let rooms =
-            (0..=lanes).filter(|&n| n == bucket(n) && n > 0).map(|n| self.room(n)).fold(Room::default(), Room::or);
+        let rooms = self.rooms(lanes);
         let attention = layer.attention_floats(lanes, size.context);
         let (compute, residual) = (self.types.compute.size_in_bytes(), self.types.residual.size_in_bytes());
         let rows = residual * widths.hidden

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 
-use crate::fs::{io_error, open_own};
+use crate::fs::{io_error, is_at, open_own};
 
 /// The file in `output_dir` that a run holds locked; it says which process that is.
 const LOCK_FILE: &str = "run.lock";
@@ -68,19 +68,4 @@ impl Drop for Lock {
         // What stays behind says nothing without the lock.
         let _ = std::fs::remove_file(&self.path);
     }
-}
-
-/// Whether an open file is the one at `path`.
-#[cfg(unix)]
-fn is_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let (own, there) = (file.metadata().map(id), std::fs::metadata(path).map(id));
-    matches!((own, there), (Ok(own), Ok(there)) if own == there)
-}
-
-/// Open files are not removed here.
-#[cfg(not(unix))]
-fn is_at(_file: &File, _path: &Path) -> bool {
-    true
 }

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Error;
+use crate::fs::{is_at, read_exact_at, write_all_at};
 pub(super) use extent::{Extent, Memory, Reading};
 use threads::{Thread, in_pieces};
 
@@ -161,14 +162,14 @@ impl Drop for Shelf {
 
 impl Shared {
     fn read(&self, memory: &mut impl Memory, start: u64) -> Result<(), Error> {
-        let done =
-            memory.with_bytes(&mut |parts| in_pieces(parts, start, |piece, at| read_at(&self.file, piece, at)))?;
+        let done = memory
+            .with_bytes(&mut |parts| in_pieces(parts, start, |piece, at| read_exact_at(&self.file, piece, at)))?;
         done.map_err(|source| self.failed("read", Arc::new(source)))
     }
 
     fn write(&self, memory: &mut impl Memory, start: u64) -> Result<(), Error> {
         let done =
-            memory.with_bytes(&mut |parts| in_pieces(parts, start, |piece, at| write_at(&self.file, piece, at)))?;
+            memory.with_bytes(&mut |parts| in_pieces(parts, start, |piece, at| write_all_at(&self.file, piece, at)))?;
         done.map_err(|source| {
             let source = Arc::new(source);
             *lock(&self.problem) = Some(("write", source.clone()));
@@ -258,52 +259,6 @@ fn remove_left(folder: &Path) -> io::Result<()> {
                 tracing::debug!("whether `{}` is in use is not known: {error}", path.display());
             }
         }
-    }
-    Ok(())
-}
-
-/// Whether an open file is the one at `path`.
-#[cfg(unix)]
-fn is_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let (own, there) = (file.metadata().map(id), std::fs::metadata(path).map(id));
-    matches!((own, there), (Ok(own), Ok(there)) if own == there)
-}
-
-/// Open files are not removed here.
-#[cfg(not(unix))]
-fn is_at(_file: &File, _path: &Path) -> bool {
-    true
-}
-
-#[cfg(unix)]
-fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
-}
-
-#[cfg(unix)]
-fn write_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
-}
-
-#[cfg(windows)]
-fn read_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let count = std::os::windows::fs::FileExt::seek_read(file, bytes, offset)?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        (bytes, offset) = (&mut bytes[count..], offset + count as u64);
-    }
-    Ok(())
-}
-
-#[cfg(windows)]
-fn write_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let count = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
-        (bytes, offset) = (&mut bytes[count..], offset + count as u64);
     }
     Ok(())
 }

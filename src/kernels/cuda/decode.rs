@@ -6,8 +6,8 @@ use candle_core::{DType, Device};
 use super::checks::{expect_array, expect_shape};
 use super::lanes::LanesView;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
-use super::packed_product::Rows;
 use super::paged_attention::{LANE_SPLIT_KEYS, PagedCache, decode_attention_workspace, lane_splits};
+use super::row_layout::Rows;
 use crate::device::{Error, Matrix, Pointer, argument};
 
 /// Columns of a row that a norm holds.

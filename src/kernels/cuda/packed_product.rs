@@ -5,17 +5,14 @@ use candle_core::{DType, Device};
 use super::checks::expect_array;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
-use crate::device::{Error, Matrix, Pointer, argument, compute_capability, multiprocessors};
+use super::row_layout::{CHUNK, ProductCard, RowLayout, Rows};
+use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
-/// Columns of a step of the sum, see `packed_product.cu`.
-const CHUNK: usize = 128;
 /// Matrices that one launch multiplies.
 const MOST_MATRICES: usize = 3;
 /// Ranks of an adapter are a multiple of this; what is missing is zeros.
 pub const RANK_STEP: usize = 16;
-/// Rows of `x` that warp groups multiply at a time.
-const MOST_GROUP_ROWS: usize = 256;
 /// Parts into which a sum is cut.
 const MOST_SPLITS: usize = 16;
 /// Chunks whose maxima a block of a warp group holds.
@@ -39,7 +36,6 @@ kernels! {
         tiles: i32,
         stream: RawStream,
     ) -> i32;
-    fn trainer_has_packed_product_sm90() -> i32;
 }
 
 /// `Packed` of `packed_product.cu`.
@@ -114,127 +110,6 @@ pub struct LowRank<'b> {
     pub parts: usize,
     /// Low-rank products of a row.
     pub cols: usize,
-}
-
-/// The order of the columns of rows that products read, see `mma.cuh`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowLayout {
-    /// As they are.
-    Plain,
-    /// In the order in which a warp reads them.
-    Fragments,
-    /// In blocks of 64 columns of this many rows, a power of two from 8 to 256, for Hopper's warp groups.
-    Tiles(usize),
-}
-
-/// Rows in such an order.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows<'b> {
-    matrix: Matrix<'b>,
-    layout: RowLayout,
-}
-
-impl<'b> Rows<'b> {
-    /// Rows as they are.
-    pub fn plain(matrix: Matrix<'b>) -> Self {
-        Self { matrix, layout: RowLayout::Plain }
-    }
-
-    /// `m` rows in memory without gaps: `[rows of the layout, K]`, whose order is the layout's.
-    ///
-    /// # Errors
-    /// If the memory is too small or not aligned, or K is no multiple of 128.
-    pub fn new(memory: Matrix<'b>, m: usize, layout: RowLayout) -> Result<Self, Error> {
-        let rows = layout.rows(m);
-        let is_ordered = layout != RowLayout::Plain;
-        let fits = memory.rows >= rows && memory.stride == memory.cols && rows >= m;
-        let is_aligned = memory.address.is_multiple_of(128) && memory.cols.is_multiple_of(CHUNK);
-        if !fits || is_ordered && !is_aligned {
-            return Err(argument("rows", "memory", memory, format!("{rows} rows for {m}, aligned, in {layout:?}")));
-        }
-        Ok(Self { matrix: Matrix { rows: m, ..memory }, layout })
-    }
-
-    /// `(M, K)`.
-    pub fn shape(&self) -> (usize, usize) {
-        self.matrix.shape()
-    }
-
-    /// Their type.
-    pub fn dtype(&self) -> DType {
-        self.matrix.dtype()
-    }
-
-    /// The rows where they lie as they are.
-    pub fn as_plain(&self) -> Option<Matrix<'b>> {
-        (self.layout == RowLayout::Plain).then_some(self.matrix)
-    }
-
-    pub(super) fn memory(&self) -> Matrix<'b> {
-        self.matrix
-    }
-
-    pub(super) fn raw(&self) -> RawMatrix {
-        let raw = RawMatrix::from(self.matrix);
-        match self.layout {
-            RowLayout::Plain => raw,
-            RowLayout::Fragments => raw.ordered(1, self.matrix.stride),
-            RowLayout::Tiles(rows) => raw.ordered(2, rows),
-        }
-    }
-}
-
-impl RowLayout {
-    /// The layout in which products of `m` rows are fastest.
-    pub fn choose(m: usize, is_dense: bool, card: ProductCard) -> Self {
-        // For fewer rows, warps that need not go in step make values of codes faster.
-        let least = if is_dense { 1 } else { 17 };
-        match m {
-            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(8)),
-            _ => Self::Fragments,
-        }
-    }
-
-    /// The column that stands at a place of a row, for those who put other rows in this order.
-    pub fn column(self, place: usize) -> usize {
-        let (chunk, at) = (place / CHUNK * CHUNK, place % CHUNK);
-        chunk
-            + match self {
-                Self::Plain => at,
-                Self::Fragments => 32 * (at / 8 % 4) + 8 * (at / 32) + at % 8,
-                Self::Tiles(_) => 32 * (at % 8 / 2) + 4 * (at / 16) + at % 2 + 2 * (at / 8 % 2),
-            }
-    }
-
-    /// Rows that `m` rows take.
-    pub fn rows(self, m: usize) -> usize {
-        if let Self::Tiles(rows) = self { rows } else { m }
-    }
-}
-
-/// What of a card the cut of products depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProductCard {
-    /// Its multiprocessors.
-    pub multiprocessors: usize,
-    /// Whether it has Hopper's warp groups, and the program code for them.
-    pub has_groups: bool,
-    /// Whether a block has more than 64 KiB of shared memory.
-    pub has_large_blocks: bool,
-}
-
-impl ProductCard {
-    /// The card of a device.
-    ///
-    /// # Errors
-    /// If the device is no GPU.
-    pub fn of(device: &Device) -> Result<Self, Error> {
-        let (major, _) = compute_capability(device)?;
-        // SAFETY: the function takes nothing and asks the runtime about a kernel.
-        let has_groups = major == 9 && unsafe { trainer_has_packed_product_sm90() } == 1;
-        let multiprocessors = multiprocessors(device)? as usize;
-        Ok(Self { multiprocessors, has_groups, has_large_blocks: major >= 8 })
-    }
 }
 
 /// Where a product goes.
@@ -482,7 +357,7 @@ pub fn packed_product(
     let Some(first) = group.first().filter(|_| group.len() <= MOST_MATRICES) else {
         return Err(argument(KERNEL, "group", group.len(), format!("1 to {MOST_MATRICES} matrices")));
     };
-    if x.layout == RowLayout::Plain || (form.form == GROUPS) != matches!(x.layout, RowLayout::Tiles(_)) {
+    if x.layout() == RowLayout::Plain || (form.form == GROUPS) != matches!(x.layout(), RowLayout::Tiles(_)) {
         return Err(argument(KERNEL, "x", x, format!("rows in the order that form {} reads", form.form)));
     }
     let rows: Vec<usize> = group.iter().map(|operand| operand.weights.shape().0).collect();
@@ -538,7 +413,7 @@ pub fn packed_product(
     if form.splits == 0 || form.splits > k / CHUNK {
         return Err(argument(KERNEL, "splits", form.splits, format!("1 to {}", k / CHUNK)));
     }
-    let (floats, counters) = form.workspace(m, &rows, is_swiglu, x.layout);
+    let (floats, counters) = form.workspace(m, &rows, is_swiglu, x.layout());
     expect_array(KERNEL, "workspace", workspace.partial, DType::F32, floats)?;
     expect_array(KERNEL, "counters", workspace.arrived, DType::U32, counters)?;
     let raw = RawProduct {
@@ -554,7 +429,7 @@ pub fn packed_product(
         low_cols: low.map_or(0, |low| low.cols as i32),
         splits: form.splits as i32,
     };
-    let tiles = form.tiles(&rows, is_swiglu, x.layout);
+    let tiles = form.tiles(&rows, is_swiglu, x.layout());
     // SAFETY: all addresses are views of live device memory whose lengths and shapes were checked; the description is copied
     // before the call returns; the stream orders the accesses.
     let code = unsafe {
@@ -581,18 +456,6 @@ mod tests {
                 has_large_blocks,
             },
         )
-    }
-
-    #[test]
-    fn a_layout_is_an_order_of_the_columns_of_each_chunk() {
-        for layout in [RowLayout::Plain, RowLayout::Fragments, RowLayout::Tiles(8)] {
-            for chunk in 0..3 {
-                let mut columns: Vec<usize> =
-                    (chunk * CHUNK..(chunk + 1) * CHUNK).map(|place| layout.column(place)).collect();
-                columns.sort_unstable();
-                assert!(columns.into_iter().eq(chunk * CHUNK..(chunk + 1) * CHUNK), "{layout:?}");
-            }
-        }
     }
 
     #[test]

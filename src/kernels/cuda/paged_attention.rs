@@ -14,7 +14,7 @@ use super::paged_step::{PageStores, PagedSize, PagedStep};
 use crate::device::{Error, Matrix, Pointer, argument, array, upload_u32};
 
 kernels! {
-    // Of `paged_attention.cu`.
+    // Of `paged_write.cu` and `paged_attention.cu`.
     fn paged_write(keys: u64, values: u64, dtype: i32, k: RawMatrix, v: RawMatrix, slots: u64, stream: RawStream)
     -> i32;
     fn paged_copy(stores: u64, num_stores: i32, pairs: u64, num_pairs: i32, page_bytes: i64, stream: RawStream) -> i32;

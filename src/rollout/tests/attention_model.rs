@@ -28,6 +28,8 @@ pub(super) struct AttentionModel {
     pub(super) poisoned_position: Option<u32>,
     embedding: Vec<f32>,
     layers: Vec<Layer>,
+    /// Sequences that it wants at a time.
+    pub(super) most_lanes: usize,
     /// Tokens that it draws itself for each sequence at a time.
     pub(super) most_steps: usize,
     /// Times that it drew.
@@ -58,6 +60,7 @@ impl AttentionModel {
                     value: weights("value", kv, scale, layer),
                 })
                 .collect(),
+            most_lanes: usize::MAX,
             most_steps: 0,
             draws: 0,
             step_tokens: Vec::new(),
@@ -122,7 +125,11 @@ impl DecodeModel for AttentionModel {
         self.max_positions
     }
 
-    fn most_steps(&self, _lanes: usize) -> usize {
+    fn most_lanes(&self) -> usize {
+        self.most_lanes
+    }
+
+    fn most_steps(&self) -> usize {
         self.most_steps
     }
 

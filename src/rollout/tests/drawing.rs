@@ -43,6 +43,17 @@ fn completions_do_not_depend_on_who_draws_or_how_many_at_a_time() {
 }
 
 #[test]
+fn no_more_sequences_are_computed_at_a_time_than_a_model_wants() {
+    let requests = requests(&[3, 17, 40], 4);
+    let want = run(settings(), &requests, &SamplingSettings::default());
+    let mut few = model(4);
+    few.most_lanes = 3;
+    let (got, _, few) = drawn(settings(), &requests, &SamplingSettings::default(), few).unwrap();
+    assert_same(&got, &want.completions, "three at a time");
+    assert_eq!((few.most_spans, want.model.most_spans > 3), (3, true));
+}
+
+#[test]
 fn filters_and_penalties_are_the_host_s() {
     let requests = requests(&[5, 20], 2);
     for sampling in [
