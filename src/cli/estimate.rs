@@ -108,7 +108,7 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
     );
     let least = |stage: &ZeroStage| {
         let estimate = of(&RankSettings { stage: *stage, ..ranks.clone() });
-        Estimate { kv_cache: 0, ..estimate }.device()
+        estimate.at_least().device()
     };
     let stages = stages(ranks.world_size);
     // A run takes what is free instead of a card that is not named.
@@ -142,7 +142,7 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
         ("gradients", estimate.gradients),
         ("optimizer", estimate.optimizer),
         ("activations", estimate.activations),
-        ("rollout", estimate.kv_cache),
+        ("rollout", estimate.kv_cache + estimate.rollout),
         ("context and libraries", estimate.context),
     ];
     let _ = writeln!(text, "{:<24}{:>12}{:>16}", "", "each GPU", format!("{} in all", ranks.world_size));
@@ -175,7 +175,7 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
             units::bytes(files * ranks.world_size as u64)
         );
     }
-    if estimate.kv_cache > 0 {
+    if estimate.kv_cache + estimate.rollout > 0 {
         text.push_str(
             "The rollout is in the place of gradients and activations; with less memory its cache is smaller.\n",
         );
@@ -226,7 +226,7 @@ fn write_alternatives(
             let estimate = of(&RankSettings { stage, offload, ..ranks.clone() });
             let device = estimate.device();
             // A rollout's cache gives way.
-            let least = Estimate { kv_cache: 0, ..estimate }.device();
+            let least = estimate.at_least().device();
             let verdict = card.map_or("", |card| match () {
                 () if least > card => "   too much",
                 () if is_first => {

@@ -114,7 +114,6 @@ impl Stream {
         self.0.synchronize().map_err(failed("waiting for the GPU"))
     }
 
-    /// Marks what has been asked of the stream so far. Only `is_timed` events tell times.
     /// Begins to record what is asked of the stream by this thread instead of doing it.
     pub(super) fn begin_capture(&self) -> Result<(), Error> {
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -127,6 +126,7 @@ impl Stream {
         graph.map(Graph).ok_or_else(|| argument("recording", "work", "none", "work on this queue"))
     }
 
+    /// Marks what has been asked of the stream so far. Only `is_timed` events tell times.
     pub(super) fn record(&self, is_timed: bool) -> Result<Event, Error> {
         let flags = if is_timed { CUevent_flags::CU_EVENT_DEFAULT } else { CUevent_flags::CU_EVENT_DISABLE_TIMING };
         self.0.record_event(Some(flags)).map(Event).map_err(failed("recording an event"))
@@ -245,7 +245,6 @@ impl Stream {
     }
 }
 
-/// A moment of a stream.
 /// Recorded work.
 pub(super) struct Graph(CudaGraph);
 
@@ -255,6 +254,7 @@ impl Graph {
     }
 }
 
+/// A moment of a stream.
 #[derive(Debug)]
 pub(super) struct Event(CudaEvent);
 

@@ -116,6 +116,8 @@ pub struct Estimate {
     pub activations: u64,
     /// The rollout's cache, in the place of gradients' and activations' while it generates.
     pub kv_cache: u64,
+    /// What it cannot do without beside the cache: its steps' own, and with several ranks all weights.
+    pub rollout: u64,
     /// Context and libraries.
     pub context: u64,
     /// Host memory: weights, trained values, gradients, the optimizer's state, what passes through it from and to files.
@@ -128,7 +130,13 @@ impl Estimate {
     /// Bytes of a GPU at the moment that takes most.
     pub fn device(&self) -> u64 {
         let lasting = self.weights + self.trained + self.optimizer + self.context;
-        lasting + (self.gradients + self.activations).max(self.kv_cache)
+        lasting + (self.gradients + self.activations).max(self.kv_cache + self.rollout)
+    }
+
+    /// The same at the least: the rollout's cache gives way.
+    #[must_use]
+    pub fn at_least(self) -> Self {
+        Self { kv_cache: 0, ..self }
     }
 
     /// As [`Self::device`], without context and libraries.
@@ -391,7 +399,7 @@ impl Shape {
         let shape = &self.config;
         let token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim;
         let cache = (work.cached_tokens * token * self.types.compute.size_in_bytes()) as u64;
-        // While it generates all weights are there, and a step's own.
+        // While it generates all weights are there, and a step's own. One rank alone can have them come for each step.
         let gathered = if is_away { frozen - weights } else { 0 } + if values_come { trained } else { 0 };
         Estimate {
             weights,
@@ -399,7 +407,8 @@ impl Shape {
             gradients,
             optimizer: if at_home { 0 } else { state },
             activations: self.activations(work, kept, at_a_time, waiting) as u64,
-            kv_cache: if is_rollout { cache + gathered + (512 << 20) } else { 0 },
+            kv_cache: if is_rollout { cache + if ranks.world_size > 1 { 0 } else { gathered } } else { 0 },
+            rollout: if is_rollout { (512 << 20) + if ranks.world_size > 1 { gathered } else { 0 } } else { 0 },
             context: context_bytes(exchanging(ranks)),
             host,
             files,

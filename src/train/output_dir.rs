@@ -45,7 +45,9 @@ pub(super) fn claim(
     ranks: &dyn Ranks,
 ) -> anyhow::Result<Option<OutputDir>> {
     let claimed = ranks.is_first().then(|| take(settings, model, data)).transpose()?;
-    let writes_parts = settings.ranks.stage != ZeroStage::Replicated && !settings.save_only_model;
+    // What `auto` comes to is known when the model is.
+    let may_share = settings.ranks.stage != ZeroStage::Replicated || settings.ranks.is_stage_auto;
+    let writes_parts = may_share && !settings.save_only_model;
     if ranks.world_size() > 1 && writes_parts {
         check_shared(&settings.output_dir, ranks)?;
     }

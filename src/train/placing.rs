@@ -137,7 +137,7 @@ fn room(ranks: &dyn Ranks, backend: &Backend, (exchanging, is_limited): (usize, 
 
 /// Bytes of the device that computes at the least, for a rollout's cache gives way.
 fn needed(estimate: &Estimate, room: Room) -> u64 {
-    let tensors = Estimate { kv_cache: 0, ..*estimate }.tensors();
+    let tensors = estimate.at_least().tensors();
     tensors + if room.is_on_gpu { 0 } else { estimate.host }
 }
 
@@ -252,6 +252,20 @@ mod tests {
 
     fn gpu(device: u64) -> Room {
         Room { device: device * GIB, host: 64 * GIB, is_on_gpu: true }
+    }
+
+    #[test]
+    fn what_a_rollout_cannot_do_without_counts_and_its_cache_does_not() {
+        let generating = |stage: ZeroStage, offload: &OffloadSettings| {
+            // In stage 3 all weights are gathered while it generates.
+            let gathered = if stage == ZeroStage::Parameters { 6 * GIB } else { 0 };
+            Estimate { rollout: gathered + GIB, ..needs(stage, offload) }
+        };
+        let none = OffloadSettings::default();
+        // 2 + 1 + 0.5 and 7 of the rollout; training alone would take 2 + 1 + 0.5 + 0.25 + 2.
+        assert!(choose(4, gpu(10), &generating, &none).is_err());
+        assert_eq!(choose(4, gpu(11), &generating, &none).unwrap().0, ZeroStage::Parameters);
+        assert_eq!(choose(4, gpu(10), &needs, &none).unwrap().0, ZeroStage::Parameters);
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) fn check_loss(
     // Values that a lost rank did not send come to nothing that is its own fault.
     store.sharing().check_exchange()?;
     // Blocks that ranks gather together are not there for one of them.
-    let can_look = store.holds_all() || store.sharing().world_size() == 1;
+    let can_look = store.holds_all_of(crate::engine::Speaker::Policy) || store.sharing().world_size() == 1;
     let found = can_look.then(|| session.engine.first_non_finite(batch)).transpose()?;
     let place = match found {
         None => {

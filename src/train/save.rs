@@ -1,7 +1,7 @@
 //! Writing models: the adapter in PEFT's format or the whole model in Hugging Face's, and back into a run's state.
 //!
 //! The first rank writes. Parameters that are cut into shards come to it one after the other, so that no rank ever has more than
-//! one of them whole.
+//! one of a model's whole; an adapter is put together there.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -109,7 +109,8 @@ impl<'s> Walk<'s> {
     fn read_ahead(&mut self) -> Result<(), Error> {
         let store = self.store;
         let most = store.blocks_ahead();
-        for visit in &self.order[self.at..] {
+        // What is not found among as many visits as there are blocks lies in no file, or is asked for late.
+        for visit in self.order[self.at..].iter().take(store.num_blocks()) {
             if self.ahead.len() >= most {
                 break;
             }

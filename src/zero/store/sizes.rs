@@ -20,13 +20,15 @@ pub struct LayerBytes {
 impl ParamStore {
     /// Bytes of the two largest blocks that come for a visit: with each step of a walk so many are there.
     pub fn visiting_bytes(&self) -> usize {
-        let of_block = |block: &Block| {
-            let values = if self.values_come(block) { block.flat.len() } else { 0 };
-            block.frozen.away_bytes() + size_of::<f32>() * values
-        };
-        let mut all: Vec<usize> = self.blocks.iter().map(of_block).collect();
+        let mut all: Vec<usize> = self.blocks.iter().map(|block| self.visit_bytes(block)).collect();
         all.sort_unstable();
         all.iter().rev().take(2).sum()
+    }
+
+    /// Bytes of a block that come for a visit.
+    pub(super) fn visit_bytes(&self, block: &Block) -> usize {
+        let values = if self.values_come(block) { block.flat.len() } else { 0 };
+        block.frozen.away_bytes() + size_of::<f32>() * values
     }
 
     /// Number of trained values over all blocks.

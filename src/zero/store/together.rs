@@ -22,11 +22,7 @@ impl ParamStore {
         let free = self.free_bytes()?.filter(|_| self.blocks.iter().any(|block| block.policy.is_none()));
         if let Some(free) = free {
             let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
-            let of_block = |block: &Block| {
-                block.frozen.away_bytes()
-                    + if self.values_come(block) { size_of::<f32>() * block.flat.len() } else { 0 }
-            };
-            let needed = waiting.map(of_block).sum::<usize>() + room;
+            let needed = waiting.map(|block| self.visit_bytes(block)).sum::<usize>() + room;
             let is_too_much = needed as u64 > free;
             if self.sharing.world_size() == 1 && is_too_much {
                 return Ok(false);
