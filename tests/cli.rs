@@ -120,8 +120,10 @@ fn a_bench_of_rollouts_counts_their_tokens_and_knows_their_floor() {
     let row: serde_json::Value = serde_json::from_str(std::fs::read_to_string(&json).unwrap().trim()).unwrap();
     assert_eq!((row["rollout"].as_str(), row["rollout_secs"].as_array().unwrap().len()), (Some("2x3x5+7"), 2), "{row}");
     assert!(row["decode_bytes"].as_f64().unwrap() > 0.0 && row["floor_secs"].as_f64().unwrap() > 0.0, "{row}");
-    let (code, _, err) = run("--rollout=4x16");
-    assert!(code != Some(0) && err.contains("PROMPTSxSAMPLESxPROMPT+COMPLETION"), "{err}");
+    for (work, problem) in [("4x16", "PROMPTSxSAMPLESxPROMPT+COMPLETION"), ("1x1x4+1", "decoding begins with two")] {
+        let (code, _, err) = run(&format!("--rollout={work}"));
+        assert!(code != Some(0) && err.contains(problem), "{err}");
+    }
 }
 
 #[test]

@@ -419,6 +419,8 @@ fn rollout_record(args: &Args, backend: &Backend, m: &MeasuredRollout) -> serde_
         "max_num_seqs": args.max_num_seqs,
         "temperature": args.temperature,
         "lora_r": args.lora_r,
+        "offload_optimizer": args.offload_optimizer,
+        "offload_params": args.offload_params,
         "is_recorded": m.is_recorded,
         "rollout_secs": m.rollout_secs,
         "decode_tokens_per_second": m.decode_rate(),

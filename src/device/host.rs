@@ -83,6 +83,6 @@ mod tests {
         std::fs::remove_file(folder.path().join("memory.current")).unwrap();
         write("memory.stat", "inactive_file 1\ntotal_inactive_file 300\n");
         assert_eq!(left(folder.path()), Some(1400));
-        assert!(free_host_memory().is_none_or(|bytes| bytes > 0));
+        assert!(free_host_memory().map_or(cfg!(not(target_os = "linux")), |bytes| bytes > 0));
     }
 }

@@ -62,7 +62,13 @@ impl Bench {
         let Work::Groups { prompts, samples, prompt_tokens, completion_tokens } = work else {
             bail!("`{work}`: a rollout is PROMPTSxSAMPLESxPROMPT+COMPLETION, e.g. 4x4x128+256");
         };
+        if completion_tokens < 2 {
+            bail!("`{work}`: a completion's first token comes of its prompt; decoding begins with two");
+        }
         let (engine, settings) = (self.engine(), self.settings());
+        if engine.store().sharing().world_size() > 1 {
+            bail!("`--rollout` measures one rank; leave `--num-processes` out");
+        }
         let vocabulary = engine.config().vocab_size as u64;
         let requests: Vec<Request> = (0..prompts * samples)
             .map(|sample| {
