@@ -109,20 +109,6 @@ int warp_group_backward(Matrix dq, Matrix dk, Matrix dv, Matrix d_out, Matrix q,
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Lets a kernel take as much shared memory as a block may have. The limit is state of the kernel in the whole process: it
-// is never set to what one launch needs, which another thread could lower before the launch.
-template <typename... Parameters> cudaError_t allow_shared_memory(void (*kernel)(Parameters...)) {
-  int device = 0, most = 0;
-  cudaFuncAttributes attributes;
-  cudaError_t code = cudaGetDevice(&device);
-  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (code == cudaSuccess) code = cudaFuncGetAttributes(&attributes, kernel);
-  if (code != cudaSuccess) return code;
-  most -= static_cast<int>(attributes.sharedSizeBytes);
-  if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-}
-
 // Launches with more than 48 KB of shared memory.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,

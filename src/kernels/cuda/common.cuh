@@ -76,6 +76,20 @@ __host__ __forceinline__ bool is_aligned(const Matrix &m, int n) {
   return m.cols % n == 0 && (m.stride % n == 0 || m.rows <= 1) && reinterpret_cast<uintptr_t>(m.data) % (n * size) == 0;
 }
 
+// Lets a kernel take as much shared memory as a block may have. The limit is state of the kernel in the whole process: it
+// is never set to what one launch needs, which another thread could lower before the launch.
+template <typename... Parameters> cudaError_t allow_shared_memory(void (*kernel)(Parameters...)) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t code = cudaGetDevice(&device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (code == cudaSuccess) code = cudaFuncGetAttributes(&attributes, kernel);
+  if (code != cudaSuccess) return code;
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 // Calls `BODY` with `T` naming the element type of `code`; returns CUDA's "invalid value" for an unknown code.
 #define WITH_TYPE(code, T, ...)                                                                                        \
   switch (code) {                                                                                                      \

@@ -161,8 +161,7 @@ int launch(const Product &p, int tiles, cudaStream_t stream) {
   const size_t bytes = sizeof(float) * (maxima > sums ? maxima : sums);
   auto kernel = product<T, FORMAT, MT, NT, WR, WK, IS_SWIGLU>;
   if (bytes > 48 * 1024) {
-    const cudaError_t code =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    const cudaError_t code = allow_shared_memory(kernel);
     if (code != cudaSuccess) return static_cast<int>(code);
   }
   const dim3 grid(tiles, p.splits, (p.x.rows + COLS - 1) / COLS);

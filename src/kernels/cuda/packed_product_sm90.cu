@@ -264,8 +264,7 @@ template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Produc
   const size_t maxima = is_dense(FORMAT) ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
   const size_t bytes = ring + maxima > sums ? ring + maxima : sums;
   auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
-  const cudaError_t code =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const cudaError_t code = allow_shared_memory(kernel);
   if (code != cudaSuccess) return static_cast<int>(code);
   return launch_after(kernel, dim3(tiles, p.splits), GROUP, bytes, stream, p);
 }

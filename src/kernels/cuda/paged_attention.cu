@@ -547,8 +547,7 @@ template <typename T, int D> int launch_tiles(Attention a, cudaStream_t stream) 
   int group = a.heads / a.kv_heads;
   a.head_tile = group < TILE_ROWS ? group : TILE_ROWS;
   a.head_tiles = (group + a.head_tile - 1) / a.head_tile;
-  cudaError_t code =
-      cudaFuncSetAttribute(attend_tiles<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile_bytes<D>());
+  const cudaError_t code = allow_shared_memory(attend_tiles<T, D>);
   if (code != cudaSuccess) return static_cast<int>(code);
   dim3 grid(static_cast<uint32_t>(a.q.rows) * a.kv_heads * a.head_tiles, a.splits);
   return launch_after(attend_tiles<T, D>, grid, THREADS, tile_bytes<D>(), stream, a);
