@@ -366,7 +366,7 @@ impl Memory {
             return Ok(gemm(device, logits, left, right, 1.0, Accumulate::No, None)?);
         }
         let low = parts.head.low(count, &buffers.scratch)?;
-        let normed = Rows::new(buffers.normed, count, parts.head.layout(count))?;
+        let normed = parts.head.rows(buffers.normed, count)?;
         decode_norm(device, normed, buffers.stream, norm, parts.eps, low)?;
         let to = ProductOutput::Sum { out: logits, onto: None };
         Ok(parts.head.apply(device, normed, to, &buffers.scratch)?)

@@ -46,27 +46,35 @@ fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
     x.matmul(&w.t().unwrap()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Rows in the order of a layout, and their values: what the norm of random rows writes.
+/// Rows in the order of a layout, and their values: what the norm of random rows writes, or where they are scaled for codes what
+/// it is to be.
 struct Input {
     memory: Tensor,
     stream: Tensor,
     values: Vec<f32>,
     m: usize,
     layout: RowLayout,
+    is_scaled: bool,
 }
 
 impl Input {
-    fn new(device: &Device, m: usize, k: usize, dtype: DType, layout: RowLayout) -> Self {
-        let stream = upload(device, &random("x", m * k), (m, k), DType::F32);
+    fn new(device: &Device, m: usize, k: usize, dtype: DType, (layout, is_scaled): (RowLayout, bool)) -> Self {
+        let host = random("x", m * k);
+        let stream = upload(device, &host, (m, k), DType::F32);
         let weight = upload_f32(device, &vec![1.0; k]).unwrap();
         // What is missing to a tile's rows may be anything.
         let memory = upload(device, &vec![f32::NAN; layout.rows(m) * k], (layout.rows(m), k), dtype);
         let plain = empty(device, (m, k), dtype).unwrap();
-        let input = Self { memory, stream, values: Vec::new(), m, layout };
+        let input = Self { memory, stream, values: Vec::new(), m, layout, is_scaled };
         let (from, weight) = (matrix(&input.stream).unwrap(), array(&weight).unwrap());
         decode_norm(device, input.rows(), from, weight, 1e-6, None).unwrap();
         decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, 1e-6, None).unwrap();
-        Self { values: download(&plain), ..input }
+        let exact = |row: &[f32]| {
+            let mean = row.iter().map(|x| x * x).sum::<f32>() / k as f32;
+            row.iter().map(|x| x / (mean + 1e-6).sqrt()).collect::<Vec<_>>()
+        };
+        let values = if is_scaled { host.chunks(k).flat_map(exact).collect() } else { download(&plain) };
+        Self { values, ..input }
     }
 
     /// The norm once more, with low-rank products.
@@ -80,7 +88,8 @@ impl Input {
     }
 
     fn rows(&self) -> Rows<'_> {
-        Rows::new(matrix(&self.memory).unwrap(), self.m, self.layout).unwrap()
+        let rows = Rows::new(matrix(&self.memory).unwrap(), self.m, self.layout).unwrap();
+        if self.is_scaled { rows.scaled() } else { rows }
     }
 }
 
@@ -121,7 +130,9 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                     Codes::new(&device, &Nf4Matrix::quantize(&values, rows, k, QuantType::Nf4, is_nested), (rows, k))
                 })
                 .collect();
-            let plain: Vec<Vec<f32>> = packed.iter().map(|codes| codes.dense(&device, dtype)).collect();
+            // Codes become operands nearer to their exact values than those of training.
+            let of = if is_packed { DType::F32 } else { dtype };
+            let plain: Vec<Vec<f32>> = packed.iter().map(|codes| codes.dense(&device, of)).collect();
             let dense: Vec<Tensor> =
                 plain.iter().zip(rows).map(|(values, rows)| upload(&device, values, (rows, k), dtype)).collect();
             let ranks = 32;
@@ -148,15 +159,16 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             };
             let card = ProductCard::of(&device).unwrap();
             // Every number of rows in the layout that is chosen, many of them in the one of other cards too.
+            let outputs = rows.iter().sum();
             let ms = [1, 2, 7, 8, 9, 16, 17, 32, 40, 64, 65, 130, 256];
-            let layouts = ms.map(|m| (m, RowLayout::choose(m, !is_packed, card)));
+            let layouts = ms.map(|m| (m, RowLayout::choose(m, outputs, !is_packed, card)));
             for (m, layout) in layouts.into_iter().chain(
                 [20, 30, 65, 130]
                     .map(|m| (m, RowLayout::Fragments))
                     .into_iter()
-                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 { 16 } else { 8 })))),
+                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 || is_packed { 16 } else { 8 })))),
             ) {
-                let input = Input::new(&device, m, k, dtype, layout);
+                let input = Input::new(&device, m, k, dtype, (layout, is_packed));
                 let (x, host_x) = (input.rows(), input.values.clone());
                 // The low-rank products of the rows as they lie, and those that the norm makes beside them.
                 let a = upload(&device, &random("a", ranks * k), (ranks, k), dtype);
@@ -164,17 +176,18 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                 let values = empty(&device, parts * m * ranks, DType::F32).unwrap();
                 let order: Vec<u32> = (0..k).map(|place| layout.column(place) as u32).collect();
                 let ordered = a.index_select(&Tensor::new(order, &device).unwrap(), 1).unwrap();
-                let to = LowRankTo { a: matrix(&ordered).unwrap(), values: array(&values).unwrap() };
-                decode_low_rank(&device, x, to).unwrap();
-                let low = LowRank { values: array(&values).unwrap(), parts, cols: ranks };
+                let to_low = LowRankTo { a: matrix(&ordered).unwrap(), values: array(&values).unwrap() };
+                decode_low_rank(&device, x, to_low).unwrap();
+                let low = LowRank { values: array(&values).unwrap(), parts, cols: ranks, is_fresh: false };
                 let want_low = product(&host_x, &download(&a), m, k);
                 let each = download(&values);
                 let got_low: Vec<f32> =
                     (0..m * ranks).map(|at| (0..parts).map(|part| each[part * m * ranks + at]).sum()).collect();
                 let case =
                     format!("{dtype:?} {rows:?} x {k}, {m} rows in {layout:?}, packed {is_packed}, nested {is_nested}");
-                assert_close(&format!("{case}: low-rank products"), &got_low, &want_low, 1e-5);
-                assert_close(&format!("{case}: of the norm"), &input.low(&device, &a), &want_low, 1e-5);
+                let (bound, rounded) = if is_packed { (6e-4, 4e-3) } else { (1e-5, 1e-5) };
+                assert_close(&format!("{case}: low-rank products"), &got_low, &want_low, bound);
+                assert_close(&format!("{case}: of the norm"), &input.low(&device, &a), &want_low, rounded);
                 // Rounded as the adapter multiplies them.
                 let low_t = download(&upload(&device, &got_low, (m, ranks), dtype));
 
@@ -198,13 +211,27 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                     first += rows[index];
                 }
                 let group: Vec<PackedOperand<'_>> = (0..3).map(|index| operand(index, true)).collect();
-                let chosen = ProductForm::choose(m, &rows, k, ProductKind::Sum, layout, card);
-                for splits in [1, 2, chosen.splits] {
-                    let form = ProductForm { splits, ..chosen };
+                let chosen = ProductForm::choose(m, &rows, k, (ProductKind::Sum, is_packed), layout, card);
+                // Cut in parts and not, and where the kernel can with some tiles whole and others cut.
+                let mut cuts = vec![(1, 0), (2, 0), (chosen.splits, chosen.whole)];
+                if chosen.form >= 17 {
+                    cuts.push((2, 1));
+                }
+                for (splits, whole) in cuts {
+                    let form = ProductForm { splits, whole, ..chosen };
                     let out = empty(&device, (m, all), DType::F32).unwrap();
                     let to = ProductOutput::Sum { out: matrix(&out).unwrap(), onto: Some(matrix(&residual).unwrap()) };
                     packed_product(&device, &group, x, Some(low), to, form, work.room()).unwrap();
-                    assert_close(&format!("{case}, {form:?}"), &download(&out), &want, 1e-4);
+                    let bound = if is_packed { 8e-4 } else { 1e-4 };
+                    assert_close(&format!("{case}, {form:?}"), &download(&out), &want, bound);
+                    // Behind the launch that makes the low-rank products, for which it waits at its end alone.
+                    decode_low_rank(&device, x, to_low).unwrap();
+                    let (again, fresh) =
+                        (empty(&device, (m, all), DType::F32).unwrap(), LowRank { is_fresh: true, ..low });
+                    let to =
+                        ProductOutput::Sum { out: matrix(&again).unwrap(), onto: Some(matrix(&residual).unwrap()) };
+                    packed_product(&device, &group, x, Some(fresh), to, form, work.room()).unwrap();
+                    assert_eq!(download(&again), download(&out), "{case}, {form:?} beside the low-rank products");
                 }
 
                 // The second matrix again as the half of a SwiGLU.
@@ -224,7 +251,7 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                 );
                 let want: Vec<f32> =
                     gate.iter().zip(&up).map(|(&gate, &up)| up * gate / (1.0 + (-gate).exp())).collect();
-                let form = ProductForm::choose(m, &[height, height], k, ProductKind::Swiglu, layout, card);
+                let form = ProductForm::choose(m, &[height, height], k, (ProductKind::Swiglu, is_packed), layout, card);
                 let out = empty(&device, (m, height), dtype).unwrap();
                 let to = ProductOutput::Swiglu(Rows::plain(matrix(&out).unwrap()));
                 packed_product(&device, &pair, x, Some(low), to, form, work.room()).unwrap();
@@ -333,7 +360,7 @@ fn bench_packed_product() {
         ("head", vec![152_064], 3584, ProductKind::Sum),
     ] {
         let all: usize = rows.iter().sum();
-        let is_packed = name != "head";
+        let (is_packed, outputs) = (name != "head", all);
         // Several copies, so that none stays in the cache between two calls.
         let copies = if is_packed { (400 << 20) / (all * k / 2) + 1 } else { 1 };
         let queue = Queue::of(&device).unwrap();
@@ -345,21 +372,25 @@ fn bench_packed_product() {
         let map = upload_f32(&device, &vec![0.5; 256]).unwrap();
         let values = upload_f32(&device, &[0.1; 16]).unwrap();
         let mut line = format!("{name:8}");
-        for m in [1, 8, 16, 32, 64, 128, 256] {
-            let layout = RowLayout::choose(m, !is_packed, card);
-            if !is_packed && m > 32 {
+        let works = [1, 8, 16, 32, 64, 128, 256].map(|m| (m, RowLayout::choose(m, outputs, !is_packed, card)));
+        // Others than are chosen, too.
+        let others = [(16, RowLayout::Tiles(16)), (32, RowLayout::Fragments)];
+        for (m, layout) in works.into_iter().chain(others) {
+            if !is_packed && m > 32 || layout != RowLayout::choose(m, outputs, !is_packed, card) && !is_packed {
                 continue;
             }
             let memory = upload(&device, &vec![0.5; layout.rows(m) * k], (layout.rows(m), k), DType::BF16);
             let x = Rows::new(matrix(&memory).unwrap(), m, layout).unwrap();
+            let x = if is_packed { x.scaled() } else { x };
             let is_swiglu = kind == ProductKind::Swiglu;
             let out = empty(&device, (m, if is_swiglu { rows[0] } else { all }), DType::BF16).unwrap();
-            let chosen = ProductForm::choose(m, &rows, k, kind, layout, card);
-            line += &format!("\n  {m:4} f{} s{}:", chosen.form, chosen.splits);
-            for splits in [1, 2, 3, 4, 6, 8] {
-                let form = ProductForm { splits, ..chosen };
+            let chosen = ProductForm::choose(m, &rows, k, (kind, is_packed), layout, card);
+            line += &format!("\n  {m:4} f{} s{} w{}:", chosen.form, chosen.splits, chosen.whole);
+            for splits in [0, 1, 2, 3, 4, 6, 8] {
+                // The one that is chosen first.
+                let form = if splits == 0 { chosen } else { ProductForm { splits, whole: 0, ..chosen } };
                 let floats = form.workspace(m, &rows, is_swiglu, layout).0;
-                if floats > 64 << 20 || form.form == 6 && k / 128 / splits > 40 {
+                if floats > 64 << 20 || form.form == 6 && k / 128 / form.splits > 40 {
                     continue;
                 }
                 let run = |copy: usize| {

@@ -102,8 +102,9 @@ template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_
   const T *a = static_cast<const T *>(low.a) + static_cast<int64_t>(rank) * low.cols;
   if (rank < low.ranks)
     for (int unit = first + lane * 8; unit < end; unit += 256) prefetch(a + unit * 8);
-  launch_dependents();
+  // A product that follows finds the rows complete when it begins, and waits for what this kernel makes of them.
   wait_for_dependency();
+  launch_dependents();
   if (rank >= low.ranks) return;
   float sum[LINES] = {};
 #pragma unroll 4
@@ -117,14 +118,16 @@ template <typename T, int LINES> __global__ void __launch_bounds__(THREADS) low_
                                                     ((unit % 8 ^ (line & 7)) << 3)
                                               : line * x.stride + unit * 8;
       float v[8];
-      load_pack<T, 8>(v, data + place);
+      if (is_scaled(x)) load_pack<__half, 8>(v, static_cast<const __half *>(x.data) + place);
+      else load_pack<T, 8>(v, data + place);
 #pragma unroll
       for (int j = 0; j < 8; j++) sum[i] += v[j] * w[j];
     }
   }
+  const float scale = is_scaled(x) ? X_SCALE : 1.0f;
 #pragma unroll
   for (int i = 0; i < LINES; i++) {
-    const float all = warp_sum(sum[i]);
+    const float all = warp_sum(sum[i]) * scale;
     if (lane == 0 && first_line + i < x.rows)
       low.low[(static_cast<int64_t>(blockIdx.y) * x.rows + first_line + i) * low.ranks + rank] = all;
   }
@@ -169,8 +172,13 @@ template <typename T> __global__ void __launch_bounds__(ROW_THREADS) combine_ker
     for (int i = 0; i < MOST_HEAD / 32; i++) {
       if (i * 32 >= c.d) break;
       const int col = head * c.d + i * 32 + lane;
-      const T value = from_float<T>(splits > 0 ? x[i] / sum : 0.0f);
-      if (blockIdx.y == 0) static_cast<T *>(c.out.data)[place_of(c.out, row, col)] = value;
+      const float exact = splits > 0 ? x[i] / sum : 0.0f;
+      const T value = from_float<T>(exact);
+      if (blockIdx.y == 0) {
+        const int64_t place = place_of(c.out, row, col);
+        if (is_scaled(c.out)) static_cast<__half *>(c.out.data)[place] = from_float<__half>(to_scaled(exact));
+        else static_cast<T *>(c.out.data)[place] = value;
+      }
       all[col] = value;
     }
   }
@@ -448,17 +456,18 @@ extern "C" int trainer_decode_norm(Matrix y, Matrix x, const float *weight, floa
                                    cudaStream_t stream) {
   if (x.rows == 0) return 0;
   const LowRank &low = *products;
-  if (y.dtype == BF16 && x.dtype == BF16) return norm<__nv_bfloat16, __nv_bfloat16>(y, x, weight, eps, low, stream);
-  if (y.dtype == F16 && x.dtype == F32) return norm<float, __half>(y, x, weight, eps, low, stream);
-  if (y.dtype == BF16 && x.dtype == F32) return norm<float, __nv_bfloat16>(y, x, weight, eps, low, stream);
-  if (y.dtype == F16 && x.dtype == F16) return norm<__half, __half>(y, x, weight, eps, low, stream);
+  const int type = activation_type(y);
+  if (type == BF16 && x.dtype == BF16) return norm<__nv_bfloat16, __nv_bfloat16>(y, x, weight, eps, low, stream);
+  if (type == F16 && x.dtype == F32) return norm<float, __half>(y, x, weight, eps, low, stream);
+  if (type == BF16 && x.dtype == F32) return norm<float, __nv_bfloat16>(y, x, weight, eps, low, stream);
+  if (type == F16 && x.dtype == F16) return norm<__half, __half>(y, x, weight, eps, low, stream);
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
 extern "C" int trainer_decode_low(Matrix x, const LowRank *products, int32_t parts, cudaStream_t stream) {
   if (x.rows == 0 || products->ranks == 0) return 0;
-  if (x.dtype == BF16) return low<__nv_bfloat16>(x, *products, parts, stream);
-  if (x.dtype == F16) return low<__half>(x, *products, parts, stream);
+  if (activation_type(x) == BF16) return low<__nv_bfloat16>(x, *products, parts, stream);
+  if (activation_type(x) == F16) return low<__half>(x, *products, parts, stream);
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
@@ -467,8 +476,8 @@ extern "C" int trainer_decode_combine(const Combine *combine, cudaStream_t strea
   if (c.out.rows == 0) return 0;
   const dim3 grid(c.out.rows, rank_blocks(c.low));
   const size_t bytes = static_cast<size_t>(c.out.cols) * 2;
-  if (c.out.dtype == BF16) return launch_after(combine_kernel<__nv_bfloat16>, grid, ROW_THREADS, bytes, stream, c);
-  if (c.out.dtype == F16) return launch_after(combine_kernel<__half>, grid, ROW_THREADS, bytes, stream, c);
+  if (activation_type(c.out) == BF16) return launch_after(combine_kernel<__nv_bfloat16>, grid, ROW_THREADS, bytes, stream, c);
+  if (activation_type(c.out) == F16) return launch_after(combine_kernel<__half>, grid, ROW_THREADS, bytes, stream, c);
   return static_cast<int>(cudaErrorInvalidValue);
 }
 

@@ -66,6 +66,11 @@ impl RawMatrix {
         Self { layout, stride: stride as i64, ..self }
     }
 
+    /// The same with values that are scaled, as `mma.cuh` numbers their types.
+    pub(super) fn scaled(self) -> Self {
+        Self { dtype: self.dtype + 2, ..self }
+    }
+
     /// Stands for an argument that is left out.
     pub(super) const NONE: Self = Self { data: 0, stride: 0, rows: 0, cols: 0, dtype: 0, layout: 0 };
 

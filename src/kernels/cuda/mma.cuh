@@ -94,6 +94,19 @@ __device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uin
 // swizzle, within two blocks 16 columns of an operand at a time.
 constexpr int PLAIN = 0, FRAGMENTS = 1, TILES = 2;
 
+// Types of rows of products with 4-bit codes: f16, a 64th of each value of an activation of type f16 or bf16; a finite value stays
+// finite.
+constexpr int SCALED_F16 = 3, SCALED_BF16 = 4;
+constexpr float X_SCALE = 64.0f;
+__host__ __device__ __forceinline__ bool is_scaled(const Matrix &m) { return m.dtype >= SCALED_F16; }
+__host__ __forceinline__ int activation_type(const Matrix &m) {
+  return m.dtype == SCALED_F16 ? F16 : m.dtype == SCALED_BF16 ? BF16 : m.dtype;
+}
+__device__ __forceinline__ float to_scaled(float x) {
+  const float scaled = x * (1.0f / X_SCALE), most = 65504.0f;
+  return fabsf(scaled) > most && fabsf(x) < INFINITY ? copysignf(most, scaled) : scaled;
+}
+
 // Where a value of such a matrix lies.
 __device__ __forceinline__ int64_t place_of(const Matrix &m, int row, int col) {
   if (m.layout == PLAIN) return row * m.stride + col;
@@ -104,8 +117,8 @@ __device__ __forceinline__ int64_t place_of(const Matrix &m, int row, int col) {
   return block * m.stride * 64 + row * 64 + ((unit ^ (row & 7)) << 3) + (within & 7);
 }
 
-// Stores 8 neighbouring columns, the first a multiple of 8.
-template <typename T> __device__ __forceinline__ void store_columns(const Matrix &m, int row, int col, const float (&v)[8]) {
+// Stores 8 neighbouring columns, the first a multiple of 8, in a type or scaled.
+template <typename T> __device__ __forceinline__ void store_ordered(const Matrix &m, int row, int col, const float (&v)[8]) {
   T *data = static_cast<T *>(m.data);
   if (m.layout != TILES) return store_pack<T, 8>(data + place_of(m, row, col), v);
 #pragma unroll
@@ -113,6 +126,13 @@ template <typename T> __device__ __forceinline__ void store_columns(const Matrix
     const float two[2] = {v[i], v[i + 1]};
     store_pack<T, 2>(data + place_of(m, row, col + i), two);
   }
+}
+template <typename T> __device__ __forceinline__ void store_columns(const Matrix &m, int row, int col, const float (&v)[8]) {
+  if (!is_scaled(m)) return store_ordered<T>(m, row, col, v);
+  float scaled[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) scaled[i] = to_scaled(v[i]);
+  store_ordered<__half>(m, row, col, scaled);
 }
 
 // What the kernel before this one wrote may be read after `wait_for_dependency`; `launch_dependents` lets the next one begin

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
   };
   auto gate_of = [](int own) { return own / 16 * 32 + own % 16; };
   auto up_of = [](int own) { return own / 16 * 32 + own % 16 + 16; };
-  finish<T, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, col0, shared, sum_of, gate_of, up_of);
+  finish<T, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, share_of(p), col0, shared, sum_of, gate_of, up_of);
 }
 
 template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU>

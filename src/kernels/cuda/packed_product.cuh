@@ -35,6 +35,8 @@ struct Product {
   float *partial;   // of the K parts of each tile
   uint32_t *arrived;
   int32_t count, low_parts, low_cols, splits;
+  int32_t whole;      // of packed_codes_sm90.cu: tiles whose sums are not cut into parts
+  int32_t waits_late; // x is there when the kernel begins, the low-rank products when the one before it is done
 };
 
 // DENSE_OTHER: of the other 16-bit type, rounded to T.
@@ -104,11 +106,28 @@ template <int ROWS> __device__ __forceinline__ Tile find_tile(const Product &p, 
   return found;
 }
 
-// The part of the chunks that belongs to a block.
-__device__ __forceinline__ int2 chunks_of(const Product &p) {
-  const int64_t chunks = p.x.cols / CHUNK;
-  return make_int2(static_cast<int>(chunks * blockIdx.y / p.splits), static_cast<int>(chunks * (blockIdx.y + 1) / p.splits));
+// A barrier of the first `THREADS` threads of a block.
+template <int THREADS> __device__ __forceinline__ void block_barrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
+
+// What a block has of the sums of its tile: one of `parts`; the parts' sums lie `step` tiles apart, from `place` on.
+struct Share {
+  int part, parts;
+  int64_t place, step;
+};
+__device__ __forceinline__ Share share_of(const Product &p) {
+  const int64_t tiles = gridDim.x;
+  return {static_cast<int>(blockIdx.y), p.splits, blockIdx.z * tiles + blockIdx.x, gridDim.z * tiles};
+}
+
+// The part of the chunks that belongs to a block.
+__device__ __forceinline__ int2 chunks_of(const Product &p, const Share &share) {
+  const int64_t chunks = p.x.cols / CHUNK;
+  return make_int2(static_cast<int>(chunks * share.part / share.parts),
+                   static_cast<int>(chunks * (share.part + 1) / share.parts));
+}
+__device__ __forceinline__ int2 chunks_of(const Product &p) { return chunks_of(p, share_of(p)); }
 
 // Block maxima of a row in a tile's part of K: `2 (end - first)` of them, rows `stride` apart.
 template <int FORMAT, int ROWS, int THREADS, typename RowOf>
@@ -147,34 +166,33 @@ template <typename T> __device__ __forceinline__ uint2 low_ranks(const Product &
 // of a row of the tile and a row of x; `sums` [ROWS, COLS + 1] is free for those of all parts. With SwiGLU row `gate_of(i)` of the
 // tile is gate i and `up_of(i)` up i. Eight outputs of a row of x at a time: their loads are in flight together.
 template <typename T, bool IS_SWIGLU, int ROWS, int COLS, int THREADS, typename SumOf, typename GateOf, typename UpOf>
-__device__ __forceinline__ void finish(const Product &p, const Tile &at, int col0, float *sums, SumOf sum_of, GateOf gate_of,
-                                       UpOf up_of) {
+__device__ __forceinline__ void finish(const Product &p, const Tile &at, const Share &share, int col0, float *sums,
+                                       SumOf sum_of, GateOf gate_of, UpOf up_of) {
   constexpr int PAD = COLS + 1, N = 8;
   __shared__ uint32_t last;
   const Packed &w = p.w[at.which];
-  const bool is_split = p.splits > 1;
+  const bool is_split = share.parts > 1;
   if (is_split) {
-    const int64_t place = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-    const int64_t step = static_cast<int64_t>(gridDim.z) * gridDim.x * (ROWS * COLS);
+    const int64_t place = share.place, step = share.step * (ROWS * COLS);
     float *mine = p.partial + place * (ROWS * COLS);
     // Rows of x that there are not are left out.
     const int all = ROWS * min(COLS, p.x.rows - col0);
     for (int i = threadIdx.x * 4; i < all; i += THREADS * 4) {
       const int row = i % ROWS, col = i / ROWS;
       const float4 four = {sum_of(row, col), sum_of(row + 1, col), sum_of(row + 2, col), sum_of(row + 3, col)};
-      __stcg(reinterpret_cast<float4 *>(mine + blockIdx.y * step + i), four);
+      __stcg(reinterpret_cast<float4 *>(mine + share.part * step + i), four);
     }
     __threadfence();
-    __syncthreads();
+    block_barrier<THREADS>();
     if (threadIdx.x == 0) last = atomicAdd(p.arrived + place, 1);
-    __syncthreads();
-    if (last != p.splits - 1) return;
+    block_barrier<THREADS>();
+    if (last != share.parts - 1) return;
     __threadfence();
 #pragma unroll 2
     for (int i = threadIdx.x * 4; i < all; i += THREADS * 4) {
       float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
-      for (int part = 0; part < p.splits; part++) {
+      for (int part = 0; part < share.parts; part++) {
         const float4 more = __ldcg(reinterpret_cast<const float4 *>(mine + part * step + i));
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
       }
@@ -183,7 +201,7 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &at, int col
       sums[(row + 2) * PAD + col] = sum.z, sums[(row + 3) * PAD + col] = sum.w;
     }
     if (threadIdx.x == 0) p.arrived[place] = 0;
-    __syncthreads();
+    block_barrier<THREADS>();
   }
   auto result = [&](int row, int col) { return is_split ? sums[row * PAD + col] : sum_of(row, col); };
   constexpr int OUTPUTS = IS_SWIGLU ? ROWS / 2 : ROWS, GROUPS = OUTPUTS / N;

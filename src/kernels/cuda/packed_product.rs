@@ -17,6 +17,10 @@ pub const RANK_STEP: usize = 16;
 const MOST_SPLITS: usize = 16;
 /// Chunks whose maxima a block of a warp group holds.
 const MOST_GROUP_CHUNKS: usize = 30;
+/// Columns from which a warp has enough of a sum for more rows.
+const LONG_SUM: usize = 8192;
+/// Chunks that a part of a sum has at least, on warp groups.
+const LEAST_CHUNKS: usize = 4;
 
 kernels! {
     // Of `packed_product.cu`.
@@ -24,6 +28,22 @@ kernels! {
         product: *const RawProduct,
         format: i32,
         form: i32,
+        is_swiglu: i32,
+        tiles: i32,
+        stream: RawStream,
+    ) -> i32;
+    // Of `packed_codes.cu`.
+    fn trainer_packed_codes(
+        product: *const RawProduct,
+        form: i32,
+        is_swiglu: i32,
+        tiles: i32,
+        stream: RawStream,
+    ) -> i32;
+    // Of `packed_codes_sm90.cu`.
+    fn trainer_packed_codes_sm90(
+        product: *const RawProduct,
+        groups: i32,
         is_swiglu: i32,
         tiles: i32,
         stream: RawStream,
@@ -71,6 +91,8 @@ struct RawProduct {
     low_parts: i32,
     low_cols: i32,
     splits: i32,
+    whole: i32,
+    waits_late: i32,
 }
 
 /// Weights as they lie.
@@ -110,6 +132,8 @@ pub struct LowRank<'b> {
     pub parts: usize,
     /// Low-rank products of a row.
     pub cols: usize,
+    /// Whether the launch just before this one makes them, from the same rows.
+    pub is_fresh: bool,
 }
 
 /// Where a product goes.
@@ -135,17 +159,22 @@ pub struct ProductWorkspace<'b> {
     pub arrived: Pointer<'b>,
 }
 
-/// How a product is cut: see `packed_product.cu`.
+/// How a product is cut: see `packed_product.cu`, `packed_codes.cu` and those for warp groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProductForm {
     /// The kernel's form.
     pub form: usize,
     /// Parts of the sum.
     pub splits: usize,
+    /// Tiles from the first whose sum is not cut nevertheless.
+    pub whole: usize,
 }
 
 /// The kernel for warp groups.
 const GROUPS: usize = 6;
+/// The kernel's forms for 4-bit codes begin with this one; these two are for blocks of one and two warp groups.
+const CODES: usize = 10;
+const CODES_GROUPS: [usize; 2] = [17, 18];
 
 impl ProductForm {
     /// Outputs of each matrix and rows of `x` that a block has, its rows of `W`, and its warps along the sum.
@@ -156,34 +185,45 @@ impl ProductForm {
             2 => (64, 16, 4),
             3 => (128, 32, 2),
             4 => (128, 64, 2),
+            10 => (16, 8, 8),
+            11 => (64, 8, 4),
+            12 => (64, 16, 4),
+            13 => (128, 32, 2),
+            14 => (128, 64, 2),
+            15 => (32, 8, 8),
+            18 => (128, layout.rows(64), 1),
             _ => (64, layout.rows(64), 1),
         };
         Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
     }
 
-    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed.
+    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed. `is_codes`:
+    /// the weights are 4-bit codes.
     pub fn choose(
         m: usize,
         rows: &[usize],
         cols: usize,
-        kind: ProductKind,
+        (kind, is_codes): (ProductKind, bool),
         layout: RowLayout,
         card: ProductCard,
     ) -> Self {
         let is_swiglu = kind == ProductKind::Swiglu;
         let all: usize = rows.iter().sum();
+        let is_large = is_swiglu || all.div_ceil(32) >= 4 * card.multiprocessors;
         let form = match (layout, m) {
+            (RowLayout::Tiles(_), _) if is_codes => return Self::of_groups(m, rows, cols, is_swiglu, layout, card),
             (RowLayout::Tiles(_), _) => GROUPS,
-            (_, 0..=8) if all.div_ceil(32) >= 4 * card.multiprocessors => 1,
-            (_, 0..=8) => 0,
+            (_, 0..=8) if is_codes && !is_large && cols >= LONG_SUM => 5,
+            (_, 0..=8) => usize::from(is_large),
             (_, 9..=16) => 2,
             (_, 17..=32) => 3,
             _ if card.has_large_blocks => 4,
             _ => 3,
         };
+        let form = if is_codes { CODES + form } else { form };
         let chunks = cols / CHUNK;
-        let block = Self { form, splits: 1 }.tile(is_swiglu, layout);
-        let blocks = Self { form, splits: 1 }.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
+        let block = Self::whole(form).tile(is_swiglu, layout);
+        let blocks = Self::whole(form).tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
         // Half steps: those that the busiest multiprocessor makes one after the other, or, where its blocks are too few to hide a
         // step's latency, those of a block alone, for each round of blocks; and what adding the sums of several takes.
         let Pace { resident, latency, end } = Pace::of(form, block.cols);
@@ -196,7 +236,37 @@ impl ProductForm {
         let most = (chunks / block.warps).clamp(1, MOST_SPLITS);
         let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
         let splits = (least..=most.max(least)).min_by_key(|&splits| cost(splits)).unwrap_or(1);
-        Self { form, splits }
+        Self { splits, ..Self::whole(form) }
+    }
+
+    /// A form that cuts no sum.
+    fn whole(form: usize) -> Self {
+        Self { form, splits: 1, whole: 0 }
+    }
+
+    /// The form of the kernel for warp groups and 4-bit codes: whole tiles for as many rounds of all multiprocessors as they fill, and
+    /// the rest cut so that one more round, shorter by as much, is full too.
+    fn of_groups(m: usize, rows: &[usize], cols: usize, is_swiglu: bool, layout: RowLayout, card: ProductCard) -> Self {
+        // Blocks at a time, in halves of a multiprocessor; as measured on an H200 with matrices of a 7B model.
+        let places = |groups: usize| {
+            let halves = match layout.rows(m) {
+                ..=16 => 8 / groups,
+                17..=32 => 6 - groups,
+                33..=64 => 4,
+                _ => 2,
+            };
+            card.multiprocessors * halves / 2
+        };
+        let tiles = |form| Self::whole(form).tiles(rows, is_swiglu, layout);
+        // Two groups share what is read of `x`; where that leaves multiprocessors without a tile, one has its own.
+        let [one, two] = CODES_GROUPS;
+        let is_small = layout.rows(m) <= 64 && tiles(two) < card.multiprocessors;
+        let (form, places) = if is_small { (one, places(1)) } else { (two, places(2)) };
+        let (tiles, chunks) = (tiles(form), cols / CHUNK);
+        let whole = tiles / places * places;
+        let parts = if tiles == whole { 1 } else { places / (tiles - whole) };
+        // A part is worth its sums' way through memory if it has a few chunks.
+        Self { form, splits: parts.clamp(1, (chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS)), whole }
     }
 
     fn tiles(self, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> usize {
@@ -214,7 +284,7 @@ impl ProductForm {
             return (0, 0);
         }
         let block = self.tile(is_swiglu, layout);
-        let places = self.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
+        let places = (self.tiles(rows, is_swiglu, layout) - self.whole) * m.div_ceil(block.cols);
         (self.splits * places * block.rows * block.cols, places)
     }
 }
@@ -234,6 +304,9 @@ impl Pace {
             (0, _) => (8, 6, 2),
             (1, _) => (3, 6, 2),
             (2..=4, _) => (2, 6, 6),
+            (10, _) => (3, 6, 2),
+            (11 | 15, _) => (3, 6, 2),
+            (12..=14, _) => (2, 6, 6),
             (_, 0..=32) => (4, 7, 4),
             (_, 33..=64) => (4, 5, 8),
             (_, 65..=128) => (3, 4, 16),
@@ -334,11 +407,11 @@ impl PackedWeights<'_> {
 
 /// Multiplies a few rows by packed weights of one format: `y = x Wᵀ + low sBᵀ + bias (+ onto)`.
 ///
-/// A value of the weights has the bits that [`super::dequantize_nf4`] gives it in the type of `x`. Sums are f32, in an order that
-/// depends on the form and on the shape of `W`, not on the number of rows.
+/// Sums are f32, in an order that depends on the form and on the shape of `W`, not on the number of rows. A 16-bit value of the
+/// weights is as it is; of codes, see `packed_codes.cuh`: f16 operands, nearer to the exact values than training's bf16.
 ///
 /// # Shapes
-/// `x`: f16 or bf16 `[M, K]`, K a multiple of 128, in the layout of the form; `group`: one to three `[O, K]`.
+/// `x`: f16 or bf16 `[M, K]`, K a multiple of 128, in the layout of the form, for codes scaled ([`Rows::scaled`]); `group`: one to three `[O, K]`.
 ///
 /// # Errors
 /// If shapes or types do not fit, the workspace is smaller than [`ProductForm::workspace`] says, or the launch fails.
@@ -357,7 +430,10 @@ pub fn packed_product(
     let Some(first) = group.first().filter(|_| group.len() <= MOST_MATRICES) else {
         return Err(argument(KERNEL, "group", group.len(), format!("1 to {MOST_MATRICES} matrices")));
     };
-    if x.layout() == RowLayout::Plain || (form.form == GROUPS) != matches!(x.layout(), RowLayout::Tiles(_)) {
+    let is_codes = matches!(first.weights, PackedWeights::Nf4 { .. });
+    let is_grouped = form.form == GROUPS || CODES_GROUPS.contains(&form.form);
+    let is_read = is_grouped == matches!(x.layout(), RowLayout::Tiles(_)) && is_codes == (form.form >= CODES);
+    if x.layout() == RowLayout::Plain || !is_read || is_codes != x.is_scaled() {
         return Err(argument(KERNEL, "x", x, format!("rows in the order that form {} reads", form.form)));
     }
     let rows: Vec<usize> = group.iter().map(|operand| operand.weights.shape().0).collect();
@@ -410,8 +486,9 @@ pub fn packed_product(
             (out.raw(), RawMatrix::NONE)
         }
     };
-    if form.splits == 0 || form.splits > k / CHUNK {
-        return Err(argument(KERNEL, "splits", form.splits, format!("1 to {}", k / CHUNK)));
+    let tiles = form.tiles(&rows, is_swiglu, x.layout());
+    if form.splits == 0 || form.splits > k / CHUNK || form.whole > tiles {
+        return Err(argument(KERNEL, "form", form, format!("1 to {} parts of up to {tiles} tiles", k / CHUNK)));
     }
     let (floats, counters) = form.workspace(m, &rows, is_swiglu, x.layout());
     expect_array(KERNEL, "workspace", workspace.partial, DType::F32, floats)?;
@@ -428,17 +505,22 @@ pub fn packed_product(
         low_parts: low.map_or(0, |low| low.parts as i32),
         low_cols: low.map_or(0, |low| low.cols as i32),
         splits: form.splits as i32,
+        whole: form.whole as i32,
+        waits_late: i32::from(low.is_some_and(|low| low.is_fresh)),
     };
-    let tiles = form.tiles(&rows, is_swiglu, x.layout());
     // SAFETY: all addresses are views of live device memory whose lengths and shapes were checked; the description is copied
     // before the call returns; the stream orders the accesses.
     let code = unsafe {
         let (format, is_swiglu, tiles, stream) =
             (first.weights.format(x.dtype()), i32::from(is_swiglu), tiles as i32, stream(device)?);
-        if form.form == GROUPS {
-            trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream)
-        } else {
-            trainer_packed_product(&raw const raw, format, form.form as i32, is_swiglu, tiles, stream)
+        match form.form {
+            GROUPS => trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream),
+            form if is_grouped => {
+                let groups = (form - CODES_GROUPS[0] + 1) as i32;
+                trainer_packed_codes_sm90(&raw const raw, groups, is_swiglu, tiles, stream)
+            }
+            form if is_codes => trainer_packed_codes(&raw const raw, (form - CODES) as i32, is_swiglu, tiles, stream),
+            form => trainer_packed_product(&raw const raw, format, form as i32, is_swiglu, tiles, stream),
         }
     };
     launched(KERNEL, code)
@@ -464,15 +546,19 @@ mod tests {
         let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
         for card in cards() {
             for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
-                let layout = RowLayout::choose(m, m % 2 == 0, card);
+                let layout = RowLayout::choose(m, hidden, m % 2 == 0, card);
                 assert!(layout.rows(m) >= m);
                 for (rows, kind) in
                     [(vec![hidden, 512, 512], ProductKind::Sum), (vec![hidden, hidden], ProductKind::Swiglu)]
                 {
-                    let form = ProductForm::choose(m, &rows, hidden, kind, layout, card);
-                    assert!((1..=hidden / CHUNK).contains(&form.splits), "{form:?} for {hidden}, {m} rows");
-                    let (floats, places) = form.workspace(m, &rows, kind == ProductKind::Swiglu, layout);
-                    assert_eq!(floats == 0, places == 0);
+                    for is_codes in [false, true] {
+                        let form = ProductForm::choose(m, &rows, hidden, (kind, is_codes), layout, card);
+                        assert!((1..=hidden / CHUNK).contains(&form.splits), "{form:?} for {hidden}, {m} rows");
+                        let (floats, places) = form.workspace(m, &rows, kind == ProductKind::Swiglu, layout);
+                        assert_eq!(floats == 0, places == 0);
+                        let tiles = form.tiles(&rows, kind == ProductKind::Swiglu, layout);
+                        assert!(form.whole <= tiles && (form.whole < tiles || form.splits == 1), "{form:?} of {tiles}");
+                    }
                 }
             }
         }

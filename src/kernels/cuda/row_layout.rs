@@ -7,6 +7,8 @@ use crate::device::{Error, Matrix, argument, compute_capability, multiprocessors
 
 /// Columns of a step of a sum, see `packed_product.cuh`.
 pub(super) const CHUNK: usize = 128;
+/// Outputs from which a few rows are enough for warp groups.
+const MANY_OUTPUTS: usize = 16_384;
 /// Rows that warp groups multiply at a time.
 const MOST_GROUP_ROWS: usize = 256;
 
@@ -31,12 +33,13 @@ pub enum RowLayout {
 pub struct Rows<'b> {
     matrix: Matrix<'b>,
     layout: RowLayout,
+    is_scaled: bool,
 }
 
 impl<'b> Rows<'b> {
     /// Rows as they are.
     pub fn plain(matrix: Matrix<'b>) -> Self {
-        Self { matrix, layout: RowLayout::Plain }
+        Self { matrix, layout: RowLayout::Plain, is_scaled: false }
     }
 
     /// `m` rows in memory without gaps: `[rows of the layout, K]`, whose order is the layout's.
@@ -51,7 +54,17 @@ impl<'b> Rows<'b> {
         if !fits || is_ordered && !is_aligned {
             return Err(argument("rows", "memory", memory, format!("{rows} rows for {m}, aligned, in {layout:?}")));
         }
-        Ok(Self { matrix: Matrix { rows: m, ..memory }, layout })
+        Ok(Self { matrix: Matrix { rows: m, ..memory }, layout, is_scaled: false })
+    }
+
+    /// The same memory for values as products with 4-bit codes read them: f16, a 64th of each, whatever the type of the activations.
+    pub fn scaled(self) -> Self {
+        Self { is_scaled: true, ..self }
+    }
+
+    /// Whether they are.
+    pub fn is_scaled(&self) -> bool {
+        self.is_scaled
     }
 
     /// `(M, K)`.
@@ -59,7 +72,7 @@ impl<'b> Rows<'b> {
         self.matrix.shape()
     }
 
-    /// Their type.
+    /// The type of the activations.
     pub fn dtype(&self) -> DType {
         self.matrix.dtype()
     }
@@ -74,6 +87,7 @@ impl<'b> Rows<'b> {
 
     pub(super) fn raw(&self) -> RawMatrix {
         let raw = RawMatrix::from(self.matrix);
+        let raw = if self.is_scaled { raw.scaled() } else { raw };
         match self.layout {
             RowLayout::Plain => raw,
             RowLayout::Fragments => raw.ordered(1, self.matrix.stride),
@@ -83,12 +97,18 @@ impl<'b> Rows<'b> {
 }
 
 impl RowLayout {
-    /// The layout in which products of `m` rows are fastest.
-    pub fn choose(m: usize, is_dense: bool, card: ProductCard) -> Self {
-        // For fewer rows, warps that need not go in step make values of codes faster.
-        let least = if is_dense { 1 } else { 17 };
+    /// The layout in which products of `m` rows with so many outputs are fastest.
+    pub fn choose(m: usize, outputs: usize, is_dense: bool, card: ProductCard) -> Self {
+        // For fewer rows, warps that need not go in step make values of codes faster, and cut a small matrix more evenly.
+        let least = match (is_dense, outputs) {
+            (true, _) => 1,
+            (false, MANY_OUTPUTS..) => 9,
+            (false, _) => 17,
+        };
         match m {
-            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(8)),
+            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => {
+                Self::Tiles(m.next_power_of_two().max(if is_dense { 8 } else { 16 }))
+            }
             _ => Self::Fragments,
         }
     }

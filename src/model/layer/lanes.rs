@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{DOWN, DecoderLayer, GATE_UP, OUTPUT, QKV};
 use crate::device::{Matrix, Pointer};
 use crate::kernels::cuda::{
-    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, Rows, decode_attention, decode_attention_workspace,
+    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, decode_attention, decode_attention_workspace,
     decode_combine, decode_heads, decode_norm,
 };
 use crate::model::Error;
@@ -142,7 +142,7 @@ impl LaneLayer {
         max_context: usize,
     ) -> Result<(), Error> {
         let LaneBuffers { stream, normed, qkv, attended, activated, rotations, attention, scratch } = *buffers;
-        let rows = |memory: Matrix<'b>, of: &Projections| Rows::new(memory, lanes.lanes, of.layout(lanes.lanes));
+        let rows = |memory: Matrix<'b>, of: &Projections| of.rows(memory, lanes.lanes);
         let norm = |weight: &Tensor, projections: &Projections| {
             let (weight, low) = (vector(weight)?, projections.low(lanes.lanes, &scratch)?);
             let normed = rows(normed, projections)?;

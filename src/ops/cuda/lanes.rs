@@ -164,7 +164,16 @@ impl Projections {
 
     /// The order in which they read rows of so many lanes.
     pub(crate) fn layout(&self, lanes: usize) -> RowLayout {
-        RowLayout::choose(lanes, self.is_dense, self.card)
+        RowLayout::choose(lanes, self.outputs(), self.is_dense, self.card)
+    }
+
+    /// `memory` as the rows of so many lanes that they read.
+    ///
+    /// # Errors
+    /// If it is too small.
+    pub(crate) fn rows<'b>(&self, memory: Matrix<'b>, lanes: usize) -> Result<Rows<'b>, Error> {
+        let rows = Rows::new(memory, lanes, self.layout(lanes))?;
+        Ok(if self.is_dense { rows } else { rows.scaled() })
     }
 
     /// Outputs of all together.
@@ -180,7 +189,7 @@ impl Projections {
     }
 
     fn form(&self, lanes: usize, kind: ProductKind) -> ProductForm {
-        ProductForm::choose(lanes, &self.rows, self.cols, kind, self.layout(lanes), self.card)
+        ProductForm::choose(lanes, &self.rows, self.cols, (kind, !self.is_dense), self.layout(lanes), self.card)
     }
 
     /// What [`Self::apply`] needs for so many lanes.
@@ -235,9 +244,10 @@ impl Projections {
         let workspace = ProductWorkspace { partial: scratch.partial, arrived: scratch.arrived };
         let lanes = x.shape().0;
         let ranks = self.ranks();
-        let low = LowRank { values: scratch.low, parts: self.low_parts(lanes), cols: ranks };
+        let is_fresh = self.makes_low(lanes);
+        let low = LowRank { values: scratch.low, parts: self.low_parts(lanes), cols: ranks, is_fresh };
         let low = (ranks > 0).then_some(low);
-        if self.makes_low(lanes) {
+        if is_fresh {
             let is_tiles = |layout: &RowLayout| matches!(layout, RowLayout::Tiles(_));
             let wanted = is_tiles(&self.layout(lanes));
             let Some((_, a)) = self.ordered.iter().find(|(layout, _)| is_tiles(layout) == wanted) else {
