@@ -28,8 +28,19 @@ fn compile_kernels() {
     let mut builder = cudaforge::KernelBuilder::default()
         .source_dir("src/kernels/cuda")
         .watch(
-            ["common", "elementwise", "column_sums", "attention", "attention_sm90"]
-                .map(|name| format!("src/kernels/cuda/{name}.cuh")),
+            [
+                "common",
+                "elementwise",
+                "column_sums",
+                "attention",
+                "attention_sm90",
+                "mma",
+                "packed_product",
+                "packed_gguf",
+                "packed_gguf_forms",
+                "packed_gguf_forms_sm90",
+            ]
+            .map(|name| format!("src/kernels/cuda/{name}.cuh")),
         )
         .include_path("src/kernels/cuda")
         .args(["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);

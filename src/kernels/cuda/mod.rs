@@ -21,6 +21,7 @@ mod launch;
 mod nf4;
 mod norm;
 mod optimizer;
+mod packed_gguf;
 mod packed_product;
 mod paged_attention;
 mod paged_step;
@@ -31,6 +32,7 @@ mod row_layout;
 mod rows;
 mod swiglu;
 mod swiglu_adapters;
+mod swiglu_rows;
 
 pub use assemble::{Part, assemble};
 pub use attention::{
@@ -70,3 +72,4 @@ pub use swiglu_adapters::{
     DownAdapter, MOST_SWIGLU_RANKS, MlpAdapters, OutAdapter, swiglu_adapters_fit, swiglu_backward_adapters,
     swiglu_backward_adapters_workspace,
 };
+pub use swiglu_rows::swiglu_rows;

@@ -3,8 +3,10 @@
 use candle_core::{DType, Device};
 
 use super::checks::expect_array;
+use super::gguf::GgufKind;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
+use super::packed_gguf;
 use super::row_layout::{CHUNK, ProductCard, RowLayout, Rows};
 use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
@@ -41,7 +43,7 @@ kernels! {
 /// `Packed` of `packed_product.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct RawPacked {
+pub(super) struct RawPacked {
     data: u64,
     absmax: u64,
     codes: u64,
@@ -59,7 +61,7 @@ struct RawPacked {
 /// `Product` of `packed_product.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct RawProduct {
+pub(super) struct RawProduct {
     w: [RawPacked; MOST_MATRICES],
     x: RawMatrix,
     residual: RawMatrix,
@@ -87,6 +89,17 @@ pub enum PackedWeights<'b> {
     },
     /// 16-bit values `[O, K]`, without gaps between rows.
     Dense(Matrix<'b>),
+    /// Blocks of a GGUF format, as they are stored.
+    Gguf {
+        /// The format.
+        kind: GgufKind,
+        /// u8, all rows.
+        blocks: Pointer<'b>,
+        /// `O`.
+        rows: usize,
+        /// `K`.
+        cols: usize,
+    },
 }
 
 /// One matrix of a product, with what belongs to its outputs.
@@ -145,7 +158,7 @@ pub struct ProductForm {
 }
 
 /// The kernel for warp groups.
-const GROUPS: usize = 6;
+pub(super) const GROUPS: usize = 6;
 
 impl ProductForm {
     /// Outputs of each matrix and rows of `x` that a block has, its rows of `W`, and its warps along the sum.
@@ -170,7 +183,6 @@ impl ProductForm {
         layout: RowLayout,
         card: ProductCard,
     ) -> Self {
-        let is_swiglu = kind == ProductKind::Swiglu;
         let all: usize = rows.iter().sum();
         let form = match (layout, m) {
             (RowLayout::Tiles(_), _) => GROUPS,
@@ -181,6 +193,30 @@ impl ProductForm {
             _ if card.has_large_blocks => 4,
             _ => 3,
         };
+        Self::cut(form, (m, rows, cols), kind, layout, card)
+    }
+
+    /// As [`Self::choose`], for GGUF blocks, which fewer forms multiply.
+    pub fn choose_gguf(
+        m: usize,
+        rows: &[usize],
+        cols: usize,
+        kind: ProductKind,
+        layout: RowLayout,
+        card: ProductCard,
+    ) -> Self {
+        Self::cut(packed_gguf::form(m, layout, card), (m, rows, cols), kind, layout, card)
+    }
+
+    /// A form with its sum cut into as many parts as take the least time.
+    fn cut(
+        form: usize,
+        (m, rows, cols): (usize, &[usize], usize),
+        kind: ProductKind,
+        layout: RowLayout,
+        card: ProductCard,
+    ) -> Self {
+        let is_swiglu = kind == ProductKind::Swiglu;
         let chunks = cols / CHUNK;
         let block = Self { form, splits: 1 }.tile(is_swiglu, layout);
         let blocks = Self { form, splits: 1 }.tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
@@ -265,14 +301,15 @@ impl PackedWeights<'_> {
     /// `(O, K)`.
     pub fn shape(&self) -> (usize, usize) {
         match self {
-            Self::Nf4 { rows, cols, .. } => (*rows, *cols),
+            Self::Nf4 { rows, cols, .. } | Self::Gguf { rows, cols, .. } => (*rows, *cols),
             Self::Dense(matrix) => matrix.shape(),
         }
     }
 
-    /// Weights of one format are multiplied together.
+    /// Weights of one format are multiplied together. Numbered as in `packed_product.cuh`; -1: a GGUF type that is plain floats.
     pub fn format(&self, dtype: DType) -> i32 {
         match self {
+            Self::Gguf { kind, .. } => packed_gguf::format(*kind).unwrap_or(-1),
             Self::Nf4 { view: Nf4View { absmax: Nf4Absmax::Plain(_), .. }, .. } => 0,
             Self::Nf4 { .. } => 1,
             Self::Dense(matrix) => {
@@ -290,6 +327,11 @@ impl PackedWeights<'_> {
         let (rows, cols) = self.shape();
         let is_aligned = match self {
             Self::Nf4 { view, .. } => view.packed.address.is_multiple_of(16),
+            Self::Gguf { kind, blocks, .. } => {
+                blocks.address.is_multiple_of(16)
+                    && packed_gguf::format(*kind).is_some()
+                    && kind.bytes_of(cols).is_some()
+            }
             Self::Dense(matrix) => {
                 matches!(matrix.dtype(), DType::BF16 | DType::F16)
                     && matrix.stride == cols
@@ -309,6 +351,10 @@ impl PackedWeights<'_> {
         let raw = RawPacked { rows: rows as i32, ..RawPacked::default() };
         match self {
             Self::Dense(matrix) => Ok(RawPacked { data: matrix.address, ..raw }),
+            Self::Gguf { kind, blocks, .. } => {
+                expect_array(KERNEL, "blocks", *blocks, DType::U8, rows * kind.bytes_of(cols).unwrap_or(0))?;
+                Ok(RawPacked { data: blocks.address, ..raw })
+            }
             Self::Nf4 { view, .. } => {
                 let blocks = rows * cols / BLOCK_LEN;
                 expect_array(KERNEL, "packed", view.packed, DType::U8, rows * cols / 2)?;
@@ -334,7 +380,8 @@ impl PackedWeights<'_> {
 
 /// Multiplies a few rows by packed weights of one format: `y = x Wᵀ + low sBᵀ + bias (+ onto)`.
 ///
-/// A value of the weights has the bits that [`super::dequantize_nf4`] gives it in the type of `x`. Sums are f32, in an order that
+/// A value of the weights has the bits that [`super::dequantize_nf4`] or [`super::dequantize_gguf`] gives it in the type of `x` (a
+/// zero of GGUF blocks may have the other sign). Sums are f32, in an order that
 /// depends on the form and on the shape of `W`, not on the number of rows.
 ///
 /// # Shapes
@@ -410,6 +457,9 @@ pub fn packed_product(
             (out.raw(), RawMatrix::NONE)
         }
     };
+    if matches!(first.weights, PackedWeights::Gguf { .. }) && !packed_gguf::has_form(form.form, x.layout()) {
+        return Err(argument(KERNEL, "form", form.form, "one that multiplies GGUF blocks, with rows in its order"));
+    }
     if form.splits == 0 || form.splits > k / CHUNK {
         return Err(argument(KERNEL, "splits", form.splits, format!("1 to {}", k / CHUNK)));
     }
@@ -435,7 +485,9 @@ pub fn packed_product(
     let code = unsafe {
         let (format, is_swiglu, tiles, stream) =
             (first.weights.format(x.dtype()), i32::from(is_swiglu), tiles as i32, stream(device)?);
-        if form.form == GROUPS {
+        if let PackedWeights::Gguf { kind, .. } = first.weights {
+            packed_gguf::launch(&raw, kind, form.form, is_swiglu, tiles, stream)
+        } else if form.form == GROUPS {
             trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream)
         } else {
             trainer_packed_product(&raw const raw, format, form.form as i32, is_swiglu, tiles, stream)
