@@ -40,32 +40,38 @@ impl Codes {
     }
 }
 
-fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
+pub(crate) fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
     let x = Tensor::from_slice(x, (m, k), &Device::Cpu).unwrap();
     let w = Tensor::from_slice(w, (w.len() / k, k), &Device::Cpu).unwrap();
     x.matmul(&w.t().unwrap()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Rows in the order of a layout, and their values: what the norm of random rows writes.
-struct Input {
+pub(crate) struct Input {
     memory: Tensor,
     stream: Tensor,
-    values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
     m: usize,
     layout: RowLayout,
 }
 
 impl Input {
-    fn new(device: &Device, m: usize, k: usize, dtype: DType, layout: RowLayout) -> Self {
-        let stream = upload(device, &random("x", m * k), (m, k), DType::F32);
+    pub(crate) fn new(device: &Device, m: usize, k: usize, dtype: DType, layout: RowLayout) -> Self {
+        Self::of(device, &random("x", m * k), m, dtype, (layout, 1e-6))
+    }
+
+    /// The norm of these rows.
+    pub(crate) fn of(device: &Device, values: &[f32], m: usize, dtype: DType, (layout, eps): (RowLayout, f32)) -> Self {
+        let k = values.len() / m;
+        let stream = upload(device, values, (m, k), DType::F32);
         let weight = upload_f32(device, &vec![1.0; k]).unwrap();
         // What is missing to a tile's rows may be anything.
         let memory = upload(device, &vec![f32::NAN; layout.rows(m) * k], (layout.rows(m), k), dtype);
         let plain = empty(device, (m, k), dtype).unwrap();
         let input = Self { memory, stream, values: Vec::new(), m, layout };
         let (from, weight) = (matrix(&input.stream).unwrap(), array(&weight).unwrap());
-        decode_norm(device, input.rows(), from, weight, 1e-6, None).unwrap();
-        decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, 1e-6, None).unwrap();
+        decode_norm(device, input.rows(), from, weight, eps, None).unwrap();
+        decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, eps, None).unwrap();
         Self { values: download(&plain), ..input }
     }
 
@@ -79,25 +85,25 @@ impl Input {
         download(&values)
     }
 
-    fn rows(&self) -> Rows<'_> {
+    pub(crate) fn rows(&self) -> Rows<'_> {
         Rows::new(matrix(&self.memory).unwrap(), self.m, self.layout).unwrap()
     }
 }
 
-struct Work {
+pub(crate) struct Work {
     partial: Tensor,
     arrived: Tensor,
 }
 
 impl Work {
-    fn new(device: &Device) -> Self {
+    pub(crate) fn new(device: &Device) -> Self {
         Self {
             partial: empty(device, 64 << 20, DType::F32).unwrap(),
             arrived: Tensor::zeros(1 << 20, DType::U32, device).unwrap(),
         }
     }
 
-    fn room(&self) -> ProductWorkspace<'_> {
+    pub(crate) fn room(&self) -> ProductWorkspace<'_> {
         ProductWorkspace { partial: array(&self.partial).unwrap(), arrived: array(&self.arrived).unwrap() }
     }
 }

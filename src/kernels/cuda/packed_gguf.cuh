@@ -86,10 +86,9 @@ __device__ __forceinline__ uint32_t fifth_bits(uint32_t bits) { return (bits & 1
 // Rotated to the left by -31 .. 31.
 __device__ __forceinline__ uint32_t rotated(uint32_t word, int by) { return __funnelshift_l(word, word, by & 31); }
 
-// (code - BIAS) scale of 8 codes below 128.
-template <typename T, int BIAS>
-__device__ __forceinline__ void scaled(uint32_t (&out)[4], const uint32_t (&codes)[2], float scale) {
-  const float offset = -static_cast<float>(128 + BIAS) * scale;
+// (128 + code) scale + offset of 8 codes below 128.
+template <typename T>
+__device__ __forceinline__ void scaled(uint32_t (&out)[4], const uint32_t (&codes)[2], float scale, float offset) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint32_t word = codes[i / 2];
@@ -97,6 +96,9 @@ __device__ __forceinline__ void scaled(uint32_t (&out)[4], const uint32_t (&code
                           __fmaf_rn(above_128(word, i % 2 * 2 + 1), scale, offset));
   }
 }
+
+// The offset with which `scaled` makes (code - BIAS) scale.
+template <int BIAS> __device__ __forceinline__ float offset_of(float scale) { return -static_cast<float>(128 + BIAS) * scale; }
 
 // code scale + offset.
 template <typename T>
@@ -122,76 +124,86 @@ __device__ __forceinline__ void add_fifth_bits(uint32_t (&codes)[2], uint32_t hi
 
 template <typename T> struct Piece<T, Q4_0> {
   Run<16, 2> run;
-  uint32_t scale;
+  uint32_t of_block;
+  float scale;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
     const uint8_t *block = w.data + (flat >> 5) * 18;
-    scale = short_at(block);
+    of_block = short_at(block);
     run.fetch(block + 2);
   }
+  __device__ __forceinline__ void open() { scale = half_of(of_block); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
     uint32_t codes[2];
     nibbles<0>(codes, run, part);
-    scaled<T, 8>(out, codes, half_of(scale));
+    scaled<T>(out, codes, scale, offset_of<8>(scale));
   }
 };
 
 template <typename T> struct Piece<T, Q4_1> {
   Run<20, 4> run; // scale and minimum, codes
+  float scale, minimum;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { run.fetch(w.data + (flat >> 5) * 20); }
+  __device__ __forceinline__ void open() { scale = half_of(run.word(0)), minimum = half_of(run.word(0) >> 16); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
     uint32_t codes[2];
     nibbles<1>(codes, run, part);
-    scaled_plus<T>(out, codes, half_of(run.word(0)), half_of(run.word(0) >> 16));
+    scaled_plus<T>(out, codes, scale, minimum);
   }
 };
 
 template <typename T> struct Piece<T, Q5_0> {
   Run<20, 2> run; // fifth bits, codes
-  uint32_t scale;
+  uint32_t of_block;
+  float scale;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
     const uint8_t *block = w.data + (flat >> 5) * 22;
-    scale = short_at(block);
+    of_block = short_at(block);
     run.fetch(block + 2);
   }
+  __device__ __forceinline__ void open() { scale = half_of(of_block); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
     uint32_t codes[2];
     nibbles<1>(codes, run, part);
     add_fifth_bits(codes, run.word(0), part);
-    scaled<T, 16>(out, codes, half_of(scale));
+    scaled<T>(out, codes, scale, offset_of<16>(scale));
   }
 };
 
 template <typename T> struct Piece<T, Q5_1> {
   Run<24, 8> run; // scale and minimum, fifth bits, codes
+  float scale, minimum;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { run.fetch(w.data + (flat >> 5) * 24); }
+  __device__ __forceinline__ void open() { scale = half_of(run.word(0)), minimum = half_of(run.word(0) >> 16); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
     uint32_t codes[2];
     nibbles<2>(codes, run, part);
     add_fifth_bits(codes, run.word(1), part);
-    scaled_plus<T>(out, codes, half_of(run.word(0)), half_of(run.word(0) >> 16));
+    scaled_plus<T>(out, codes, scale, minimum);
   }
 };
 
 template <typename T> struct Piece<T, Q8_0> {
   Run<32, 2> run;
-  uint32_t scale;
+  uint32_t of_block;
+  float scale;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
     const uint8_t *block = w.data + (flat >> 5) * 34;
-    scale = short_at(block);
+    of_block = short_at(block);
     run.fetch(block + 2);
   }
+  __device__ __forceinline__ void open() { scale = half_of(of_block); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    const float by = half_of(scale), offset = -32896.0f * by; // 2^15 + 128: the highest bit is a sign
+    const float offset = -32896.0f * scale; // 2^15 + 128: the highest bit is a sign
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t word = run.word(part * 2 + i / 2) ^ 0x80808080u;
-      out[i] = pack_pair<T>(__fmaf_rn(above_32768(word, i % 2 * 2), by, offset),
-                            __fmaf_rn(above_32768(word, i % 2 * 2 + 1), by, offset));
+      out[i] = pack_pair<T>(__fmaf_rn(above_32768(word, i % 2 * 2), scale, offset),
+                            __fmaf_rn(above_32768(word, i % 2 * 2 + 1), scale, offset));
     }
   }
 };
@@ -209,6 +221,7 @@ struct Quarter {
 template <typename T> struct Piece<T, Q2_K> {
   Run<32, 4> run;
   uint32_t scales, of_block; // two bytes of a scale and a minimum each; the f16 scale and minimum of these
+  float scale[2], offset[2];
   int shift;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
@@ -218,20 +231,25 @@ template <typename T> struct Piece<T, Q2_K> {
     run.fetch(at.block + 16 + 32 * at.half);
     shift = 2 * at.quarter;
   }
+  __device__ __forceinline__ void open() {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      scale[i] = __fmul_rn(half_of(of_block), static_cast<float>(scales >> (8 * i) & 15));
+      offset[i] = -__fmul_rn(half_of(of_block >> 16), static_cast<float>(scales >> (8 * i + 4) & 15));
+    }
+  }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    const uint32_t packed = scales >> (part / 2 * 8);
-    const float scale = __fmul_rn(half_of(of_block), static_cast<float>(packed & 15));
-    const float minimum = __fmul_rn(half_of(of_block >> 16), static_cast<float>(packed >> 4 & 15));
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) codes[i] = run.word(part * 2 + i) >> shift & 0x03030303u;
-    scaled_plus<T>(out, codes, scale, -minimum);
+    scaled_plus<T>(out, codes, scale[part / 2], offset[part / 2]);
   }
 };
 
 template <typename T> struct Piece<T, Q3_K> {
   Run<32, 2> run, mask;
   uint32_t low_scales, high_scales, of_block;
+  float scale[2];
   int half, quarter;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
@@ -243,34 +261,40 @@ template <typename T> struct Piece<T, Q3_K> {
     mask.fetch(at.block);
     run.fetch(at.block + 32 + 32 * half);
   }
+  __device__ __forceinline__ void open() {
+    // Groups 8 half + 2 quarter and the next, 6 bits with an offset of 32.
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t low = low_scales >> (8 * i + 4 * half) & 15;
+      const uint32_t high = high_scales >> (8 * i + 4 * half + quarter / 2 * 2) & 3;
+      scale[i] = __fmul_rn(half_of(of_block), static_cast<float>(static_cast<int>(low | high << 4) - 32));
+    }
+  }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    // Group 8 half + 2 quarter + part / 2, 6 bits with an offset of 32.
-    const int byte = part / 2 * 8;
-    const uint32_t low = low_scales >> (byte + 4 * half) & 15;
-    const uint32_t high = high_scales >> (byte + 4 * half + quarter / 2 * 2) & 3;
-    const float scale = __fmul_rn(half_of(of_block), static_cast<float>(static_cast<int>(low | high << 4) - 32));
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
       codes[i] = run.word(part * 2 + i) >> (2 * quarter) & 0x03030303u |
                  rotated(mask.word(part * 2 + i), 2 - 4 * half - quarter) & 0x04040404u;
-    scaled<T, 4>(out, codes, scale);
+    scaled<T>(out, codes, scale[part / 2], offset_of<4>(scale[part / 2]));
   }
 };
 
-// The f16 scale and minimum of a block with 6 bits of each for its 8 groups, and the group of a quarter.
+// The f16 scale and minimum of a block with 6 bits of each for its 8 groups; those of the group of a quarter.
 struct GroupScale {
   uint4 header;
+  float scale, offset;
 
   __device__ __forceinline__ void fetch(const Quarter &at) {
     header = __ldg(reinterpret_cast<const uint4 *>(at.block));
   }
-  __device__ __forceinline__ float2 of(int half, int quarter) const {
+  __device__ __forceinline__ void open(int half, int quarter) {
+    // In the second half the lower 4 bits are in the third word, the others above the 6 bits of the first half.
     const uint32_t a = header.y >> (8 * quarter), b = header.z >> (8 * quarter), c = header.w >> (8 * quarter);
-    const uint32_t scale = half ? c & 15 | a >> 2 & 48 : a & 63;
-    const uint32_t minimum = half ? c >> 4 & 15 | b >> 2 & 48 : b & 63;
-    return make_float2(__fmul_rn(half_of(header.x), static_cast<float>(scale)),
-                       __fmul_rn(half_of(header.x >> 16), static_cast<float>(minimum)));
+    const uint32_t mask = half ? 15 : 63, more = half ? 48 : 0;
+    const uint32_t first = half ? c : a, second = half ? c >> 4 : b;
+    scale = __fmul_rn(half_of(header.x), static_cast<float>(first & mask | a >> 2 & more));
+    offset = -__fmul_rn(half_of(header.x >> 16), static_cast<float>(second & mask | b >> 2 & more));
   }
 };
 
@@ -285,12 +309,12 @@ template <typename T> struct Piece<T, Q4_K> {
     scales.fetch(at);
     run.fetch(at.block + 16 + 64 * half + 32 * (quarter / 2));
   }
+  __device__ __forceinline__ void open() { scales.open(half, quarter); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    const float2 scale = scales.of(half, quarter);
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) codes[i] = run.word(part * 2 + i) >> (quarter % 2 * 4) & 0x0f0f0f0fu;
-    scaled_plus<T>(out, codes, scale.x, -scale.y);
+    scaled_plus<T>(out, codes, scales.scale, scales.offset);
   }
 };
 
@@ -306,14 +330,14 @@ template <typename T> struct Piece<T, Q5_K> {
     high.fetch(at.block + 16);
     run.fetch(at.block + 48 + 64 * half + 32 * (quarter / 2));
   }
+  __device__ __forceinline__ void open() { scales.open(half, quarter); }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    const float2 scale = scales.of(half, quarter);
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
       codes[i] = run.word(part * 2 + i) >> (quarter % 2 * 4) & 0x0f0f0f0fu |
                  rotated(high.word(part * 2 + i), 4 - 4 * half - quarter) & 0x10101010u;
-    scaled_plus<T>(out, codes, scale.x, -scale.y);
+    scaled_plus<T>(out, codes, scales.scale, scales.offset);
   }
 };
 
@@ -321,6 +345,7 @@ template <typename T> struct Piece<T, Q5_K> {
 template <typename T> struct Piece<T, Q6_K> {
   Run<32, 2> run, high;
   uint32_t scales, of_block;
+  float scale[2];
   int quarter;
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
@@ -331,15 +356,18 @@ template <typename T> struct Piece<T, Q6_K> {
     run.fetch(at.block + 64 * at.half + 32 * (quarter % 2));
     high.fetch(at.block + 128 + 32 * at.half);
   }
+  __device__ __forceinline__ void open() {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      scale[i] = __fmul_rn(half_of(of_block), static_cast<float>(static_cast<int8_t>(scales >> (8 * i))));
+  }
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
-    const int own = static_cast<int8_t>(scales >> (part / 2 * 8));
-    const float scale = __fmul_rn(half_of(of_block), static_cast<float>(own));
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
       codes[i] = run.word(part * 2 + i) >> (quarter / 2 * 4) & 0x0f0f0f0fu |
                  rotated(high.word(part * 2 + i), 4 - 2 * quarter) & 0x30303030u;
-    scaled<T, 32>(out, codes, scale);
+    scaled<T>(out, codes, scale[part / 2], offset_of<32>(scale[part / 2]));
   }
 };
 

@@ -101,7 +101,8 @@ mod tests {
 
     use half::f16;
 
-    use super::super::row_layout::{ProductCard, RowLayout};
+    use super::super::packed_product::{ProductForm, ProductKind};
+    use super::super::row_layout::{CHUNK, ProductCard, RowLayout};
     use super::{GgufKind, form, format, has_form};
     use crate::kernels::cpu::{Level, blocks};
     use crate::rng::Stream;
@@ -311,5 +312,19 @@ mod tests {
             }
         }
         assert!(!has_form(6, RowLayout::Tiles(8)) && !has_form(0, RowLayout::Fragments));
+    }
+
+    #[test]
+    fn parts_of_every_sum_of_the_family_are_whole_chunks() {
+        for (has_groups, has_large_blocks) in [(true, true), (false, true), (false, false)] {
+            let card = ProductCard { multiprocessors: 80, has_groups, has_large_blocks };
+            for (m, k) in [1, 8, 17, 64, 256].into_iter().flat_map(|m| [896, 4864, 18_944, 29_568].map(|k| (m, k))) {
+                let layout = RowLayout::choose(m, false, card);
+                for (rows, kind) in [(vec![k, 512], ProductKind::Sum), (vec![k, k], ProductKind::Swiglu)] {
+                    let ProductForm { form, splits } = ProductForm::choose_gguf(m, &rows, k, kind, layout, card);
+                    assert!(has_form(form, layout) && (1..=k / CHUNK).contains(&splits), "{k}, {m} rows: {splits}");
+                }
+            }
+        }
     }
 }

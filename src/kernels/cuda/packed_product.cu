@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     }
   constexpr bool IS_AHEAD = is_fetched_ahead<Piece<T, FORMAT>>(FORMAT);
   // Of the largest pieces a warp has those of 16 rows at a time, where so many warps are to share a multiprocessor.
-  constexpr bool IS_BY_ROWS = NT == 1 && FORMAT >= GGUF && sizeof(Piece<T, FORMAT>) > 64;
+  constexpr bool IS_BY_ROWS = NT == 1 && FORMAT >= GGUF && sizeof(Piece<T, FORMAT>) > 80;
   Piece<T, FORMAT> now[IS_BY_ROWS ? 1 : MT][2], next[IS_AHEAD ? MT : 1][2];
   auto fetch_rows = [&](Piece<T, FORMAT>(&to)[2], int mt, int chunk) {
 #pragma unroll
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     if constexpr (IS_BY_ROWS) {
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
+        now[0][0].open(), now[0][1].open();
 #pragma unroll
         for (int part = 0; part < 4; part++) {
           load_right(part);
@@ -119,6 +120,8 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
         if (mt + 1 < MT) fetch_rows(now[0], mt + 1, chunk);
       }
     } else {
+#pragma unroll
+      for (int mt = 0; mt < MT; mt++) now[mt][0].open(), now[mt][1].open();
 #pragma unroll
       for (int part = 0; part < 4; part++) {
         load_right(part);

@@ -42,15 +42,16 @@ enum Format { NF4_PLAIN, NF4_NESTED, DENSE, DENSE_OTHER, GGUF };
 // Whether block maxima lie beside the bytes.
 constexpr bool has_maxima(int format) { return format < DENSE; }
 // Whether a block's registers hold the next piece beside this one; what GGUF blocks have for 32 columns takes up to 24 of them.
-template <typename Piece> constexpr bool is_fetched_ahead(int format) { return format < GGUF || sizeof(Piece) <= 40; }
+template <typename Piece> constexpr bool is_fetched_ahead(int format) { return format < GGUF || sizeof(Piece) <= 44; }
 
 #ifdef __CUDACC__
 namespace {
 
-// 32 columns of a row, as they lie.
+// 32 columns of a row, as they lie. `open` makes of what has come what all of its values need.
 template <typename T, int FORMAT> struct Piece {
   uint4 codes;
 
+  __device__ __forceinline__ void open() {}
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { codes = load_streaming(w.data + flat / 2); }
   // Columns 8 part .. 8 part + 7 as four registers.
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float value, float scale) const {
@@ -68,6 +69,7 @@ template <typename T, int FORMAT> struct Piece {
 template <typename T> struct Piece<T, DENSE> {
   uint4 v[4];
 
+  __device__ __forceinline__ void open() {}
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = load_streaming(w.data + flat * 2 + i * 16);

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
   };
   if (IS_DENSE) fetch(now, chunks.x);
   maxima_of(chunks.x);
+  now[0].open(), now[1].open();
   make(left[0], now, 0);
   int block = 0;
   for (int chunk = chunks.x; chunk < chunks.y; chunk++) {
@@ -203,6 +204,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
           fetch(now, chunk + 1);
         }
         maxima_of(chunk + 1);
+        now[0].open(), now[1].open();
         make(left[0], now, 0);
       }
       if (part % 2 == 1) block++;
