@@ -194,8 +194,8 @@ pub struct Args {
     #[arg(long = "order", value_name = "ORDER", default_values = ["auto"])]
     pub order: Vec<OrderArg>,
 
-    /// How the random weights are stored: `nf4`, a GGUF type (`q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2_k` to `q6_k`), or `q4_k_m`,
-    /// the mix of Q4_K and Q6_K of files of that name
+    /// How the random weights are stored: `nf4`, a GGUF type (`q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2_k` to `q6_k`), `q4_k_m`, the
+    /// mix of `q4_k` and `q6_k` of files of that name, or `unlike`, every projection in another type
     #[arg(long, value_name = "TYPE", default_value = "nf4", value_parser = |text: &str| text.parse::<RandomStorage>())]
     pub weights: RandomStorage,
 

@@ -18,15 +18,28 @@ pub enum RandomStorage {
     Nf4,
     /// All matrices in a GGUF type; where rows are no whole blocks, in the type of 32 values that llama.cpp takes in its place.
     Gguf(GgmlDType),
-    /// As files named `Q4_K_M`: Q4_K, and Q6_K for values and down projections of every second layer, embedding and head.
+    /// As files named `Q4_K_M`: `Q4_K`, and `Q6_K` for values and down projections of every second layer, embedding and head.
     Mixed,
+    /// Every projection of a layer in another GGUF type, also of one group, which no file has.
+    Unlike,
 }
+
+/// The types of [`RandomStorage::Unlike`]; embedding and head are `Q8_0`.
+const UNLIKE: [(&str, GgmlDType); 7] = [
+    (".q_proj.", GgmlDType::Q4K),
+    (".k_proj.", GgmlDType::Q8_0),
+    (".v_proj.", GgmlDType::Q6K),
+    (".o_proj.", GgmlDType::Q5K),
+    (".gate_proj.", GgmlDType::Q3K),
+    (".up_proj.", GgmlDType::Q4_1),
+    (".down_proj.", GgmlDType::Q2K),
+];
 
 impl RandomStorage {
     /// Their names.
-    pub const NAMES: [&str; 12] =
-        ["nf4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_k_m"];
-    const ALL: [Self; 12] = [
+    pub const NAMES: [&str; 13] =
+        ["nf4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_k_m", "unlike"];
+    const ALL: [Self; 13] = [
         Self::Nf4,
         Self::Gguf(GgmlDType::Q4_0),
         Self::Gguf(GgmlDType::Q4_1),
@@ -39,6 +52,7 @@ impl RandomStorage {
         Self::Gguf(GgmlDType::Q5K),
         Self::Gguf(GgmlDType::Q6K),
         Self::Mixed,
+        Self::Unlike,
     ];
 
     /// The GGUF type of a matrix with rows of `cols` values.
@@ -46,6 +60,9 @@ impl RandomStorage {
         let kind = match self {
             Self::Nf4 => return None,
             Self::Gguf(kind) => kind,
+            Self::Unlike => {
+                UNLIKE.iter().find(|(module, _)| name.contains(module)).map_or(GgmlDType::Q8_0, |(_, kind)| *kind)
+            }
             Self::Mixed => {
                 let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
                 let is_wide = name.contains(".v_proj.") || name.contains(".down_proj.");
@@ -83,7 +100,7 @@ impl std::fmt::Display for RandomStorage {
         match (found, self) {
             (Some((name, _)), _) => f.write_str(name),
             (None, Self::Gguf(kind)) => write!(f, "{kind:?}"),
-            (None, Self::Nf4 | Self::Mixed) => Err(std::fmt::Error),
+            (None, Self::Nf4 | Self::Mixed | Self::Unlike) => Err(std::fmt::Error),
         }
     }
 }
@@ -140,5 +157,8 @@ mod tests {
         assert_eq!(mixed("model.layers.0.self_attn.q_proj.weight", 896), GgmlDType::Q5_0);
         assert_eq!(mixed("lm_head.weight", 3584), GgmlDType::Q6K);
         assert_eq!(RandomStorage::Nf4.kind("lm_head.weight", 3584), None);
+        let unlike = |name| RandomStorage::Unlike.kind(name, 896).unwrap();
+        assert_eq!(unlike("model.layers.0.mlp.gate_proj.weight"), GgmlDType::Q4_0);
+        assert_eq!(unlike("model.layers.0.mlp.up_proj.weight"), GgmlDType::Q4_1);
     }
 }

@@ -277,8 +277,8 @@ fn recorded_steps_of_every_shape_have_the_trainer_s_log_probabilities() {
     assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
 }
 
-/// Every GGUF type in one shape whose rows are whole blocks of 256 values and one whose are not; the mix of `Q4_K_M`, with unlike
-/// types in a group, in every shape.
+/// Every GGUF type, and unlike types in every group, in one shape whose rows are whole blocks of 256 values and one whose are not;
+/// the mix of `Q4_K_M` in every shape.
 #[test]
 #[ignore = "gpu"]
 fn recorded_steps_of_gguf_types_have_the_trainer_s_log_probabilities() {

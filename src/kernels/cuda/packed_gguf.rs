@@ -174,7 +174,7 @@ mod tests {
         [0, 1].map(|i| run.word(first + part % 2 * 2 + i) >> (part / 2 * 4) & 0x0f0f_0f0f)
     }
 
-    /// Scale and minimum of a quarter of Q4_K and Q5_K.
+    /// Scale and minimum of a quarter of `Q4_K` and `Q5_K`.
     fn group_scale(memory: &[u8], block: usize, half: usize, quarter: usize) -> (f32, f32) {
         let [a, b, c] = [4, 8, 12].map(|at| word_at(memory, block + at) >> (8 * quarter));
         let (scale, minimum) =

@@ -286,13 +286,14 @@ impl Projections {
         match (to, self.runs.as_slice()) {
             (ProductOutput::Swiglu(_), [all]) => multiply(all, to, ProductKind::Swiglu)?,
             (ProductOutput::Swiglu(activated), [gate, up]) => {
-                let used = self.workspace(lanes, ProductKind::Sum).0.next_multiple_of(WORKSPACE_STEP);
-                let shape = (lanes, self.rows[0]);
-                let sums = scratch.partial.from_element(used).as_matrix((2 * lanes, self.rows[0]));
-                let [gates, ups] = [0, lanes].map(|first| sums.rows(first, lanes));
-                if self.rows[1] != shape.1 {
-                    return Err(shape_error("lanes", "up", self.rows[1], shape.1));
+                // Of unlike formats: no block of a product has the rows of both.
+                let height = self.rows[0];
+                if self.rows[1] != height {
+                    return Err(shape_error("lanes", "up", self.rows[1], height));
                 }
+                let used = self.workspace(lanes, ProductKind::Sum).0.next_multiple_of(WORKSPACE_STEP);
+                let sums = scratch.partial.from_element(used).as_matrix((2 * lanes, height));
+                let [gates, ups] = [0, lanes].map(|first| sums.rows(first, lanes));
                 multiply(gate, ProductOutput::Sum { out: gates, onto: None }, ProductKind::Sum)?;
                 multiply(up, ProductOutput::Sum { out: ups, onto: None }, ProductKind::Sum)?;
                 swiglu_rows(device, activated, gates, ups)?;
