@@ -1,5 +1,6 @@
 //! Products of few rows straight from GGUF blocks: every value of every type by its bits, sums in every form, and how fast they are.
 
+use std::fmt::Write as _;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -16,7 +17,7 @@ use crate::support::{device, download, random, seed, upload};
 /// A matrix of blocks on the device.
 struct Blocks {
     kind: GgufKind,
-    blocks: Tensor,
+    stored: Tensor,
     rows: usize,
     cols: usize,
 }
@@ -34,18 +35,18 @@ impl Blocks {
             _ => 0.15,
         };
         let bytes = random_blocks(kind, rows * cols / kind.block_len(), size);
-        Self { kind, blocks: upload_u8(device, &bytes).unwrap(), rows, cols }
+        Self { kind, stored: upload_u8(device, &bytes).unwrap(), rows, cols }
     }
 
     fn weights(&self) -> PackedWeights<'_> {
-        let blocks = array(&self.blocks).unwrap();
+        let blocks = array(&self.stored).unwrap();
         PackedWeights::Gguf { kind: self.kind, blocks, rows: self.rows, cols: self.cols }
     }
 
     /// The values as training unpacks them, f32 on the host.
     fn dense(&self, device: &Device, dtype: DType) -> Vec<f32> {
         let out = empty(device, (self.rows, self.cols), dtype).unwrap();
-        let blocks = array(&self.blocks).unwrap();
+        let blocks = array(&self.stored).unwrap();
         dequantize_gguf(device, matrix(&out).unwrap(), self.kind, blocks, 0, self.cols).unwrap();
         download(&out)
     }
@@ -313,7 +314,7 @@ fn bench_packed_gguf() {
                 synchronize(&device).unwrap();
                 let secs = started.elapsed().as_secs_f64() / 40.0;
                 let rate = bytes as f64 / secs / 1e9;
-                line += &format!("  {m}: f{} s{} {:.1} us {rate:.0} GB/s", form.form, form.splits, secs * 1e6);
+                write!(line, "  {m}: f{} s{} {:.1} us {rate:.0} GB/s", form.form, form.splits, secs * 1e6).unwrap();
             }
             println!("{line}");
         }
