@@ -29,17 +29,22 @@ fn compile_kernels() {
         .source_dir("src/kernels/cuda")
         .watch(
             [
-                "common",
-                "elementwise",
-                "column_sums",
-                "attention",
-                "attention_sm90",
-                "mma",
-                "packed_product",
-                "packed_product_sm90",
-                "packed_codes",
+                "common.cuh",
+                "elementwise.cuh",
+                "column_sums.cuh",
+                "attention.cuh",
+                "attention_sm90.cuh",
+                "mma.cuh",
+                "packed_product.cuh",
+                "packed_product_sm90.cuh",
+                "packed_codes.cuh",
+                "packed_product.cu",
+                "packed_product_sm90.cu",
+                "packed_gguf.cuh",
+                "packed_gguf_forms.cuh",
+                "packed_gguf_forms_sm90.cuh",
             ]
-            .map(|name| format!("src/kernels/cuda/{name}.cuh")),
+            .map(|name| format!("src/kernels/cuda/{name}")),
         )
         .include_path("src/kernels/cuda")
         .args(["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-lineinfo"]);

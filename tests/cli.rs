@@ -127,6 +127,27 @@ fn a_bench_of_rollouts_counts_their_tokens_and_knows_their_floor() {
 }
 
 #[test]
+fn a_bench_of_gguf_types_reads_the_bytes_of_their_blocks() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = |weights: &str| {
+        let json = folder.path().join(weights);
+        let options = ["--rollout=1x2x5+4", "--steps=1", "--lora-r=4", "--device=cpu"];
+        let own = [format!("--weights={weights}"), format!("--json={}", json.display())];
+        let (code, out, err) =
+            trainer(&[&["bench", "data/tiny-qwen"][..], &options, &own.each_ref().map(|o| o.as_str())].concat());
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains(&format!("parameters in {weights} made")), "{out}");
+        let row: serde_json::Value = serde_json::from_str(std::fs::read_to_string(&json).unwrap().trim()).unwrap();
+        assert_eq!(row["weights"].as_str(), Some(weights), "{row}");
+        row["decode_bytes"].as_f64().unwrap()
+    };
+    let (small, large, mixed) = (bytes("q4_0"), bytes("q8_0"), bytes("unlike"));
+    assert!(small < mixed && mixed < large, "{small}, {mixed}, {large}");
+    let (code, _, err) = trainer(&["bench", "data/tiny-qwen", "--rollout=1x2x5+4", "--weights=q9"]);
+    assert!(code != Some(0) && err.contains("q4_k_m"), "{err}");
+}
+
+#[test]
 fn a_bench_of_ranks_takes_the_order_that_it_is_told_and_else_that_of_a_run() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("bench.jsonl");

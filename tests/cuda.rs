@@ -23,6 +23,8 @@ mod gradients;
 mod head;
 #[path = "cuda/lanes.rs"]
 mod lanes;
+#[path = "cuda/lanes_gguf.rs"]
+mod lanes_gguf;
 #[path = "cuda/nf4.rs"]
 mod nf4;
 #[path = "cuda/norm.rs"]

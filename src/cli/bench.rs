@@ -12,6 +12,7 @@ use crate::config::settings::{
     DeviceChoice, OffloadDevice, OffloadSettings, OptimizerKind, Precision, RankBackend, RankSettings, ZeroStage,
 };
 use crate::engine::{Activations, Order, Parked};
+use crate::model::load::RandomStorage;
 use crate::ranks::{self, Ranks};
 use crate::rollout::Statistics;
 use crate::telemetry::units;
@@ -26,7 +27,8 @@ Examples:
   trainer bench configs/bench/qwen2-7b --work 4x4x128+256          # GRPO: 4 prompts, 4 completions each
   trainer bench configs/bench/qwen2-7b --work 1x2048 --micro-batches 16 --order depth-first --order breadth-first
   trainer bench configs/bench/qwen2-7b --work 4x2048 --activations keep --activations offload --json bench.jsonl
-  trainer bench configs/bench/qwen2-7b --rollout 1x1x128+256 --rollout 4x4x128+256   # generation";
+  trainer bench configs/bench/qwen2-7b --rollout 1x1x128+256 --rollout 4x4x128+256   # generation
+  trainer bench configs/bench/qwen2-7b --weights q4_k_m --rollout 4x4x128+256        # ... from GGUF types";
 
 /// What becomes of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -145,7 +147,7 @@ impl Args {
     }
 }
 
-/// Measure training steps of a model of random 4-bit weights, with an adapter on all projections
+/// Measure training steps of a model of random packed weights, with an adapter on all projections
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
@@ -191,6 +193,11 @@ pub struct Args {
     /// time; may be given several times
     #[arg(long = "order", value_name = "ORDER", default_values = ["auto"])]
     pub order: Vec<OrderArg>,
+
+    /// How the random weights are stored: `nf4`, a GGUF type (`q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2_k` to `q6_k`), `q4_k_m`, the
+    /// mix of `q4_k` and `q6_k` of files of that name, or `unlike`, every projection in another type
+    #[arg(long, value_name = "TYPE", default_value = "nf4", value_parser = |text: &str| text.parse::<RandomStorage>())]
+    pub weights: RandomStorage,
 
     /// Rank of the adapter
     #[arg(long, value_name = "RANK", default_value_t = 16)]
@@ -303,6 +310,7 @@ fn measure(
     let offload = Offload::of(settings, &backend.device, &String::from_utf8(run)?);
     let settings = Settings {
         lora: lora(args.lora_r),
+        weights: args.weights,
         warmup: args.warmup as usize,
         steps: args.steps as usize,
         activations: Activations::Recompute,
@@ -314,9 +322,10 @@ fn measure(
     let started = std::time::Instant::now();
     let mut bench = Bench::new(&args.model, &backend, sharing, settings)?;
     print(&format!(
-        "{}; model of {} parameters made in {}; a large product runs at {:.1} TFLOP/s; LoRA r={}\n",
+        "{}; model of {} parameters in {} made in {}; a large product runs at {:.1} TFLOP/s; LoRA r={}\n",
         backend.describe(),
         units::count(bench.config().num_parameters() as u64),
+        args.weights,
         units::duration(started.elapsed().as_secs_f64()),
         bench.peak_flops / 1e12,
         args.lora_r,
@@ -418,6 +427,7 @@ fn rollout_record(args: &Args, backend: &Backend, m: &MeasuredRollout) -> serde_
         "rollout": m.work.to_string(),
         "max_num_seqs": args.max_num_seqs,
         "temperature": args.temperature,
+        "weights": args.weights.to_string(),
         "lora_r": args.lora_r,
         "offload_optimizer": args.offload_optimizer,
         "offload_params": args.offload_params,
@@ -452,6 +462,7 @@ fn record(
         "micro_batches": m.micro_batches,
         "order": m.order.name(),
         "at_a_time": m.order.at_a_time(m.micro_batches),
+        "weights": args.weights.to_string(),
         "lora_r": args.lora_r,
         "ranks": args.num_processes,
         "zero_stage": args.zero_stage,

@@ -61,7 +61,17 @@ pub struct Pointer<'b> {
     pub(crate) lent: PhantomData<&'b ()>,
 }
 
-impl Pointer<'_> {
+impl<'b> Pointer<'b> {
+    /// The first `rows` times `cols` elements as a matrix.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[must_use]
+    pub fn as_matrix(self, (rows, cols): (usize, usize)) -> Matrix<'b> {
+        assert!(rows * cols <= self.len, "[{rows}, {cols}] of {} elements", self.len);
+        matrix_at(self.address, (rows, cols), self.dtype)
+    }
+
     /// The type of the elements.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -205,6 +215,8 @@ mod tests {
         assert_eq!((part.address, part.rows, part.cols, part.stride), (1024 + 2 * (32 + 8), 2, 16, 32));
         let array = Pointer { address: 64, dtype: DType::F32, len: 10, lent: PhantomData };
         assert_eq!((array.elements(3..5).address, array.from_element(3).len), (76, 7));
+        let matrix = array.from_element(2).as_matrix((2, 4));
+        assert_eq!((matrix.address, matrix.shape(), matrix.stride, matrix.dtype), (72, (2, 4), 4, DType::F32));
     }
 
     #[test]

@@ -3,18 +3,17 @@
 use std::collections::VecDeque;
 
 use candle_core::{DType, Device, Tensor};
-use half::bf16;
-use rayon::prelude::*;
 
 use super::Error;
 use super::config::{ModelConfig, TensorRole, TensorShape};
 use super::ends::{EMBEDDING, LM_HEAD};
 use super::load::Purpose;
+use super::noise::{RandomStorage, noise};
 use super::params::{BlockInit, SharedParam, Trainable};
 use super::peft::{AdapterSpec, ModuleAdapter, factor_names};
 use super::source::{LinearStorage, WeightSource};
 use crate::ops::buffer;
-use crate::quant::{Nf4Matrix, Weight};
+use crate::quant::Weight;
 use crate::rng;
 
 /// Where a model's values come from.
@@ -22,8 +21,8 @@ use crate::rng;
 pub(super) enum Values {
     /// Files, or draws in their place.
     Files { source: Box<WeightSource>, storage: LinearStorage },
-    /// Random 4-bit codes (NF4, double quantised), and small random values for the rest: for measuring.
-    Noise { seed: u64 },
+    /// Random packed weights, and small random values for the rest: for measuring.
+    Noise { seed: u64, storage: RandomStorage },
 }
 
 /// The blocks of a model in the order of the walk: the embedding, the layers, the head. Each is read when it is asked for.
@@ -184,32 +183,9 @@ impl Values {
                 (_, &[rows, cols]) => source.embedding(&shape.name, (rows, cols), storage.dtype),
                 _ => Ok(Weight::Dense(source.vector(&shape.name)?)),
             },
-            Self::Noise { seed } => noise(shape, rng::mix(seed ^ rng::mix(place as u64)), deviation),
+            Self::Noise { seed, storage } => noise(shape, rng::mix(seed ^ rng::mix(place as u64)), deviation, *storage),
         }
     }
-}
-
-/// A weight of random values, which takes no time to quantise.
-fn noise(shape: &TensorShape, key: u64, deviation: f32) -> Result<Weight, Error> {
-    let values = |count: usize| -> Vec<bf16> {
-        // Sums of four bytes are near enough to normal.
-        let value = |i: u64| {
-            let bytes = rng::mix(key ^ i).to_le_bytes();
-            bytes[..4].iter().map(|&b| f32::from(b) - 127.5).sum::<f32>() * (deviation / 148.0)
-        };
-        (0..count as u64).into_par_iter().map(|i| bf16::from_f32(value(i))).collect()
-    };
-    Ok(match (shape.role, shape.shape.as_slice()) {
-        (TensorRole::Linear, &[rows, cols]) => Weight::Nf4(Nf4Matrix::noise(rows, cols, deviation, key)),
-        (TensorRole::Norm, _) => Weight::Dense(Tensor::ones(shape.shape.as_slice(), DType::F32, &Device::Cpu)?),
-        (TensorRole::Bias, &[length]) => {
-            Weight::Dense(Tensor::from_vec(values(length), length, &Device::Cpu)?.to_dtype(DType::F32)?)
-        }
-        _ => {
-            let values = values(shape.shape.iter().product());
-            Weight::Dense(Tensor::from_vec(values, shape.shape.as_slice(), &Device::Cpu)?)
-        }
-    })
 }
 
 /// The block a weight, or its adapter, belongs to: 0 the embedding, then the layers, last the head.

@@ -9,6 +9,7 @@ use super::adapter::AdapterSettings;
 use super::blocks::{Blocks, Values};
 use super::config::{ModelConfig, TensorRole, TensorShape};
 use super::ends::{EMBEDDING, LM_HEAD};
+pub use super::noise::RandomStorage;
 use super::peft::{AdapterConfig, AdapterSpec};
 use super::source::{LinearStorage, WeightSource};
 use crate::config::settings::{LoraSettings, ModelSettings};
@@ -113,15 +114,20 @@ fn warn_of_unused(path: &Path, config: &ModelConfig, names: &[String]) {
     }
 }
 
-/// A model of the shape of a configuration, for measuring: projections of random 4-bit codes (NF4, double quantised), a fresh
-/// adapter, and embedding, head, norms and biases of small random values. No weights are read.
+/// A model of the shape of a configuration, for measuring: projections of random packed values, a fresh adapter, and norms, biases
+/// and what else the storage leaves dense of small random values. No weights are read.
 ///
 /// # Errors
 /// If the configuration is unusable.
-pub fn random_packed(path: &Path, lora: &LoraSettings, seed: u64) -> Result<LoadedModel, Error> {
+pub fn random_packed(
+    path: &Path,
+    lora: &LoraSettings,
+    seed: u64,
+    storage: RandomStorage,
+) -> Result<LoadedModel, Error> {
     let (config, _) = WeightSource::open(path, Some(seed))?;
     let spec = AdapterSpec::init(AdapterConfig::new(lora, None), &config, seed)?;
-    let blocks = Blocks::new(&config, Values::Noise { seed }, Some(spec.clone()), Purpose::Training);
+    let blocks = Blocks::new(&config, Values::Noise { seed, storage }, Some(spec.clone()), Purpose::Training);
     Ok(LoadedModel { config, adapter: Some(settings_of(&spec)), adapter_spec: Some(spec), blocks })
 }
 

@@ -12,6 +12,7 @@ mod error;
 mod fields;
 pub mod layer;
 pub mod load;
+mod noise;
 pub mod params;
 pub mod peft;
 pub mod save;

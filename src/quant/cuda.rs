@@ -164,6 +164,16 @@ impl DeviceMatrix {
         Ok(Some(Nf4View { packed: array(packed)?, absmax, values: array(values)? }))
     }
 
+    fn packed(&self) -> Result<Option<PackedWeights<'_>>, Error> {
+        let (rows, cols) = (self.rows, self.cols);
+        Ok(match &self.storage {
+            Storage::Gguf { kind, blocks } => {
+                Some(PackedWeights::Gguf { kind: *kind, blocks: array(blocks)?, rows, cols })
+            }
+            _ => self.nf4()?.map(|view| PackedWeights::Nf4 { view, rows, cols }),
+        })
+    }
+
     fn unpack_into(&self, device: &Device, out: Matrix, first_row: usize) -> Result<(), Error> {
         match &self.storage {
             Storage::Nf4 { .. } => {
@@ -251,16 +261,15 @@ impl Weight {
         Ok(Self::Device(DeviceMatrix { rows, cols, kind_name, size_bytes: 0, storage }))
     }
 
-    /// The weights as products of few rows read them, where such products can: 4-bit codes, and dense values on the device.
+    /// The weights as products of few rows read them, where such products can: 4-bit codes, GGUF blocks, and dense values on the
+    /// device.
     ///
     /// # Errors
     /// Never.
     pub(crate) fn packed(&self) -> Result<Option<PackedWeights<'_>>, Error> {
         Ok(match self {
             Self::Dense(tensor) if tensor.device().is_cuda() => Some(PackedWeights::Dense(matrix(tensor)?)),
-            Self::Device(matrix) => {
-                matrix.nf4()?.map(|view| PackedWeights::Nf4 { view, rows: matrix.rows, cols: matrix.cols })
-            }
+            Self::Device(matrix) => matrix.packed()?,
             _ => None,
         })
     }

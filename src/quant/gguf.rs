@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
+use half::f16;
+use rayon::prelude::*;
 
 use super::multiply::RowSource;
 use super::{Error, dense};
@@ -36,6 +38,42 @@ impl GgufMatrix {
         Ok(Self { kind, format, rows, cols, data })
     }
 
+    /// A matrix of random codes, spread evenly, whose values have a deviation of about `deviation` and a mean of about 0; a pure
+    /// function of its arguments. For measuring: it takes no quantising.
+    ///
+    /// # Errors
+    /// If `kind` is no type of packed blocks, or a row is no whole number of them.
+    pub fn noise(kind: GgmlDType, rows: usize, cols: usize, deviation: f32, seed: u64) -> Result<Self, Error> {
+        /// Blocks from which the deviation is taken.
+        const SAMPLE: usize = 64;
+        let format = block_format(kind)?;
+        let Some((at, minimum)) = scales_of(format) else { return Err(Error::UnsupportedType { kind }) };
+        let row = format.bytes_of(cols).ok_or(Error::RowBlocks { kind, cols, block: format.block_len() })?;
+        let fill = |bytes: &mut [u8], scale: f32| {
+            bytes.par_chunks_mut(8).enumerate().for_each(|(index, out)| {
+                let drawn = crate::rng::mix(seed ^ (index as u64)).to_le_bytes();
+                out.copy_from_slice(&drawn[..out.len()]);
+            });
+            bytes.par_chunks_mut(format.block_bytes()).enumerate().for_each(|(index, block)| {
+                // Where codes are not symmetric, the signs of scales are.
+                let is_turned = crate::rng::mix(!seed ^ index as u64) & 1 == 1;
+                let scale = if is_turned { -scale } else { scale };
+                block[at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+                if let Some((at, factor)) = minimum {
+                    block[at..at + 2].copy_from_slice(&f16::from_f32(factor * scale).to_le_bytes());
+                }
+            });
+        };
+        let mut sample = vec![0u8; SAMPLE * format.block_bytes()];
+        let mut values = vec![0f32; SAMPLE * format.block_len()];
+        fill(&mut sample, 1.0);
+        blocks::dequantize(Level::best(), format, &sample, &mut values);
+        let square = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+        let mut data = vec![0u8; row * rows];
+        fill(&mut data, deviation / square.sqrt());
+        Self::new(kind, rows, cols, data.into())
+    }
+
     /// Its GGUF type.
     pub fn kind(&self) -> GgmlDType {
         self.kind
@@ -67,6 +105,21 @@ fn block_format(kind: GgmlDType) -> Result<BlockFormat, Error> {
         GgmlDType::Q5K => BlockFormat::Q5K,
         GgmlDType::Q6K => BlockFormat::Q6K,
         GgmlDType::Q8_1 | GgmlDType::Q8K => return Err(Error::UnsupportedType { kind }),
+    })
+}
+
+/// Where a block has its f16 scale, and where its f16 minimum and how many times the scale that is for a mean of 0.
+fn scales_of(format: BlockFormat) -> Option<(usize, Option<(usize, f32)>)> {
+    Some(match format {
+        BlockFormat::F32 | BlockFormat::F16 | BlockFormat::Bf16 => return None,
+        BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 => (0, None),
+        BlockFormat::Q4_1 => (0, Some((2, -7.5))),
+        BlockFormat::Q5_1 => (0, Some((2, -15.5))),
+        BlockFormat::Q2K => (80, Some((82, 1.5))),
+        BlockFormat::Q3K => (108, None),
+        BlockFormat::Q4K => (0, Some((2, 7.5))),
+        BlockFormat::Q5K => (0, Some((2, 15.5))),
+        BlockFormat::Q6K => (208, None),
     })
 }
 
@@ -112,5 +165,38 @@ impl RowSource for GgufMatrix {
             }
             None => Activations::plain(x, m, self.cols),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::Weight;
+
+    #[test]
+    fn random_blocks_have_the_deviation_that_was_asked_for() {
+        for kind in [
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ] {
+            let matrix = GgufMatrix::noise(kind, 64, 1024, 0.02, 3).unwrap();
+            assert_eq!(matrix.data()[..], GgufMatrix::noise(kind, 64, 1024, 0.02, 3).unwrap().data()[..]);
+            assert_ne!(matrix.data()[..], GgufMatrix::noise(kind, 64, 1024, 0.02, 4).unwrap().data()[..]);
+            let values = Weight::from(matrix).dequantize().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let count = values.len() as f32;
+            let mean = values.iter().sum::<f32>() / count;
+            let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / count).sqrt();
+            assert!((0.017..0.023).contains(&deviation) && mean.abs() < 1e-3, "{kind:?}: {mean} +- {deviation}");
+        }
+        assert!(GgufMatrix::noise(GgmlDType::F16, 2, 64, 1.0, 0).is_err());
+        assert!(GgufMatrix::noise(GgmlDType::Q4K, 2, 128, 1.0, 0).is_err());
     }
 }

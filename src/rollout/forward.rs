@@ -67,8 +67,8 @@ impl<'a> EngineModel<'a> {
             SAID.call_once(|| {
                 tracing::warn!(
                     "tokens are generated step by step, which is several times slower than recorded steps: those read \
-                     4-bit (NF4, FP4) or 16-bit weights that are all on the GPU, with 16-bit activations, a plain embedding \
-                     and adapters without DoRA"
+                     4-bit (NF4, FP4), GGUF or 16-bit weights that are all on the GPU, in rows of a multiple of 128 values, \
+                     with 16-bit activations, a plain embedding and adapters without DoRA"
                 );
             });
         }

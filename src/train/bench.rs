@@ -17,7 +17,7 @@ use crate::engine::{self, Activations, Engine, Order, Parked, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
 use crate::model::batch::{Batch, BatchBuilder};
-use crate::model::load::random_packed;
+use crate::model::load::{RandomStorage, random_packed};
 use crate::ops::head;
 use crate::rng::Stream;
 use crate::zero::{Offload, ParamStore, ShardedOptimizer, Sharing};
@@ -141,6 +141,8 @@ impl Work {
 pub struct Settings {
     /// The adapter, which is what is trained.
     pub lora: LoraSettings,
+    /// How the random weights are stored.
+    pub weights: RandomStorage,
     /// Steps before the clock starts.
     pub warmup: usize,
     /// Steps measured.
@@ -219,13 +221,13 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Makes the model that `config` describes (a `config.json` or its folder), packed to 4 bits, as far as this rank of
+    /// Makes the model that `config` describes (a `config.json` or its folder), of random packed weights, as far as this rank of
     /// `sharing` keeps it.
     ///
     /// # Errors
     /// If the configuration is unusable or memory runs out.
     pub fn new(config: &Path, backend: &Backend, sharing: Sharing, settings: Settings) -> anyhow::Result<Self> {
-        let mut loaded = random_packed(config, &settings.lora, settings.seed)
+        let mut loaded = random_packed(config, &settings.lora, settings.seed, settings.weights)
             .with_context(|| format!("cannot make a model of `{}`", config.display()))?;
         if !backend.device.is_cpu() {
             loaded.keep_embedding_on_host();

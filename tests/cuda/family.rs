@@ -6,7 +6,7 @@ use trainer::config::settings::SamplingSettings;
 use trainer::engine::{Activations, Engine, Parked, Types};
 use trainer::kernels::cuda::set_deterministic;
 use trainer::model::batch::{Batch, BatchBuilder};
-use trainer::model::load::random_packed;
+use trainer::model::load::{RandomStorage, random_packed};
 use trainer::ops::buffer;
 use trainer::rng::Stream;
 use trainer::rollout::forward::EngineModel;
@@ -105,9 +105,13 @@ impl Shape {
 
     /// The same weights on every device.
     fn engine(&self, device: &Device, types: Types) -> Engine {
+        self.engine_of(device, types, RandomStorage::Nf4)
+    }
+
+    fn engine_of(&self, device: &Device, types: Types, storage: RandomStorage) -> Engine {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), self.config()).unwrap();
-        let mut loaded = random_packed(folder.path(), &lora(8), 5).unwrap();
+        let mut loaded = random_packed(folder.path(), &lora(8), 5, storage).unwrap();
         if device.is_cuda() {
             loaded.keep_embedding_on_host();
         }
@@ -235,34 +239,62 @@ fn gradients_and_decoding_of_every_shape_are_those_of_the_cpu() {
     assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
 }
 
+/// Decodes for several numbers of lanes, and notes where log-probabilities are further from the trainer's than `most`.
+#[expect(clippy::print_stdout, reason = "distances for the reader")]
+fn compare_recorded(shape: &Shape, engine: &Engine, (storage, most): (RandomStorage, f32), wrong: &mut Vec<String>) {
+    let (types, mut line) = (engine.types(), String::new());
+    for lanes in [1, 4, 12, 40, 100] {
+        let requests: Vec<Request> = (0..lanes as u64)
+            .map(|i| Request { sample_id: i, prompt_ids: shape.tokens(18, 10 + i / 4), group: i as usize / 4 })
+            .collect();
+        let (mut largest, mut sum, mut count) = (0f32, 0f64, 0);
+        for (request, got) in requests.iter().zip(&completions(engine, &requests, true, lanes)).step_by(7) {
+            let want = trainer_logprobs(engine, request, got, 1.0);
+            largest = largest.max(distance(&got.logprobs, &want));
+            sum += got.logprobs.iter().zip(&want).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
+            count += want.len();
+        }
+        line += &format!("  {lanes}: {largest:.1e} ({:.1e})", sum / f64::from(count as u32));
+        if largest.is_nan() || largest > most {
+            wrong.push(format!("{}, {storage}, {types:?}, {lanes} lanes: differ by {largest}", shape.name));
+        }
+    }
+    println!("{} {storage} {:?}:{line}", shape.name, types.compute);
+}
+
 /// Few lanes and many take other forms of every product.
 #[test]
 #[ignore = "gpu"]
-#[expect(clippy::print_stdout, reason = "distances for the reader")]
 fn recorded_steps_of_every_shape_have_the_trainer_s_log_probabilities() {
     let mut wrong = Vec::new();
     let readable = SHAPES.iter().filter(|shape| shape.hidden.is_multiple_of(128));
     for (index, shape) in readable.enumerate() {
         for (types, _, _, most) in TOLERANCES.into_iter().skip(1).take(if index < 2 { 2 } else { 1 }) {
             let engine = shape.engine(&device(), types);
-            let mut line = String::new();
-            for lanes in [1, 4, 12, 40, 100] {
-                let requests: Vec<Request> = (0..lanes as u64)
-                    .map(|i| Request { sample_id: i, prompt_ids: shape.tokens(18, 10 + i / 4), group: i as usize / 4 })
-                    .collect();
-                let (mut largest, mut sum, mut count) = (0f32, 0f64, 0);
-                for (request, got) in requests.iter().zip(&completions(&engine, &requests, true, lanes)).step_by(7) {
-                    let want = trainer_logprobs(&engine, request, got, 1.0);
-                    largest = largest.max(distance(&got.logprobs, &want));
-                    sum += got.logprobs.iter().zip(&want).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
-                    count += want.len();
-                }
-                line += &format!("  {lanes}: {largest:.1e} ({:.1e})", sum / f64::from(count as u32));
-                if largest.is_nan() || largest > most {
-                    wrong.push(format!("{}, {types:?}, {lanes} lanes: differ by {largest}", shape.name));
-                }
-            }
-            println!("{} {:?}:{line}", shape.name, types.compute);
+            compare_recorded(shape, &engine, (RandomStorage::Nf4, most), &mut wrong);
+        }
+    }
+    assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
+}
+
+/// Every GGUF type, and unlike types in every group, in one shape whose rows are whole blocks of 256 values and one whose are not;
+/// the mix of `Q4_K_M` in every shape.
+#[test]
+#[ignore = "gpu"]
+fn recorded_steps_of_gguf_types_have_the_trainer_s_log_probabilities() {
+    let mut wrong = Vec::new();
+    let (_, _, _, bf16) = TOLERANCES[1];
+    let (_, _, _, f16) = TOLERANCES[2];
+    for shape in SHAPES.iter().filter(|shape| shape.hidden.is_multiple_of(128)) {
+        let engine = shape.engine_of(&device(), Types::BF16, RandomStorage::Mixed);
+        compare_recorded(shape, &engine, (RandomStorage::Mixed, bf16), &mut wrong);
+    }
+    let packed = RandomStorage::NAMES.iter().filter(|name| **name != "nf4");
+    for (name, shape) in packed.flat_map(|name| [&SHAPES[0], &SHAPES[9]].map(|shape| (name, shape))) {
+        let storage: RandomStorage = name.parse().unwrap();
+        for (types, most) in [(Types::BF16, bf16), (Types::F16, f16)] {
+            let engine = shape.engine_of(&device(), types, storage);
+            compare_recorded(shape, &engine, (storage, most), &mut wrong);
         }
     }
     assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));

@@ -14,7 +14,7 @@ use trainer::rng::Stream;
 use crate::support::{device, download, random, upload};
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-const KINDS: [(GgmlDType, GgufKind); 10] = [
+pub(crate) const KINDS: [(GgmlDType, GgufKind); 10] = [
     (GgmlDType::Q4_0, GgufKind::Q4_0),
     (GgmlDType::Q4_1, GgufKind::Q4_1),
     (GgmlDType::Q5_0, GgufKind::Q5_0),
@@ -38,8 +38,8 @@ fn scales_of(kind: GgufKind) -> &'static [usize] {
     }
 }
 
-/// Blocks of random bytes with finite scales; every fourth scale is 0 or subnormal.
-fn random_blocks(kind: GgufKind, count: usize) -> Vec<u8> {
+/// Blocks of random bytes with finite scales of about `size`; every fourth scale is 0 or subnormal.
+pub(crate) fn random_blocks(kind: GgufKind, count: usize, size: f32) -> Vec<u8> {
     let scales = random("gguf scales", 2 * count);
     let mut stream = Stream::new(u64::from(scales[0].to_bits()), "gguf bytes", 0, 0);
     let mut bytes: Vec<u8> = (0..count * kind.block_bytes()).map(|_| stream.bits() as u8).collect();
@@ -49,7 +49,7 @@ fn random_blocks(kind: GgufKind, count: usize) -> Vec<u8> {
                 * match index % 8 {
                     3 => 0.0,
                     7 => 1e-6,
-                    _ => 0.1,
+                    _ => size,
                 };
             block[at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
         }
@@ -65,7 +65,7 @@ fn gguf_rows_have_the_cpu_s_bits() {
         let block = kind.block_len();
         for (rows, blocks) in [(1, 1), (7, 3), (5, 9), (130, 14)] {
             let cols = blocks * block;
-            let bytes = random_blocks(kind, rows * blocks);
+            let bytes = random_blocks(kind, rows * blocks, 0.1);
             let stored = upload_u8(&device, &bytes).unwrap();
             let host = Weight::from(GgufMatrix::new(ggml, rows, cols, Bytes::from(bytes)).unwrap());
             for dtype in TYPES {

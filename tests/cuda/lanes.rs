@@ -7,7 +7,7 @@ use trainer::config::settings::QuantType;
 use trainer::device::{Buffer, Queue, array, empty, matrix, synchronize, upload_f32};
 use trainer::kernels::cuda::{
     Lane, Lanes, LanesSize, LowRank, LowRankTo, Nf4Absmax, Nf4View, PackedOperand, PackedWeights, PagedSize,
-    ProductCard, ProductForm, ProductKind, ProductOutput, ProductWorkspace, RowLayout, Rows, decode_draw,
+    ProductCard, ProductForm, ProductKind, ProductOutput, ProductWorkspace, RowLayout, Rows, WeightKind, decode_draw,
     decode_draw_workspace, decode_low_parts, decode_low_rank, decode_norm, dequantize_nf4, packed_product,
 };
 use trainer::quant::Nf4Matrix;
@@ -40,7 +40,7 @@ impl Codes {
     }
 }
 
-fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
+pub(crate) fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
     let x = Tensor::from_slice(x, (m, k), &Device::Cpu).unwrap();
     let w = Tensor::from_slice(w, (w.len() / k, k), &Device::Cpu).unwrap();
     x.matmul(&w.t().unwrap()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
@@ -48,30 +48,41 @@ fn product(x: &[f32], w: &[f32], m: usize, k: usize) -> Vec<f32> {
 
 /// Rows in the order of a layout, and their values: what the norm of random rows writes, or where they are scaled for codes what
 /// it is to be.
-struct Input {
+pub(crate) struct Input {
     memory: Tensor,
     stream: Tensor,
-    values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
     m: usize,
     layout: RowLayout,
     is_scaled: bool,
 }
 
 impl Input {
-    fn new(device: &Device, m: usize, k: usize, dtype: DType, (layout, is_scaled): (RowLayout, bool)) -> Self {
-        let host = random("x", m * k);
-        let stream = upload(device, &host, (m, k), DType::F32);
+    pub(crate) fn new(device: &Device, m: usize, k: usize, dtype: DType, layout: (RowLayout, bool)) -> Self {
+        Self::of(device, &random("x", m * k), m, dtype, (layout, 1e-6))
+    }
+
+    /// The norm of these rows, scaled for codes or not.
+    pub(crate) fn of(
+        device: &Device,
+        host: &[f32],
+        m: usize,
+        dtype: DType,
+        ((layout, is_scaled), eps): ((RowLayout, bool), f32),
+    ) -> Self {
+        let k = host.len() / m;
+        let stream = upload(device, host, (m, k), DType::F32);
         let weight = upload_f32(device, &vec![1.0; k]).unwrap();
         // What is missing to a tile's rows may be anything.
         let memory = upload(device, &vec![f32::NAN; layout.rows(m) * k], (layout.rows(m), k), dtype);
         let plain = empty(device, (m, k), dtype).unwrap();
         let input = Self { memory, stream, values: Vec::new(), m, layout, is_scaled };
         let (from, weight) = (matrix(&input.stream).unwrap(), array(&weight).unwrap());
-        decode_norm(device, input.rows(), from, weight, 1e-6, None).unwrap();
-        decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, 1e-6, None).unwrap();
+        decode_norm(device, input.rows(), from, weight, eps, None).unwrap();
+        decode_norm(device, Rows::plain(matrix(&plain).unwrap()), from, weight, eps, None).unwrap();
         let exact = |row: &[f32]| {
             let mean = row.iter().map(|x| x * x).sum::<f32>() / k as f32;
-            row.iter().map(|x| x / (mean + 1e-6).sqrt()).collect::<Vec<_>>()
+            row.iter().map(|x| x / (mean + eps).sqrt()).collect::<Vec<_>>()
         };
         let values = if is_scaled { host.chunks(k).flat_map(exact).collect() } else { download(&plain) };
         Self { values, ..input }
@@ -87,26 +98,26 @@ impl Input {
         download(&values)
     }
 
-    fn rows(&self) -> Rows<'_> {
+    pub(crate) fn rows(&self) -> Rows<'_> {
         let rows = Rows::new(matrix(&self.memory).unwrap(), self.m, self.layout).unwrap();
         if self.is_scaled { rows.scaled() } else { rows }
     }
 }
 
-struct Work {
+pub(crate) struct Work {
     partial: Tensor,
     arrived: Tensor,
 }
 
 impl Work {
-    fn new(device: &Device) -> Self {
+    pub(crate) fn new(device: &Device) -> Self {
         Self {
             partial: empty(device, 64 << 20, DType::F32).unwrap(),
             arrived: Tensor::zeros(1 << 20, DType::U32, device).unwrap(),
         }
     }
 
-    fn room(&self) -> ProductWorkspace<'_> {
+    pub(crate) fn room(&self) -> ProductWorkspace<'_> {
         ProductWorkspace { partial: array(&self.partial).unwrap(), arrived: array(&self.arrived).unwrap() }
     }
 }
@@ -160,8 +171,9 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             let card = ProductCard::of(&device).unwrap();
             // Every number of rows in the layout that is chosen, many of them in the one of other cards too.
             let outputs = rows.iter().sum();
+            let of_weights = if is_packed { WeightKind::Codes } else { WeightKind::Dense };
             let ms = [1, 2, 7, 8, 9, 16, 17, 32, 40, 64, 65, 130, 256];
-            let layouts = ms.map(|m| (m, RowLayout::choose(m, outputs, !is_packed, card)));
+            let layouts = ms.map(|m| (m, RowLayout::choose(m, outputs, of_weights, card)));
             for (m, layout) in layouts.into_iter().chain(
                 [20, 30, 65, 130]
                     .map(|m| (m, RowLayout::Fragments))
@@ -211,7 +223,7 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                     first += rows[index];
                 }
                 let group: Vec<PackedOperand<'_>> = (0..3).map(|index| operand(index, true)).collect();
-                let chosen = ProductForm::choose(m, &rows, k, (ProductKind::Sum, is_packed), layout, card);
+                let chosen = ProductForm::choose(m, &rows, k, (ProductKind::Sum, of_weights), layout, card);
                 // Cut in parts and not, and where the kernel can with some tiles whole and others cut.
                 let mut cuts = vec![(1, 0), (2, 0), (chosen.splits, chosen.whole)];
                 if chosen.form >= 17 {
@@ -251,7 +263,8 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                 );
                 let want: Vec<f32> =
                     gate.iter().zip(&up).map(|(&gate, &up)| up * gate / (1.0 + (-gate).exp())).collect();
-                let form = ProductForm::choose(m, &[height, height], k, (ProductKind::Swiglu, is_packed), layout, card);
+                let form =
+                    ProductForm::choose(m, &[height, height], k, (ProductKind::Swiglu, of_weights), layout, card);
                 let out = empty(&device, (m, height), dtype).unwrap();
                 let to = ProductOutput::Swiglu(Rows::plain(matrix(&out).unwrap()));
                 packed_product(&device, &pair, x, Some(low), to, form, work.room()).unwrap();
@@ -361,6 +374,7 @@ fn bench_packed_product() {
     ] {
         let all: usize = rows.iter().sum();
         let (is_packed, outputs) = (name != "head", all);
+        let of_weights = if is_packed { WeightKind::Codes } else { WeightKind::Dense };
         // Several copies, so that none stays in the cache between two calls.
         let copies = if is_packed { (400 << 20) / (all * k / 2) + 1 } else { 1 };
         let queue = Queue::of(&device).unwrap();
@@ -372,11 +386,11 @@ fn bench_packed_product() {
         let map = upload_f32(&device, &vec![0.5; 256]).unwrap();
         let values = upload_f32(&device, &[0.1; 16]).unwrap();
         let mut line = format!("{name:8}");
-        let works = [1, 8, 16, 32, 64, 128, 256].map(|m| (m, RowLayout::choose(m, outputs, !is_packed, card)));
+        let works = [1, 8, 16, 32, 64, 128, 256].map(|m| (m, RowLayout::choose(m, outputs, of_weights, card)));
         // Others than are chosen, too.
         let others = [(16, RowLayout::Tiles(16)), (32, RowLayout::Fragments)];
         for (m, layout) in works.into_iter().chain(others) {
-            if !is_packed && m > 32 || layout != RowLayout::choose(m, outputs, !is_packed, card) && !is_packed {
+            if !is_packed && m > 32 || layout != RowLayout::choose(m, outputs, of_weights, card) && !is_packed {
                 continue;
             }
             let memory = upload(&device, &vec![0.5; layout.rows(m) * k], (layout.rows(m), k), DType::BF16);
@@ -384,7 +398,7 @@ fn bench_packed_product() {
             let x = if is_packed { x.scaled() } else { x };
             let is_swiglu = kind == ProductKind::Swiglu;
             let out = empty(&device, (m, if is_swiglu { rows[0] } else { all }), DType::BF16).unwrap();
-            let chosen = ProductForm::choose(m, &rows, k, (kind, is_packed), layout, card);
+            let chosen = ProductForm::choose(m, &rows, k, (kind, of_weights), layout, card);
             line += &format!("\n  {m:4} f{} s{} w{}:", chosen.form, chosen.splits, chosen.whole);
             for splits in [0, 1, 2, 3, 4, 6, 8] {
                 // The one that is chosen first.

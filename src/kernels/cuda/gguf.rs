@@ -13,7 +13,7 @@ kernels! {
 }
 
 /// The number of a format in the kernel's interface; `None` for plain floats.
-fn kind_code(kind: GgufKind) -> Option<i32> {
+pub(super) fn kind_code(kind: GgufKind) -> Option<i32> {
     Some(match kind {
         GgufKind::F32 | GgufKind::F16 | GgufKind::Bf16 => return None,
         GgufKind::Q4_0 => 0,

@@ -21,6 +21,7 @@ mod launch;
 mod nf4;
 mod norm;
 mod optimizer;
+mod packed_gguf;
 mod packed_product;
 mod paged_attention;
 mod paged_step;
@@ -31,6 +32,7 @@ mod row_layout;
 mod rows;
 mod swiglu;
 mod swiglu_adapters;
+mod swiglu_rows;
 
 pub use assemble::{Part, assemble};
 pub use attention::{
@@ -63,10 +65,11 @@ pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
 pub use products::{Accumulate, Side, Taken, Tried};
 pub use rope::{rope, rope_table};
-pub use row_layout::{ProductCard, RowLayout, Rows};
+pub use row_layout::{ProductCard, RowLayout, Rows, WeightKind};
 pub use rows::{RowGroups, gather_rows, group_rows, sum_rows};
 pub use swiglu::{MOST_SHARE_RANKS, swiglu, swiglu_backward};
 pub use swiglu_adapters::{
     DownAdapter, MOST_SWIGLU_RANKS, MlpAdapters, OutAdapter, swiglu_adapters_fit, swiglu_backward_adapters,
     swiglu_backward_adapters_workspace,
 };
+pub use swiglu_rows::swiglu_rows;

@@ -15,7 +15,7 @@
 namespace {
 
 template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU>
-__global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ Product p) {
+__global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 1) product(const __grid_constant__ Product p) {
   constexpr int THREADS = 32 * WR * WK, ROWS = 16 * MT * WR, COLS = 8 * NT, PAD = COLS + 1;
   static_assert(!IS_SWIGLU || MT == 2, "a warp has the same rows of gate and up");
   extern __shared__ float shared[]; // maxima [ROWS, blocks], then sums [WK, ROWS, PAD]
@@ -45,14 +45,19 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
       const Packed *matrix;
       from[mt][half] = static_cast<int64_t>(row_of(own_of(mt, half), matrix)) * K + t * 32;
     }
-  Piece<T, FORMAT> now[MT][2], next[MT][2];
-  auto fetch = [&](Piece<T, FORMAT>(&to)[MT][2], int chunk) {
+  constexpr bool IS_AHEAD = is_fetched_ahead<Piece<T, FORMAT>>(FORMAT);
+  // Of the largest pieces a warp has those of 16 rows at a time, where so many warps are to share a multiprocessor.
+  constexpr bool IS_BY_ROWS = NT == 1 && FORMAT >= GGUF && sizeof(Piece<T, FORMAT>) > 80;
+  Piece<T, FORMAT> now[IS_BY_ROWS ? 1 : MT][2], next[IS_AHEAD ? MT : 1][2];
+  auto fetch_rows = [&](Piece<T, FORMAT>(&to)[2], int mt, int chunk) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) to[mt][half].fetch(matrix_of(mt), from[mt][half] + chunk * CHUNK);
+    for (int half = 0; half < 2; half++) to[half].fetch(matrix_of(mt), from[mt][half] + chunk * CHUNK);
   };
-  const float value = is_dense(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
+  auto fetch = [&](auto &to, int chunk) {
+#pragma unroll
+    for (int mt = 0; mt < (IS_BY_ROWS ? 1 : MT); mt++) fetch_rows(to[mt], mt, chunk);
+  };
+  const float value = !has_maxima(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
   if (chunks.x + wk < chunks.y) fetch(now, chunks.x + wk);
   const int blocks = 2 * (chunks.y - chunks.x) | 1;
   load_maxima<FORMAT, ROWS, THREADS>(shared, blocks, chunks, K, row_of);
@@ -76,37 +81,62 @@ __global__ void __launch_bounds__(32 * WR * WK) product(const __grid_constant__ 
   for (int j = 0; j < NT; j++) x_row[j] = x + min(col0 + j * 8 + g, p.x.rows - 1) * p.x.stride + t * 8;
 
   for (int chunk = chunks.x + wk; chunk < chunks.y; chunk += WK) {
-    if (chunk + WK < chunks.y) fetch(next, chunk + WK);
+    const bool has_next = chunk + WK < chunks.y;
+    if constexpr (IS_AHEAD)
+      if (has_next) fetch(next, chunk + WK);
     float scale[MT][2];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
         scale[mt][half] =
-            is_dense(FORMAT) ? 1.0f : shared[own_of(mt, half) * blocks + 2 * (chunk - chunks.x) + t / 2];
+            !has_maxima(FORMAT) ? 1.0f : shared[own_of(mt, half) * blocks + 2 * (chunk - chunks.x) + t / 2];
+    auto multiply_part = [&](const Piece<T, FORMAT>(&pieces)[2], int mt, int part, const uint4(&right)[NT]) {
+      uint32_t top[4], low[4];
+      pieces[0].values(top, part, value, scale[mt][0]);
+      pieces[1].values(low, part, value, scale[mt][1]);
+      const uint32_t one[4] = {top[0], low[0], top[1], low[1]}, two[4] = {top[2], low[2], top[3], low[3]};
 #pragma unroll
-    for (int part = 0; part < 4; part++) {
-      uint4 right[NT];
+      for (int j = 0; j < NT; j++) {
+        multiply<T>(acc[mt][j], one, right[j].x, right[j].y);
+        multiply<T>(acc[mt][j], two, right[j].z, right[j].w);
+      }
+    };
+    uint4 right[NT];
+    auto load_right = [&](int part) {
 #pragma unroll
       for (int j = 0; j < NT; j++)
         right[j] = *reinterpret_cast<const uint4 *>(x_row[j] + chunk * CHUNK + part * 32);
+    };
+    if constexpr (IS_BY_ROWS) {
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
-        uint32_t top[4], low[4];
-        now[mt][0].values(top, part, value, scale[mt][0]);
-        now[mt][1].values(low, part, value, scale[mt][1]);
-        const uint32_t one[4] = {top[0], low[0], top[1], low[1]}, two[4] = {top[2], low[2], top[3], low[3]};
+        now[0][0].open(), now[0][1].open();
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-          multiply<T>(acc[mt][j], one, right[j].x, right[j].y);
-          multiply<T>(acc[mt][j], two, right[j].z, right[j].w);
+        for (int part = 0; part < 4; part++) {
+          load_right(part);
+          multiply_part(now[0], mt, part, right);
         }
+        if (mt + 1 < MT) fetch_rows(now[0], mt + 1, chunk);
+      }
+    } else {
+#pragma unroll
+      for (int mt = 0; mt < MT; mt++) now[mt][0].open(), now[mt][1].open();
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        load_right(part);
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) multiply_part(now[mt], mt, part, right);
       }
     }
+    if constexpr (IS_AHEAD) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++)
+      for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) now[mt][half] = next[mt][half];
+        for (int half = 0; half < 2; half++) now[mt][half] = next[mt][half];
+    } else if (has_next) {
+      fetch(now, chunk + WK);
+    }
   }
 
   // The adapters: 16 ranks at a time, lane t has ranks 4 t .. 4 t + 3 of them.
@@ -157,7 +187,8 @@ template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU
 int launch(const Product &p, int tiles, cudaStream_t stream) {
   constexpr int ROWS = 16 * MT * WR, COLS = 8 * NT;
   const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
-  const size_t maxima = is_dense(FORMAT) ? 0 : static_cast<size_t>(ROWS) * (2 * chunks | 1), sums = WK * ROWS * (COLS + 1);
+  const size_t maxima = !has_maxima(FORMAT) ? 0 : static_cast<size_t>(ROWS) * (2 * chunks | 1);
+  const size_t sums = WK * ROWS * (COLS + 1);
   const size_t bytes = sizeof(float) * (maxima > sums ? maxima : sums);
   auto kernel = product<T, FORMAT, MT, NT, WR, WK, IS_SWIGLU>;
   if (bytes > 48 * 1024) {
@@ -167,6 +198,8 @@ int launch(const Product &p, int tiles, cudaStream_t stream) {
   const dim3 grid(tiles, p.splits, (p.x.rows + COLS - 1) / COLS);
   return launch_after(kernel, grid, 32 * WR * WK, bytes, stream, p);
 }
+
+#ifndef PACKED_GGUF // whose files include this one for the kernel
 
 // Rows of W that a block has in each form; the launcher in Rust computes the grid and the workspace with the same numbers.
 // Forms: 0: up to 8 rows of x, small matrices; 1: up to 8, large ones; 2: up to 16; 3: up to 32; 4: 64 at a time.
@@ -202,8 +235,11 @@ int launch_format(const Product &p, int format, int form, bool is_swiglu, int ti
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
+#endif
+
 } // namespace
 
+#ifndef PACKED_GGUF
 extern "C" int trainer_packed_product(const Product *product, int32_t format, int32_t form, int32_t is_swiglu,
                                       int32_t tiles, cudaStream_t stream) {
   const Product &p = *product;
@@ -212,3 +248,4 @@ extern "C" int trainer_packed_product(const Product *product, int32_t format, in
   if (p.x.dtype == BF16) return launch_format<__nv_bfloat16>(p, format, form, is_swiglu != 0, tiles, stream);
   return static_cast<int>(cudaErrorInvalidValue);
 }
+#endif

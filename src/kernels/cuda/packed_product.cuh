@@ -1,8 +1,8 @@
 // Products of few rows with packed weights, straight from their bytes: y = x Wᵀ (+ low sBᵀ) (+ bias) (+ residual), or the
 // SwiGLU of two such products. What the kernels of packed_product.cu and packed_product_sm90.cu share.
 //
-// x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: 4-bit codes with block maxima as in nf4.cu, or dense
-// values of type T, row after row as training has them. sB [O, r] of type T, r a multiple of 16; the low-rank products x Aᵀ
+// x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: 4-bit codes with block maxima as in nf4.cu, dense
+// values of type T, or GGUF blocks, row after row as training has them. sB [O, r] of type T, r a multiple of 16; the low-rank products x Aᵀ
 // f32 [S, M, R], S parts whose sum is rounded to T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
 //
 // Tensor cores take the weights as their left operand (16 rows) and x as their right one (8 columns, rows of x). Which of a
@@ -39,17 +39,21 @@ struct Product {
   int32_t waits_late; // x is there when the kernel begins, the low-rank products when the one before it is done
 };
 
-// DENSE_OTHER: of the other 16-bit type, rounded to T.
-enum Format { NF4_PLAIN, NF4_NESTED, DENSE, DENSE_OTHER };
-constexpr bool is_dense(int format) { return format >= DENSE; }
+// DENSE_OTHER: of the other 16-bit type, rounded to T. GGUF: the first of its formats, see packed_gguf.cuh.
+enum Format { NF4_PLAIN, NF4_NESTED, DENSE, DENSE_OTHER, GGUF };
+// Whether block maxima lie beside the bytes.
+constexpr bool has_maxima(int format) { return format < DENSE; }
+// Whether a block's registers hold the next piece beside this one; what GGUF blocks have for 32 columns takes up to 24 of them.
+template <typename Piece> constexpr bool is_fetched_ahead(int format) { return format < GGUF || sizeof(Piece) <= 44; }
 
 #ifdef __CUDACC__
 namespace {
 
-// 32 columns of a row, as they lie.
+// 32 columns of a row, as they lie. `open` makes of what has come what all of its values need.
 template <typename T, int FORMAT> struct Piece {
   uint4 codes;
 
+  __device__ __forceinline__ void open() {}
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { codes = load_streaming(w.data + flat / 2); }
   // Columns 8 part .. 8 part + 7 as four registers.
   __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float value, float scale) const {
@@ -67,6 +71,7 @@ template <typename T, int FORMAT> struct Piece {
 template <typename T> struct Piece<T, DENSE> {
   uint4 v[4];
 
+  __device__ __forceinline__ void open() {}
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = load_streaming(w.data + flat * 2 + i * 16);
@@ -132,7 +137,7 @@ __device__ __forceinline__ int2 chunks_of(const Product &p) { return chunks_of(p
 // Block maxima of a row in a tile's part of K: `2 (end - first)` of them, rows `stride` apart.
 template <int FORMAT, int ROWS, int THREADS, typename RowOf>
 __device__ __forceinline__ void load_maxima(float *to, int stride, int2 chunks, int k, RowOf row_of) {
-  if (is_dense(FORMAT)) return;
+  if (!has_maxima(FORMAT)) return;
   const int blocks = 2 * (chunks.y - chunks.x), all = ROWS * blocks;
   for (int i = threadIdx.x; i < all; i += THREADS) {
     const int own = i / blocks, at = i - own * blocks;

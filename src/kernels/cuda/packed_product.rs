@@ -3,9 +3,11 @@
 use candle_core::{DType, Device};
 
 use super::checks::expect_array;
+use super::gguf::GgufKind;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
-use super::row_layout::{CHUNK, ProductCard, RowLayout, Rows};
+use super::packed_gguf;
+use super::row_layout::{CHUNK, ProductCard, RowLayout, Rows, WeightKind};
 use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
@@ -61,7 +63,7 @@ kernels! {
 /// `Packed` of `packed_product.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct RawPacked {
+pub(super) struct RawPacked {
     data: u64,
     absmax: u64,
     codes: u64,
@@ -79,7 +81,7 @@ struct RawPacked {
 /// `Product` of `packed_product.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct RawProduct {
+pub(super) struct RawProduct {
     w: [RawPacked; MOST_MATRICES],
     x: RawMatrix,
     residual: RawMatrix,
@@ -109,6 +111,17 @@ pub enum PackedWeights<'b> {
     },
     /// 16-bit values `[O, K]`, without gaps between rows.
     Dense(Matrix<'b>),
+    /// Blocks of a GGUF format, as they are stored.
+    Gguf {
+        /// The format.
+        kind: GgufKind,
+        /// u8, all rows.
+        blocks: Pointer<'b>,
+        /// `O`.
+        rows: usize,
+        /// `K`.
+        cols: usize,
+    },
 }
 
 /// One matrix of a product, with what belongs to its outputs.
@@ -171,7 +184,7 @@ pub struct ProductForm {
 }
 
 /// The kernel for warp groups.
-const GROUPS: usize = 6;
+pub(super) const GROUPS: usize = 6;
 /// The kernel's forms for 4-bit codes begin with this one; these two are for blocks of one and two warp groups.
 const CODES: usize = 10;
 const CODES_GROUPS: [usize; 2] = [17, 18];
@@ -197,20 +210,20 @@ impl ProductForm {
         Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
     }
 
-    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed. `is_codes`:
-    /// the weights are 4-bit codes.
+    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed.
     pub fn choose(
         m: usize,
         rows: &[usize],
         cols: usize,
-        (kind, is_codes): (ProductKind, bool),
+        (kind, weights): (ProductKind, WeightKind),
         layout: RowLayout,
         card: ProductCard,
     ) -> Self {
-        let is_swiglu = kind == ProductKind::Swiglu;
+        let (is_swiglu, is_codes) = (kind == ProductKind::Swiglu, weights == WeightKind::Codes);
         let all: usize = rows.iter().sum();
-        let is_large = is_swiglu || all.div_ceil(32) >= 4 * card.multiprocessors;
+        let is_large = is_codes && is_swiglu || all.div_ceil(32) >= 4 * card.multiprocessors;
         let form = match (layout, m) {
+            _ if weights == WeightKind::Blocks => packed_gguf::form(m, layout, card),
             (RowLayout::Tiles(_), _) if is_codes => return Self::of_groups(m, rows, cols, is_swiglu, layout, card),
             (RowLayout::Tiles(_), _) => GROUPS,
             (_, 0..=8) if is_codes && !is_large && cols >= LONG_SUM => 5,
@@ -221,6 +234,18 @@ impl ProductForm {
             _ => 3,
         };
         let form = if is_codes { CODES + form } else { form };
+        Self::cut(form, (m, rows, cols), kind, layout, card)
+    }
+
+    /// A form with its sum cut into as many parts as take the least time.
+    fn cut(
+        form: usize,
+        (m, rows, cols): (usize, &[usize], usize),
+        kind: ProductKind,
+        layout: RowLayout,
+        card: ProductCard,
+    ) -> Self {
+        let is_swiglu = kind == ProductKind::Swiglu;
         let chunks = cols / CHUNK;
         let block = Self::whole(form).tile(is_swiglu, layout);
         let blocks = Self::whole(form).tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
@@ -338,14 +363,15 @@ impl PackedWeights<'_> {
     /// `(O, K)`.
     pub fn shape(&self) -> (usize, usize) {
         match self {
-            Self::Nf4 { rows, cols, .. } => (*rows, *cols),
+            Self::Nf4 { rows, cols, .. } | Self::Gguf { rows, cols, .. } => (*rows, *cols),
             Self::Dense(matrix) => matrix.shape(),
         }
     }
 
-    /// Weights of one format are multiplied together.
+    /// Weights of one format are multiplied together. Numbered as in `packed_product.cuh`; -1: a GGUF type that is plain floats.
     pub fn format(&self, dtype: DType) -> i32 {
         match self {
+            Self::Gguf { kind, .. } => packed_gguf::format(*kind).unwrap_or(-1),
             Self::Nf4 { view: Nf4View { absmax: Nf4Absmax::Plain(_), .. }, .. } => 0,
             Self::Nf4 { .. } => 1,
             Self::Dense(matrix) => {
@@ -363,6 +389,11 @@ impl PackedWeights<'_> {
         let (rows, cols) = self.shape();
         let is_aligned = match self {
             Self::Nf4 { view, .. } => view.packed.address.is_multiple_of(16),
+            Self::Gguf { kind, blocks, .. } => {
+                blocks.address.is_multiple_of(16)
+                    && packed_gguf::format(*kind).is_some()
+                    && kind.bytes_of(cols).is_some()
+            }
             Self::Dense(matrix) => {
                 matches!(matrix.dtype(), DType::BF16 | DType::F16)
                     && matrix.stride == cols
@@ -382,6 +413,10 @@ impl PackedWeights<'_> {
         let raw = RawPacked { rows: rows as i32, ..RawPacked::default() };
         match self {
             Self::Dense(matrix) => Ok(RawPacked { data: matrix.address, ..raw }),
+            Self::Gguf { kind, blocks, .. } => {
+                expect_array(KERNEL, "blocks", *blocks, DType::U8, rows * kind.bytes_of(cols).unwrap_or(0))?;
+                Ok(RawPacked { data: blocks.address, ..raw })
+            }
             Self::Nf4 { view, .. } => {
                 let blocks = rows * cols / BLOCK_LEN;
                 expect_array(KERNEL, "packed", view.packed, DType::U8, rows * cols / 2)?;
@@ -407,8 +442,9 @@ impl PackedWeights<'_> {
 
 /// Multiplies a few rows by packed weights of one format: `y = x Wᵀ + low sBᵀ + bias (+ onto)`.
 ///
-/// Sums are f32, in an order that depends on the form and on the shape of `W`, not on the number of rows. A 16-bit value of the
-/// weights is as it is; of codes, see `packed_codes.cuh`: f16 operands, nearer to the exact values than training's bf16.
+/// A 16-bit value of the weights is as it is, one of GGUF blocks has the bits that [`super::dequantize_gguf`] gives it in the type of
+/// `x` (a zero may have the other sign); of codes, see `packed_codes.cuh`: f16 operands, nearer to the exact values than training's
+/// bf16. Sums are f32, in an order that depends on the form and on the shape of `W`, not on the number of rows.
 ///
 /// # Shapes
 /// `x`: f16 or bf16 `[M, K]`, K a multiple of 128, in the layout of the form, for codes scaled ([`Rows::scaled`]); `group`: one to three `[O, K]`.
@@ -486,6 +522,9 @@ pub fn packed_product(
             (out.raw(), RawMatrix::NONE)
         }
     };
+    if matches!(first.weights, PackedWeights::Gguf { .. }) && !packed_gguf::has_form(form.form, x.layout()) {
+        return Err(argument(KERNEL, "form", form.form, "one that multiplies GGUF blocks, with rows in its order"));
+    }
     let tiles = form.tiles(&rows, is_swiglu, x.layout());
     if form.splits == 0 || form.splits > k / CHUNK || form.whole > tiles {
         return Err(argument(KERNEL, "form", form, format!("1 to {} parts of up to {tiles} tiles", k / CHUNK)));
@@ -513,14 +552,17 @@ pub fn packed_product(
     let code = unsafe {
         let (format, is_swiglu, tiles, stream) =
             (first.weights.format(x.dtype()), i32::from(is_swiglu), tiles as i32, stream(device)?);
-        match form.form {
-            GROUPS => trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream),
-            form if is_grouped => {
+        match (first.weights, form.form) {
+            (PackedWeights::Gguf { kind, .. }, form) => packed_gguf::launch(&raw, kind, form, is_swiglu, tiles, stream),
+            (_, GROUPS) => trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream),
+            (_, form) if is_grouped => {
                 let groups = (form - CODES_GROUPS[0] + 1) as i32;
                 trainer_packed_codes_sm90(&raw const raw, groups, is_swiglu, tiles, stream)
             }
-            form if is_codes => trainer_packed_codes(&raw const raw, (form - CODES) as i32, is_swiglu, tiles, stream),
-            form => trainer_packed_product(&raw const raw, format, form as i32, is_swiglu, tiles, stream),
+            (_, form) if is_codes => {
+                trainer_packed_codes(&raw const raw, (form - CODES) as i32, is_swiglu, tiles, stream)
+            }
+            (_, form) => trainer_packed_product(&raw const raw, format, form as i32, is_swiglu, tiles, stream),
         }
     };
     launched(KERNEL, code)
@@ -528,7 +570,7 @@ pub fn packed_product(
 
 #[cfg(test)]
 mod tests {
-    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout};
+    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout, WeightKind};
 
     fn cards() -> [ProductCard; 3] {
         [(132, true, true), (68, false, true), (36, false, false)].map(
@@ -546,13 +588,13 @@ mod tests {
         let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
         for card in cards() {
             for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
-                let layout = RowLayout::choose(m, hidden, m % 2 == 0, card);
-                assert!(layout.rows(m) >= m);
                 for (rows, kind) in
                     [(vec![hidden, 512, 512], ProductKind::Sum), (vec![hidden, hidden], ProductKind::Swiglu)]
                 {
-                    for is_codes in [false, true] {
-                        let form = ProductForm::choose(m, &rows, hidden, (kind, is_codes), layout, card);
+                    for weights in [WeightKind::Dense, WeightKind::Codes] {
+                        let layout = RowLayout::choose(m, rows.iter().sum(), weights, card);
+                        assert!(layout.rows(m) >= m);
+                        let form = ProductForm::choose(m, &rows, hidden, (kind, weights), layout, card);
                         assert!((1..=hidden / CHUNK).contains(&form.splits), "{form:?} for {hidden}, {m} rows");
                         let (floats, places) = form.workspace(m, &rows, kind == ProductKind::Swiglu, layout);
                         assert_eq!(floats == 0, places == 0);

@@ -17,7 +17,7 @@ constexpr int GROUP = 128, ROWS = 64;
 
 template <int N> constexpr int stages() { return N == 32 ? 3 : N == 16 ? 4 : 6; }
 // Blocks of a multiprocessor.
-template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : is_dense(FORMAT) ? 3 : 4; }
+template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : has_maxima(FORMAT) ? 4 : 3; }
 template <int N> constexpr int stage_bytes() { return N * 8 * 128; }
 
 template <typename T, int FORMAT, int N, bool IS_SWIGLU>
@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 #pragma unroll
     for (int half = 0; half < 2; half++) to[half].fetch(w, from[half] + chunk * CHUNK);
   };
-  const float value = is_dense(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
-  constexpr bool IS_AHEAD = !is_dense(FORMAT);
-  if (IS_AHEAD) fetch(now, chunks.x);
+  const float value = !has_maxima(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
+  constexpr bool IS_AHEAD = has_maxima(FORMAT) || FORMAT >= GGUF && is_fetched_ahead<Piece<T, FORMAT>>(FORMAT);
+  constexpr bool IS_DENSE = FORMAT == DENSE || FORMAT == DENSE_OTHER;
+  if (!IS_DENSE) fetch(now, chunks.x);
   const int blocks = count | 1;
   load_maxima<FORMAT, ROWS, GROUP>(maxima, blocks, chunks, K, row_of);
   if (threadIdx.x == 0) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 #pragma unroll
     for (int half = 0; half < 2; half++)
       scale[half] =
-          is_dense(FORMAT) ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
+          !has_maxima(FORMAT) ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
   };
   auto make = [&](uint32_t(&to)[2][4], const Piece<T, FORMAT>(&pieces)[2], int part) {
     uint32_t top[4], low[4];
@@ -100,8 +101,9 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
       to[two][2] = top[2 * two + 1], to[two][3] = low[2 * two + 1];
     }
   };
-  if (!IS_AHEAD) fetch(now, chunks.x);
+  if (IS_DENSE) fetch(now, chunks.x);
   maxima_of(chunks.x);
+  now[0].open(), now[1].open();
   make(left[0], now, 0);
   int block = 0;
   for (int chunk = chunks.x; chunk < chunks.y; chunk++) {
@@ -129,14 +131,17 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
       }
       if (part < 3) {
         make(left[(part + 1) % 2], now, part + 1);
+        // The last operands are made: a piece that has no second place may come.
+        if (part == 2 && !IS_AHEAD && !IS_DENSE && has_next) fetch(now, chunk + 1);
       } else if (has_next) {
         if (IS_AHEAD) {
 #pragma unroll
           for (int half = 0; half < 2; half++) now[half] = next[half];
-        } else {
+        } else if (IS_DENSE) {
           fetch(now, chunk + 1);
         }
         maxima_of(chunk + 1);
+        now[0].open(), now[1].open();
         make(left[0], now, 0);
       }
       if (part % 2 == 1) block++;
@@ -162,13 +167,15 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Product &p, int tiles, cudaStream_t stream) {
   const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
   const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * ROWS * (8 * N + 1);
-  const size_t maxima = is_dense(FORMAT) ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
+  const size_t maxima = !has_maxima(FORMAT) ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
   const size_t bytes = ring + maxima > sums ? ring + maxima : sums;
   auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
   const cudaError_t code = allow_shared_memory(kernel);
   if (code != cudaSuccess) return static_cast<int>(code);
   return launch_after(kernel, dim3(tiles, p.splits), GROUP, bytes, stream, p);
 }
+
+#ifndef PACKED_GGUF // whose files include this one for the kernel
 
 template <typename T, int FORMAT> int launch_rows(const Product &p, bool is_swiglu, int tiles, cudaStream_t stream) {
   switch (p.x.stride) {
@@ -194,8 +201,11 @@ template <typename T> int launch_format(const Product &p, int format, bool is_sw
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
+#endif
+
 } // namespace
 
+#ifndef PACKED_GGUF
 // The stride of x is its rows with what is missing to 8, 16, 32, 64, 128 or 256.
 extern "C" int trainer_packed_product_sm90(const Product *product, int32_t format, int32_t is_swiglu, int32_t tiles,
                                            cudaStream_t stream) {
@@ -210,3 +220,4 @@ extern "C" int trainer_packed_product_sm90(const Product *product, int32_t forma
 extern "C" int trainer_has_packed_product_sm90() {
   return attention::is_built(product_sm90<__nv_bfloat16, NF4_NESTED, 8, false>) ? 1 : 0;
 }
+#endif

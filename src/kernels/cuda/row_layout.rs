@@ -28,6 +28,17 @@ pub enum RowLayout {
     Tiles(usize),
 }
 
+/// What the products of rows in such an order read as their weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightKind {
+    /// 16-bit values.
+    Dense,
+    /// 4-bit codes of NF4 or FP4.
+    Codes,
+    /// GGUF blocks, in places beside 16-bit values.
+    Blocks,
+}
+
 /// Rows in such an order.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'b> {
@@ -98,17 +109,15 @@ impl<'b> Rows<'b> {
 
 impl RowLayout {
     /// The layout in which products of `m` rows with so many outputs are fastest.
-    pub fn choose(m: usize, outputs: usize, is_dense: bool, card: ProductCard) -> Self {
-        // For fewer rows, warps that need not go in step make values of codes faster, and cut a small matrix more evenly.
-        let least = match (is_dense, outputs) {
-            (true, _) => 1,
-            (false, MANY_OUTPUTS..) => 9,
-            (false, _) => 17,
+    pub fn choose(m: usize, outputs: usize, weights: WeightKind, card: ProductCard) -> Self {
+        // For fewer rows, warps that need not go in step make values of packed bytes faster, and cut a small matrix more evenly.
+        let (least, smallest) = match (weights, outputs) {
+            (WeightKind::Dense, _) => (1, 8),
+            (WeightKind::Codes, MANY_OUTPUTS..) => (9, 16),
+            _ => (17, 32),
         };
         match m {
-            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => {
-                Self::Tiles(m.next_power_of_two().max(if is_dense { 8 } else { 16 }))
-            }
+            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(smallest)),
             _ => Self::Fragments,
         }
     }

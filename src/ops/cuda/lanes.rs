@@ -4,13 +4,16 @@
 //! needs in the type of the activations is made once, when a rollout begins: the `A`s of a group one below the other, and each
 //! `B` scaled, with zeros up to whole steps of ranks.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::row;
 use crate::device::{Matrix, Pointer, array, empty, matrix, upload_u32};
 use crate::kernels::cuda::{
     LowRank, LowRankTo, PackedOperand, PackedWeights, Part, ProductCard, ProductForm, ProductKind, ProductOutput,
-    ProductWorkspace, RANK_STEP, RowLayout, Rows, assemble, decode_low_parts, decode_low_rank, packed_product,
+    ProductWorkspace, RANK_STEP, RowLayout, Rows, WeightKind, assemble, decode_low_parts, decode_low_rank,
+    packed_product, swiglu_rows,
 };
 use crate::ops::linear::Linear;
 use crate::ops::{Error, shape_error};
@@ -18,6 +21,8 @@ use crate::quant::Weight;
 
 /// Lanes from which low-rank products are made by a kernel of their own.
 const MANY_LANES: usize = 32;
+/// Floats to a multiple of which what lies in one workspace begins.
+const WORKSPACE_STEP: usize = 64;
 
 /// Projections of one input as lanes apply them.
 #[derive(Debug)]
@@ -28,9 +33,17 @@ pub(crate) struct Projections {
     /// The same in each order in which products read rows.
     ordered: Vec<(RowLayout, Tensor)>,
     rows: Vec<usize>,
+    /// Neighbours of one format, which a launch multiplies together.
+    runs: Vec<Run>,
     cols: usize,
-    is_dense: bool,
+    kind: WeightKind,
     card: ProductCard,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Run {
+    which: Range<usize>,
+    is_gguf: bool,
 }
 
 #[derive(Debug)]
@@ -102,20 +115,27 @@ impl Projections {
         device: &Device,
         (card, is_ordered): (ProductCard, bool),
     ) -> Result<Option<Self>, Error> {
-        let mut formats = Vec::with_capacity(linears.len());
+        let (mut formats, mut codes) = (Vec::with_capacity(linears.len()), 0);
         for linear in linears {
             let is_decomposed = linear.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some());
             let Some(weights) = linear.weight.packed()?.filter(|weights| weights.fits(dtype)) else { return Ok(None) };
             if is_decomposed && use_adapter {
                 return Ok(None);
             }
-            formats.push(weights.format(dtype));
+            formats.push((weights.format(dtype), matches!(weights, PackedWeights::Gguf { .. })));
+            codes += usize::from(matches!(weights, PackedWeights::Nf4 { .. }));
         }
-        if formats.is_empty() || formats.iter().any(|format| *format != formats[0]) {
+        // Rows are scaled for codes, and for nothing else.
+        if codes != 0 && codes != linears.len() {
             return Ok(None);
         }
-        let is_dense = matches!(linears[0].weight, Weight::Dense(_));
-        let cols = linears[0].weight.cols();
+        let Some(cols) = linears.first().map(|linear| linear.weight.cols()) else { return Ok(None) };
+        let is_dense = linears.iter().all(|linear| matches!(linear.weight, Weight::Dense(_)));
+        let kind = match codes {
+            0 if is_dense => WeightKind::Dense,
+            0 => WeightKind::Blocks,
+            _ => WeightKind::Codes,
+        };
         let (mut each, mut parts, mut ranks) = (Vec::with_capacity(linears.len()), Vec::new(), 0);
         for linear in linears {
             let mut b = None;
@@ -154,7 +174,7 @@ impl Projections {
         }
         let a = a.filter(|_| !is_ordered);
         let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
-        Ok(Some(Self { each, a, ordered, rows, cols, is_dense, card }))
+        Ok(Some(Self { each, a, ordered, rows, runs: runs_of(&formats), cols, kind, card }))
     }
 
     /// `K`.
@@ -164,7 +184,7 @@ impl Projections {
 
     /// The order in which they read rows of so many lanes.
     pub(crate) fn layout(&self, lanes: usize) -> RowLayout {
-        RowLayout::choose(lanes, self.outputs(), self.is_dense, self.card)
+        RowLayout::choose(lanes, self.outputs(), self.kind, self.card)
     }
 
     /// `memory` as the rows of so many lanes that they read.
@@ -173,7 +193,7 @@ impl Projections {
     /// If it is too small.
     pub(crate) fn rows<'b>(&self, memory: Matrix<'b>, lanes: usize) -> Result<Rows<'b>, Error> {
         let rows = Rows::new(memory, lanes, self.layout(lanes))?;
-        Ok(if self.is_dense { rows } else { rows.scaled() })
+        Ok(if self.kind == WeightKind::Codes { rows.scaled() } else { rows })
     }
 
     /// Outputs of all together.
@@ -188,14 +208,38 @@ impl Projections {
         self.each.iter().map(of).sum::<usize>() + self.ordered.first().map_or(0, |(_, a)| own(a))
     }
 
-    fn form(&self, lanes: usize, kind: ProductKind) -> ProductForm {
-        ProductForm::choose(lanes, &self.rows, self.cols, (kind, !self.is_dense), self.layout(lanes), self.card)
+    fn form(&self, run: &Run, lanes: usize, kind: ProductKind) -> ProductForm {
+        let (rows, layout) = (&self.rows[run.which.clone()], self.layout(lanes));
+        let weights = match self.kind {
+            WeightKind::Codes => WeightKind::Codes,
+            _ if run.is_gguf => WeightKind::Blocks,
+            _ => WeightKind::Dense,
+        };
+        ProductForm::choose(lanes, rows, self.cols, (kind, weights), layout, self.card)
+    }
+
+    /// Floats and counters of the products of so many lanes, without sums that wait for an activation.
+    fn workspace(&self, lanes: usize, kind: ProductKind) -> (usize, usize) {
+        self.runs.iter().fold((0, 0), |(floats, counters), run| {
+            let rows = &self.rows[run.which.clone()];
+            let form = self.form(run, lanes, kind);
+            let own = form.workspace(lanes, rows, kind == ProductKind::Swiglu, self.layout(lanes));
+            (floats.max(own.0), counters.max(own.1))
+        })
+    }
+
+    /// How the products of a SwiGLU end: in it, if gate and up are of one format.
+    fn kind(&self, is_swiglu: bool) -> ProductKind {
+        if is_swiglu && self.runs.len() == 1 { ProductKind::Swiglu } else { ProductKind::Sum }
     }
 
     /// What [`Self::apply`] needs for so many lanes.
     pub(crate) fn room(&self, lanes: usize, is_swiglu: bool) -> Room {
-        let kind = if is_swiglu { ProductKind::Swiglu } else { ProductKind::Sum };
-        let (partial, arrived) = self.form(lanes, kind).workspace(lanes, &self.rows, is_swiglu, self.layout(lanes));
+        let kind = self.kind(is_swiglu);
+        let (mut partial, arrived) = self.workspace(lanes, kind);
+        if is_swiglu && kind == ProductKind::Sum {
+            partial = partial.next_multiple_of(WORKSPACE_STEP) + lanes * self.outputs();
+        }
         let low = self.low_parts(lanes) * lanes * self.ranks();
         Room { low, partial, arrived }
     }
@@ -255,9 +299,41 @@ impl Projections {
             };
             decode_low_rank(device, x, LowRankTo { a: matrix(a)?, values: scratch.low })?;
         }
-        let kind = if matches!(to, ProductOutput::Swiglu(_)) { ProductKind::Swiglu } else { ProductKind::Sum };
-        let form = self.form(lanes, kind);
-        Ok(packed_product(device, &self.operands()?, x, low, to, form, workspace)?)
+        let operands = self.operands()?;
+        let multiply = |run: &Run, to: ProductOutput<'_>, kind: ProductKind| {
+            let form = self.form(run, lanes, kind);
+            packed_product(device, &operands[run.which.clone()], x, low, to, form, workspace)
+        };
+        match (to, self.runs.as_slice()) {
+            (ProductOutput::Swiglu(_), [all]) => multiply(all, to, ProductKind::Swiglu)?,
+            (ProductOutput::Swiglu(activated), [gate, up]) => {
+                // Of unlike formats: no block of a product has the rows of both.
+                let height = self.rows[0];
+                if self.rows[1] != height {
+                    return Err(shape_error("lanes", "up", self.rows[1], height));
+                }
+                let used = self.workspace(lanes, ProductKind::Sum).0.next_multiple_of(WORKSPACE_STEP);
+                let sums = scratch.partial.from_element(used).as_matrix((2 * lanes, height));
+                let [gates, ups] = [0, lanes].map(|first| sums.rows(first, lanes));
+                multiply(gate, ProductOutput::Sum { out: gates, onto: None }, ProductKind::Sum)?;
+                multiply(up, ProductOutput::Sum { out: ups, onto: None }, ProductKind::Sum)?;
+                swiglu_rows(device, activated, gates, ups)?;
+            }
+            (ProductOutput::Swiglu(_), _) => {
+                return Err(shape_error("lanes", "SwiGLU", self.rows.len(), "two matrices"));
+            }
+            (ProductOutput::Sum { out, onto }, runs) => {
+                let mut first = 0;
+                for run in runs {
+                    let outputs = self.rows[run.which.clone()].iter().sum();
+                    let onto = onto.map(|stream| stream.columns(first, outputs));
+                    let to = ProductOutput::Sum { out: out.columns(first, outputs), onto };
+                    multiply(run, to, ProductKind::Sum)?;
+                    first += outputs;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The dense matrix where that is all there is, and it is of this type.
@@ -271,8 +347,34 @@ impl Projections {
     }
 }
 
+/// Neighbours of one format, by each one's format and whether it is one of GGUF.
+fn runs_of(formats: &[(i32, bool)]) -> Vec<Run> {
+    let mut end = 0;
+    let runs = formats.chunk_by(|left, right| left == right).map(|run| {
+        end += run.len();
+        Run { which: end - run.len()..end, is_gguf: run[0].1 }
+    });
+    runs.collect()
+}
+
 /// A vector of f32 as kernels for lanes read it.
 pub(crate) fn vector(values: &Tensor) -> Result<Pointer<'_>, Error> {
     row(values)?;
     Ok(array(values)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Run, runs_of};
+
+    #[test]
+    fn neighbours_of_one_format_are_multiplied_together() {
+        let run = |which, is_gguf| Run { which, is_gguf };
+        assert_eq!(runs_of(&[(1, false); 3]), [run(0..3, false)]);
+        assert_eq!(runs_of(&[(11, true), (11, true), (13, true)]), [run(0..2, true), run(2..3, true)]);
+        assert_eq!(
+            runs_of(&[(11, true), (2, false), (11, true)]),
+            [run(0..1, true), run(1..2, false), run(2..3, true)]
+        );
+    }
 }
