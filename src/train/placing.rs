@@ -49,7 +49,7 @@ pub(super) fn of(
     let exchange = backend.exchange(ranks, &settings)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, &settings, training.optimizer.kind);
     let run = run_name(&training.output_dir, &**ranks)?;
-    Ok(((sharing, Offload::of(&settings, &backend.device, &run)), note))
+    Ok(((sharing, Offload::of(&settings, &backend.device, backend.types.read(), &run)), note))
 }
 
 /// A name for the files of a run that no other run has; all ranks have the same.

@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use candle_core::Device;
-
+use super::arrival::For;
 use super::{Block, ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
@@ -34,7 +33,7 @@ impl ParamStore {
         }
         for block in 0..self.blocks.len() {
             if self.blocks[block].policy.is_none() {
-                let bound = self.fetched(block, Speaker::Policy, Needs::Values, self.device())?;
+                let bound = self.fetched(For::Computing, block, Speaker::Policy, Needs::Values)?;
                 self.blocks[block].policy = Some(bound);
             }
         }
@@ -71,7 +70,7 @@ impl ParamStore {
         for block in 0..self.blocks.len() {
             if self.is_gathered(block) || is_first {
                 // In host memory: a device that holds a part may not hold all.
-                let params = self.fetched(block, Speaker::Policy, Needs::Values, &Device::Cpu)?;
+                let params = self.fetched(For::Saving, block, Speaker::Policy, Needs::Values)?;
                 all.extend(is_first.then_some(params));
             }
         }
@@ -82,7 +81,9 @@ impl ParamStore {
     fn is_gathered(&self, block: usize) -> bool {
         let is_cut = |block: &Block| {
             let has_working = block.home.as_ref().is_some_and(|home| home.working_values().is_some());
-            block.frozen.is_away() || (!block.flat.has_all_values() && !has_working)
+            // A copy that is rounded is not what is saved.
+            let has_all = block.flat.has_all_values() || (has_working && block.flat.layout().is_flat());
+            block.frozen.is_away() || !has_all
         };
         let own = &self.blocks[block];
         let sources = own.shared.iter().map(|shared| &self.blocks[shared.param.of_block]);
@@ -128,7 +129,10 @@ impl ParamStore {
     /// If the lengths differ.
     pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
         match &self.blocks[block].reference {
-            Some(reference) => reference.values.change(|values| self.blocks[block].flat.write(values, all)),
+            Some(reference) => {
+                reference.values.change(|values| self.blocks[block].flat.write(values, all))?;
+                reference.pack(&self.blocks[block].flat)
+            }
             None => Ok(()),
         }
     }
@@ -149,14 +153,15 @@ impl ParamStore {
         if self.sharing.exchanges_on_device() {
             return self.exchange_values(block);
         }
-        let has_working = home.as_ref().is_some_and(|home| home.working_values().is_some());
-        if flat.has_all_values() || has_working {
-            let own = if flat.has_all_values() { flat.own_values()? } else { flat.values()? };
-            let all = self.sharing.gather(&on_host(&own)?, flat.shards())?;
-            match home {
-                Some(home) => home.write_working(&all)?,
-                None => flat.write_values(&all)?,
-            }
+        if let Some(home) = home.as_ref().filter(|home| home.working_values().is_some()) {
+            let layout = flat.layout();
+            let mut own = vec![0; layout.own_bytes()];
+            layout.pack(&on_host(&flat.own_values()?)?, &mut own);
+            let all = self.sharing.gather_bytes(&own, layout.bytes_by_rank())?;
+            return home.write_working(&layout.join(&all));
+        }
+        if flat.has_all_values() {
+            flat.write_values(&self.sharing.gather(&on_host(&flat.own_values()?)?, flat.shards())?)?;
         }
         Ok(())
     }
