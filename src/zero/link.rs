@@ -112,7 +112,8 @@ impl Link {
         let copies = if is_on_gpu { main.beside()? } else { main };
         let files = &offload.files;
         let open = |folder: &Option<PathBuf>, kind| {
-            folder.as_deref().map(|folder| Shelf::open(folder, kind, rank, files)).transpose()
+            let writes = writes_a_block(kind, &offload);
+            folder.as_deref().map(|folder| Shelf::open(folder, kind, rank, (files, writes))).transpose()
         };
         let parameters = open(&files.parameters, Kind::Parameters)?;
         let optimizer = open(&files.optimizer, Kind::Optimizer)?;
@@ -214,6 +215,16 @@ impl Link {
             return Ok(None);
         }
         Ok(Some(Buffer::of_host_tensor(tensor.clone(), &Queue::of(&self.device)?)?))
+    }
+}
+
+/// Stretches of a block that the optimizer may write to one file: its state, and where it works apart from blocks the values, with
+/// what blocks read of them.
+fn writes_a_block(kind: Kind, offload: &Offload) -> usize {
+    match kind {
+        Kind::Optimizer if offload.optimizer && offload.types != ReadTypes::default() => 3,
+        Kind::Optimizer if offload.optimizer => 2,
+        Kind::Optimizer | Kind::Parameters => 1,
     }
 }
 

@@ -29,7 +29,7 @@ pub use link::Offload;
 use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
 pub use read::ReadTypes;
-pub use sharing::Sharing;
+pub use sharing::{Sharing, ranks_at};
 pub use store::{LayerBytes, ParamStore, Slots};
 pub use sums::{Next, Node, Sums};
 pub use values::Values;

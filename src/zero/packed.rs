@@ -107,9 +107,7 @@ impl Packed {
     /// If a file cannot be read.
     pub(super) fn held(&self, reading: Option<Reading<Buffer>>) -> Result<Held, Error> {
         match &self.place {
-            Place::Memory(place) => {
-                Ok(Held::Kept(Arc::clone(&place.lock().unwrap_or_else(PoisonError::into_inner))))
-            }
+            Place::Memory(place) => Ok(Held::Kept(Arc::clone(&place.lock().unwrap_or_else(PoisonError::into_inner)))),
             Place::File(extent) => {
                 let reading = match reading {
                     Some(reading) => reading,

@@ -48,14 +48,19 @@ impl ReadTypes {
         Self { matrices: compute, embedding: if residual == compute { compute } else { DType::F32 } }
     }
 
-    fn of_entry(self, entry: &Entry) -> DType {
-        let is_scaled_factor = entry.name.contains(".lora_") && !entry.name.ends_with(".lora_A.weight");
-        match entry.shape.len() {
+    /// The type in which a block reads the trained parameter `name`, which has so many dimensions.
+    pub fn of_parameter(self, name: &str, dimensions: usize) -> DType {
+        let is_scaled_factor = name.contains(".lora_") && !name.ends_with(".lora_A.weight");
+        match dimensions {
             2 if is_scaled_factor => DType::F32,
-            2 if entry.name.contains("embed_tokens") => self.embedding,
+            2 if name.contains("embed_tokens") => self.embedding,
             2 => self.matrices,
             _ => DType::F32,
         }
+    }
+
+    fn of_entry(self, entry: &Entry) -> DType {
+        self.of_parameter(&entry.name, entry.shape.len())
     }
 }
 

@@ -92,13 +92,7 @@ impl ParamStore {
         self.start_for(For::Computing, block, ahead, speaker)
     }
 
-    fn start_for(
-        &self,
-        purpose: For,
-        block: usize,
-        ahead: Option<Ahead>,
-        speaker: Speaker,
-    ) -> Result<Arriving, Error> {
+    fn start_for(&self, purpose: For, block: usize, ahead: Option<Ahead>, speaker: Speaker) -> Result<Arriving, Error> {
         let own = &self.blocks[block];
         let (frozen, values) = ahead.map_or((None, None), |ahead| (Some(ahead.frozen), ahead.values));
         let frozen = own.frozen.fetch(frozen, &self.sharing, (&self.link, self.place_of(purpose)))?;
@@ -241,7 +235,7 @@ impl ParamStore {
         }
         let (stored, device) = (block.stored(speaker), self.device());
         if home.is_some_and(|home| home.working_values().is_some()) {
-            return self.there(block.values_there(speaker)?);
+            return self.there(&block.values_there(speaker)?);
         }
         let reading = match ahead {
             Some(ValuesAhead::Flat(reading)) => Some(reading),
@@ -260,7 +254,7 @@ impl ParamStore {
     }
 
     /// Values that are where blocks compute: `None`, or a copy, which can be overwritten.
-    fn there(&self, values: ReadValues) -> Result<Option<ReadValues>, Error> {
+    fn there(&self, values: &ReadValues) -> Result<Option<ReadValues>, Error> {
         (self.has_slots() && self.values_wait()).then(|| values.copy()).transpose()
     }
 
@@ -282,7 +276,7 @@ impl ParamStore {
             return Ok(Some(self.gather_packed(flat, &own)?));
         }
         if values.device().same_device(device) {
-            return self.there(ReadValues::flat(values.clone()));
+            return self.there(&ReadValues::flat(values.clone()));
         }
         let Some(locked) = locked.filter(|_| device.is_cuda()) else {
             return Ok(Some(ReadValues::flat(values.to_device(device)?)));
@@ -358,13 +352,9 @@ impl Block {
 
     /// Whether what comes for a visit lies in a file.
     fn is_in_file(&self, speaker: Speaker) -> bool {
-        match self.packed_of(speaker) {
-            Some(packed) => packed.bytes_in_file() > 0,
-            None => {
-                let is_there = self.home_of(speaker).is_some_and(|home| home.working_values().is_some());
-                !is_there && self.stored(speaker).is_in_file()
-            }
-        }
+        let is_there = || self.home_of(speaker).is_some_and(|home| home.working_values().is_some());
+        let as_they_are = || !is_there() && self.stored(speaker).is_in_file();
+        self.packed_of(speaker).map_or_else(as_they_are, |packed| packed.bytes_in_file() > 0)
     }
 
     /// Starts to read it.

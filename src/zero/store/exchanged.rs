@@ -183,9 +183,8 @@ impl ParamStore {
             None => return Ok(()),
         };
         let layout = own.flat.layout();
-        let gather = |(run, target): (usize, &Arc<Buffer>)| {
-            self.gather_in(target.clone(), &layout.shards(run), moved.clone())
-        };
+        let gather =
+            |(run, target): (usize, &Arc<Buffer>)| self.gather_in(target.clone(), &layout.shards(run), moved.clone());
         *lock(&own.values_coming) = runs.iter().enumerate().map(gather).collect::<Result<_, _>>()?;
         Ok(())
     }

@@ -219,12 +219,21 @@ pub(in crate::zero) struct Errand {
 }
 
 impl Errand {
+    /// The block's flat buffers.
+    pub(in crate::zero) fn flat(&self) -> &FlatBlock {
+        &self.flat
+    }
+
     /// Does `step` on the flat buffers, and starts the way of the values to where the block computes and to the file that they are
     /// in. Returns whether it could; who waits for them gets the error.
     pub(in crate::zero) fn run(self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> bool {
         let Self { home, flat, copies, computed, sends, work } = self;
         let sent = || if sends { home.send_values(&flat, &copies, &computed) } else { Ok(()) };
-        match step(&flat).and_then(|()| home.pack_values(&flat)).and_then(|()| sent()).and_then(|()| flat.stored().unload()) {
+        match step(&flat)
+            .and_then(|()| home.pack_values(&flat))
+            .and_then(|()| sent())
+            .and_then(|()| flat.stored().unload())
+        {
             Ok(()) => {
                 work.done();
                 true

@@ -7,6 +7,7 @@ use super::arrival::For;
 use super::{Block, ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
+use crate::zero::sharing::ranks_at;
 use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums, Values};
 
 impl ParamStore {
@@ -42,12 +43,16 @@ impl ParamStore {
 
     /// Memory that is free where blocks compute, if they are not held there anyway.
     fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        // Ranks of one machine, or of one GPU, come for it together.
         if self.device().is_cuda() {
-            return Ok(Some(crate::device::free_memory(self.device())?));
+            let sharers = ranks_at(self.sharing.ranks(), &crate::device::device_uuid(self.device())?)?;
+            return Ok(Some(crate::device::free_memory(self.device())? / sharers));
         }
-        // Ranks of one machine come for it together.
-        let each = |free: u64| free / self.sharing.world_size() as u64;
-        Ok(crate::device::free_host_memory().filter(|_| !self.files().is_empty()).map(each))
+        if self.files().is_empty() {
+            return Ok(None);
+        }
+        let sharers = ranks_at(self.sharing.ranks(), &crate::ranks::host_name())?;
+        Ok(crate::device::free_host_memory().map(|free| free / sharers))
     }
 
     /// Ends [`Self::gather_all`].
