@@ -153,7 +153,8 @@ impl Home {
             None => (Arc::new(pack(layout, &flat.own_values()?, &self.stage)?), true),
         };
         let mut sent = computed.clone();
-        for (run, part) in layout.own_parts().into_iter().enumerate() {
+        // What of a run is other ranks' alone sends nothing, and is not waited for.
+        for (run, part) in layout.own_parts().into_iter().enumerate().filter(|(_, part)| !part.is_empty()) {
             let place = layout.own_shard(run);
             match working.memory.get(run) {
                 Some(memory) => sent = copies.copy(&from.part(part)?, &memory.part(place)?, computed)?,
