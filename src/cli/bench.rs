@@ -307,7 +307,7 @@ fn measure(
     let sharing = Sharing::new(Arc::clone(ranks), exchange, settings, OptimizerKind::AdamW);
     let mut run = format!("bench-{}", std::process::id()).into_bytes();
     ranks.broadcast(&mut run, 0)?;
-    let offload = Offload::of(settings, &backend.device, &String::from_utf8(run)?);
+    let offload = Offload::of(settings, &backend.device, backend.types.read(), &String::from_utf8(run)?);
     let settings = Settings {
         lora: lora(args.lora_r),
         weights: args.weights,

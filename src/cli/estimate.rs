@@ -142,7 +142,8 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
         ("gradients", estimate.gradients),
         ("optimizer", estimate.optimizer),
         ("activations", estimate.activations),
-        ("rollout", estimate.kv_cache + estimate.rollout),
+        ("rollout's cache", estimate.kv_cache),
+        ("rollout's steps", estimate.rollout),
         ("context and libraries", estimate.context),
     ];
     let _ = writeln!(text, "{:<24}{:>12}{:>16}", "", "each GPU", format!("{} in all", ranks.world_size));
@@ -156,6 +157,17 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
     }
     let device = estimate.device();
     let total = device * ranks.world_size as u64;
+    if estimate.generating() > 0 {
+        for (phase, bytes) in [("while it generates", estimate.generating()), ("while it trains", estimate.training())]
+        {
+            let _ = writeln!(
+                text,
+                "{phase:<24}{:>12}{:>16}",
+                units::bytes(bytes),
+                units::bytes(bytes * ranks.world_size as u64)
+            );
+        }
+    }
     let _ = writeln!(text, "{:<24}{:>12}{:>16}", "at its most", units::bytes(device), units::bytes(total));
     let host = estimate.host;
     let _ = writeln!(
@@ -176,9 +188,7 @@ fn write_parts(text: &mut String, estimate: &Estimate, ranks: &RankSettings, sha
         );
     }
     if estimate.kv_cache + estimate.rollout > 0 {
-        text.push_str(
-            "The rollout is in the place of gradients and activations; with less memory its cache is smaller.\n",
-        );
+        text.push_str("The rollout is in the place of activations; with less memory its cache is smaller.\n");
     }
 }
 

@@ -131,15 +131,47 @@ fn offload(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> Off
     let key = &raw.stage3_max_live_parameters;
     let help = "results are the same, memory and time are not";
     let max_live_parameters = Chosen::new(key, *key.value()).among(files, |file| file.max_live, help, problems);
-    let of_files = files.iter().find_map(|file| file.pin_memory).filter(|_| !raw.pin_memory.is_given());
-    let pin_memory = of_files.unwrap_or(*raw.pin_memory.value());
+    let pin_memory = pin_memory(raw, files, problems);
     let key = &raw.offload_buffer_count;
     let buffer_count = Chosen::new(key, *key.value()).among(files, |file| file.buffer_count, help, problems);
+    let has_files = [optimizer, params].contains(&OffloadDevice::Nvme);
+    // The default may be written down.
+    if !has_files && key.value().is_some_and(|count| count != OffloadSettings::default().buffer_count) {
+        problems.caution(
+            &[(key, String::new())],
+            "`offload_buffer_count` has no effect: nothing waits in files",
+            "write `offload_optimizer_device: nvme` or `offload_param_device: nvme`, or remove it",
+        );
+    }
     let mut offload =
         OffloadSettings { optimizer, params, pin_memory, max_live_parameters, ..OffloadSettings::default() };
-    offload.buffer_count = buffer_count.unwrap_or(offload.buffer_count).max(1);
+    if has_files {
+        offload.buffer_count = buffer_count.unwrap_or(offload.buffer_count).max(1);
+    }
     name_folders(raw, files, &mut offload, problems);
     offload
+}
+
+/// Whether the pages of what waits in host memory are locked: as the configuration says, else the first of the files.
+fn pin_memory(raw: &RawConfig, files: &[Asked<'_>], problems: &mut Problems) -> bool {
+    let key = &raw.pin_memory;
+    let mut chosen = key.is_given().then(|| (*key.value(), "the configuration"));
+    for file in files {
+        match (chosen, file.pin_memory) {
+            (None, Some(is_pinned)) => chosen = Some((is_pinned, file.key.name())),
+            (Some((is_pinned, source)), Some(other)) if is_pinned != other => problems.caution(
+                &[(file.key, String::new())],
+                format!(
+                    "{} says {other} for `{}`, and {source} says {is_pinned}, which counts",
+                    file.place(),
+                    key.name()
+                ),
+                "results are the same, memory and time are not",
+            ),
+            _ => {}
+        }
+    }
+    chosen.map_or(*key.value(), |(is_pinned, _)| is_pinned)
 }
 
 /// The folders of what waits in files.
@@ -150,20 +182,24 @@ fn name_folders(raw: &RawConfig, files: &[Asked<'_>], offload: &mut OffloadSetti
     let params = of_params.value().clone().or_else(|| of_files(&|file| file.params_path.clone()));
     let (is_optimizers, is_params) = (offload.optimizer == OffloadDevice::Nvme, offload.params == OffloadDevice::Nvme);
     let either = optimizer.clone().or_else(|| params.clone());
-    for (key, device, is_asked) in [
-        (of_optimizer, &raw.offload_optimizer_device, is_optimizers),
-        (of_params, &raw.offload_param_device, is_params),
+    let is_named = [optimizer.is_some(), params.is_some()];
+    for (key, device, is_asked, other) in [
+        (of_optimizer, &raw.offload_optimizer_device, is_optimizers, (is_params, is_named[1])),
+        (of_params, &raw.offload_param_device, is_params, (is_optimizers, is_named[0])),
     ] {
+        // What waits in files without a folder of its own takes this one.
+        let acts = is_asked || (other.0 && !other.1);
         if is_asked && either.is_none() {
             problems.clash(
                 &[(device, String::new())],
                 format!("`{}: nvme` needs a folder for its files, and none is named", device.name()),
                 format!("name one on a fast disk of this machine: `{}: /local_nvme`", key.name()),
             );
-        } else if key.value().is_some() && !(is_optimizers || is_params) {
+        } else if key.value().is_some() && !acts {
+            let why = if other.0 { "what waits in files has a folder of its own" } else { "nothing waits in files" };
             problems.caution(
                 &[(key, String::new())],
-                format!("`{}` has no effect: nothing waits in files", key.name()),
+                format!("`{}` has no effect: {why}", key.name()),
                 format!("write `{}: nvme`, or remove it", device.name()),
             );
         }

@@ -27,7 +27,7 @@ use crate::model::layer::{DecoderLayer, Pass, PassDropout};
 use crate::model::params::BlockParams;
 use crate::ops::rope::Rotation;
 pub use crate::zero::Speaker;
-use crate::zero::{self, ParamStore};
+use crate::zero::{self, ParamStore, ReadTypes};
 pub use ends::neftune_noise;
 use host::Host;
 use interrupt::Interrupt;
@@ -87,6 +87,11 @@ impl Types {
     pub const BF16: Self = Self { compute: DType::BF16, residual: DType::BF16 };
     /// f16 activations, f32 residual stream: Qwen2.5's outgrows f16.
     pub const F16: Self = Self { compute: DType::F16, residual: DType::F32 };
+
+    /// To which trained values are rounded before a pass computes with them.
+    pub fn read(self) -> ReadTypes {
+        ReadTypes::of(self.compute, self.residual)
+    }
 }
 
 /// A model and its parameters, ready to walk.

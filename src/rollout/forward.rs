@@ -115,13 +115,7 @@ fn is_decoding(batch: &StepBatch) -> bool {
 
 /// What one token of the engine's model leaves in the cache.
 pub fn kv_shape(engine: &Engine) -> KvShape {
-    let config = engine.config();
-    KvShape {
-        layers: config.num_hidden_layers,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        dtype: engine.types().compute,
-    }
+    KvShape::of(engine.config(), engine.types())
 }
 
 /// Bytes of the device that a rollout of so many sequences takes beside the weights.

@@ -20,6 +20,7 @@ use super::sampler::{Draw, DrawJob, Sampler};
 use super::scheduler::{Limits, Outcome, Scheduler};
 use super::sequence::{Completion, EndRules, Finish, Request, Sequence};
 use super::settings::RolloutSettings;
+use super::sizes::{cache_pages, least_pages};
 use super::stop::Detokenize;
 use crate::config::settings::SamplingSettings;
 use crate::ranks;
@@ -285,7 +286,7 @@ impl Rollout {
         device: &Device,
     ) -> Result<usize, Error> {
         let room = super::kv_cache::most_pages(shape, step_bytes, device)?;
-        let pages = wanted.min(room.max(pages_for(longest) + 2));
+        let pages = wanted.min(room.max(least_pages(longest)));
         if pages < wanted && !self.has_said_small.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "the device has room for a KV cache of {} tokens, {} of the longest sequences at once; up to {} were to be \
@@ -301,9 +302,8 @@ impl Rollout {
     /// Pages of the cache: what the budget allows, but not more than can be used.
     fn num_pages(&self, model: &dyn DecodeModel, num_requests: usize, longest: usize) -> usize {
         let budget = self.settings.kv_cache_bytes.checked_div(model.kv_shape().page_bytes()).unwrap_or(usize::MAX);
-        // Besides the lanes, one ready prompt may hold pages; the scheduler also likes a spare page per lane.
-        let lanes = self.settings.max_num_seqs.min(model.most_lanes()).min(num_requests) + 1;
-        budget.min(lanes.saturating_mul(pages_for(longest) + 2))
+        let lanes = self.settings.max_num_seqs.min(model.most_lanes()).min(num_requests);
+        budget.min(cache_pages(lanes, longest))
     }
 }
 

@@ -24,6 +24,7 @@ pub mod sampler;
 mod scheduler;
 mod sequence;
 mod settings;
+pub mod sizes;
 mod stop;
 
 #[cfg(test)]

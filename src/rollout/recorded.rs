@@ -12,6 +12,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Error;
 use super::kv_cache::KvCache;
+use super::sizes::{Generating, Stored};
+use crate::config::settings::Projection;
 use crate::device::{Arena, Captured, Matrix, Queue, array, empty, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
@@ -157,6 +159,39 @@ impl RecordedSteps {
             vocabulary: engine.config().vocab_size,
         };
         Ok(Some(Self { device: device.clone(), parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
+    }
+
+    /// The steps of a model without values, which tell what such would take: they cannot be repeated. `None` where the kernels do not
+    /// read such a model.
+    ///
+    /// # Errors
+    /// Never.
+    pub(super) fn sizes(model: &Generating<'_>, card: ProductCard) -> Result<Option<Self>, Error> {
+        let Generating { config, types, stored, adapter_ranks } = model;
+        if *stored == Stored::Otherwise || !matches!(types.compute, DType::BF16 | DType::F16) {
+            return Ok(None);
+        }
+        let layer = LaneLayer::sizes(config, adapter_ranks, *stored == Stored::Dense, card)?;
+        let Some(layer) = layer else { return Ok(None) };
+        let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+        let parts = Parts {
+            table: Weight::Dense(none.clone()),
+            layers: vec![layer],
+            norm: none,
+            eps: config.rms_norm_eps as f32,
+            head: Projections::sizes((&[config.vocab_size], &[0]), config.hidden_size, true, (card, false))?,
+            frequencies: Tensor::zeros(config.inv_freq().0.len(), DType::F32, &Device::Cpu)?,
+            rotation_scale: 1.0,
+            types: *types,
+            vocabulary: config.vocab_size,
+        };
+        Ok(Some(Self { device: Device::Cpu, parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
+    }
+
+    /// Bytes of adapters of such ranks in every layer of a model of [`Self::sizes`].
+    pub(super) fn adapter_bytes(&self, layers: usize, ranks: &[usize; Projection::ALL.len()]) -> usize {
+        let values = self.parts.layers.first().map_or(0, |layer| layer.adapter_values(ranks));
+        layers * values * self.parts.types.compute.size_in_bytes()
     }
 
     /// Draws up to [`STEPS`] tokens for each lane.

@@ -7,13 +7,17 @@
 use std::ops::RangeInclusive;
 
 use crate::config::settings::{
-    GrpoSettings, LoraSettings, ModelSettings, OffloadDevice, OptimizerKind, Quantization, RankSettings, SftSettings,
-    WeightDtype, ZeroStage,
+    GrpoSettings, LoraSettings, ModelSettings, OffloadDevice, OptimizerKind, Projection, Quantization, RankSettings,
+    SftSettings, WeightDtype, ZeroStage,
 };
 use crate::engine::{Activations, Types, micro_batches_at_a_time};
 use crate::model::config::{ModelConfig, TensorRole};
 use crate::model::peft::AdapterConfig;
 use crate::zero::LayerBytes;
+pub use rollouts::Rollouts;
+
+#[path = "estimate_rollout.rs"]
+mod rollouts;
 
 /// What the driver and libraries hold of a GPU beside tensors, and that with NCCL's channels: measured on an H200, driver 580.
 const CONTEXT_BYTES: [u64; 2] = [670 << 20, 2040 << 20];
@@ -46,8 +50,8 @@ pub struct Work {
     pub is_known: bool,
     /// Micro-batches of a step.
     pub micro_batches: usize,
-    /// Tokens in the rollout's cache at most; 0 without rollout.
-    pub cached_tokens: usize,
+    /// What rollouts compute.
+    pub rollouts: Rollouts,
     /// Whether a copy of the trained values is kept as the reference policy.
     pub has_reference: bool,
 }
@@ -59,7 +63,14 @@ impl Work {
         let SftSettings { training, max_length, .. } = settings;
         let tokens = training.per_device_train_batch_size * max_length.unwrap_or(USUAL_LENGTH);
         let micro_batches = training.gradient_accumulation_steps;
-        Self { tokens, targets: tokens, is_known: true, micro_batches, cached_tokens: 0, has_reference: false }
+        Self {
+            tokens,
+            targets: tokens,
+            is_known: true,
+            micro_batches,
+            rollouts: Rollouts::default(),
+            has_reference: false,
+        }
     }
 
     /// A step of GRPO with the longest prompts and completions; `world_size` ranks share the completions.
@@ -76,7 +87,8 @@ impl Work {
             targets: completions * longest,
             is_known: false,
             micro_batches: training.gradient_accumulation_steps,
-            cached_tokens: at_once * (prompt + longest),
+            // The last token drawn is never computed.
+            rollouts: Rollouts { at_once, longest: prompt + longest.saturating_sub(1) },
             // With an adapter alone the base is the reference.
             has_reference: settings.beta != 0.0
                 && (settings.sync_ref_model
@@ -96,6 +108,15 @@ pub struct Shape {
     table: u64,
     /// Values trained of each block.
     trained: Vec<u64>,
+    /// Bytes of these as blocks read them where the optimizer works elsewhere, or ranks gather them.
+    read: Vec<u64>,
+    /// Values of a table that two blocks train together, each with gradients of its own.
+    shared: u64,
+    /// Whether frozen projections are in 4 bits, and if not, in 16.
+    packed: bool,
+    is_half: bool,
+    /// Of a layer's projections, in their order.
+    adapter_ranks: [usize; Projection::ALL.len()],
     /// Ranks of the adapters of a layer, over its projections, and over those whose inputs carry the products along.
     ranks: [usize; 2],
     has_adapter: bool,
@@ -106,7 +127,7 @@ pub struct Shape {
 pub struct Estimate {
     /// Weights that are not trained.
     pub weights: u64,
-    /// Trained values: adapters, or all weights.
+    /// Trained values where blocks compute: adapters, or all weights, in f32 or as blocks read them.
     pub trained: u64,
     /// Their gradients.
     pub gradients: u64,
@@ -114,8 +135,12 @@ pub struct Estimate {
     pub optimizer: u64,
     /// Activations and what is made on the way, at the moment that takes most.
     pub activations: u64,
-    /// The rollout's cache, in the place of gradients' and activations' while it generates.
+    /// Those of the gradients that are there between steps.
+    pub kept_gradients: u64,
+    /// The rollout's cache, in the place of activations and of the other gradients while it generates, and what else gives way.
     pub kv_cache: u64,
+    /// Of that, what one sequence needs.
+    pub least_cache: u64,
     /// What it cannot do without beside the cache: its steps' own, and with several ranks all weights.
     pub rollout: u64,
     /// Context and libraries.
@@ -129,14 +154,30 @@ pub struct Estimate {
 impl Estimate {
     /// Bytes of a GPU at the moment that takes most.
     pub fn device(&self) -> u64 {
-        let lasting = self.weights + self.trained + self.optimizer + self.context;
-        lasting + (self.gradients + self.activations).max(self.kv_cache + self.rollout)
+        self.training().max(self.generating())
+    }
+
+    fn lasting(&self) -> u64 {
+        self.weights + self.trained + self.optimizer + self.context
+    }
+
+    /// The same while gradients are made.
+    pub fn training(&self) -> u64 {
+        self.lasting() + self.gradients + self.activations
+    }
+
+    /// The same of rollouts; 0 without.
+    pub fn generating(&self) -> u64 {
+        match self.kv_cache + self.rollout {
+            0 => 0,
+            bytes => self.lasting() + self.kept_gradients + bytes,
+        }
     }
 
     /// The same at the least: the rollout's cache gives way.
     #[must_use]
     pub fn at_least(self) -> Self {
-        Self { kv_cache: 0, ..self }
+        Self { kv_cache: self.least_cache, ..self }
     }
 
     /// As [`Self::device`], without context and libraries.
@@ -188,13 +229,20 @@ impl Shape {
                 None => layers + 1,
             }
         };
-        let (mut frozen, mut trained) = (vec![0; layers + 2], vec![0; layers + 2]);
-        let mut table = 0;
+        let (mut frozen, mut trained, mut read) = (vec![0; layers + 2], vec![0; layers + 2], vec![0; layers + 2]);
+        let read_bytes = |name: &str, dimensions: usize, values: u64| {
+            types.read().of_parameter(name, dimensions).size_in_bytes() as u64 * values
+        };
+        let (mut table, mut shared) = (0, 0);
         for tensor in config.tensors() {
             let values = tensor.shape.iter().product::<usize>() as u64;
             let block = block_of(&tensor.name);
             if lora.is_none() {
                 trained[block] += values;
+                read[block] += read_bytes(&tensor.name, tensor.shape.len(), values);
+                if tensor.role == TensorRole::Embedding && config.tie_word_embeddings {
+                    shared = values;
+                }
                 continue;
             }
             match tensor.role {
@@ -210,21 +258,47 @@ impl Shape {
                 }
             }
         }
-        let mut ranks = [0, 0];
+        let (mut ranks, mut adapter_ranks) = ([0, 0], [0; Projection::ALL.len()]);
         if let Some(lora) = lora {
             let adapter = AdapterConfig::new(lora, None);
             for (module, (outputs, inputs)) in adapter.adapted(&config)? {
-                trained[block_of(&module)] += (lora.r * (outputs + inputs)) as u64;
+                let block = block_of(&module);
+                for (factor, values) in [("A", lora.r * inputs), ("B", lora.r * outputs)] {
+                    trained[block] += values as u64;
+                    read[block] += read_bytes(&format!("{module}.lora_{factor}.weight"), 2, values as u64);
+                }
+                if module.starts_with("model.layers.0.")
+                    && let Some(projection) = rollouts::projection_of(&module)
+                {
+                    adapter_ranks[projection] = lora.r;
+                }
                 if module.starts_with("model.layers.0.") {
                     ranks[0] += lora.r;
                     ranks[1] += if module.contains("down_proj") { 0 } else { lora.r };
                 }
             }
             for tensor in adapter.saved_whole(&config)? {
-                trained[block_of(&tensor.name)] += tensor.shape.iter().product::<usize>() as u64;
+                let (block, values) = (block_of(&tensor.name), tensor.shape.iter().product::<usize>() as u64);
+                trained[block] += values;
+                read[block] += read_bytes(&tensor.name, tensor.shape.len(), values);
             }
         }
-        Ok(Self { config, types, frozen, table, trained, ranks, has_adapter: lora.is_some() })
+        let (packed, is_half, has_adapter) = (quantization.is_some(), dtype_bytes == 2, lora.is_some());
+        let shape = Self {
+            config,
+            types,
+            frozen,
+            table,
+            trained,
+            read,
+            shared,
+            packed,
+            is_half,
+            adapter_ranks,
+            ranks,
+            has_adapter,
+        };
+        Ok(shape)
     }
 
     /// Values that are trained.
@@ -344,7 +418,7 @@ impl Shape {
         let values_come = stage == ZeroStage::Parameters || (params && at_home);
         // Of what comes for a visit, the block that computes and the one after it are there.
         let size = |block: usize| {
-            let values = if values_come { 4 * self.trained[block] } else { 0 };
+            let values = if values_come { self.read[block] } else { 0 };
             (if is_away { self.frozen[block] } else { 0 }) + values
         };
         let layers = self.config.num_hidden_layers;
@@ -355,11 +429,10 @@ impl Shape {
         let asked = all_that_comes * live as f64 / values as f64;
         let waiting =
             [size(layers + 1) + size(layers), size(layers) + size(layers - 1)].map(|bytes| (bytes as f64).max(asked));
-        let largest = self.trained.iter().max().copied().unwrap_or(0) * 4;
         // With trained weights as large as the model it is block by block; else as the engine's order has it.
         let largest_layer = |size: &dyn Fn(usize) -> u64| (1..=layers).map(size).max().unwrap_or(0);
         let frozen_layer = if is_away { largest_layer(&|block| self.frozen[block]) } else { 0 };
-        let values_layer = if values_come { 4 * largest_layer(&|block| self.trained[block]) } else { 0 };
+        let values_layer = if values_come { largest_layer(&|block| self.read[block]) } else { 0 };
         let [own_frozen, own_values] = [frozen_layer.div_ceil(world), share(ZeroStage::Optimizer, values_layer)];
         let bytes = LayerBytes {
             from_host: (if params { own_frozen } else { 0 } + if at_home { own_values } else { 0 }) as usize,
@@ -372,43 +445,60 @@ impl Shape {
         let comes_alone = bytes.from_ranks > 0 && exchanging(ranks) == 1;
         let is_breadth_first = work.micro_batches > 1 && (comes_alone || (passes && trained as f64 > inputs));
         let at_a_time = if is_breadth_first { work.micro_batches } else { at_a_time };
-        let gradients = match (passes, is_breadth_first || work.micro_batches == at_a_time) {
-            (false, _) => trained,
-            (true, true) => largest + if at_home { 0 } else { own_gradients },
-            (true, false) => trained + if at_home { 0 } else { own_gradients },
+        let activations_at_most = self.activations(work, activations, at_a_time, waiting) as u64;
+        let is_whole_step = is_breadth_first || work.micro_batches == at_a_time;
+        let own_at_device = if at_home { 0 } else { own_gradients };
+        let [gradients, kept_gradients] = if passes {
+            [self.passing_gradients(is_whole_step, activations_at_most) + own_at_device, own_at_device]
+        } else {
+            [trained + 4 * self.shared; 2]
         };
         let own_frozen = if stage == ZeroStage::Parameters { frozen.div_ceil(world) } else { frozen };
         let weights = if params { 0 } else { own_frozen };
-        let values = if values_come { if at_home { 0 } else { trained.div_ceil(world) } } else { trained };
+        let read: u64 = self.read.iter().sum();
+        let values = match (values_come, at_home) {
+            (true, true) => 0,
+            (true, false) => trained.div_ceil(world),
+            (false, true) => read,
+            (false, false) => trained,
+        };
         let own_values = share(ZeroStage::Optimizer, trained);
+        // What comes for visits other than in f32 waits as it comes.
+        let own_read = share(ZeroStage::Optimizer, self.rounded().sum());
         let reference = match (work.has_reference, at_home) {
             (false, _) => [0, 0],
-            (true, true) => [0, own_values],
+            (true, true) => [0, own_values + own_read],
             (true, false) => [values, 0],
         };
+        let packed = if at_home && values_come { own_read } else { 0 };
         // What waits is cut over ranks in every stage.
         let own_params = if params { frozen.div_ceil(world) } else { 0 };
-        let own_state = if at_home { state + own_values + reference[1] } else { 0 };
+        let own_state = if at_home { state + own_values + packed + reference[1] } else { 0 };
         let in_files = |place: OffloadDevice, bytes: u64| if place == OffloadDevice::Nvme { bytes } else { 0 };
         let files = in_files(ranks.offload.params, own_params) + in_files(ranks.offload.optimizer, own_state);
         let host = self.table + own_params + own_state - files
             + if at_home { own_gradients } else { 0 }
+            + if at_home { self.rounding(ranks, stage) } else { 0 }
             + self.staged(ranks, [own_params, own_state]);
-        let kept = activations;
-        let is_rollout = work.cached_tokens > 0;
-        let shape = &self.config;
-        let token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim;
-        let cache = (work.cached_tokens * token * self.types.compute.size_in_bytes()) as u64;
+        let rollout = self.rollout(work.rollouts, at_home || values_come);
+        let is_rollout = work.rollouts.at_once > 0;
         // While it generates all weights are there, and a step's own. One rank alone can have them come for each step.
-        let gathered = if is_away { frozen - weights } else { 0 } + if values_come { trained } else { 0 };
+        let gathered = if is_away { frozen - weights } else { 0 } + if values_come { read } else { 0 };
         Estimate {
             weights,
             trained: values + reference[0],
             gradients,
             optimizer: if at_home { 0 } else { state },
-            activations: self.activations(work, kept, at_a_time, waiting) as u64,
-            kv_cache: if is_rollout { cache + if ranks.world_size > 1 { 0 } else { gathered } } else { 0 },
-            rollout: if is_rollout { (512 << 20) + if ranks.world_size > 1 { gathered } else { 0 } } else { 0 },
+            activations: activations_at_most,
+            kept_gradients,
+            kv_cache: if is_rollout { rollout.cache + if world > 1 { 0 } else { gathered } } else { 0 },
+            least_cache: rollout.least_cache
+                + if is_rollout && world == 1 { gathered.min(waiting[0].max(waiting[1]) as u64) } else { 0 },
+            rollout: if is_rollout {
+                rollout.steps + rollout.adapters + if world > 1 { gathered } else { 0 }
+            } else {
+                0
+            },
             context: context_bytes(exchanging(ranks)),
             host,
             files,
@@ -426,6 +516,30 @@ impl Shape {
             if place == OffloadDevice::Nvme { (share * waiting as f64) as u64 } else { 0 }
         };
         [&self.frozen, &self.trained].into_iter().zip(waiting).zip(places).map(of).sum()
+    }
+
+    /// Gradients that take memory from the first of a step until they are final, at the moment that takes most with `activations`:
+    /// those of one block at a time where a step goes through the blocks once, and a tied head's beside them.
+    fn passing_gradients(&self, is_whole_step: bool, activations: u64) -> u64 {
+        let one_block = || {
+            let later = self.trained[1..].iter().max().copied().unwrap_or(0);
+            // Those of the embedding come last, when there are no activations any more.
+            (4 * later).max((4 * self.trained[0]).saturating_sub(activations))
+        };
+        4 * self.shared + if is_whole_step { one_block() } else { 4 * self.num_trained() }
+    }
+
+    /// Bytes of the trained values of each block of which some are rounded.
+    fn rounded(&self) -> impl Iterator<Item = u64> {
+        self.read.iter().zip(&self.trained).filter(|(read, trained)| **read < 4 * **trained).map(|(read, _)| *read)
+    }
+
+    /// Host memory that values which are rounded pass through on their way to where blocks compute: of the largest blocks.
+    fn rounding(&self, ranks: &RankSettings, stage: ZeroStage) -> u64 {
+        let mut all: Vec<u64> = self.rounded().collect();
+        all.sort_unstable();
+        let most: u64 = all.iter().rev().take(ranks.offload.buffer_count).sum();
+        if stage >= ZeroStage::Optimizer { most.div_ceil(ranks.world_size as u64) } else { most }
     }
 
     /// Whether an adapter is trained, and not all weights.

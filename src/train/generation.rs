@@ -18,7 +18,8 @@ use crate::model::batch::{Batch, BatchBuilder};
 use crate::ranks::Ranks;
 use crate::reward::{self, Progress, Rewards, Scores};
 use crate::rollout::forward::{EngineModel, kv_shape};
-use crate::rollout::{Caller, Completion, Event, PAGE_TOKENS, Request, Reserve, Rollout, RolloutSettings, Statistics};
+use crate::rollout::sizes::cache_pages;
+use crate::rollout::{Caller, Completion, Event, Request, Reserve, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::{Console, Sample};
 
 /// One completion with everything the loss needs of it.
@@ -132,12 +133,12 @@ impl<'a> Generator<'a> {
     /// or in an evaluation.
     pub(super) fn most_cache_bytes(&self, session: &Session, prompts: &Prompts, eval: Option<&Prompts>) -> u64 {
         let longest = eval.map_or(0, Prompts::longest).max(prompts.longest());
-        let pages = (longest + self.settings.longest_completion() - 1).div_ceil(PAGE_TOKENS) + 2;
+        let longest = (longest + self.settings.longest_completion()).saturating_sub(1);
         let evaluated = eval.map_or(0, Prompts::len) * self.settings.num_generations_eval;
         let of_rank =
             self.settings.generation_batch_size.max(evaluated).div_ceil(self.settings.training.ranks.world_size);
-        let lanes = self.settings.max_num_seqs.min(of_rank) + 1;
-        (lanes * pages * kv_shape(&session.engine).page_bytes()) as u64
+        let lanes = self.settings.max_num_seqs.min(of_rank);
+        cache_pages(lanes, longest).saturating_mul(kv_shape(&session.engine).page_bytes()) as u64
     }
 
     /// Samples one completion for each entry of `prompts` (indices into `examples`, groups contiguous). Each rank makes a part of

@@ -18,7 +18,7 @@ use crate::config::settings::{
 use crate::device;
 use crate::ranks::{Ranks, host_name};
 use crate::telemetry::units;
-use crate::zero::{Offload, Sharing};
+use crate::zero::{Offload, Sharing, ranks_at};
 
 /// Stages from the one with the least to exchange.
 const STAGES: [ZeroStage; 4] =
@@ -49,7 +49,7 @@ pub(super) fn of(
     let exchange = backend.exchange(ranks, &settings)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, &settings, training.optimizer.kind);
     let run = run_name(&training.output_dir, &**ranks)?;
-    Ok(((sharing, Offload::of(&settings, &backend.device, &run)), note))
+    Ok(((sharing, Offload::of(&settings, &backend.device, backend.types.read(), &run)), note))
 }
 
 /// A name for the files of a run that no other run has; all ranks have the same.
@@ -111,11 +111,7 @@ fn acting(offload: &OffloadSettings, is_on_gpu: bool) -> OffloadSettings {
 fn room(ranks: &dyn Ranks, backend: &Backend, (exchanging, is_limited): (usize, bool)) -> anyhow::Result<Option<Room>> {
     let is_on_gpu = backend.device.is_cuda();
     let uuid = if is_on_gpu { device::device_uuid(&backend.device)? } else { String::new() };
-    let shared_by = |name: String| {
-        let all = ranks.all_gather_bytes(name.as_bytes())?;
-        Ok::<_, anyhow::Error>(all.iter().filter(|other| other.as_slice() == name.as_bytes()).count().max(1) as u64)
-    };
-    let (on_host, on_gpu) = (shared_by(host_name())?, shared_by(uuid)?);
+    let (on_host, on_gpu) = (ranks_at(ranks, &host_name())?, ranks_at(ranks, &uuid)?);
     let host = device::free_host_memory().map_or(0, |bytes| bytes / on_host);
     let own = if is_on_gpu {
         // A limit leaves room for the ranks' exchange already; what a card has free does not.

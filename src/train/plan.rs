@@ -290,24 +290,26 @@ impl Memory {
         let store = session.engine.store();
         let state = optimizer.size_bytes() as u64;
         let is_beside = store.device().is_cuda() && (store.offload().params || store.offload().optimizer);
-        let kept = (4 * store.num_kept() + store.gradient_bytes()) as u64;
+        // A reference lies where the values do.
+        let copies = if store.has_reference() { 2 } else { 1 };
+        let kept = (4 * copies * store.num_kept() + store.gradient_bytes() + store.packed_bytes()) as u64;
         let in_file = optimizer.bytes_in_file() as u64;
         let [host_values, host_state] =
             if store.offload().optimizer && is_beside { [kept, state - in_file] } else { [0, 0] };
         let on_host = is_beside.then_some([store.offloaded_bytes() as u64, host_values, host_state]);
-        let trained = store.computed_bytes() as u64;
+        let beside = if store.offload().optimizer { 1 } else { copies as u64 };
+        let trained = beside * store.computed_bytes() as u64;
         // Sums of all weights are laid aside block by block, which is little.
         let aside = session.adapter_spec.as_ref().map_or(0, |_| store.bytes_aside(session.engine.sums(micro_steps)));
         // Those that the optimizer has at home are there.
         let lasting = if host_values > 0 { 0 } else { store.gradient_bytes() };
         let gradients = (lasting + aside) as u64;
-        let copies = if store.has_reference() { 2 } else { 1 };
         let (weights, adapters) = match session.adapter_spec {
             Some(_) => {
                 let away = on_host.map_or(0, |[weights, ..]| weights) + store.bytes_in_file() as u64;
-                (store.frozen_bytes() as u64 - away, copies * trained)
+                (store.frozen_bytes() as u64 - away, trained)
             }
-            None => (copies * trained, 0),
+            None => (trained, 0),
         };
         let ledger = Ledger::default();
         let kinds = [

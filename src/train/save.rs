@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
+use anyhow::bail;
 use candle_core::{DType, Device, Tensor};
 
 use super::session::Session;
@@ -25,7 +26,12 @@ struct Parameters<'a> {
     rest: std::vec::IntoIter<(&'a FlatBlock, &'a Entry)>,
     /// The values of the block that was asked for last, which may have come from a file.
     last: Option<(&'a FlatBlock, Tensor)>,
+    /// Whether the others were told on the first rank that it does not go on.
+    is_over: bool,
 }
+
+/// What a rank sends in place of its part of a parameter that it cannot read: no part is one byte long.
+const FAILED: &[u8] = &[0];
 
 impl<'a> Parameters<'a> {
     /// Those of an adapter as blocks have them, those of a whole model as a file has them.
@@ -41,7 +47,7 @@ impl<'a> Parameters<'a> {
                 |name: String| by_name.get(name.as_str()).copied().ok_or(model::Error::MissingParameter { name });
             session.engine.config().tensors().into_iter().map(|tensor| find(tensor.name)).collect::<Result<_, _>>()?
         };
-        Ok(Self { store, rest: order.into_iter(), last: None })
+        Ok(Self { store, rest: order.into_iter(), last: None, is_over: false })
     }
 
     fn ranks(&self) -> &'a dyn Ranks {
@@ -66,11 +72,23 @@ impl<'a> Parameters<'a> {
     /// On the first rank: the next parameter with all its values.
     fn next(&mut self) -> anyhow::Result<Option<(&'a Entry, Vec<f32>)>> {
         let Some((flat, entry)) = self.rest.next() else { return Ok(None) };
-        let own = self.kept(flat, entry)?;
+        let own = self.kept(flat, entry);
         if flat.has_all_values() {
-            return Ok(Some((entry, own)));
+            return Ok(Some((entry, own?)));
         }
+        let own = match own {
+            Ok(own) => bytes_of(own),
+            Err(error) => {
+                // The others send this one in any case.
+                self.is_over = true;
+                self.exchange(Vec::new(), false)?;
+                return Err(error);
+            }
+        };
         let mut parts = self.exchange(own, true)?;
+        if let Some(peer) = parts.iter().position(|part| part == FAILED) {
+            bail!("rank {peer} could not read its part of `{}`; its own message says why", entry.name);
+        }
         for ((peer, part), shard) in parts.iter_mut().enumerate().zip(flat.shards()) {
             let (got, expected) = (part.len(), size_of::<f32>() * inside(entry, shard).len());
             if got != expected {
@@ -85,34 +103,45 @@ impl<'a> Parameters<'a> {
     /// On the first rank, which writes no more: the others need not send the rest.
     fn end(mut self) -> anyhow::Result<()> {
         match self.rest.find(|(flat, _)| !flat.has_all_values()) {
-            Some((flat, entry)) => {
-                let own = self.kept(flat, entry)?;
-                self.exchange(own, false).map(drop)
-            }
-            None => Ok(()),
+            Some(_) if !self.is_over => self.exchange(Vec::new(), false).map(drop),
+            _ => Ok(()),
         }
     }
 
-    /// On the other ranks: sends what the first does not have, for as long as it writes.
+    /// On the other ranks: sends what the first does not have, for as long as it writes. One that cannot says so, and goes on until
+    /// all are told to end.
     fn send(mut self) -> anyhow::Result<()> {
+        let mut problem = None;
         while let Some((flat, entry)) = self.rest.find(|(flat, _)| !flat.has_all_values()) {
-            let own = self.kept(flat, entry)?;
+            let own = match self.kept(flat, entry) {
+                Ok(own) if problem.is_none() => bytes_of(own),
+                Ok(_) => FAILED.to_vec(),
+                Err(error) => {
+                    problem.get_or_insert(error);
+                    FAILED.to_vec()
+                }
+            };
             let heard = self.exchange(own, true)?;
             if heard.first().is_none_or(|word| *word != [1]) {
                 break;
             }
         }
-        Ok(())
+        problem.map_or(Ok(()), Err)
     }
 
     /// One parameter's parts go to the first rank, and its word whether it goes on to the others.
-    fn exchange(&self, own: Vec<f32>, goes_on: bool) -> anyhow::Result<Vec<Vec<u8>>> {
+    fn exchange(&self, own: Vec<u8>, goes_on: bool) -> anyhow::Result<Vec<Vec<u8>>> {
         let ranks = self.ranks();
         let word = if ranks.is_first() { vec![u8::from(goes_on)] } else { Vec::new() };
         let mut messages = vec![word; ranks.world_size()];
-        messages[0] = own.into_iter().flat_map(f32::to_le_bytes).collect();
+        messages[0] = own;
         Ok(ranks.all_to_all_bytes(messages)?)
     }
+}
+
+/// Values as they travel.
+fn bytes_of(values: Vec<f32>) -> Vec<u8> {
+    values.into_iter().flat_map(f32::to_le_bytes).collect()
 }
 
 /// The values of a parameter that are in a range of its block's.

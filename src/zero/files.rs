@@ -104,7 +104,13 @@ struct Shared {
 
 impl Shelf {
     /// Makes this rank's file in `folder`, after files were removed that nobody has any more.
-    pub(super) fn open(folder: &Path, kind: Kind, rank: usize, files: &Files) -> Result<Arc<Self>, Error> {
+    /// The optimizer writes up to `writes_a_block` stretches of a block.
+    pub(super) fn open(
+        folder: &Path,
+        kind: Kind,
+        rank: usize,
+        (files, writes_a_block): (&Files, usize),
+    ) -> Result<Arc<Self>, Error> {
         let failed = |action, path: &Path| {
             let path = path.to_path_buf();
             move |source: io::Error| Error::of_file(action, &path, kind, Arc::new(source))
@@ -126,7 +132,8 @@ impl Shelf {
         };
         file.set_len(0).map_err(failed("empty", &path))?;
         let ahead = files.buffer_count.saturating_sub(1);
-        let writes_at_a_time = ahead / 2;
+        // Those of one block do not wait for each other.
+        let writes_at_a_time = ahead / 2 * writes_a_block;
         let file = Arc::new(Shared { file, path, kind, writes_at_a_time, problem: Mutex::default() });
         let thread = |name, waiting| Thread::new(name, waiting).map_err(Error::Thread);
         let (reads, writes) = (thread("reading", usize::MAX)?, thread("writing", writes_at_a_time.saturating_sub(1))?);
@@ -241,8 +248,8 @@ fn remove_left(folder: &Path) -> io::Result<()> {
         if !is_one || !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
             continue;
         }
-        // Another user's cannot be opened, and one that has just gone neither.
-        let Ok(file) = File::open(&path) else { continue };
+        // Another user's cannot be opened, and one that has just gone neither. For writing: some file systems lock no other.
+        let Ok(file) = File::options().read(true).write(true).open(&path) else { continue };
         match file.try_lock() {
             Ok(()) if is_at(&file, &path) => {
                 let bytes = file.metadata().map_or(0, |metadata| metadata.len());
@@ -286,7 +293,7 @@ mod tests {
     fn what_is_written_is_read_again_in_any_order() {
         let folder = tempfile::tempdir().unwrap();
         for buffers in [1, 2, 3, 6] {
-            let shelf = Shelf::open(folder.path(), Kind::Parameters, 0, &files("a", buffers)).unwrap();
+            let shelf = Shelf::open(folder.path(), Kind::Parameters, 0, (&files("a", buffers), 1)).unwrap();
             let bytes = |seed: usize, len: usize| (0..len).map(|i| (i * 7 + seed) as u8).collect::<Vec<u8>>();
             let lengths = [0, 1, 5000, 40 << 20, 4096];
             let extents: Vec<Extent> =
@@ -311,9 +318,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("old-rank-3-optimizer.trainer-waiting"), "left").unwrap();
         std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
-        let first = Shelf::open(folder.path(), Kind::Optimizer, 0, &files("a", 3)).unwrap();
-        let second = Shelf::open(folder.path(), Kind::Optimizer, 1, &files("a", 3)).unwrap();
-        let other = Shelf::open(folder.path(), Kind::Optimizer, 0, &files("b", 3)).unwrap();
+        let first = Shelf::open(folder.path(), Kind::Optimizer, 0, (&files("a", 3), 1)).unwrap();
+        let second = Shelf::open(folder.path(), Kind::Optimizer, 1, (&files("a", 3), 1)).unwrap();
+        let other = Shelf::open(folder.path(), Kind::Optimizer, 0, (&files("b", 3), 1)).unwrap();
         let all = [
             "a-rank-0-optimizer.trainer-waiting",
             "a-rank-1-optimizer.trainer-waiting",
@@ -324,7 +331,7 @@ mod tests {
         let (left, right) = (first.put(vec![1u8; 100]).unwrap(), other.put(vec![2u8; 100]).unwrap());
         assert!(left.read(vec![0u8; 100]).wait().unwrap() == [1; 100]);
         assert!(right.read(vec![0u8; 100]).wait().unwrap() == [2; 100]);
-        let taken = Shelf::open(folder.path(), Kind::Optimizer, 0, &files("b", 3)).unwrap_err().to_string();
+        let taken = Shelf::open(folder.path(), Kind::Optimizer, 0, (&files("b", 3), 1)).unwrap_err().to_string();
         assert!(taken.contains("cannot lock") && taken.contains("another process has it"), "{taken}");
         drop((first, second, other, left, right));
         assert_eq!(names(folder.path()), ["notes.txt"]);
@@ -346,7 +353,7 @@ mod tests {
     fn a_write_that_failed_meanwhile_is_told_by_what_comes_after_it() {
         let folder = tempfile::tempdir().unwrap();
         for buffers in [1, 3] {
-            let shelf = Shelf::open(folder.path(), Kind::Optimizer, 0, &files("a", buffers)).unwrap();
+            let shelf = Shelf::open(folder.path(), Kind::Optimizer, 0, (&files("a", buffers), 1)).unwrap();
             let extent = shelf.put(vec![1u8; 100]).unwrap();
             let first = extent.write(Full, drop);
             assert_eq!(first.is_err(), buffers == 1);
@@ -358,18 +365,58 @@ mod tests {
         }
     }
 
+    /// Memory whose writing waits until it is told to go on.
+    struct Slow(std::sync::mpsc::Receiver<()>);
+
+    impl Memory for Slow {
+        fn with_bytes(
+            &mut self,
+            _visit: &mut dyn FnMut(Vec<&mut [u8]>) -> io::Result<()>,
+        ) -> Result<io::Result<()>, Error> {
+            self.0.recv().unwrap();
+            Ok(Ok(()))
+        }
+    }
+
+    #[test]
+    fn what_is_written_of_one_block_does_not_wait_for_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let shelf = Shelf::open(folder.path(), Kind::Optimizer, 0, (&files("a", 3), 3)).unwrap();
+        let extents = [1u8, 2, 3, 4].map(|value| shelf.put(vec![value; 100]).unwrap());
+        let [state, values, rounded, next] = &extents;
+        let (go_on, told) = std::sync::mpsc::channel();
+        // Nobody tells it to go on before the others are asked for.
+        state.write(Slow(told), drop).unwrap();
+        values.write(vec![20u8; 100], drop).unwrap();
+        rounded.write(vec![30u8; 100], drop).unwrap();
+        std::thread::scope(|scope| {
+            let (done, is_done) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                next.write(vec![40u8; 100], drop).unwrap();
+                done.send(()).unwrap();
+            });
+            // That of another block does.
+            assert!(is_done.recv_timeout(Duration::from_millis(50)).is_err());
+            go_on.send(()).unwrap();
+            is_done.recv().unwrap();
+        });
+        for (extent, value) in extents.iter().zip([1u8, 20, 30, 40]) {
+            assert!(extent.read(vec![0u8; 100]).wait().unwrap() == [value; 100]);
+        }
+    }
+
     #[test]
     fn what_cannot_be_used_is_named_with_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let missing = folder.path().join("nothing");
-        let error = Shelf::open(&missing, Kind::Parameters, 0, &files("a", 3)).unwrap_err().to_string();
+        let error = Shelf::open(&missing, Kind::Parameters, 0, (&files("a", 3), 1)).unwrap_err().to_string();
         assert!(error.contains("nothing") && error.contains("make the folder") && error.contains("_param_nvme_path"));
         let file = folder.path().join("file");
         std::fs::write(&file, "").unwrap();
-        let error = Shelf::open(&file, Kind::Optimizer, 0, &files("a", 3)).unwrap_err().to_string();
+        let error = Shelf::open(&file, Kind::Optimizer, 0, (&files("a", 3), 1)).unwrap_err().to_string();
         assert!(error.contains("make the folder") && error.contains("offload_optimizer_nvme_path"), "{error}");
         // Somebody cuts the file short.
-        let shelf = Shelf::open(folder.path(), Kind::Parameters, 0, &files("a", 3)).unwrap();
+        let shelf = Shelf::open(folder.path(), Kind::Parameters, 0, (&files("a", 3), 1)).unwrap();
         let extent = shelf.put(vec![3u8; 10_000]).unwrap();
         File::options().write(true).open(shelf.path()).unwrap().set_len(5000).unwrap();
         let error = extent.read(vec![0u8; 10_000]).wait().unwrap_err().to_string();

@@ -2,9 +2,11 @@
 //! them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use super::read::{ReadLayout, ReadTypes};
 use super::values::Values;
 use super::{Error, Link, Sharing};
 use crate::config::settings::ZeroStage;
@@ -58,15 +60,17 @@ impl Entry {
     }
 }
 
-/// Values and gradients of a block's trained parameters.
+/// Values and gradients of a block's trained parameters. Cloning shares all.
 #[derive(Clone, Debug)]
 pub struct FlatBlock {
-    entries: Vec<Entry>,
+    entries: Arc<[Entry]>,
     /// Of each rank, the values that its optimizer moves.
-    shards: Vec<Range<usize>>,
+    shards: Arc<[Range<usize>]>,
     rank: usize,
     /// Whether every rank has its shard of the values alone. A shard may be all of them, or none.
     is_cut: bool,
+    /// How blocks read them.
+    layout: Arc<ReadLayout>,
     /// f32 `[n]`, or where parameters are cut into shards this rank's.
     values: Values,
     /// f32 `[n]`, or where gradients are cut into shards this rank's.
@@ -105,10 +109,13 @@ impl FlatBlock {
         if is_cut {
             values = values[own.clone()].to_vec();
         }
+        // Where the optimizer moves what blocks compute with, a rounded copy would come on top.
+        let types = if is_cut || link.has_home_elsewhere() { link.offload().types } else { ReadTypes::default() };
+        let layout = Arc::new(ReadLayout::new(&entries, &shards, rank, types));
         let num_grads = if sharing.stage() >= ZeroStage::Gradients { own.len() } else { count };
         let values = link.keep_values(values)?;
         let grads = Tensor::zeros(num_grads, DType::F32, device)?;
-        Ok(Self { entries, shards, rank, is_cut, values, grads })
+        Ok(Self { entries: entries.into(), shards: shards.into(), rank, is_cut, layout, values, grads })
     }
 
     /// The parameters in order.
@@ -127,6 +134,16 @@ impl FlatBlock {
     /// The values, wherever they lie.
     pub(super) fn stored(&self) -> &Values {
         &self.values
+    }
+
+    /// How blocks read the values.
+    pub(super) fn layout(&self) -> &ReadLayout {
+        &self.layout
+    }
+
+    /// In which type blocks read the parameter `name`, if it is one of them.
+    pub(super) fn dtype_of(&self, name: &str) -> Option<DType> {
+        self.place_of(name).map(|(index, _)| self.layout.dtype_of(index))
     }
 
     /// The gradients: f32 `[n]`, or where gradients are cut into shards this rank's.
@@ -233,6 +250,11 @@ impl FlatBlock {
     /// The parameter `name`, if it is one of them.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.name == name)
+    }
+
+    /// The parameter `name` and its number, if it is one of them.
+    pub(super) fn place_of(&self, name: &str) -> Option<(usize, &Entry)> {
+        self.entries.iter().enumerate().find(|(_, entry)| entry.name == name)
     }
 
     /// The part of a buffer of `[n]` that is `entry`'s, in its shape, sharing the buffer's memory.

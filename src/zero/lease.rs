@@ -102,7 +102,7 @@ impl<'s> Walk<'s> {
     /// Starts the way of a block, of what was read ahead of it.
     fn start(&mut self, block: usize) -> Result<Arriving, Error> {
         let ahead = self.ahead.remove(&block);
-        self.store.start(block, ahead, self.speaker, self.store.device())
+        self.store.start(block, ahead, self.speaker)
     }
 
     /// Starts to read what lies in files of the blocks that are asked for next.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::Error;
 use super::files::{Extent, Files, Kind, Reading, Shelf};
 use super::values::{Stage, Values};
+use super::{Error, ReadTypes};
 use crate::config::settings::{OffloadDevice, OffloadSettings, RankSettings};
 use crate::device::{Buffer, Queue, Ticket};
 
@@ -27,6 +27,8 @@ pub struct Offload {
     pub most_live: usize,
     /// Parameters of at most so many values do not wait.
     pub persistence_threshold: usize,
+    /// Types to which blocks round trained values: in those they come from where the optimizer moves them.
+    pub types: ReadTypes,
 }
 
 impl Default for Offload {
@@ -39,14 +41,16 @@ impl Default for Offload {
             is_pinned: true,
             most_live: 0,
             persistence_threshold: 0,
+            types: ReadTypes::default(),
         }
     }
 }
 
 impl Offload {
-    /// What the settings say for a run of that name, which no other run on the machine has, that computes on `device`. The CPU's
-    /// memory holds everything that does not lie in files, and is where its optimizer works anyway.
-    pub fn of(settings: &RankSettings, device: &Device, run: &str) -> Self {
+    /// What the settings say for a run of that name, which no other run on the machine has, that computes on `device` and rounds
+    /// trained values to `types`. The CPU's memory holds everything that does not lie in files, and is where its optimizer works
+    /// anyway.
+    pub fn of(settings: &RankSettings, device: &Device, types: ReadTypes, run: &str) -> Self {
         let OffloadSettings { optimizer, params, pin_memory, max_live_parameters, .. } = settings.offload;
         let in_file = |place| place == OffloadDevice::Nvme;
         let files = Files {
@@ -62,6 +66,7 @@ impl Offload {
             is_pinned: pin_memory,
             most_live: max_live_parameters.unwrap_or(0),
             persistence_threshold: settings.param_persistence_threshold,
+            types,
         }
     }
 }
@@ -107,7 +112,8 @@ impl Link {
         let copies = if is_on_gpu { main.beside()? } else { main };
         let files = &offload.files;
         let open = |folder: &Option<PathBuf>, kind| {
-            folder.as_deref().map(|folder| Shelf::open(folder, kind, rank, files)).transpose()
+            let writes = writes_a_block(kind, &offload);
+            folder.as_deref().map(|folder| Shelf::open(folder, kind, rank, (files, writes))).transpose()
         };
         let parameters = open(&files.parameters, Kind::Parameters)?;
         let optimizer = open(&files.optimizer, Kind::Optimizer)?;
@@ -172,9 +178,12 @@ impl Link {
 
     /// Takes memory of [`Self::read`] back, once the copies out of it were asked for.
     pub(super) fn give(&self, buffer: Arc<Buffer>) {
-        if let Some(buffer) = Arc::into_inner(buffer) {
-            self.stage.give_buffer(buffer);
-        }
+        self.stage.give_shared(buffer);
+    }
+
+    /// The host memory that values pass through.
+    pub(super) fn stage(&self) -> &Arc<Stage> {
+        &self.stage
     }
 
     /// Bytes in the place where they wait.
@@ -206,6 +215,16 @@ impl Link {
             return Ok(None);
         }
         Ok(Some(Buffer::of_host_tensor(tensor.clone(), &Queue::of(&self.device)?)?))
+    }
+}
+
+/// Stretches of a block that the optimizer may write to one file: its state, and where it works apart from blocks the values, with
+/// what blocks read of them.
+fn writes_a_block(kind: Kind, offload: &Offload) -> usize {
+    match kind {
+        Kind::Optimizer if offload.optimizer && offload.types != ReadTypes::default() => 3,
+        Kind::Optimizer if offload.optimizer => 2,
+        Kind::Optimizer | Kind::Parameters => 1,
     }
 }
 

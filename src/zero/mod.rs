@@ -3,7 +3,8 @@
 //! The engine announces the order in which it will visit the blocks, borrows each one's parameters for as long as it needs
 //! them, and says when its gradients are final; which rank or memory holds them in between is decided here and nowhere else.
 //! No layer type is named in this room: a block is a set of named parameters. Trained parameters of a block lie in one flat
-//! f32 buffer, its gradients in another of the same layout.
+//! f32 buffer, its gradients in another of the same layout; blocks compute with those values, or with a copy that has them rounded
+//! where products would round them anyway (`read`).
 
 mod device_optimizer;
 mod files;
@@ -13,6 +14,8 @@ mod gradients;
 mod lease;
 mod link;
 mod optimizer;
+mod packed;
+mod read;
 mod sharing;
 mod state;
 mod store;
@@ -25,7 +28,8 @@ pub use lease::{Lease, Needs, Speaker, Visit, Walk};
 pub use link::Offload;
 use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
-pub use sharing::Sharing;
+pub use read::ReadTypes;
+pub use sharing::{Sharing, ranks_at};
 pub use store::{LayerBytes, ParamStore, Slots};
 pub use sums::{Next, Node, Sums};
 pub use values::Values;

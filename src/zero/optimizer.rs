@@ -27,7 +27,7 @@ pub struct ShardedOptimizer {
 }
 
 /// What another thread is to do for a block, and with which state and pieces of it.
-type Errands = (Errand, FlatBlock, Kept, Vec<Piece>);
+type Errands = (Errand, Kept, Vec<Piece>);
 
 /// What comes from files for the step on a block.
 #[derive(Default)]
@@ -119,7 +119,7 @@ impl ShardedOptimizer {
             match kept {
                 Kept::Host(_) | Kept::File(_) if runs_errands => {
                     let errand = store.errand(block)?;
-                    errands.extend(errand.map(|errand| (errand, flat.clone(), kept.clone(), pieces)));
+                    errands.extend(errand.map(|errand| (errand, kept.clone(), pieces)));
                     continue;
                 }
                 _ if pieces.is_empty() => {}
@@ -198,8 +198,8 @@ fn run(errands: Vec<Errands>, hyper: AdamWStep, ahead: usize) -> Result<(), Erro
     let all = move || {
         let mut begun: VecDeque<Begun> = VecDeque::new();
         let order: Vec<(FlatBlock, Kept)> =
-            errands.iter().map(|(_, flat, kept, _)| (flat.clone(), kept.clone())).collect();
-        for (at, (errand, _, kept, pieces)) in errands.into_iter().enumerate() {
+            errands.iter().map(|(errand, kept, _)| (errand.flat().clone(), kept.clone())).collect();
+        for (at, (errand, kept, pieces)) in errands.into_iter().enumerate() {
             let step = |flat: &FlatBlock| {
                 begin(&mut begun, ahead, order[at..].iter().map(|(flat, kept)| (flat, kept)))?;
                 move_pieces(flat, &kept, begun.pop_front().unwrap_or_default(), &pieces, &hyper)

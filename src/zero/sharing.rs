@@ -168,6 +168,15 @@ impl Sharing {
     }
 }
 
+/// How many of the ranks, which all ask, are at the place that this one names: a machine, or a GPU.
+///
+/// # Errors
+/// If a rank is lost.
+pub fn ranks_at(ranks: &dyn Ranks, place: &str) -> Result<u64, crate::ranks::Error> {
+    let all = ranks.all_gather_bytes(place.as_bytes())?;
+    Ok(all.iter().filter(|other| other.as_slice() == place.as_bytes()).count().max(1) as u64)
+}
+
 fn expect_length(peer: usize, what: &'static str, got: usize, expected: usize) -> Result<(), Error> {
     if got == expected {
         return Ok(());

@@ -148,12 +148,16 @@ impl Kept {
             buffer::write(first, &arrays[0])?;
             return Ok(buffer::write(second, &arrays[1])?);
         }
-        self.step(None, |states| {
+        let load = |states: &mut [State]| {
             for (piece, state) in flat.own_pieces().zip(states) {
                 state.load(&arrays.each_ref().map(|all| all[piece.range.clone()].to_vec()))?;
             }
             Ok(())
-        })
+        };
+        match self {
+            Self::File(filed) => filed.replace(load),
+            Self::Host(_) | Self::Device { .. } => self.step(None, load),
+        }
     }
 
     /// Its bytes, wherever they lie.
@@ -183,6 +187,17 @@ impl Filed {
     ) -> Result<(), Error> {
         let mut loaded = reading.unwrap_or_else(|| self.start()).wait()?;
         change(&mut loaded.states)?;
+        self.write(loaded)
+    }
+
+    /// Writes state that `fill` replaces as a whole: what lies there is not read.
+    fn replace(&self, fill: impl FnOnce(&mut [State]) -> Result<(), Error>) -> Result<(), Error> {
+        let mut loaded = self.spare.take(self.kind, &self.layouts);
+        fill(&mut loaded.states)?;
+        self.write(loaded)
+    }
+
+    fn write(&self, loaded: Loaded) -> Result<(), Error> {
         let spare = self.spare.clone();
         self.extent.write(loaded, move |loaded| spare.give(loaded))
     }

@@ -14,15 +14,17 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::files::Shelf;
 use super::frozen::Frozen;
 use super::gradients::Bucket;
+use super::packed::Packed;
 use super::{Coming, Entry, Error, FlatBlock, Link, Needs, Offload, Sharing, Speaker, Sums, Values, Visit, Walk};
 use crate::config::settings::ZeroStage;
 use crate::model::params::{BlockInit, BlockParams, SharedParam};
 use crate::ops::buffer;
+use arrival::For;
 pub(super) use arrival::{Ahead, Arriving};
 use exchanged::OnTheirWay;
 pub(super) use home::Errand;
@@ -62,7 +64,7 @@ struct Block {
     /// Where the flat buffers lie elsewhere than the block computes.
     home: Option<Arc<Home>>,
     /// The values where the block computes, while those of other ranks come.
-    values_coming: Mutex<Option<Coming>>,
+    values_coming: Mutex<Vec<Coming>>,
     bucket: Bucket,
     /// Parameters of other blocks that this one reads too.
     shared: Vec<Shared>,
@@ -88,7 +90,19 @@ struct Shared {
 struct Reference {
     /// As the trained ones: f32 `[n]`, or this rank's.
     values: Values,
+    /// The same as it comes for visits, if that is not as they are.
+    packed: Option<Packed>,
     params: Option<BlockParams>,
+}
+
+impl Reference {
+    /// Rounds values that have changed for visits.
+    fn pack(&self, flat: &FlatBlock) -> Result<(), Error> {
+        match &self.packed {
+            Some(packed) => packed.replace(flat.layout(), &flat.own_part(&self.values.tensor()?)?),
+            None => Ok(()),
+        }
+    }
 }
 
 impl ParamStore {
@@ -269,8 +283,8 @@ impl ParamStore {
         self.gather_apart(block)?;
         let own = &self.blocks[block];
         own.home.as_ref().map_or(Ok(()), |home| home.arrive())?;
-        let arriving = own.values_coming.lock().unwrap_or_else(PoisonError::into_inner).take();
-        arriving.map_or(Ok(()), |coming| coming.arrive())
+        let arriving = std::mem::take(&mut *own.values_coming.lock().unwrap_or_else(PoisonError::into_inner));
+        arriving.iter().try_for_each(Coming::arrive)
     }
 
     /// The parameters of a block that is where it computes.
@@ -332,7 +346,7 @@ impl ParamStore {
         if self.sharing.cuts_parameters() {
             return own.policy.clone().ok_or(Error::IsCut { block });
         }
-        self.fetched(block, Speaker::Policy, self.bound_at_rest(), self.device())
+        self.fetched(For::Computing, block, Speaker::Policy, self.bound_at_rest())
     }
 
     /// What is bound for longer than a visit: gradients too, unless their places come and go.
@@ -343,7 +357,12 @@ impl ParamStore {
     /// The name of how the frozen weight `name` of a block is stored, if it has it.
     pub fn kind_of(&self, block: usize, name: &str) -> Option<String> {
         let own = self.blocks.get(block)?;
-        let trained = || own.flat.entry(name).map(|_| "f32".to_string());
+        let trained = || {
+            own.flat.dtype_of(name).map(|dtype| match dtype {
+                DType::F32 => "f32".to_string(),
+                dtype => format!("f32, read as {}", dtype.as_str()),
+            })
+        };
         own.frozen.kind_name(name).or_else(trained)
     }
 
@@ -415,12 +434,17 @@ impl ParamStore {
     pub fn keep_reference(&mut self) -> Result<(), Error> {
         self.settle()?;
         for block in &mut self.blocks {
-            block.reference = Some(Reference { values: block.flat.stored().copy()?, params: None });
+            let values = block.flat.stored().copy()?;
+            // Beside another home they come from host memory for each visit.
+            let is_packed = block.home.is_some() && !block.flat.layout().is_flat();
+            let packed = || Packed::new(&block.flat, &values, self.link.stage());
+            let packed = is_packed.then(packed).transpose()?;
+            block.reference = Some(Reference { values, packed, params: None });
         }
         for block in 0..self.blocks.len() {
             // Beside another home its values come for each visit, as they are then.
             if self.is_resident(block) && !self.link.has_home_elsewhere() {
-                let params = self.fetched(block, Speaker::Reference, Needs::Values, self.device())?;
+                let params = self.fetched(For::Computing, block, Speaker::Reference, Needs::Values)?;
                 if let Some(reference) = &mut self.blocks[block].reference {
                     reference.params = Some(params);
                 }
@@ -446,10 +470,11 @@ impl ParamStore {
     /// If the device fails.
     pub fn mix_reference(&self, alpha: f64) -> Result<(), Error> {
         self.settle()?;
-        for (flat, reference) in self.flats().zip(self.references()) {
-            if !reference.is_empty() {
+        for Block { flat, reference, .. } in &self.blocks {
+            if let Some(reference) = reference.as_ref().filter(|reference| !reference.values.is_empty()) {
                 let values = flat.values()?;
-                reference.change(|reference| Ok(buffer::mix(reference, &values, alpha as f32)?))?;
+                reference.values.change(|reference| Ok(buffer::mix(reference, &values, alpha as f32)?))?;
+                reference.pack(flat)?;
             }
         }
         Ok(())
@@ -491,3 +516,7 @@ fn gradients_pass(sharing: &Sharing, link: &Link) -> bool {
 fn on_host(buffer: &Tensor) -> Result<Vec<f32>, Error> {
     if buffer.elem_count() == 0 { Ok(Vec::new()) } else { Ok(buffer::to_vec(buffer)?) }
 }
+
+#[cfg(test)]
+#[path = "store/read_tests.rs"]
+mod read_tests;

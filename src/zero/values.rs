@@ -96,6 +96,13 @@ impl Stage {
     pub(super) fn give_buffer(&self, buffer: Buffer) {
         keep(&self.buffers, buffer, self.most);
     }
+
+    /// The same of bytes that nobody else holds; copies out of them may still be on their way.
+    pub(super) fn give_shared(&self, buffer: Arc<Buffer>) {
+        if let Some(buffer) = Arc::into_inner(buffer) {
+            self.give_buffer(buffer);
+        }
+    }
 }
 
 fn take_first<T>(all: &Mutex<Vec<T>>, fits: impl Fn(&T) -> bool) -> Option<T> {
@@ -164,6 +171,14 @@ impl Values {
         match &self.0 {
             Place::Memory(values) => values.device(),
             Place::File(_) => &Device::Cpu,
+        }
+    }
+
+    /// The file in which they lie, if they do.
+    pub(super) fn shelf(&self) -> Option<&Arc<Shelf>> {
+        match &self.0 {
+            Place::Memory(_) => None,
+            Place::File(filed) => Some(filed.extent.shelf()),
         }
     }
 

@@ -547,7 +547,11 @@ fn what_waits_in_host_memory_is_said_by_keys_and_files() {
         [pinned("", ""), pinned("", ", pin_memory: true"), pinned("", ", pin_memory: false")],
         [true, true, false]
     );
-    assert!(pinned("pin_memory: true\n", ", pin_memory: false"), "the configuration counts more");
+    assert!(!pinned("pin_memory: false\n", ", pin_memory: false"), "nothing to say where both agree");
+    let file = "deepspeed: {zero_optimization: {offload_optimizer: {device: cpu, pin_memory: false}}}\n";
+    let (found, warnings) = ranks(&format!("{file}pin_memory: true\n"), &gpu);
+    assert!(found.offload.pin_memory, "the configuration counts more");
+    assert_one(&warnings, "says false for `pin_memory`, and the configuration says true, which counts");
     assert_one(&errors("offload_optimizer_device: disk\n", &gpu), "`offload_optimizer_device` ");
 }
 
@@ -569,6 +573,15 @@ fn what_waits_in_files_is_said_by_keys_and_files() {
     assert!(wrong.iter().all(|text| text.contains("needs a folder for its files")), "{wrong:?}");
     assert_one(&ranks("offload_param_nvme_path: /a\n", &cpu()).1, "`offload_param_nvme_path` has no effect");
     assert_one(&errors("offload_buffer_count: 0\n", &cpu()), "at least 1");
+    // What acts on nothing is said, a default that is written down is not.
+    let (found, warnings) = ranks("offload_buffer_count: 7\noffload_param_device: cpu\n", &cpu());
+    assert_one(&warnings, "`offload_buffer_count` has no effect: nothing waits in files");
+    assert_eq!(found.offload.buffer_count, 3);
+    silent("offload_buffer_count: 3\n", &cpu());
+    let apart = "offload_param_device: nvme\noffload_param_nvme_path: /a\noffload_optimizer_nvme_path: /b\n";
+    let (found, warnings) = ranks(apart, &cpu());
+    assert_one(&warnings, "`offload_optimizer_nvme_path` has no effect: what waits in files has a folder of its own");
+    assert_eq!((found.offload.optimizer_path, found.offload.params_path), (None, Some("/a".into())));
 
     let deepspeed = |inner: &str, outer: &str| {
         let offload = format!("{{device: nvme, nvme_path: /x{inner}}}");

@@ -16,6 +16,7 @@ pub(crate) const VOCABULARY: u64 = 300;
 /// What a test's model is made of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiny {
+    /// `qwen2` or `qwen3`, with ` untied` behind it for a head with a table of its own.
     pub(crate) architecture: &'static str,
     pub(crate) head_dim: usize,
     /// Projections with an adapter, on 4-bit weights; with none, weights are dense and all trained.
@@ -26,8 +27,10 @@ pub(crate) struct Tiny {
 
 impl Tiny {
     pub(crate) fn config(self) -> String {
-        let class = if self.architecture == "qwen2" { "Qwen2ForCausalLM" } else { "Qwen3ForCausalLM" };
-        let Self { architecture, head_dim, .. } = self;
+        let Self { head_dim, .. } = self;
+        let tied = self.architecture.strip_suffix(" untied");
+        let (architecture, is_tied) = (tied.unwrap_or(self.architecture), tied.is_none());
+        let class = if architecture == "qwen2" { "Qwen2ForCausalLM" } else { "Qwen3ForCausalLM" };
         let hidden = if architecture == "qwen2" { 4 * head_dim } else { 64 };
         // Products of a normed row keep their size, so that softmax stays soft and rounding is not magnified.
         let deviation = 0.8 / f64::from(hidden as u32).sqrt();
@@ -35,7 +38,7 @@ impl Tiny {
             r#"{{"architectures": ["{class}"], "model_type": "{architecture}", "hidden_size": {hidden},
             "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": {head_dim}, "vocab_size": {VOCABULARY}, "hidden_act": "silu", "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true, "use_sliding_window": false,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": {is_tied}, "use_sliding_window": false,
             "sliding_window": 4096, "max_window_layers": 3, "attention_bias": false, "initializer_range": {deviation},
             "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": 1}}"#
         )
@@ -54,10 +57,11 @@ impl Tiny {
         })
     }
 
-    /// As [`Self::engine`], with what the ranks of `sharing` share, and what waits in host memory.
+    /// As [`Self::engine`], with what the ranks of `sharing` share, and what waits in host memory; what comes from there comes in
+    /// the types to which blocks round it.
     pub(crate) fn engine_placed(self, device: &Device, types: Types, sharing: Sharing, offload: Offload) -> Engine {
         self.engine_with(device, types, &Device::Cpu, |blocks| {
-            ParamStore::placed(blocks, device, sharing, offload).unwrap()
+            ParamStore::placed(blocks, device, sharing, Offload { types: types.read(), ..offload }).unwrap()
         })
     }
 

@@ -1,4 +1,4 @@
-//! f16 and bf16 to f32 without branches, so that loops over them vectorise on any machine.
+//! f16 and bf16 to f32, and f32 to bf16, without branches, so that loops over them vectorise on any machine.
 
 /// f16 to f32, exact for every value; a NaN stays a NaN.
 ///
@@ -17,6 +17,15 @@ pub fn f16_to_f32(bits: u16) -> f32 {
 #[inline(always)]
 pub fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
+}
+
+/// f32 to bf16, to the nearest, ties to even; a NaN stays a NaN.
+#[inline(always)]
+pub fn f32_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let quiet = bits | 0x0040_0000;
+    ((if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) >> 16) as u16
 }
 
 /// The little-endian f16 at the start of `bytes`.

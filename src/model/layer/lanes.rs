@@ -4,12 +4,14 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{DOWN, DecoderLayer, GATE_UP, OUTPUT, QKV};
+use crate::config::settings::Projection;
 use crate::device::{Matrix, Pointer};
 use crate::kernels::cuda::{
     DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, decode_attention, decode_attention_workspace,
     decode_combine, decode_heads, decode_norm,
 };
 use crate::model::Error;
+use crate::model::config::ModelConfig;
 use crate::ops::cuda::lanes::{Projections, Room, Scratch, vector};
 use crate::ops::linear::Linear;
 
@@ -57,6 +59,11 @@ pub struct LaneBuffers<'b> {
     pub(crate) scratch: Scratch<'b>,
 }
 
+/// Whether kernels take heads of this size.
+fn has_kernels(head_dim: usize) -> bool {
+    matches!(head_dim, 64 | 128 | 192 | 256)
+}
+
 impl DecoderLayer<'_> {
     /// The layer for lanes; `None` where the kernels do not read its weights or heads.
     ///
@@ -73,7 +80,7 @@ impl DecoderLayer<'_> {
             Projections::new(linears, use_adapter, compute, device, (card, is_ordered))
         };
         let head_dim = self.projections[0].weight.rows() / self.heads.query.max(1);
-        if !matches!(head_dim, 64 | 128 | 192 | 256) {
+        if !has_kernels(head_dim) {
             return Ok(None);
         }
         let (Some(qkv), Some(output), Some(gate_up), Some(down)) = (
@@ -103,6 +110,48 @@ impl DecoderLayer<'_> {
 }
 
 impl LaneLayer {
+    /// A layer without values, which tells what steps of such a one would need: `ranks` are those of its adapters in the order of
+    /// [`Projection::ALL`], 0 for none. `None` where the kernels do not take its heads.
+    ///
+    /// # Errors
+    /// Never.
+    pub fn sizes(
+        config: &ModelConfig,
+        ranks: &[usize; Projection::ALL.len()],
+        is_dense: bool,
+        card: ProductCard,
+    ) -> Result<Option<Self>, Error> {
+        if !has_kernels(config.head_dim) {
+            return Ok(None);
+        }
+        let projections = |group: &[Projection], is_ordered: bool| {
+            let rows: Vec<usize> = group.iter().map(|&p| config.projection_shape(p).0).collect();
+            let ranks: Vec<usize> = group.iter().map(|&p| ranks[p as usize]).collect();
+            let cols = group.first().map_or(0, |&p| config.projection_shape(p).1);
+            Projections::sizes((&rows, &ranks), cols, is_dense, (card, is_ordered))
+        };
+        let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+        Ok(Some(Self {
+            input_norm: none.clone(),
+            post_attention_norm: none,
+            head_norms: None,
+            eps: config.rms_norm_eps as f32,
+            head_dim: config.head_dim,
+            qkv: projections(&QKV, false)?,
+            output: projections(&OUTPUT, false)?,
+            gate_up: projections(&GATE_UP, false)?,
+            down: projections(&DOWN, true)?,
+        }))
+    }
+
+    /// Values that adapters of such `ranks` take in the form in which steps read them.
+    pub fn adapter_values(&self, ranks: &[usize; Projection::ALL.len()]) -> usize {
+        let of = |projections: &Projections, group: &[Projection]| {
+            projections.adapter_values(&group.iter().map(|&p| ranks[p as usize]).collect::<Vec<_>>())
+        };
+        of(&self.qkv, &QKV) + of(&self.output, &OUTPUT) + of(&self.gate_up, &GATE_UP) + of(&self.down, &DOWN)
+    }
+
     /// Columns of what it makes.
     pub fn widths(&self) -> LaneWidths {
         LaneWidths {

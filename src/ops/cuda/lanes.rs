@@ -177,6 +177,33 @@ impl Projections {
         Ok(Some(Self { each, a, ordered, rows, runs: runs_of(&formats), cols, kind, card }))
     }
 
+    /// Projections without values, which tell what products of such would need: each has `rows` outputs and an adapter of so many
+    /// `ranks`, 0 for none. They cannot be applied.
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn sizes(
+        (rows, ranks): (&[usize], &[usize]),
+        cols: usize,
+        is_dense: bool,
+        (card, is_ordered): (ProductCard, bool),
+    ) -> Result<Self, Error> {
+        let ranks: usize = ranks.iter().map(|rank| rank.next_multiple_of(RANK_STEP)).sum();
+        let a = (ranks > 0).then(|| Tensor::zeros((ranks, 0), DType::F32, &Device::Cpu)).transpose()?;
+        let ordered = a.iter().map(|a| (RowLayout::Fragments, a.clone())).collect();
+        let (each, rows, a) = (Vec::new(), rows.to_vec(), a.filter(|_| !is_ordered));
+        Ok(Self { each, a, ordered, rows, cols, is_dense, card })
+    }
+
+    /// Values that adapters take in the form in which steps read them, as [`Self::new`] makes it: each has an adapter of so many
+    /// `ranks`.
+    pub(crate) fn adapter_values(&self, ranks: &[usize]) -> usize {
+        let padded = ranks.iter().map(|rank| rank.next_multiple_of(RANK_STEP));
+        let b: usize = self.rows.iter().zip(padded.clone()).map(|(rows, rank)| rows * rank).sum();
+        let orders = 1 + usize::from(self.card.has_groups) + usize::from(self.a.is_some());
+        b + orders * padded.sum::<usize>() * self.cols
+    }
+
     /// `K`.
     pub(crate) fn inputs(&self) -> usize {
         self.cols

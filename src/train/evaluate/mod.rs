@@ -255,7 +255,7 @@ fn open(
         purpose,
         activations,
         backend,
-        (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device, &run)),
+        (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device, backend.types.read(), &run)),
         progress,
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());

@@ -13,6 +13,7 @@ use super::{ParamStore, Shared};
 use crate::device::{Buffer, Part, Queue, Ticket, empty};
 use crate::ops::buffer;
 use crate::zero::flat::bytes_of;
+use crate::zero::read::ReadValues;
 use crate::zero::{Coming, Error, FlatBlock, Node, Sums};
 
 /// Gradients that are not yet where the optimizer takes them.
@@ -138,7 +139,8 @@ impl ParamStore {
             buffer::copy(&total, &all.narrow(0, shard.start, shard.len())?)?;
         }
         let (target, made) = (Arc::new(Buffer::of_tensor(all.clone())?), Queue::of(self.device())?.ticket()?);
-        let coming = self.gather_in(target, &shards, made)?;
+        let bytes: Vec<_> = shards.iter().map(bytes_of).collect();
+        let coming = self.gather_in(target, &bytes, made)?;
         match &own.home {
             Some(home) => {
                 coming.arrive()?;
@@ -149,11 +151,10 @@ impl ParamStore {
         Ok(())
     }
 
-    /// Starts the gathering of what each rank has of a buffer, by its values, after `made`.
-    fn gather_in(&self, target: Arc<Buffer>, shards: &[Range<usize>], made: Ticket) -> Result<Coming, Error> {
-        let bytes: Vec<_> = shards.iter().map(bytes_of).collect();
+    /// Starts the gathering of what each rank has of a buffer, by its bytes, after `made`.
+    fn gather_in(&self, target: Arc<Buffer>, bytes: &[Range<usize>], made: Ticket) -> Result<Coming, Error> {
         let came = match self.sharing.exchange() {
-            Some(exchange) => exchange.all_gather_ranges(&target.whole(), &bytes, &made)?,
+            Some(exchange) => exchange.all_gather_ranges(&target.whole(), bytes, &made)?,
             None => made,
         };
         Ok(Coming::new(target, came))
@@ -169,42 +170,54 @@ impl ParamStore {
     /// Starts the way of a block's values to all ranks from those that moved them.
     pub(super) fn exchange_values(&self, block: usize) -> Result<(), Error> {
         let own = &self.blocks[block];
-        let (target, moved) = match &own.home {
+        let of_flat;
+        let (runs, moved) = match &own.home {
             Some(home) => match home.sent_values() {
                 Some(sent) => sent,
                 None => return Ok(()),
             },
             None if own.flat.has_all_values() => {
-                (Arc::new(Buffer::of_tensor(own.flat.values()?)?), Queue::of(self.device())?.ticket()?)
+                of_flat = [Arc::new(Buffer::of_tensor(own.flat.values()?)?)];
+                (&of_flat[..], Queue::of(self.device())?.ticket()?)
             }
             None => return Ok(()),
         };
-        *lock(&own.values_coming) = Some(self.gather_in(target, own.flat.shards(), moved)?);
+        let layout = own.flat.layout();
+        let gather =
+            |(run, target): (usize, &Arc<Buffer>)| self.gather_in(target.clone(), &layout.shards(run), moved.clone());
+        *lock(&own.values_coming) = runs.iter().enumerate().map(gather).collect::<Result<_, _>>()?;
         Ok(())
     }
 
-    /// All values of a block that is cut into shards, on their way to this rank's GPU, of what each rank has: f32 `[own]`.
+    /// All values of a block that is cut into shards, as it reads them, on their way to this rank's GPU: of what each rank has,
+    /// f32 `[own]`, or host memory in which it lies as blocks read it.
     pub(super) fn exchange_cut_values(
         &self,
         flat: &FlatBlock,
-        values: &Tensor,
-        locked: Option<&Arc<Buffer>>,
+        (values, locked): (Option<&Tensor>, Option<&Arc<Buffer>>),
         coming: &mut Vec<Coming>,
-    ) -> Result<Tensor, Error> {
-        let all = empty(self.device(), flat.len(), DType::F32)?;
-        let target = Arc::new(Buffer::of_tensor(all.clone())?);
-        let own = flat.own();
-        let mut placed = Queue::of(self.device())?.ticket()?;
-        if !own.is_empty() {
-            let place = all.narrow(0, own.start, own.len())?;
-            placed = if let Some(locked) = locked {
-                self.link.copies().copy(&locked.whole(), &target.part(bytes_of(&own))?, &placed)?
-            } else {
-                buffer::copy(&values.to_device(self.device())?, &place)?;
-                Queue::of(self.device())?.ticket()?
-            };
+    ) -> Result<ReadValues, Error> {
+        let (layout, device) = (flat.layout(), self.device());
+        let all = layout.empty(device)?;
+        let is_none = flat.own().is_empty();
+        // From the host it comes once, whatever types it is rounded to.
+        let own = values.filter(|_| !is_none && locked.is_none()).map(|values| values.to_device(device)).transpose()?;
+        let mut targets = Vec::new();
+        for (run, part) in layout.own_parts().into_iter().enumerate() {
+            let target = Arc::new(Buffer::of_tensor(all.runs()[run].clone())?);
+            let mut placed = Queue::of(device)?.ticket()?;
+            if let (Some(locked), false) = (locked, is_none) {
+                let place = target.part(layout.own_shard(run))?;
+                placed = self.link.copies().copy(&locked.part(part)?, &place, &placed)?;
+            } else if let Some(own) = &own {
+                layout.round_onto(run, own, &all.runs()[run])?;
+                placed = Queue::of(device)?.ticket()?;
+            }
+            targets.push((target, placed));
         }
-        coming.push(self.gather_in(target, flat.shards(), placed)?);
+        for (run, (target, placed)) in targets.into_iter().enumerate() {
+            coming.push(self.gather_in(target, &layout.shards(run), placed)?);
+        }
         Ok(all)
     }
 }

@@ -1,19 +1,22 @@
 //! Trained values, gradients and the optimizer's state in host memory, or values and state in a file, beside blocks that compute with a copy.
 //!
 //! Gradients go home when they are final, while backward goes on with the blocks before; values come back when the optimizer has
-//! moved them. Both are copied on a queue of their own. Another thread moves a block's values, or this rank's part of them, while
+//! moved them, rounded by the host where blocks would round them. Both are copied on a queue of their own. Another thread moves a block's values, or this rank's part of them, while
 //! the next step begins; who asks for the block waits for them, and gathers them then where other ranks move the rest.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::ParamStore;
-use crate::device::{Buffer, Queue, Ticket, Work, empty};
+use crate::device::{Buffer, Queue, Ticket, Work};
 use crate::ops::buffer;
 use crate::zero::flat::bytes_of;
 use crate::zero::gradients::Bucket;
+use crate::zero::packed::{Packed, pack};
+use crate::zero::read::{ReadLayout, ReadValues};
+use crate::zero::values::Stage;
 use crate::zero::{Error, FlatBlock, Link};
 
 /// The ways of one block's flat buffers.
@@ -21,6 +24,10 @@ use crate::zero::{Error, FlatBlock, Link};
 pub(super) struct Home {
     /// Unless the values come for each visit.
     working: Option<Working>,
+    /// What comes for each visit, if that is not the values as they are.
+    packed: Option<Packed>,
+    /// The memory through which rounded values go to where the block computes.
+    stage: Arc<Stage>,
     /// The memory of the flat buffers, where it is page-locked.
     values: Option<Arc<Buffer>>,
     grads: Option<Arc<Buffer>>,
@@ -34,33 +41,56 @@ pub(super) struct Home {
     is_apart: AtomicBool,
 }
 
-/// The trained values where a block computes: f32 `[n]`.
+/// The trained values where a block computes, as it reads them.
 #[derive(Debug)]
 struct Working {
-    values: Tensor,
-    /// Their memory on a GPU.
-    memory: Option<Arc<Buffer>>,
+    values: ReadValues,
+    /// The memory of each run on a GPU; none on the CPU.
+    memory: Vec<Arc<Buffer>>,
+}
+
+impl Working {
+    fn new(layout: &ReadLayout, link: &Link) -> Result<Self, Error> {
+        let values = layout.empty(link.device())?;
+        let lock = |run: &Tensor| Ok::<_, Error>(Arc::new(Buffer::of_tensor(run.clone())?));
+        let runs = values.runs().iter().filter(|run| run.device().is_cuda());
+        Ok(Self { memory: runs.map(lock).collect::<Result<_, _>>()?, values })
+    }
+
+    /// Replaces bytes of a run from `first` on, in the order of what computes.
+    fn write(&self, run: usize, first: usize, bytes: &[u8]) -> Result<(), Error> {
+        let target = &self.values.runs()[run];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if let Some(memory) = self.memory.get(run) {
+            let mut host = Buffer::host(bytes.len());
+            host.write(0, bytes)?;
+            let place = memory.part(first..first + bytes.len())?;
+            Queue::of(target.device())?.copy(&Arc::new(host).whole(), &place, &Ticket::done())?;
+            return Ok(());
+        }
+        let size = target.dtype().size_in_bytes();
+        let values = Tensor::from_raw_buffer(bytes, target.dtype(), &[bytes.len() / size], target.device())?;
+        Ok(target.slice_set(&values, 0, first / size)?)
+    }
 }
 
 impl Home {
     /// Where values `stay` where the block computes, unless parameters wait too. They are not sent yet.
     pub(super) fn new(flat: &FlatBlock, link: &Link, stays: bool) -> Result<Self, Error> {
-        let working = || {
-            let (device, count) = (link.device(), flat.len());
-            if device.is_cpu() {
-                return Ok::<_, Error>(Working { values: Tensor::zeros(count, DType::F32, device)?, memory: None });
-            }
-            let values = empty(device, count, DType::F32)?;
-            let memory = Some(Arc::new(Buffer::of_tensor(values.clone())?));
-            Ok(Working { values, memory })
-        };
         let stays = !link.offload().params && stays && !flat.is_empty();
         let lock = |tensor: &Tensor| Ok::<_, Error>(link.lock(tensor)?.map(Arc::new));
-        let (values, grads) = (flat.stored().memory().map(lock).transpose()?.flatten(), lock(flat.grads())?);
+        let (is_flat, stage) = (flat.layout().is_flat(), link.stage().clone());
+        // Rounded values pass through memory of their own.
+        let values = flat.stored().memory().filter(|_| is_flat).map(lock).transpose()?.flatten();
+        let packed = (!stays && !is_flat).then(|| Packed::new(flat, flat.stored(), &stage)).transpose()?;
         Ok(Self {
-            working: stays.then(working).transpose()?,
+            working: stays.then(|| Working::new(flat.layout(), link)).transpose()?,
+            packed,
+            stage,
             values,
-            grads,
+            grads: lock(flat.grads())?,
             moved: Mutex::new(Ticket::done()),
             problem: Mutex::default(),
             sent: Mutex::new(Ticket::done()),
@@ -68,8 +98,13 @@ impl Home {
         })
     }
 
-    pub(super) fn working_values(&self) -> Option<&Tensor> {
+    pub(super) fn working_values(&self) -> Option<&ReadValues> {
         self.working.as_ref().map(|working| &working.values)
+    }
+
+    /// What comes for each visit, if that is not the values as they are.
+    pub(super) fn packed(&self) -> Option<&Packed> {
+        self.packed.as_ref()
     }
 
     pub(super) fn locked_values(&self) -> Option<&Arc<Buffer>> {
@@ -79,10 +114,7 @@ impl Home {
     /// Has what computes wait for the values that were sent last.
     pub(super) fn arrive(&self) -> Result<(), Error> {
         self.wait_for_optimizer()?;
-        match self.working.as_ref().and_then(|working| working.memory.as_ref()) {
-            Some(memory) => Ok(memory.come_home()?),
-            None => Ok(()),
-        }
+        self.working.iter().flat_map(|working| &working.memory).try_for_each(|memory| Ok(memory.come_home()?))
     }
 
     /// Lets the host wait until the optimizer has moved the values.
@@ -99,35 +131,54 @@ impl Home {
         lock(&self.moved).is_done().unwrap_or(false)
     }
 
+    /// Rounds the values anew for visits, if they come rounded.
+    fn pack_values(&self, flat: &FlatBlock) -> Result<(), Error> {
+        match &self.packed {
+            Some(packed) => packed.replace(flat.layout(), &flat.own_values()?),
+            None => Ok(()),
+        }
+    }
+
     /// Starts the way of this rank's part of the values to its place where the block computes, after `computed`, if all are there.
     fn send_values(&self, flat: &FlatBlock, copies: &Queue, computed: &Ticket) -> Result<(), Error> {
-        let Some(Working { values: working, memory }) = &self.working else { return Ok(()) };
-        let own = flat.own();
-        let sent = match (self.values.clone().or_else(|| flat.stored().locked()), memory) {
-            _ if own.is_empty() => computed.clone(),
-            (Some(values), Some(memory)) => copies.copy(&values.whole(), &memory.part(bytes_of(&own))?, computed)?,
-            _ => {
-                buffer::write(&working.narrow(0, own.start, own.len())?, &buffer::to_vec(&flat.values()?)?)?;
-                Queue::of(working.device())?.ticket()?
-            }
+        let Some(working) = &self.working else { return Ok(()) };
+        let layout = flat.layout();
+        if flat.own().is_empty() {
+            *lock(&self.sent) = computed.clone();
+            return Ok(());
+        }
+        let as_they_are = self.values.clone().or_else(|| flat.stored().locked()).filter(|_| layout.is_flat());
+        let (from, is_staged) = match as_they_are {
+            Some(values) => (values, false),
+            None => (Arc::new(pack(layout, &flat.own_values()?, &self.stage)?), true),
         };
+        let mut sent = computed.clone();
+        // What of a run is other ranks' alone sends nothing, and is not waited for.
+        for (run, part) in layout.own_parts().into_iter().enumerate().filter(|(_, part)| !part.is_empty()) {
+            let place = layout.own_shard(run);
+            match working.memory.get(run) {
+                Some(memory) => sent = copies.copy(&from.part(part)?, &memory.part(place)?, computed)?,
+                None => from.with_bytes(|bytes| working.write(run, place.start, &bytes[part]))??,
+            }
+        }
+        if is_staged {
+            self.stage.give_shared(from);
+        }
         *lock(&self.sent) = sent;
         Ok(())
     }
 
-    /// The memory of all values where a GPU computes with them, and when this rank's part is there; `None` if they come for each
-    /// visit.
-    pub(super) fn sent_values(&self) -> Option<(Arc<Buffer>, Ticket)> {
-        let memory = self.working.as_ref()?.memory.clone()?;
-        Some((memory, lock(&self.sent).clone()))
+    /// The memory of each run of all values where a GPU computes with them, and when this rank's part is there; `None` if they come
+    /// for each visit.
+    pub(super) fn sent_values(&self) -> Option<(&[Arc<Buffer>], Ticket)> {
+        let memory = &self.working.as_ref()?.memory;
+        (!memory.is_empty()).then(|| (memory.as_slice(), lock(&self.sent).clone()))
     }
 
-    /// Replaces all values where the block computes.
-    pub(super) fn write_working(&self, all: &[f32]) -> Result<(), Error> {
-        match &self.working {
-            Some(working) => Ok(buffer::write(&working.values, all)?),
-            None => Ok(()),
-        }
+    /// Replaces all values where the block computes by the bytes of each run.
+    pub(super) fn write_working(&self, runs: &[Vec<u8>]) -> Result<(), Error> {
+        let Some(working) = &self.working else { return Ok(()) };
+        runs.iter().enumerate().try_for_each(|(run, bytes)| working.write(run, 0, bytes))
     }
 
     /// Starts the way of a block's gradients, which are all made, to where the optimizer works.
@@ -169,12 +220,21 @@ pub(in crate::zero) struct Errand {
 }
 
 impl Errand {
+    /// The block's flat buffers.
+    pub(in crate::zero) fn flat(&self) -> &FlatBlock {
+        &self.flat
+    }
+
     /// Does `step` on the flat buffers, and starts the way of the values to where the block computes and to the file that they are
     /// in. Returns whether it could; who waits for them gets the error.
     pub(in crate::zero) fn run(self, step: impl FnOnce(&FlatBlock) -> Result<(), Error>) -> bool {
         let Self { home, flat, copies, computed, sends, work } = self;
         let sent = || if sends { home.send_values(&flat, &copies, &computed) } else { Ok(()) };
-        match step(&flat).and_then(|()| sent()).and_then(|()| flat.stored().unload()) {
+        match step(&flat)
+            .and_then(|()| home.pack_values(&flat))
+            .and_then(|()| sent())
+            .and_then(|()| flat.stored().unload())
+        {
             Ok(()) => {
                 work.done();
                 true
@@ -229,8 +289,12 @@ impl ParamStore {
     /// Starts the way of this rank's part of a block's values, which the host has changed, to where it computes.
     pub(super) fn send_values(&self, block: usize) -> Result<(), Error> {
         let own = &self.blocks[block];
-        let Some(home) = own.home.as_ref().filter(|_| self.sends_own(&own.flat)) else { return Ok(()) };
-        home.send_values(&own.flat, self.link.copies(), &Queue::of(self.device())?.ticket()?)
+        let Some(home) = &own.home else { return Ok(()) };
+        home.pack_values(&own.flat)?;
+        if self.sends_own(&own.flat) {
+            home.send_values(&own.flat, self.link.copies(), &Queue::of(self.device())?.ticket()?)?;
+        }
+        Ok(())
     }
 
     /// Whether this rank's part of the values goes to where the block computes by itself. Through host memory it comes there with

@@ -154,7 +154,7 @@ fn values_that_ranks_moved_apart_are_gathered_when_a_walk_asks_for_them() {
             let mut walk = walk(store);
             for (block, errand) in errands.into_iter().enumerate() {
                 let lent = store.blocks[block].home.as_ref().unwrap().working_values().unwrap();
-                assert_eq!(buffer::to_vec(lent).unwrap(), at_first(block), "nobody has asked yet");
+                assert_eq!(buffer::to_vec(&lent.runs()[0]).unwrap(), at_first(block), "nobody has asked yet");
                 assert!(errand.is_none_or(|errand| errand.run(negate)));
                 assert_eq!(values_of(walk.advance().unwrap().params()), moved(block), "block {block}");
                 assert_eq!(store.has_values_apart(), block + 1 < COUNTS.len());

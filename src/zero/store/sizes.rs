@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
-
 use super::{Block, ParamStore};
 use crate::zero::gradients::Bucket;
+use crate::zero::packed::Packed;
+use crate::zero::read::ReadValues;
 use crate::zero::{FlatBlock, Sums};
 
 /// Bytes of a layer that come for a visit.
@@ -27,8 +27,8 @@ impl ParamStore {
 
     /// Bytes of a block that come for a visit.
     pub(super) fn visit_bytes(&self, block: &Block) -> usize {
-        let values = if self.values_come(block) { block.flat.len() } else { 0 };
-        block.frozen.away_bytes() + size_of::<f32>() * values
+        let values = if self.values_come(block) { block.flat.layout().size_bytes() } else { 0 };
+        block.frozen.away_bytes() + values
     }
 
     /// Number of trained values over all blocks.
@@ -49,10 +49,23 @@ impl ParamStore {
     /// Bytes of trained values that are where blocks compute for longer than a visit.
     pub fn computed_bytes(&self) -> usize {
         let of_block = |block: &Block| match &block.home {
-            Some(home) => home.working_values().map_or(0, Tensor::elem_count),
-            None => block.flat.stored().len_in_memory(),
+            Some(home) => home.working_values().map_or(0, ReadValues::size_bytes),
+            None => size_of::<f32>() * block.flat.stored().len_in_memory(),
         };
-        size_of::<f32>() * self.blocks.iter().map(of_block).sum::<usize>()
+        self.blocks.iter().map(of_block).sum()
+    }
+
+    /// Bytes of this rank's trained values as blocks read them that wait in host memory for visits, beside the values themselves.
+    pub fn packed_bytes(&self) -> usize {
+        self.packed().map(Packed::bytes_in_memory).sum()
+    }
+
+    /// What waits for visits as blocks read it, of the policy and of the reference.
+    fn packed(&self) -> impl Iterator<Item = &Packed> {
+        self.blocks.iter().flat_map(|block| {
+            let policy = block.home.as_ref().and_then(|home| home.packed());
+            policy.into_iter().chain(block.reference.as_ref().and_then(|reference| reference.packed.as_ref()))
+        })
     }
 
     /// Trained values that this rank keeps in memory.
@@ -68,8 +81,10 @@ impl ParamStore {
     /// Bytes of the largest block that come from files for its visit.
     pub fn largest_read_bytes(&self) -> usize {
         let of_block = |block: &Block| {
-            let values = if block.flat.stored().is_in_file() { block.flat.stored().len() } else { 0 };
-            block.frozen.bytes_in_file() + size_of::<f32>() * values
+            let own = block.flat.stored();
+            let flat = if own.is_in_file() { size_of::<f32>() * own.len() } else { 0 };
+            let packed = block.home.as_ref().and_then(|home| home.packed());
+            block.frozen.bytes_in_file() + packed.map_or(flat, Packed::bytes_in_file)
         };
         self.blocks.iter().map(of_block).max().unwrap_or(0)
     }
@@ -100,13 +115,14 @@ impl ParamStore {
         let layers = self.blocks.get(1..last).unwrap_or_default();
         let from_host = |block: &Block| {
             let is_copied = self.values_come(block) && self.home().is_cpu();
-            let values = if is_copied { block.flat.stored().len() } else { 0 };
-            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + size_of::<f32>() * values
+            let values = if is_copied { block.flat.layout().own_bytes() } else { 0 };
+            block.frozen.offloaded_bytes() + block.frozen.bytes_in_file() + values
         };
         let from_ranks = |block: &Block| {
             let is_gathered = self.values_come(block) && !block.flat.has_all_values();
-            let values = if is_gathered { block.flat.len() - block.flat.own().len() } else { 0 };
-            block.frozen.bytes_of_others() + size_of::<f32>() * values
+            let layout = block.flat.layout();
+            let values = if is_gathered { layout.size_bytes().saturating_sub(layout.own_bytes()) } else { 0 };
+            block.frozen.bytes_of_others() + values
         };
         LayerBytes {
             from_host: layers.iter().map(from_host).max().unwrap_or(0),

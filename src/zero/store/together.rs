@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use candle_core::Device;
-
+use super::arrival::For;
 use super::{Block, ParamStore, on_host};
 use crate::model::params::BlockParams;
 use crate::ops::buffer;
+use crate::zero::sharing::ranks_at;
 use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums, Values};
 
 impl ParamStore {
@@ -34,7 +34,7 @@ impl ParamStore {
         }
         for block in 0..self.blocks.len() {
             if self.blocks[block].policy.is_none() {
-                let bound = self.fetched(block, Speaker::Policy, Needs::Values, self.device())?;
+                let bound = self.fetched(For::Computing, block, Speaker::Policy, Needs::Values)?;
                 self.blocks[block].policy = Some(bound);
             }
         }
@@ -43,12 +43,16 @@ impl ParamStore {
 
     /// Memory that is free where blocks compute, if they are not held there anyway.
     fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        // Ranks of one machine, or of one GPU, come for it together.
         if self.device().is_cuda() {
-            return Ok(Some(crate::device::free_memory(self.device())?));
+            let sharers = ranks_at(self.sharing.ranks(), &crate::device::device_uuid(self.device())?)?;
+            return Ok(Some(crate::device::free_memory(self.device())? / sharers));
         }
-        // Ranks of one machine come for it together.
-        let each = |free: u64| free / self.sharing.world_size() as u64;
-        Ok(crate::device::free_host_memory().filter(|_| !self.files().is_empty()).map(each))
+        if self.files().is_empty() {
+            return Ok(None);
+        }
+        let sharers = ranks_at(self.sharing.ranks(), &crate::ranks::host_name())?;
+        Ok(crate::device::free_host_memory().map(|free| free / sharers))
     }
 
     /// Ends [`Self::gather_all`].
@@ -71,7 +75,7 @@ impl ParamStore {
         for block in 0..self.blocks.len() {
             if self.is_gathered(block) || is_first {
                 // In host memory: a device that holds a part may not hold all.
-                let params = self.fetched(block, Speaker::Policy, Needs::Values, &Device::Cpu)?;
+                let params = self.fetched(For::Saving, block, Speaker::Policy, Needs::Values)?;
                 all.extend(is_first.then_some(params));
             }
         }
@@ -82,7 +86,9 @@ impl ParamStore {
     fn is_gathered(&self, block: usize) -> bool {
         let is_cut = |block: &Block| {
             let has_working = block.home.as_ref().is_some_and(|home| home.working_values().is_some());
-            block.frozen.is_away() || (!block.flat.has_all_values() && !has_working)
+            // A copy that is rounded is not what is saved.
+            let has_all = block.flat.has_all_values() || (has_working && block.flat.layout().is_flat());
+            block.frozen.is_away() || !has_all
         };
         let own = &self.blocks[block];
         let sources = own.shared.iter().map(|shared| &self.blocks[shared.param.of_block]);
@@ -128,7 +134,10 @@ impl ParamStore {
     /// If the lengths differ.
     pub fn write_reference(&self, block: usize, all: &[f32]) -> Result<(), Error> {
         match &self.blocks[block].reference {
-            Some(reference) => reference.values.change(|values| self.blocks[block].flat.write(values, all)),
+            Some(reference) => {
+                reference.values.change(|values| self.blocks[block].flat.write(values, all))?;
+                reference.pack(&self.blocks[block].flat)
+            }
             None => Ok(()),
         }
     }
@@ -149,14 +158,15 @@ impl ParamStore {
         if self.sharing.exchanges_on_device() {
             return self.exchange_values(block);
         }
-        let has_working = home.as_ref().is_some_and(|home| home.working_values().is_some());
-        if flat.has_all_values() || has_working {
-            let own = if flat.has_all_values() { flat.own_values()? } else { flat.values()? };
-            let all = self.sharing.gather(&on_host(&own)?, flat.shards())?;
-            match home {
-                Some(home) => home.write_working(&all)?,
-                None => flat.write_values(&all)?,
-            }
+        if let Some(home) = home.as_ref().filter(|home| home.working_values().is_some()) {
+            let layout = flat.layout();
+            let mut own = vec![0; layout.own_bytes()];
+            layout.pack(&on_host(&flat.own_values()?)?, &mut own);
+            let all = self.sharing.gather_bytes(&own, layout.bytes_by_rank())?;
+            return home.write_working(&layout.join(&all));
+        }
+        if flat.has_all_values() {
+            flat.write_values(&self.sharing.gather(&on_host(&flat.own_values()?)?, flat.shards())?)?;
         }
         Ok(())
     }

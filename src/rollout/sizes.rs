@@ -1,0 +1,103 @@
+//! What a rollout takes of a device, from a model's shape alone: by the functions with which it sizes its memory itself.
+
+use super::Error;
+use super::device_pages::STEP_BYTES;
+use super::kv_cache::KvShape;
+use super::pages::pages_for;
+use super::recorded::{MOST_LANES, RecordedSteps};
+use crate::config::settings::Projection;
+use crate::engine::Types;
+use crate::kernels::cuda::ProductCard;
+use crate::model::config::ModelConfig;
+
+/// Cards whose products are cut as differently as any are: a Hopper, and one of its size without warp groups.
+const CARDS: [ProductCard; 2] = [
+    ProductCard { multiprocessors: 132, has_groups: true, has_large_blocks: true },
+    ProductCard { multiprocessors: 132, has_groups: false, has_large_blocks: true },
+];
+
+/// How a model's projections lie where decoding multiplies them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// In 4 bits.
+    Packed,
+    /// In 16 bits.
+    Dense,
+    /// As recorded steps do not read them.
+    Otherwise,
+}
+
+/// A model as far as a rollout's memory depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Generating<'a> {
+    /// Its sizes.
+    pub config: &'a ModelConfig,
+    /// Of its passes.
+    pub types: Types,
+    /// Its projections; the head of what is recorded is in 16 bits.
+    pub stored: Stored,
+    /// The rank of the adapter of each projection, in the order of [`Projection::ALL`]; 0: none.
+    pub adapter_ranks: [usize; Projection::ALL.len()],
+}
+
+/// Bytes of a device that a rollout takes beside the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RolloutBytes {
+    /// Its cache of keys and values, if there is room.
+    pub cache: u64,
+    /// The cache at the least: of one sequence.
+    pub least_cache: u64,
+    /// What its steps work on: prefilling, and recorded steps of decoding.
+    pub steps: u64,
+    /// Adapters in the type of the activations, for recorded steps.
+    pub adapters: u64,
+}
+
+/// Pages of a cache that so many sequences use at most: besides them, one ready prompt may hold pages, and the scheduler likes a
+/// spare page for each.
+pub const fn cache_pages(lanes: usize, longest: usize) -> usize {
+    lanes.saturating_add(1).saturating_mul(pages_for(longest) + 2)
+}
+
+/// Pages without which the longest sequence cannot be computed.
+pub const fn least_pages(longest: usize) -> usize {
+    pages_for(longest) + 2
+}
+
+impl KvShape {
+    /// What one token of a model leaves in the cache.
+    pub fn of(config: &ModelConfig, types: Types) -> Self {
+        Self {
+            layers: config.num_hidden_layers,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            dtype: types.compute,
+        }
+    }
+}
+
+impl Generating<'_> {
+    /// Of a rollout of up to `sequences` at once, of up to `longest` tokens each.
+    ///
+    /// # Errors
+    /// If the shape is none of a model.
+    pub fn bytes(&self, sequences: usize, longest: usize) -> Result<RolloutBytes, Error> {
+        let page = KvShape::of(self.config, self.types).page_bytes();
+        let mut steps = STEP_BYTES;
+        let (mut lanes, mut adapters) = (sequences, 0);
+        for card in CARDS {
+            if let Some(recorded) = RecordedSteps::sizes(self, card)? {
+                lanes = sequences.min(MOST_LANES);
+                steps = steps.max(STEP_BYTES + recorded.bytes(lanes, longest) as u64);
+                adapters =
+                    adapters.max(recorded.adapter_bytes(self.config.num_hidden_layers, &self.adapter_ranks) as u64);
+            }
+        }
+        Ok(RolloutBytes {
+            cache: page.saturating_mul(cache_pages(lanes, longest)) as u64,
+            least_cache: page.saturating_mul(least_pages(longest)) as u64,
+            steps,
+            adapters,
+        })
+    }
+}
