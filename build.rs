@@ -28,7 +28,7 @@ fn compile_kernels() {
     let mut builder = cudaforge::KernelBuilder::default()
         .source_dir("src/kernels/cuda")
         .watch(
-            ["common", "elementwise", "column_sums", "attention", "attention_sm90"]
+            ["common", "elementwise", "column_sums", "attention", "attention_sm90", "mma", "draw"]
                 .map(|name| format!("src/kernels/cuda/{name}.cuh")),
         )
         .include_path("src/kernels/cuda")

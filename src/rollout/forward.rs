@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::Error;
-use super::decode_model::{DecodeModel, Drawn, Lane, Span, StepBatch};
+use super::decode_model::{DecodeModel, DrawSettings, Drawn, Lane, Span, StepBatch};
 use super::kv_cache::{CacheStep, KvCache, KvShape};
 use super::recorded::{MOST_LANES, RecordedSteps, STEPS};
 use crate::engine::{self, Engine, Speaker, Types};
@@ -104,7 +104,7 @@ impl<'a> EngineModel<'a> {
 
 /// A sequence of a step with one token.
 fn newest<'b>(span: &'b Span, batch: &StepBatch) -> Lane<'b> {
-    Lane { token: batch.tokens[span.tokens.start], context: span.context, pages: &span.pages }
+    Lane { token: batch.tokens[span.tokens.start], context: span.context, pages: &span.pages, seen: &[] }
 }
 
 /// Whether each sequence of a step has one token, and wants its logits.
@@ -162,12 +162,12 @@ impl DecodeModel for EngineModel<'_> {
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
+        settings: &DrawSettings,
         cache: &mut KvCache,
     ) -> Result<Drawn, Error> {
         self.engine.check_interrupt()?;
         let Some(recorded) = &mut self.recorded else { return Err(Error::NoSteps) };
-        recorded.draw(lanes, steps, uniforms, temperature, cache)
+        recorded.draw(lanes, steps, uniforms, settings, cache)
     }
 
     fn max_positions(&self) -> usize {

@@ -406,7 +406,6 @@ impl Call<'_> {
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<bool, Error> {
-        let Some(temperature) = self.sampler.plain_temperature() else { return Ok(false) };
         let most = model.most_steps();
         if most == 0 || !scheduler.is_decoding() {
             return Ok(false);
@@ -424,7 +423,7 @@ impl Call<'_> {
             })
             .collect();
         let uniforms: Vec<f64> = (0..steps).flat_map(|step| numbers.iter().map(move |of| of[step])).collect();
-        let drawn = model.draw(&scheduler.at(), steps, &uniforms, temperature, cache)?;
+        let drawn = model.draw(&scheduler.at(), steps, &uniforms, &self.sampler.settings(), cache)?;
         statistics.decode_secs += start.elapsed().as_secs_f64();
         statistics.steps += steps;
 

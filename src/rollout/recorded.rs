@@ -15,7 +15,7 @@ use super::kv_cache::KvCache;
 use crate::device::{Arena, Captured, Matrix, Queue, array, empty, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
-    Accumulate, Drawn, Lane, Lanes, LanesSize, LanesView, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
+    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
     Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
@@ -71,8 +71,8 @@ struct Size {
 /// What follows the logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum After {
-    /// The next token is drawn at a temperature.
-    Draw(f32),
+    /// The next token is drawn.
+    Draw(DrawSettings),
     /// The host takes the logits.
     Nothing,
 }
@@ -125,6 +125,9 @@ impl RecordedSteps {
         use_adapter: bool,
     ) -> Result<Option<Self>, Error> {
         let (device, types) = (engine.device(), engine.types());
+        if engine.config().vocab_size > MOST_DRAW_VOCABULARY {
+            return Ok(None);
+        }
         if !device.is_cuda() || !matches!(types.compute, DType::BF16 | DType::F16) {
             return Ok(None);
         }
@@ -168,12 +171,12 @@ impl RecordedSteps {
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
+        settings: &DrawSettings,
         cache: &mut KvCache,
     ) -> Result<Drawn, Error> {
         let size = Size::of(lanes, steps);
         self.prepare(size, cache)?;
-        let index = self.recording(size, After::Draw(temperature))?;
+        let index = self.recording(size, After::Draw(*settings))?;
         let work = &self.recordings[index].work;
         let mut state = work.kept().lanes.borrow_mut();
         state.begin(lanes, size.lanes, steps, uniforms)?;
@@ -200,7 +203,8 @@ impl RecordedSteps {
     /// Bytes of the device that steps of up to `lanes` take, with contexts of up to `longest` tokens.
     pub(super) fn bytes(&self, lanes: usize, longest: usize) -> usize {
         let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: context_bucket(longest + STEPS) };
-        self.parts.arena_bytes(size) + 4 * size.lanes * self.parts.vocabulary
+        let vocabulary = self.parts.vocabulary;
+        self.parts.arena_bytes(size) + 4 * size.lanes * vocabulary + Lanes::seen_bytes(size.lanes, vocabulary)
     }
 
     /// Memory that holds `size` over this cache; recordings on other memory go.
@@ -306,10 +310,10 @@ impl Memory {
         self.arena.borrow_mut().reset();
         let arena = self.arena.borrow();
         self.forward(device, &arena, size, &view, logits)?;
-        if let After::Draw(temperature) = after {
+        if let After::Draw(settings) = after {
             let draw = || {
                 let floats = decode_draw_workspace(size.lanes, self.parts.vocabulary);
-                decode_draw(device, logits, &view, temperature, arena.take_array(floats, DType::F32)?)
+                decode_draw(device, logits, &view, &settings, arena.take_array(floats, DType::F32)?)
             };
             draw()?;
         }

@@ -16,6 +16,8 @@ pub struct Lane<'a> {
     pub context: usize,
     /// Its pages, with room for the tokens of all steps.
     pub pages: &'a [u32],
+    /// Distinct tokens of it so far, the newest among them, where a repetition penalty looks at them.
+    pub seen: &'a [u32],
 }
 
 /// How many there may be.
@@ -52,6 +54,9 @@ pub struct Lanes {
     vocabulary: usize,
     state: Arc<Buffer>,
     host: Arc<Buffer>,
+    /// A bit for each token of the vocabulary: whether it was seen, where a draw asks.
+    seen: Arc<Buffer>,
+    seen_host: Arc<Buffer>,
     drawn: Arc<Buffer>,
     drawn_host: Arc<Buffer>,
     /// Lanes of the steps at hand, with empty ones, and steps.
@@ -96,6 +101,8 @@ pub struct LanesView<'b> {
     pub tokens: Pointer<'b>,
     /// `[lanes]`: their positions.
     pub positions: Pointer<'b>,
+    /// `[lanes, ceil(V / 32)]`: bits of seen tokens.
+    pub(super) seen: Pointer<'b>,
     pub(super) steps: Pointer<'b>,
     pub(super) uniforms: Pointer<'b>,
     pub(super) drawn: Pointer<'b>,
@@ -115,6 +122,7 @@ impl Lanes {
             return Err(argument("lanes", "size", (size, cache), "lanes and steps over fewer than 2^32 - 1 tokens"));
         }
         let (state, drawn) = (Places::of(size).end, 12 * size.lanes * size.steps);
+        let seen = Self::seen_bytes(size.lanes, vocabulary);
         Ok(Self {
             queue: queue.clone(),
             size,
@@ -122,10 +130,17 @@ impl Lanes {
             vocabulary,
             state: Arc::new(Buffer::device(queue, state)?),
             host: Arc::new(Buffer::pinned(queue, state)?),
+            seen: Arc::new(Buffer::device(queue, seen)?),
+            seen_host: Arc::new(Buffer::pinned(queue, seen)?),
             drawn: Arc::new(Buffer::device(queue, drawn)?),
             drawn_host: Arc::new(Buffer::pinned(queue, drawn)?),
             current: (0, 0),
         })
+    }
+
+    /// Bytes that the bits of seen tokens take.
+    pub fn seen_bytes(lanes: usize, vocabulary: usize) -> usize {
+        4 * lanes * vocabulary.div_ceil(32)
     }
 
     /// What it has room for.
@@ -151,6 +166,7 @@ impl Lanes {
             tables: array(places.tables, pages, DType::U32)?,
             tokens: array(places.tokens, lanes, DType::U32)?,
             positions: array(places.positions, lanes, DType::U32)?,
+            seen: self.seen.array(0, lanes * self.vocabulary.div_ceil(32), DType::U32)?,
             steps: array(places.steps, lanes, DType::U32)?,
             uniforms: array(places.uniforms, lanes * steps, DType::F64)?,
             drawn: self.drawn.array(0, lanes * steps, DType::U32)?,
@@ -182,7 +198,7 @@ impl Lanes {
         let (mut rows, mut tables) = (vec![0u32; 2 * bucket], Vec::new());
         let mut numbers = vec![0f64; bucket * most];
         for (index, lane) in lanes.iter().enumerate() {
-            let Lane { token, context, pages } = *lane;
+            let Lane { token, context, pages, .. } = *lane;
             let needed = (context + steps).div_ceil(page_tokens);
             let Some(pages) = pages.get(..needed) else {
                 return Err(argument(WHAT, "pages", pages.len(), format!("{needed} for {context} + {steps} tokens")));
@@ -214,6 +230,24 @@ impl Lanes {
         host.write(places.tables, &tables)?;
         self.queue.copy(&self.host.part(0..used)?, &self.state.part(0..used)?, &Ticket::done())?;
         self.current = (bucket, steps);
+        if lanes.iter().all(|lane| lane.seen.is_empty()) { Ok(()) } else { self.show_seen(lanes) }
+    }
+
+    /// Sends the bits of the tokens that each lane has seen.
+    fn show_seen(&mut self, lanes: &[Lane<'_>]) -> Result<(), Error> {
+        let words = self.vocabulary.div_ceil(32);
+        let mut bits = vec![0u32; lanes.len() * words];
+        for (lane, bits) in lanes.iter().zip(bits.chunks_exact_mut(words.max(1))) {
+            for &token in lane.seen {
+                if token as usize >= self.vocabulary {
+                    return Err(argument("lanes", "seen", token, format!("below {}", self.vocabulary)));
+                }
+                bits[token as usize / 32] |= 1 << (token % 32);
+            }
+        }
+        unshared(&mut self.seen_host)?.write(0, &bits)?;
+        let bytes = 4 * bits.len();
+        self.queue.copy(&self.seen_host.part(0..bytes)?, &self.seen.part(0..bytes)?, &Ticket::done())?;
         Ok(())
     }
 
@@ -264,7 +298,7 @@ mod tests {
     #[test]
     fn what_would_leave_the_cache_or_the_vocabulary_is_refused() {
         let mut lanes = lanes();
-        let lane = |token, context, pages| Lane { token, context, pages };
+        let lane = |token, context, pages| Lane { token, context, pages, seen: &[] };
         let mut problem = |lane: Lane<'_>, steps: usize| {
             lanes.begin(&[lane], 2, steps, &vec![0.5; steps]).err().map(|error| error.to_string())
         };
@@ -275,13 +309,16 @@ mod tests {
         assert!(problem(lane(49, 1, &[0]), 4).unwrap().contains("lanes"));
         assert!(problem(lane(49, 23, &[0; 7]), 3).unwrap().contains("at most 6"));
         assert!(lanes.begin(&[lane(1, 0, &[0]), lane(1, 0, &[1])], 1, 1, &[0.5, 0.5]).is_err());
+        let seen = Lane { seen: &[3, 50], ..lane(1, 0, &[0]) };
+        assert!(lanes.begin(&[seen], 1, 1, &[0.5]).unwrap_err().to_string().contains("seen"));
         assert!(lanes.view(5).is_err() && lanes.begin(&[lane(1, 0, &[0])], 1, 1, &[]).is_err());
     }
 
     #[test]
     fn numbers_lie_at_the_last_steps() {
         let mut lanes = lanes();
-        let (one, two) = (Lane { token: 7, context: 5, pages: &[3, 1] }, Lane { token: 8, context: 0, pages: &[2] });
+        let one = Lane { token: 7, context: 5, pages: &[3, 1], seen: &[0, 7, 31] };
+        let two = Lane { token: 8, context: 0, pages: &[2], seen: &[49, 8, 32] };
         lanes.begin(&[one, two], 3, 2, &[0.1, 0.2, 0.3, 0.4]).unwrap();
         let bytes = lanes.state.with_bytes(<[u8]>::to_vec).unwrap();
         let word = |at: usize| u32::from_ne_bytes(bytes[4 * at..4 * at + 4].try_into().unwrap());
@@ -290,5 +327,8 @@ mod tests {
         let number = |at: usize| f64::from_ne_bytes(bytes[64 + 8 * at..72 + 8 * at].try_into().unwrap());
         assert_eq!((0..9).map(number).collect::<Vec<_>>(), [0.0, 0.0, 0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);
         assert_eq!((34..37).map(word).collect::<Vec<_>>(), [3, 1, 2]);
+        let bytes = lanes.seen.with_bytes(<[u8]>::to_vec).unwrap();
+        let words: Vec<u32> = bytes[..16].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        assert_eq!(words, [1 | 1 << 7 | 1 << 31, 0, 1 << 8, 1 | 1 << 17]);
     }
 }

@@ -41,7 +41,7 @@ pub use attention::{
 pub use decode::{
     DecodeHeads, LowRankTo, decode_combine, decode_heads, decode_low_parts, decode_low_rank, decode_norm,
 };
-pub use draw::{decode_draw, decode_draw_workspace};
+pub use draw::{DrawSettings, MOST_DRAW_VOCABULARY, decode_draw, decode_draw_workspace};
 pub use gemm::{
     begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic, start_choices, take_choices,
     try_noted,

@@ -54,18 +54,32 @@ fn no_more_sequences_are_computed_at_a_time_than_a_model_wants() {
 }
 
 #[test]
-fn filters_and_penalties_are_the_host_s() {
+fn filters_and_penalties_are_the_host_s_whoever_draws() {
     let requests = requests(&[5, 20], 2);
     for sampling in [
         SamplingSettings { top_k: 5, ..SamplingSettings::default() },
         SamplingSettings { top_p: 0.9, ..SamplingSettings::default() },
         SamplingSettings { min_p: 0.1, ..SamplingSettings::default() },
         SamplingSettings { repetition_penalty: 1.2, ..SamplingSettings::default() },
+        SamplingSettings { repetition_penalty: 1.2, temperature: 0.0, ..SamplingSettings::default() },
+        SamplingSettings {
+            repetition_penalty: 0.9,
+            temperature: 0.6,
+            top_k: 20,
+            top_p: 0.95,
+            min_p: 0.01,
+            stop_strings: Vec::new(),
+        },
     ] {
-        let want = run(settings(), &requests, &sampling);
-        let (got, _, model) = drawn(settings(), &requests, &sampling, model(16)).unwrap();
-        assert_same(&got, &want.completions, &format!("{sampling:?}"));
-        assert_eq!(model.draws, 0, "{sampling:?}");
+        for pages in [7, 1000] {
+            let want = run(with_pages(pages), &requests, &sampling);
+            for most_steps in [3, 16] {
+                let (got, _, model) = drawn(with_pages(pages), &requests, &sampling, model(most_steps)).unwrap();
+                let case = format!("{sampling:?}, {pages} pages, {most_steps} steps");
+                assert_same(&got, &want.completions, &case);
+                assert!(model.draws > 0, "{case}");
+            }
+        }
     }
 }
 
