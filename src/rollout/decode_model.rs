@@ -63,6 +63,22 @@ pub trait DecodeModel {
         0
     }
 
+    /// Makes ready what [`Self::draw`] takes for these lanes; false if it cannot, as for want of memory: the tokens are then drawn
+    /// elsewhere.
+    ///
+    /// # Errors
+    /// If the computation fails.
+    fn prepare_draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        settings: &DrawSettings,
+        cache: &mut KvCache,
+    ) -> Result<bool, Error> {
+        let _ = (lanes, steps, settings, cache);
+        Ok(self.most_steps() > 0)
+    }
+
     /// Draws `steps` tokens for each lane, at most [`Self::most_steps`], as the host's sampler does: `uniforms` is `[steps, lanes]`.
     ///
     /// # Errors

@@ -414,6 +414,10 @@ impl Call<'_> {
         let left = |lane| scheduler.sequence(lane).map_or(0, Sequence::left);
         let shortest = (0..scheduler.num_lanes()).map(left).min().unwrap_or(0);
         let steps = scheduler.reserve(most.min(shortest), cache)?;
+        let settings = self.sampler.settings();
+        if !model.prepare_draw(&scheduler.at(), steps, &settings, cache)? {
+            return Ok(false);
+        }
         // Room for the steps may have cost some their lanes.
         let lanes = scheduler.num_lanes();
         let numbers: Vec<Vec<f64>> = (0..lanes)
@@ -423,7 +427,7 @@ impl Call<'_> {
             })
             .collect();
         let uniforms: Vec<f64> = (0..steps).flat_map(|step| numbers.iter().map(move |of| of[step])).collect();
-        let drawn = model.draw(&scheduler.at(), steps, &uniforms, &self.sampler.settings(), cache)?;
+        let drawn = model.draw(&scheduler.at(), steps, &uniforms, &settings, cache)?;
         statistics.decode_secs += start.elapsed().as_secs_f64();
         statistics.steps += steps;
 

@@ -42,6 +42,23 @@ pub struct Drawn {
     pub sampling_logprobs: Vec<f32>,
 }
 
+impl Drawn {
+    /// Room for so many.
+    pub fn empty(count: usize) -> Self {
+        Self { tokens: vec![0; count], logprobs: vec![0.0; count], sampling_logprobs: vec![0.0; count] }
+    }
+
+    /// Puts what was drawn for `lanes` lanes from `first` on into its place among that of `all`.
+    pub fn put(&mut self, part: &Self, (first, lanes): (usize, usize), all: usize) {
+        for from in 0..part.tokens.len() {
+            let to = from / lanes * all + first + from % lanes;
+            self.tokens[to] = part.tokens[from];
+            self.logprobs[to] = part.logprobs[from];
+            self.sampling_logprobs[to] = part.sampling_logprobs[from];
+        }
+    }
+}
+
 /// The state of some lanes on the device, and its copy on the host.
 ///
 /// A lane leaves the cache's pages only if a step is made for which [`Lanes::begin`] was not told of room. So the steps are
@@ -286,7 +303,7 @@ fn unshared(buffer: &mut Arc<Buffer>) -> Result<&mut Buffer, Error> {
 mod tests {
     use candle_core::Device;
 
-    use super::{Lane, Lanes, LanesSize};
+    use super::{Drawn, Lane, Lanes, LanesSize};
     use crate::device::Queue;
     use crate::kernels::cuda::PagedSize;
 
@@ -312,6 +329,21 @@ mod tests {
         let seen = Lane { seen: &[3, 50], ..lane(1, 0, &[0]) };
         assert!(lanes.begin(&[seen], 1, 1, &[0.5]).unwrap_err().to_string().contains("seen"));
         assert!(lanes.view(5).is_err() && lanes.begin(&[lane(1, 0, &[0])], 1, 1, &[]).is_err());
+    }
+
+    #[test]
+    fn parts_of_lanes_come_to_their_places() {
+        let mut all = Drawn::empty(6);
+        let of = |tokens: &[u32]| Drawn {
+            tokens: tokens.to_vec(),
+            logprobs: tokens.iter().map(|&token| token as f32).collect(),
+            sampling_logprobs: tokens.iter().map(|&token| -(token as f32)).collect(),
+        };
+        all.put(&of(&[1, 2, 4, 5]), (0, 2), 3);
+        all.put(&of(&[3, 6]), (2, 1), 3);
+        assert_eq!(all.tokens, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(all.logprobs, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(all.sampling_logprobs, [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]);
     }
 
     #[test]

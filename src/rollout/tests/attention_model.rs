@@ -32,6 +32,8 @@ pub(super) struct AttentionModel {
     pub(super) most_lanes: usize,
     /// Tokens that it draws itself for each sequence at a time.
     pub(super) most_steps: usize,
+    /// Times that it draws before it has no memory for more.
+    pub(super) most_draws: usize,
     /// Times that it drew.
     pub(super) draws: usize,
     /// Tokens of each step so far.
@@ -62,6 +64,7 @@ impl AttentionModel {
                 .collect(),
             most_lanes: usize::MAX,
             most_steps: 0,
+            most_draws: usize::MAX,
             draws: 0,
             step_tokens: Vec::new(),
             most_spans: 0,
@@ -131,6 +134,20 @@ impl DecodeModel for AttentionModel {
 
     fn most_steps(&self) -> usize {
         self.most_steps
+    }
+
+    fn prepare_draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        _: &DrawSettings,
+        _: &mut KvCache,
+    ) -> Result<bool, Error> {
+        assert!(!lanes.is_empty() && steps <= self.most_steps);
+        if self.draws == self.most_draws {
+            self.most_steps = 0;
+        }
+        Ok(self.most_steps > 0)
     }
 
     fn draw(

@@ -90,3 +90,25 @@ fn logits_that_are_no_numbers_end_a_draw_with_the_sample_and_the_position() {
     let error = drawn(settings(), &requests(&[5], 1), &SamplingSettings::default(), model).err().unwrap().to_string();
     assert!(error.contains("a NaN or an infinity") && error.contains('5'), "{error}");
 }
+
+#[test]
+fn a_model_that_can_draw_no_longer_costs_no_token_and_no_random_number() {
+    let requests = requests(&[3, 17, 40, 16], 4);
+    for sampling in [
+        SamplingSettings::default(),
+        SamplingSettings { repetition_penalty: 1.2, top_p: 0.9, ..SamplingSettings::default() },
+    ] {
+        for pages in [11, 1000] {
+            let want = run(with_pages(pages), &requests, &sampling);
+            for most_draws in [0, 1, 3] {
+                let mut model = model(4);
+                model.most_draws = most_draws;
+                let (got, statistics, model) = drawn(with_pages(pages), &requests, &sampling, model).unwrap();
+                let case = format!("{sampling:?}, {pages} pages, {most_draws} draws");
+                assert_same(&got, &want.completions, &case);
+                assert_eq!((model.draws, model.most_steps), (most_draws, 0), "{case}");
+                assert_eq!(statistics.generated_tokens, want.statistics.generated_tokens, "{case}");
+            }
+        }
+    }
+}
