@@ -16,8 +16,9 @@ use super::kv_cache::KvCache;
 use crate::device::{Arena, Captured, Matrix, Queue, array, empty, free_memory, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
-    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
-    Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
+    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize,
+    ProductCard, ProductOutput, Rows, Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm,
+    rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
 use crate::model::{Embedding, Head};

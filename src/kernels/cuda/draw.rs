@@ -139,11 +139,7 @@ pub fn decode_draw(
     // SAFETY: views of live device memory whose shapes were checked; the description is copied before each call returns; the
     // stream orders the accesses.
     launched(KERNEL, unsafe { trainer_draw_chunks(&raw const raw, stream) })?;
-    let code = match is_filtered {
-        // SAFETY: as above.
-        true => unsafe { trainer_draw_filtered(&raw const raw, stream) },
-        // SAFETY: as above.
-        false => unsafe { trainer_draw(&raw const raw, stream) },
-    };
-    launched(KERNEL, code)
+    let draw = if is_filtered { trainer_draw_filtered } else { trainer_draw };
+    // SAFETY: as above.
+    launched(KERNEL, unsafe { draw(&raw const raw, stream) })
 }

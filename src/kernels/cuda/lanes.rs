@@ -360,7 +360,8 @@ mod tests {
         assert_eq!((0..9).map(number).collect::<Vec<_>>(), [0.0, 0.0, 0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);
         assert_eq!((34..37).map(word).collect::<Vec<_>>(), [3, 1, 2]);
         let bytes = lanes.seen.with_bytes(<[u8]>::to_vec).unwrap();
-        let words: Vec<u32> = bytes[..16].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        let words: Vec<u32> =
+            bytes[..16].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
         assert_eq!(words, [1 | 1 << 7 | 1 << 31, 0, 1 << 8, 1 | 1 << 17]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::attention_model::AttentionModel;
 use super::{SamplingSettings, VOCAB, assert_same, detokenize, requests, run, settings, with_pages};
-use crate::rollout::{Caller, Completion, Error, Request, Rollout, RolloutSettings, Statistics};
+use crate::rollout::{Caller, Completion, Error, Finish, Request, Rollout, RolloutSettings, Statistics};
 
 fn drawn(
     settings: RolloutSettings,
@@ -111,4 +111,34 @@ fn a_model_that_can_draw_no_longer_costs_no_token_and_no_random_number() {
             }
         }
     }
+}
+
+/// A visit draws 16 tokens after the first one, which comes of the prompt.
+#[test]
+fn a_stop_string_across_two_visits_ends_the_completion_with_its_token() {
+    let settings = RolloutSettings { eos_token_ids: vec![], ..settings() };
+    let requests = requests(&[20, 5, 33], 4);
+    let whole = run(settings.clone(), &requests, &SamplingSettings::default()).completions;
+    let mut found = 0;
+    for (request, whole) in requests.iter().zip(&whole) {
+        // The end of the last token of a visit and the beginning of the next one.
+        let text = detokenize(&whole.token_ids[16..18]);
+        let stop = text[1..text.len() - 1].to_string();
+        if detokenize(&whole.token_ids[..17]).contains(&stop) {
+            continue;
+        }
+        found += 1;
+        let sampling = SamplingSettings { stop_strings: vec![stop], ..SamplingSettings::default() };
+        let one = std::slice::from_ref(request);
+        let (got, _, model) = drawn(settings.clone(), one, &sampling, model(16)).unwrap();
+        assert_eq!((&got[0].token_ids[..], got[0].finish), (&whole.token_ids[..18], Finish::StopString));
+        assert_eq!((got[0].logprobs.len(), got[0].is_truncated(), model.draws), (18, false, 2));
+        // At the last token allowed it is still a stop string, not a truncation; one less, and it is one.
+        for (max_new_tokens, finish) in [(18, Finish::StopString), (17, Finish::Length)] {
+            let settings = RolloutSettings { max_new_tokens, ..settings.clone() };
+            let (got, ..) = drawn(settings, one, &sampling, self::model(16)).unwrap();
+            assert_eq!((got[0].token_ids.len(), got[0].finish), (max_new_tokens, finish));
+        }
+    }
+    assert!(found > 5, "the case is not varied enough");
 }
