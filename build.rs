@@ -35,6 +35,7 @@ fn compile_kernels() {
                 "attention.cuh",
                 "attention_sm90.cuh",
                 "mma.cuh",
+                "draw.cuh",
                 "packed_product.cuh",
                 "packed_product_sm90.cuh",
                 "packed_codes.cuh",

@@ -9,6 +9,8 @@ mod assemble;
 mod attention;
 #[path = "cuda/device.rs"]
 mod device;
+#[path = "cuda/drawing.rs"]
+mod drawing;
 #[path = "cuda/exchange.rs"]
 mod exchange;
 #[path = "cuda/family.rs"]

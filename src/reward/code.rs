@@ -245,6 +245,10 @@ impl Reward for CodeReward {
         &self.name
     }
 
+    fn is_of_each(&self) -> bool {
+        true
+    }
+
     fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> {
         self.score_unless(samples, &|| false)
     }

@@ -2,7 +2,8 @@
 //!
 //! Owns every built-in reward function, the comparison of mathematical answers, and whatever runs what a user wrote: the
 //! protocol of reward programs, the Python of reward functions, and the keepers under which all of these run.
-//! The GRPO loop makes [`Rewards`] from `reward_funcs` and calls [`Rewards::score`] once per generation batch.
+//! The GRPO loop makes [`Rewards`] from `reward_funcs` and calls [`Rewards::score`] once per generation batch, or [`Rewards::score_rest`]
+//! where functions that look at one sample at a time were asked before ([`Rewards::of_each`]).
 //!
 //! Invariants: a score is finite or `None` ("not applicable", left out of the weighted sum as in TRL); the same samples
 //! give the same scores in any order and on any number of threads; no text, however long or malformed, makes a
@@ -31,7 +32,7 @@ pub use error::{Error, ProgramError};
 pub use keeper::run_if_asked;
 pub use python::PythonError;
 pub use registry::{build, builtin_names, check};
-pub use set::{Progress, Rewards, Scores};
+pub use set::{OfEach, Progress, Rewards, Scores};
 
 use serde_json::{Map, Value};
 
@@ -60,6 +61,11 @@ pub struct Sample<'a> {
 pub trait Reward: Send {
     /// Its name in the metrics (`rewards/<name>/mean`).
     fn name(&self) -> &str;
+
+    /// Whether a sample's score depends on that sample alone, so that it can be made before the others are there.
+    fn is_of_each(&self) -> bool {
+        false
+    }
 
     /// One score per sample, in order; `None` where the reward does not apply.
     ///

@@ -256,6 +256,10 @@ impl Reward for BuiltinReward {
         &self.name
     }
 
+    fn is_of_each(&self) -> bool {
+        matches!(self.scoring, Scoring::Each(_))
+    }
+
     fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Option<f64>>, Error> {
         match &self.scoring {
             // Small scores are cheap: eight of them at least make a task.

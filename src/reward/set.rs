@@ -139,16 +139,43 @@ impl Rewards {
         python.chain(code).collect()
     }
 
+    /// The functions that look at one sample at a time.
+    pub fn of_each(&mut self) -> OfEach<'_> {
+        let of_each = |(index, function)| match function {
+            &mut Function::Own(ref mut reward) if reward.is_of_each() => Some((index, reward)),
+            _ => None,
+        };
+        OfEach { functions: self.functions.iter_mut().enumerate().filter_map(of_each).collect() }
+    }
+
     /// Scores a batch by every function. Functions in Python come after the others.
     ///
     /// # Errors
     /// If a reward fails; [`Error::Interrupted`] as soon as `is_interrupted`, for rewards that wait for another process.
     pub fn score(&mut self, samples: &[Sample<'_>], is_interrupted: &dyn Fn() -> bool) -> Result<Scores, Error> {
+        self.score_rest(samples, BTreeMap::new(), is_interrupted)
+    }
+
+    /// As [`Self::score`], but for the functions of which `known` has the scores: [`OfEach`] made them.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn score_rest(
+        &mut self,
+        samples: &[Sample<'_>],
+        mut known: BTreeMap<usize, Vec<Option<f64>>>,
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> Result<Scores, Error> {
         let mut by_function = vec![Vec::new(); self.functions.len()];
         let mut of_python = Vec::new();
         for (index, function) in self.functions.iter_mut().enumerate() {
             match function {
-                Function::Own(reward) => by_function[index] = reward.score_unless(samples, is_interrupted)?,
+                Function::Own(reward) => {
+                    by_function[index] = match known.remove(&index) {
+                        Some(scores) => scores,
+                        None => reward.score_unless(samples, is_interrupted)?,
+                    };
+                }
                 Function::Python => of_python.push(index),
             }
         }
@@ -158,6 +185,34 @@ impl Rewards {
             by_function[index] = scores;
         }
         Ok(Scores { by_function, metrics: given.metrics, columns: given.columns })
+    }
+}
+
+/// Functions of a set that look at one sample at a time: samples may come to them in any parts and order.
+pub struct OfEach<'r> {
+    /// By their place in the set.
+    functions: Vec<(usize, &'r mut Box<dyn Reward>)>,
+}
+
+impl OfEach<'_> {
+    /// Whether there is none, or none any more.
+    pub fn is_empty(&self) -> bool {
+        self.functions.is_empty()
+    }
+
+    /// Scores some samples: by function, then by sample. A function that fails is left out from then on; scoring the whole batch
+    /// says why.
+    pub fn score(
+        &mut self,
+        samples: &[Sample<'_>],
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> BTreeMap<usize, Vec<Option<f64>>> {
+        let mut scores = BTreeMap::new();
+        self.functions.retain_mut(|(index, reward)| match reward.score_unless(samples, is_interrupted) {
+            Ok(own) => scores.insert(*index, own).is_none(),
+            Err(_) => false,
+        });
+        scores
     }
 }
 

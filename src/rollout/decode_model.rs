@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use super::Error;
 use super::kv_cache::{KvCache, KvShape};
 use super::pages::PageId;
-pub use crate::kernels::cuda::{Drawn, Lane};
+pub use crate::kernels::cuda::{DrawSettings, Drawn, Lane};
 
 /// One forward step over a ragged set of tokens of several sequences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,7 +63,23 @@ pub trait DecodeModel {
         0
     }
 
-    /// Draws `steps` tokens for each lane, at most [`Self::most_steps`], without filters: `uniforms` is `[steps, lanes]`.
+    /// Makes ready what [`Self::draw`] takes for these lanes; false if it cannot, as for want of memory: the tokens are then drawn
+    /// elsewhere.
+    ///
+    /// # Errors
+    /// If the computation fails.
+    fn prepare_draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        settings: &DrawSettings,
+        cache: &mut KvCache,
+    ) -> Result<bool, Error> {
+        let _ = (lanes, steps, settings, cache);
+        Ok(self.most_steps() > 0)
+    }
+
+    /// Draws `steps` tokens for each lane, at most [`Self::most_steps`], as the host's sampler does: `uniforms` is `[steps, lanes]`.
     ///
     /// # Errors
     /// If the computation fails, or the model does not draw.
@@ -72,10 +88,10 @@ pub trait DecodeModel {
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
+        settings: &DrawSettings,
         cache: &mut KvCache,
     ) -> Result<Drawn, Error> {
-        let _ = (lanes, steps, uniforms, temperature, cache);
+        let _ = (lanes, steps, uniforms, settings, cache);
         Err(Error::NoSteps)
     }
 

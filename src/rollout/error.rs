@@ -165,6 +165,19 @@ pub enum Error {
         /// What is free.
         free_bytes: u64,
     },
+    /// The GPU has no memory for recorded steps.
+    #[error(
+        "recorded steps of {lanes} sequences take {}, and {} are free on the GPU",
+        units::bytes(*.bytes), units::bytes(*.free_bytes)
+    )]
+    StepMemory {
+        /// Sequences at a time.
+        lanes: usize,
+        /// What their steps take.
+        bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
     /// Keys and values are not where, or not of the type, that was asked for.
     #[error("rollout: {what} was asked of a KV cache; it holds f32 in host memory, or the activations' type on a GPU")]
     KvPlace {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::Error;
-use super::decode_model::{DecodeModel, Drawn, Lane, Span, StepBatch};
+use super::decode_model::{DecodeModel, DrawSettings, Drawn, Lane, StepBatch};
 use super::kv_cache::{CacheStep, KvCache, KvShape};
 use super::recorded::{MOST_LANES, RecordedSteps, STEPS};
 use crate::engine::{self, Engine, Speaker, Types};
@@ -75,6 +75,14 @@ impl<'a> EngineModel<'a> {
         Ok(Self { recorded, ..self })
     }
 
+    /// Lets recorded steps take no more memory than `bytes`: where that is too little, fewer sequences are drawn for at a time, or
+    /// tokens are generated step by step.
+    pub fn limit_recorded(&mut self, bytes: usize) {
+        if let Some(recorded) = &mut self.recorded {
+            recorded.limit(bytes);
+        }
+    }
+
     /// Whether decoding steps are recorded.
     pub fn is_recorded(&self) -> bool {
         self.recorded.is_some()
@@ -100,17 +108,6 @@ impl<'a> EngineModel<'a> {
         let attended = cache.attention(index, cached, [&q, &k, &v], layer.attended_room(pass))?;
         Ok(layer.after_attention(hidden, &attended, 0, pass)?.0)
     }
-}
-
-/// A sequence of a step with one token.
-fn newest<'b>(span: &'b Span, batch: &StepBatch) -> Lane<'b> {
-    Lane { token: batch.tokens[span.tokens.start], context: span.context, pages: &span.pages }
-}
-
-/// Whether each sequence of a step has one token, and wants its logits.
-fn is_decoding(batch: &StepBatch) -> bool {
-    let spans = batch.spans.len();
-    (1..=MOST_LANES).contains(&spans) && batch.tokens.len() == spans && batch.logit_rows.len() == spans
 }
 
 /// What one token of the engine's model leaves in the cache.
@@ -151,17 +148,32 @@ impl DecodeModel for EngineModel<'_> {
         if self.recorded.is_some() { STEPS } else { 0 }
     }
 
+    fn prepare_draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        settings: &DrawSettings,
+        cache: &mut KvCache,
+    ) -> Result<bool, Error> {
+        let Some(recorded) = &mut self.recorded else { return Ok(false) };
+        let is_ready = recorded.make_ready(lanes, steps, settings, cache)?;
+        if !is_ready {
+            self.recorded = None;
+        }
+        Ok(is_ready)
+    }
+
     fn draw(
         &mut self,
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
-        cache: &mut KvCache,
+        settings: &DrawSettings,
+        _: &mut KvCache,
     ) -> Result<Drawn, Error> {
         self.engine.check_interrupt()?;
         let Some(recorded) = &mut self.recorded else { return Err(Error::NoSteps) };
-        recorded.draw(lanes, steps, uniforms, temperature, cache)
+        recorded.draw(lanes, steps, uniforms, settings)
     }
 
     fn max_positions(&self) -> usize {
@@ -170,11 +182,6 @@ impl DecodeModel for EngineModel<'_> {
 
     fn step(&mut self, batch: &StepBatch, cache: &mut KvCache) -> Result<Tensor, Error> {
         let (engine, use_adapter) = (self.engine, self.use_adapter);
-        if let Some(recorded) = self.recorded.as_mut().filter(|_| is_decoding(batch)) {
-            engine.check_interrupt()?;
-            let lanes: Vec<Lane<'_>> = batch.spans.iter().map(|span| newest(span, batch)).collect();
-            return recorded.logits(&lanes, cache);
-        }
         let rotation = engine.rotation(&batch.positions)?;
         let Types { compute, residual } = engine.types();
         // The halves of a layer around attention read no layout: attention runs over the cache.

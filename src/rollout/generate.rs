@@ -406,7 +406,6 @@ impl Call<'_> {
         caller: &mut Caller<'_>,
         statistics: &mut Statistics,
     ) -> Result<bool, Error> {
-        let Some(temperature) = self.sampler.plain_temperature() else { return Ok(false) };
         let most = model.most_steps();
         if most == 0 || !scheduler.is_decoding() {
             return Ok(false);
@@ -415,6 +414,10 @@ impl Call<'_> {
         let left = |lane| scheduler.sequence(lane).map_or(0, Sequence::left);
         let shortest = (0..scheduler.num_lanes()).map(left).min().unwrap_or(0);
         let steps = scheduler.reserve(most.min(shortest), cache)?;
+        let settings = self.sampler.settings();
+        if !model.prepare_draw(&scheduler.at(), steps, &settings, cache)? {
+            return Ok(false);
+        }
         // Room for the steps may have cost some their lanes.
         let lanes = scheduler.num_lanes();
         let numbers: Vec<Vec<f64>> = (0..lanes)
@@ -424,7 +427,7 @@ impl Call<'_> {
             })
             .collect();
         let uniforms: Vec<f64> = (0..steps).flat_map(|step| numbers.iter().map(move |of| of[step])).collect();
-        let drawn = model.draw(&scheduler.at(), steps, &uniforms, temperature, cache)?;
+        let drawn = model.draw(&scheduler.at(), steps, &uniforms, &settings, cache)?;
         statistics.decode_secs += start.elapsed().as_secs_f64();
         statistics.steps += steps;
 

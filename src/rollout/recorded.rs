@@ -3,7 +3,8 @@
 //!
 //! A recording is for a number of lanes (what is missing to the next such number are empty lanes) and a longest context. It works
 //! on the trainer's own weights, where all blocks are there for the length of a rollout; what the kernels do not read (a format,
-//! a type, a weight-decomposed adapter) goes step by step as before, and a run says so.
+//! a type, a weight-decomposed adapter) goes step by step as before, and a run says so. Where memory is missing, fewer lanes are
+//! drawn for at a time, one part after the other, or none.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,11 +15,12 @@ use super::Error;
 use super::kv_cache::KvCache;
 use super::sizes::{Generating, Stored};
 use crate::config::settings::Projection;
-use crate::device::{Arena, Captured, Matrix, Queue, array, empty, matrix, upload_f32};
+use crate::device::{Arena, Captured, Matrix, Queue, array, empty, free_memory, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
-    Accumulate, Drawn, Lane, Lanes, LanesSize, LanesView, PagedCache, PagedSize, ProductCard, ProductOutput, Rows,
-    Side, decode_draw, decode_draw_workspace, decode_norm, gather_rows, gemm, rope_table,
+    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize,
+    ProductCard, ProductOutput, Rows, Side, WeightKind, decode_draw, decode_draw_workspace, decode_norm, gather_rows,
+    gemm, rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
 use crate::model::{Embedding, Head};
@@ -70,18 +72,9 @@ struct Size {
     context: usize,
 }
 
-/// What follows the logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum After {
-    /// The next token is drawn at a temperature.
-    Draw(f32),
-    /// The host takes the logits.
-    Nothing,
-}
-
 struct Recording {
     size: Size,
-    after: After,
+    settings: DrawSettings,
     work: Captured<Rc<Memory>>,
 }
 
@@ -91,6 +84,10 @@ pub(super) struct RecordedSteps {
     parts: Rc<Parts>,
     recordings: Vec<Recording>,
     memory: Option<Rc<Memory>>,
+    /// Lanes at a time for which there was memory so far.
+    most_lanes: usize,
+    /// Bytes that may be taken at all.
+    most_bytes: usize,
 }
 
 impl std::fmt::Debug for RecordedSteps {
@@ -127,6 +124,9 @@ impl RecordedSteps {
         use_adapter: bool,
     ) -> Result<Option<Self>, Error> {
         let (device, types) = (engine.device(), engine.types());
+        if engine.config().vocab_size > MOST_DRAW_VOCABULARY {
+            return Ok(None);
+        }
         if !device.is_cuda() || !matches!(types.compute, DType::BF16 | DType::F16) {
             return Ok(None);
         }
@@ -158,7 +158,14 @@ impl RecordedSteps {
             types,
             vocabulary: engine.config().vocab_size,
         };
-        Ok(Some(Self { device: device.clone(), parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
+        Ok(Some(Self {
+            device: device.clone(),
+            parts: Rc::new(parts),
+            recordings: Vec::new(),
+            memory: None,
+            most_lanes: MOST_LANES,
+            most_bytes: usize::MAX,
+        }))
     }
 
     /// The steps of a model without values, which tell what such would take: they cannot be repeated. `None` where the kernels do not
@@ -171,7 +178,8 @@ impl RecordedSteps {
         if *stored == Stored::Otherwise || !matches!(types.compute, DType::BF16 | DType::F16) {
             return Ok(None);
         }
-        let layer = LaneLayer::sizes(config, adapter_ranks, *stored == Stored::Dense, card)?;
+        let weights = if *stored == Stored::Dense { WeightKind::Dense } else { WeightKind::Codes };
+        let layer = LaneLayer::sizes(config, adapter_ranks, weights, card)?;
         let Some(layer) = layer else { return Ok(None) };
         let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
         let parts = Parts {
@@ -179,13 +187,25 @@ impl RecordedSteps {
             layers: vec![layer],
             norm: none,
             eps: config.rms_norm_eps as f32,
-            head: Projections::sizes((&[config.vocab_size], &[0]), config.hidden_size, true, (card, false))?,
+            head: Projections::sizes(
+                (&[config.vocab_size], &[0]),
+                config.hidden_size,
+                WeightKind::Dense,
+                (card, false),
+            )?,
             frequencies: Tensor::zeros(config.inv_freq().0.len(), DType::F32, &Device::Cpu)?,
             rotation_scale: 1.0,
             types: *types,
             vocabulary: config.vocab_size,
         };
-        Ok(Some(Self { device: Device::Cpu, parts: Rc::new(parts), recordings: Vec::new(), memory: None }))
+        Ok(Some(Self {
+            device: Device::Cpu,
+            parts: Rc::new(parts),
+            recordings: Vec::new(),
+            memory: None,
+            most_lanes: MOST_LANES,
+            most_bytes: usize::MAX,
+        }))
     }
 
     /// Bytes of adapters of such ranks in every layer of a model of [`Self::sizes`].
@@ -194,48 +214,94 @@ impl RecordedSteps {
         layers * values * self.parts.types.compute.size_in_bytes()
     }
 
-    /// Draws up to [`STEPS`] tokens for each lane.
+    /// Takes no more memory than `bytes` from now on.
+    pub(super) fn limit(&mut self, bytes: usize) {
+        self.most_bytes = bytes;
+        self.recordings.clear();
+        self.memory = None;
+    }
+
+    /// Makes ready what draws up to `steps` tokens for each lane, for as many lanes at a time as there is memory for. False where
+    /// there is none for one, or the driver does not record: a run says so once, and goes on without.
     ///
     /// # Errors
-    /// If the lanes do not fit the cache, memory runs out, or the device fails.
+    /// If the cache is not one of a GPU.
+    pub(super) fn make_ready(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        settings: &DrawSettings,
+        cache: &mut KvCache,
+    ) -> Result<bool, Error> {
+        let wanted = lanes.len().min(self.most_lanes);
+        let mut reason = None;
+        while self.most_lanes > 0 {
+            let size = self.size_of(lanes, steps);
+            let ready = self.prepare(size, cache).and_then(|()| self.record(size, settings));
+            match ready {
+                Ok(()) => break,
+                Err(error @ (Error::Device(_) | Error::StepMemory { .. } | Error::Tensor(_) | Error::Op(_))) => {
+                    self.recordings.clear();
+                    self.memory = None;
+                    self.most_lanes = lanes.len().min(self.most_lanes) / 2;
+                    reason = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(reason) = reason {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| match self.most_lanes {
+                0 => tracing::warn!("tokens are generated step by step, for steps could not be recorded: {reason}"),
+                most => tracing::warn!(
+                    "tokens are drawn for {most} sequences at a time instead of {wanted}, for steps could not be recorded for \
+                     more: {reason}; lower `max_num_seqs` or `max_completion_length`"
+                ),
+            });
+        }
+        Ok(self.most_lanes > 0)
+    }
+
+    /// Draws up to [`STEPS`] tokens for each lane, after [`Self::make_ready`] for the same.
+    ///
+    /// # Errors
+    /// If the lanes do not fit the cache, nothing was made ready, or the device fails.
     pub(super) fn draw(
         &mut self,
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
-        cache: &mut KvCache,
+        settings: &DrawSettings,
     ) -> Result<Drawn, Error> {
-        let size = Size::of(lanes, steps);
-        self.prepare(size, cache)?;
-        let index = self.recording(size, After::Draw(temperature))?;
-        let work = &self.recordings[index].work;
+        let size = self.size_of(lanes, steps);
+        let is_it = |one: &&Recording| one.size == size && one.settings == *settings;
+        let Some(Recording { work, .. }) = self.recordings.iter().find(is_it) else { return Err(Error::NoSteps) };
         let mut state = work.kept().lanes.borrow_mut();
-        state.begin(lanes, size.lanes, steps, uniforms)?;
-        for _ in 0..steps {
-            work.repeat()?;
+        let count = lanes.len();
+        let mut all = Drawn::empty(steps * count);
+        for (index, part) in lanes.chunks(self.most_lanes.max(1)).enumerate() {
+            let first = index * self.most_lanes;
+            let numbers: Vec<f64> =
+                (0..steps).flat_map(|step| &uniforms[step * count + first..][..part.len()]).copied().collect();
+            state.begin(part, size.lanes, steps, &numbers)?;
+            for _ in 0..steps {
+                work.repeat()?;
+            }
+            all.put(&state.finish(part.len())?, (first, part.len()), count);
         }
-        Ok(state.finish(lanes.len())?)
-    }
-
-    /// The logits after each lane's newest token: f32 `[lanes, V]` on the device.
-    ///
-    /// # Errors
-    /// As [`Self::draw`].
-    pub(super) fn logits(&mut self, lanes: &[Lane<'_>], cache: &mut KvCache) -> Result<Tensor, Error> {
-        let size = Size::of(lanes, 1);
-        self.prepare(size, cache)?;
-        let index = self.recording(size, After::Nothing)?;
-        let work = &self.recordings[index].work;
-        work.kept().lanes.borrow_mut().begin(lanes, size.lanes, 1, &vec![0.0; lanes.len()])?;
-        work.repeat()?;
-        Ok(work.kept().logits.narrow(0, 0, lanes.len())?)
+        Ok(all)
     }
 
     /// Bytes of the device that steps of up to `lanes` take, with contexts of up to `longest` tokens.
     pub(super) fn bytes(&self, lanes: usize, longest: usize) -> usize {
-        let size = Size { lanes: bucket(lanes.min(MOST_LANES)), context: context_bucket(longest + STEPS) };
-        self.parts.arena_bytes(size) + 4 * size.lanes * self.parts.vocabulary
+        let lanes = bucket(lanes.min(self.most_lanes));
+        self.parts.step_bytes(Size { lanes, context: context_bucket(longest + STEPS) })
+    }
+
+    /// The one for which steps of these lanes, or of a part of them, are recorded.
+    fn size_of(&self, lanes: &[Lane<'_>], steps: usize) -> Size {
+        let longest = lanes.iter().map(|lane| lane.context + steps).max().unwrap_or(1);
+        Size { lanes: bucket(lanes.len().min(self.most_lanes)), context: context_bucket(longest) }
     }
 
     /// Memory that holds `size` over this cache; recordings on other memory go.
@@ -256,6 +322,10 @@ impl RecordedSteps {
         let size = Size { lanes: size.lanes.max(before.lanes), context: size.context.max(before.context) };
         let (device, parts) = (&self.device, &self.parts);
         let queue = Queue::of(device)?;
+        let (bytes, free_bytes) = (parts.step_bytes(size) as u64, free_memory(device)?.min(self.most_bytes as u64));
+        if bytes > free_bytes {
+            return Err(Error::StepMemory { lanes: size.lanes, bytes, free_bytes });
+        }
         let cache_size = PagedSize { pages: cache.num_pages(), page_tokens: super::PAGE_TOKENS };
         let room = parts.rooms(size.lanes);
         let lanes_size =
@@ -281,27 +351,19 @@ impl RecordedSteps {
         Ok(())
     }
 
-    /// The index of a recording.
-    fn recording(&mut self, size: Size, after: After) -> Result<usize, Error> {
-        if let Some(index) = self.recordings.iter().position(|one| one.size == size && one.after == after) {
-            return Ok(index);
+    /// Records a step, if it was not.
+    fn record(&mut self, size: Size, settings: &DrawSettings) -> Result<(), Error> {
+        if self.recordings.iter().any(|one| one.size == size && one.settings == *settings) {
+            return Ok(());
         }
         let Some(memory) = self.memory.clone() else { return Err(Error::NoSteps) };
         let (device, queue) = (&self.device, Queue::of(&self.device)?);
         // Once without a recording and with empty lanes: the driver loads its kernels.
         memory.lanes.borrow_mut().begin(&[], size.lanes, 1, &[])?;
-        memory.step(device, size, after)?;
-        let work = queue.capture(memory, |memory| memory.step(device, size, after))?;
-        self.recordings.push(Recording { size, after, work });
-        Ok(self.recordings.len() - 1)
-    }
-}
-
-impl Size {
-    /// The one for which steps of these lanes are recorded.
-    fn of(lanes: &[Lane<'_>], steps: usize) -> Self {
-        let longest = lanes.iter().map(|lane| lane.context + steps).max().unwrap_or(1);
-        Self { lanes: bucket(lanes.len()), context: context_bucket(longest) }
+        memory.step(device, size, settings)?;
+        let work = queue.capture(memory, |memory| memory.step(device, size, settings))?;
+        self.recordings.push(Recording { size, settings: *settings, work });
+        Ok(())
     }
 }
 
@@ -313,6 +375,11 @@ impl Parts {
     /// Enough for up to so many lanes: fewer may take more workspace than many.
     fn rooms(&self, lanes: usize) -> Room {
         (1..=lanes).filter(|&n| n == bucket(n)).map(|n| self.room(n)).fold(Room::default(), Room::or)
+    }
+
+    /// Bytes of the device that steps of a size take.
+    fn step_bytes(&self, size: Size) -> usize {
+        self.arena_bytes(size) + 4 * size.lanes * self.vocabulary + Lanes::seen_bytes(size.lanes, self.vocabulary)
     }
 
     /// Bytes of everything that [`Memory::step`] takes, with what aligning them may cost.
@@ -334,21 +401,15 @@ impl Parts {
 
 impl Memory {
     /// One token for each lane.
-    fn step(&self, device: &Device, size: Size, after: After) -> Result<(), Error> {
+    fn step(&self, device: &Device, size: Size, settings: &DrawSettings) -> Result<(), Error> {
         let lanes = self.lanes.borrow();
         let view = lanes.view(size.lanes)?;
         let logits = matrix(&self.logits)?.rows(0, size.lanes);
         self.arena.borrow_mut().reset();
         let arena = self.arena.borrow();
         self.forward(device, &arena, size, &view, logits)?;
-        if let After::Draw(temperature) = after {
-            let draw = || {
-                let floats = decode_draw_workspace(size.lanes, self.parts.vocabulary);
-                decode_draw(device, logits, &view, temperature, arena.take_array(floats, DType::F32)?)
-            };
-            draw()?;
-        }
-        Ok(())
+        let workspace = arena.take_array(decode_draw_workspace(size.lanes, self.parts.vocabulary), DType::F32)?;
+        Ok(decode_draw(device, logits, &view, settings, workspace)?)
     }
 
     fn forward(

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::{Error, filters};
 use crate::config::settings::SamplingSettings;
 use crate::kernels::cpu::vector;
+use crate::kernels::cuda::DrawSettings;
 
 /// A drawn token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,11 +94,10 @@ impl Sampler {
         self.temperature == 0.0
     }
 
-    /// The temperature, where nothing else changes the distribution: no filter, no penalty.
-    pub fn plain_temperature(&self) -> Option<f32> {
-        let is_filtered = self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0;
-        let is_plain = !self.needs_seen_tokens() && (self.is_greedy() || !is_filtered);
-        is_plain.then_some(self.temperature)
+    /// What a model that draws itself is told.
+    pub fn settings(&self) -> DrawSettings {
+        let Self { repetition_penalty, temperature, top_k, top_p, min_p } = *self;
+        DrawSettings { repetition_penalty, temperature, top_k, top_p, min_p }
     }
 
     /// Whether draws look at the tokens seen before.

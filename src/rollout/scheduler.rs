@@ -404,14 +404,16 @@ impl<'a> Scheduler<'a> {
         Ok(steps)
     }
 
-    /// What the lanes are at: newest token, tokens in the cache, pages.
+    /// What the lanes are at: newest token, tokens in the cache, pages, tokens seen where a penalty asks.
     pub(super) fn at(&self) -> Vec<decode_model::Lane<'_>> {
-        let newest = |lane: &'_ Lane| match &lane.work {
-            Work::Sample(sequence) => sequence.generated.last().copied(),
-            Work::Prompt(_) => None,
+        let at = |lane| {
+            let Lane { work, cached: context, pages, .. }: &Lane = lane;
+            let (token, seen): (_, &[u32]) = match work {
+                Work::Sample(sequence) => (sequence.generated.last().copied(), &sequence.seen),
+                Work::Prompt(_) => (None, &[]),
+            };
+            decode_model::Lane { token: token.unwrap_or(0), context: *context, pages, seen }
         };
-        let at =
-            |lane| decode_model::Lane { token: newest(lane).unwrap_or(0), context: lane.cached, pages: &lane.pages };
         self.lanes.iter().map(at).collect()
     }
 

@@ -1,5 +1,5 @@
-//! One generation batch of GRPO: sample a group of completions for each prompt, reward them, turn rewards into
-//! advantages, and cut the batch into micro-batches.
+//! One generation batch of GRPO: sample a group of completions for each prompt, reward them (as far as can be while others are
+//! sampled, `beside.rs`), turn rewards into advantages, and cut the batch into micro-batches.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
@@ -8,12 +8,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::beside::{self, Early, completion_text};
 use super::dealing::{self, Dealt, Lengths};
 use super::gathered;
 use super::session::Session;
 use crate::algo::{AdvantageInputs, AdvantageOutput, advantages, completion_statistics};
 use crate::config::settings::{GrpoSettings, SamplingSettings};
-use crate::data::{self, Prompts, Tokenizer};
+use crate::data::{self, Prompts};
 use crate::model::batch::{Batch, BatchBuilder};
 use crate::ranks::Ranks;
 use crate::reward::{self, Progress, Rewards, Scores};
@@ -54,13 +55,15 @@ pub(super) struct Generator<'a> {
     rollout: Rollout,
     rewards: Rewards,
     lengths: Lengths,
+    /// Scores of the last rollout's completions that were made beside it.
+    early: Early,
 }
 
 /// With whom completions are made, where it is shown, and whether it is to be given up.
 pub(super) struct Surroundings<'a> {
     pub(super) ranks: Arc<dyn Ranks>,
     pub(super) console: &'a Console,
-    pub(super) is_interrupted: &'a dyn Fn() -> bool,
+    pub(super) is_interrupted: &'a (dyn Fn() -> bool + Sync),
 }
 
 /// What scoring a set of completions came to.
@@ -88,7 +91,7 @@ impl<'a> Generator<'a> {
     /// Takes the rewards and checks the sampling settings.
     pub(super) fn new(settings: &'a GrpoSettings, session: &Session, rewards: Rewards) -> anyhow::Result<Self> {
         let rollout = Rollout::new(rollout_settings(settings, session.tokenizer.eos_ids(), session.engine.device()))?;
-        Ok(Self { settings, rollout, rewards, lengths: Lengths::default() })
+        Ok(Self { settings, rollout, rewards, lengths: Lengths::default(), early: Early::default() })
     }
 
     /// The reward functions.
@@ -115,6 +118,11 @@ impl<'a> Generator<'a> {
     /// Counts and times of the last rollout.
     pub(super) fn statistics(&self) -> Statistics {
         self.rollout.statistics()
+    }
+
+    /// Seconds that rewards took beside the last rollout, and those of them after it.
+    pub(super) fn early_reward_secs(&self) -> (f64, f64) {
+        (self.early.secs, self.early.left_secs)
     }
 
     /// Bytes that the rollout's cache takes now.
@@ -183,13 +191,17 @@ impl<'a> Generator<'a> {
         let most_taken = rest.iter().map(Range::len).max().unwrap_or(0);
         let most_unfinished = first.max(most_taken).min(self.settings.max_num_seqs);
         let reserve = Reserve { first, most_taken, most_unfinished, take: &mut take };
-        let own = self.make(session, (&requests, reserve), key, sampling, surroundings)?;
+        let own = self.make(session, examples, (&requests, reserve), key, sampling, surroundings)?;
         tracing::debug!(
             "made {} of {} completions: {first} were dealt to this rank, and {} it took of those that were not",
             own.len(),
             prompts.len(),
             own.len() - first
         );
+        if ranks.world_size() > 1 {
+            let shares = gathered::in_order(self.early.shares(), ranks)?;
+            self.early = std::mem::take(&mut self.early).joined(shares);
+        }
         let mut all = gathered::in_order(own, ranks)?;
         all.sort_by_key(|completion| completion.sample_id);
         let is_whole = all.len() == prompts.len() && (0..).zip(&all).all(|(id, made)| made.sample_id == id);
@@ -220,10 +232,12 @@ impl<'a> Generator<'a> {
         dealing::deal(groups, world_size, is_on_cpu || (is_free && waits))
     }
 
-    /// The completions of these requests, in their order; `key` and the requests' ids key the random draws.
+    /// The completions of these requests, in their order; `key` and the requests' ids key the random draws. Their groups are
+    /// prompts of `examples`.
     pub(super) fn complete(
         &mut self,
         session: &Session,
+        examples: &Prompts,
         requests: &[Request],
         key: u64,
         sampling: &SamplingSettings,
@@ -231,13 +245,15 @@ impl<'a> Generator<'a> {
     ) -> anyhow::Result<Vec<Completion>> {
         let take = &mut || Ok(None);
         let none = Reserve { first: requests.len(), most_taken: 0, most_unfinished: 0, take };
-        self.make(session, (requests, none), key, sampling, surroundings)
+        self.make(session, examples, (requests, none), key, sampling, surroundings)
     }
 
-    /// The same, of the requests that this rank makes anyway and what it takes of the others.
+    /// The same, of the requests that this rank makes anyway and what it takes of the others. Keeps the scores that are made
+    /// meanwhile.
     fn make(
         &mut self,
         session: &Session,
+        examples: &Prompts,
         (requests, reserve): (&[Request], Reserve<'_>),
         key: u64,
         sampling: &SamplingSettings,
@@ -248,7 +264,7 @@ impl<'a> Generator<'a> {
         let bar = surroundings.console.progress("rollout", expected as u64, "sequences");
         let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
         let (mut finished, mut tokens) = (0, 0);
-        let mut on_event = |event: Event| match event {
+        let mut show = |event: Event| match event {
             Event::Token { .. } => tokens += 1,
             Event::Finished { .. } => finished += 1,
             Event::Step { .. } => bar.set(finished, tokens),
@@ -256,28 +272,44 @@ impl<'a> Generator<'a> {
         let detokenize = |ids: &[u32]| session.tokenizer.decode(ids, false).unwrap_or_default();
         // A rollout that a signal cuts short is made anew by the run that goes on, with the same random numbers.
         let is_cancelled = surroundings.is_interrupted;
-        let mut caller = Caller { on_event: &mut on_event, is_cancelled, detokenize: Some(&detokenize) };
-        let seed = self.settings.training.seed;
-        Ok(self.rollout.generate_with(&mut model, (requests, reserve), sampling, seed, key, &mut caller)?)
+        let Self { rollout, rewards, settings, .. } = self;
+        let material = material(settings, session, examples);
+        let generate = |hear: &mut dyn FnMut(Event)| {
+            let mut on_event = |event: Event| {
+                show(event);
+                hear(event);
+            };
+            let mut caller = Caller { on_event: &mut on_event, is_cancelled, detokenize: Some(&detokenize) };
+            rollout.generate_with(&mut model, (requests, reserve), sampling, settings.training.seed, key, &mut caller)
+        };
+        let (made, early) = beside::score_beside(rewards.of_each(), &material, requests, is_cancelled, generate)?;
+        self.early = early;
+        Ok(made)
     }
 
-    /// The scores of all samples; each rank makes those of its share.
+    /// The scores of all samples but those that are known; each rank makes those of its share.
     fn score_shared(
         &mut self,
         samples: &[reward::Sample<'_>],
+        sample_ids: &[u64],
         group_size: usize,
         is_interrupted: &dyn Fn() -> bool,
         ranks: &dyn Ranks,
     ) -> anyhow::Result<Scores> {
+        let early = std::mem::take(&mut self.early);
+        let known = |samples: Range<usize>| early.of(&sample_ids[samples]);
         if ranks.world_size() == 1 {
-            return Ok(self.rewards.score(samples, is_interrupted)?);
+            return Ok(self.rewards.score_rest(samples, known(0..samples.len()), is_interrupted)?);
         }
         // Whole groups: a function may look at all answers to a prompt.
         let groups = samples.len() / group_size.max(1);
         let start = |rank: usize| groups * rank / ranks.world_size() * group_size;
         let own = start(ranks.rank())..start(ranks.rank() + 1);
-        let scores =
-            if own.is_empty() { Scores::default() } else { self.rewards.score(&samples[own], is_interrupted)? };
+        let scores = if own.is_empty() {
+            Scores::default()
+        } else {
+            self.rewards.score_rest(&samples[own.clone()], known(own), is_interrupted)?
+        };
         let shares: Vec<Share> = gathered::in_order(vec![Share::of(scores)], ranks)?;
         Ok(Share::joined(shares, self.rewards.names().len()))
     }
@@ -295,24 +327,16 @@ impl<'a> Generator<'a> {
     ) -> anyhow::Result<Scored> {
         let texts: Vec<String> =
             completions.iter().map(|c| completion_text(&session.tokenizer, &c.token_ids)).collect::<Result<_, _>>()?;
+        let material = material(self.settings, session, examples);
         let samples: Vec<reward::Sample<'_>> = completions
             .iter()
             .zip(&texts)
             .map(|(completion, text)| {
-                let example = examples.get(completion.group)?;
-                Ok(reward::Sample {
-                    prompt: &example.prompt,
-                    prompt_text: &example.prompt_text,
-                    completion: text,
-                    completion_ids: &completion.token_ids,
-                    completion_tokens: completion.token_ids.len(),
-                    max_completion_length: self.settings.longest_completion(),
-                    is_truncated: completion.is_truncated(),
-                    row: &example.row,
-                })
+                material.sample(completion.group, (&completion.token_ids, text), completion.is_truncated())
             })
             .collect::<Result<_, data::Error>>()?;
-        let scores = self.score_shared(&samples, group_size, surroundings.is_interrupted, &*surroundings.ranks);
+        let ids: Vec<u64> = completions.iter().map(|completion| completion.sample_id).collect();
+        let scores = self.score_shared(&samples, &ids, group_size, surroundings.is_interrupted, &*surroundings.ranks);
         let scores =
             scores.map_err(|error| match error.downcast_ref::<reward::Error>().map(reward::Error::reward) {
                 Some(reward) => {
@@ -442,9 +466,10 @@ pub(super) fn rollout_settings(settings: &GrpoSettings, eos: &[u32], device: &ca
     }
 }
 
-/// A completion as reward functions see it: without special tokens.
-fn completion_text(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, data::Error> {
-    tokenizer.decode(ids, true)
+/// What scores are made of.
+fn material<'s>(settings: &GrpoSettings, session: &'s Session, examples: &'s Prompts) -> beside::Material<'s> {
+    let max_completion_length = settings.longest_completion();
+    beside::Material { examples, tokenizer: &session.tokenizer, max_completion_length }
 }
 
 impl GenerationBatch {

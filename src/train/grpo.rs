@@ -390,12 +390,14 @@ fn generate(
     generator.make_room(session);
     run.memory.set_kv_cache(generator.cache_bytes());
     let statistics = generator.statistics();
-    run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64());
+    let (beside_secs, left_secs) = generator.early_reward_secs();
+    run.accumulator.mean("rollout/time", started.elapsed().as_secs_f64() - left_secs);
     let rollout_secs = statistics.prefill_secs + statistics.decode_secs + statistics.sampling_secs;
     let mut rate = [statistics.generated_tokens as f64 / rollout_secs.max(f64::MIN_POSITIVE)];
     run.ranks().all_reduce_sum_f64(&mut rate)?;
     run.accumulator.mean("rollout/tokens_per_second", rate[0]);
     generator.show_progress(run.step, run.total());
+    let scoring = std::time::Instant::now();
     let scored = generator.score(
         session,
         prompts,
@@ -404,6 +406,8 @@ fn generate(
         Some(run.step + 1),
         &run.surroundings(),
     )?;
+    run.accumulator.mean("rollout/rewards_beside_time", beside_secs - left_secs.min(beside_secs));
+    run.accumulator.mean("rollout/rewards_time", left_secs + scoring.elapsed().as_secs_f64());
     for (name, value) in &scored.metrics {
         run.accumulator.mean(name, *value);
     }

@@ -6,12 +6,14 @@
 //! `material.rs` has the rows, read or prepared by `preprocess.rs`, `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
 //! products are made, `save.rs` writes models,
-//! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch.
+//! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch, `beside.rs`
+//! computes rewards while others are sampled.
 //! `evaluate/` measures models outside of a run.
 
 mod backend;
 pub mod bench;
 pub mod bench_rollout;
+mod beside;
 mod best;
 mod cadence;
 mod continuation;

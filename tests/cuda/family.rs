@@ -171,6 +171,11 @@ fn error_of(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     errors.fold(0.0, |most, error| if most.is_nan() || error <= most { most } else { error })
 }
 
+/// Two layers of the smallest shape, which recorded steps read.
+pub(crate) fn smallest(device: &Device, types: Types) -> Engine {
+    SHAPES[0].engine(device, types)
+}
+
 fn completions(engine: &Engine, requests: &[Request], is_recorded: bool, lanes: usize) -> Vec<Completion> {
     let settings = RolloutSettings {
         max_num_seqs: lanes,

@@ -1,4 +1,4 @@
-//! Decoding steps of few rows: products straight from packed weights, drawing on the device, recorded steps.
+//! Decoding steps of few rows: products straight from packed weights.
 
 use std::time::Instant;
 
@@ -6,15 +6,14 @@ use candle_core::{DType, Device, Tensor};
 use trainer::config::settings::QuantType;
 use trainer::device::{Buffer, Queue, array, empty, matrix, synchronize, upload_f32};
 use trainer::kernels::cuda::{
-    Lane, Lanes, LanesSize, LowRank, LowRankTo, Nf4Absmax, Nf4View, PackedOperand, PackedWeights, PagedSize,
-    ProductCard, ProductForm, ProductKind, ProductOutput, ProductWorkspace, RowLayout, Rows, WeightKind, decode_draw,
-    decode_draw_workspace, decode_low_parts, decode_low_rank, decode_norm, dequantize_nf4, packed_product,
+    LowRank, LowRankTo, Nf4Absmax, Nf4View, PackedOperand, PackedWeights, ProductCard, ProductForm, ProductKind,
+    ProductOutput, ProductWorkspace, RowLayout, Rows, WeightKind, decode_low_parts, decode_low_rank, decode_norm,
+    dequantize_nf4, packed_product,
 };
 use trainer::quant::Nf4Matrix;
-use trainer::rng::Stream;
 
 use crate::nf4::Parts;
-use crate::support::{assert_close, device, download, random, seed, upload};
+use crate::support::{assert_close, device, download, random, upload};
 
 /// A 4-bit matrix on the device.
 struct Codes {
@@ -277,84 +276,6 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
 fn product_at(x: &[f32], w: &[f32], at: usize, height: usize, k: usize) -> f32 {
     let (row, col) = (at / height, at % height);
     x[row * k..(row + 1) * k].iter().zip(&w[col * k..(col + 1) * k]).map(|(x, w)| x * w).sum()
-}
-
-/// Tokens and log-probabilities of one step over the same logits.
-fn draws(logits: &[f32], uniforms: &[f64], temperature: f32) -> (Vec<u32>, Vec<f32>) {
-    let (device, vocabulary) = (device(), logits.len());
-    let queue = Queue::of(&device).unwrap();
-    let count = uniforms.len();
-    let size = LanesSize { lanes: count, steps: 1, pages: count };
-    let mut lanes = Lanes::new(&queue, size, PagedSize { pages: 1, page_tokens: 16 }, vocabulary).unwrap();
-    let all: Vec<f32> = (0..count).flat_map(|_| logits.iter().copied()).collect();
-    let all = upload(&device, &all, (count, vocabulary), DType::F32);
-    let work = empty(&device, decode_draw_workspace(count, vocabulary), DType::F32).unwrap();
-    let each = vec![Lane { token: 0, context: 0, pages: &[0] }; count];
-    lanes.begin(&each, count, 1, uniforms).unwrap();
-    let view = lanes.view(count).unwrap();
-    decode_draw(&device, matrix(&all).unwrap(), &view, temperature, array(&work).unwrap()).unwrap();
-    // A further step finds empty lanes.
-    decode_draw(&device, matrix(&all).unwrap(), &view, temperature, array(&work).unwrap()).unwrap();
-    let drawn = lanes.finish(count).unwrap();
-    (drawn.tokens, drawn.logprobs)
-}
-
-#[test]
-#[ignore = "gpu"]
-fn draws_on_the_device_follow_the_distribution() {
-    let mut stream = Stream::new(seed(), "draws", 0, 0);
-    for (vocabulary, temperature) in [(50, 1.0f32), (1200, 0.7), (513, 1.3)] {
-        let logits: Vec<f32> = random("logits", vocabulary).iter().map(|x| 1.5 * x).collect();
-        let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / f64::from(temperature)).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let (mut counts, draws_of) = (vec![0f64; vocabulary], 400);
-        for _ in 0..100 {
-            let uniforms: Vec<f64> = (0..draws_of).map(|_| stream.uniform()).collect();
-            let (tokens, logprobs) = draws(&logits, &uniforms, temperature);
-            let mut sums = weights.iter().scan(0.0, |sum, w| {
-                *sum += w;
-                Some(*sum)
-            });
-            let ends: Vec<f64> = sums.by_ref().collect();
-            for ((&token, logprob), uniform) in tokens.iter().zip(logprobs).zip(uniforms) {
-                let token = token as usize;
-                counts[token] += 1.0;
-                assert!((f64::from(logprob) - (weights[token] / total).ln()).abs() < 1e-5);
-                // The inverse of the distribution function, up to rounding.
-                let (before, after) = (ends[token] - weights[token], ends[token]);
-                let slack = 1e-5 * total;
-                assert!((before - slack..after + slack).contains(&(uniform * total)), "{uniform}: token {token}");
-            }
-        }
-        let expected = |w: f64| w / total * 100.0 * draws_of as f64;
-        let chi: f64 = counts.iter().zip(&weights).map(|(n, &w)| (n - expected(w)).powi(2) / expected(w)).sum();
-        let degrees = (vocabulary - 1) as f64;
-        let deviation = (chi - degrees) / (2.0 * degrees).sqrt();
-        assert!(deviation.abs() < 6.0, "chi-squared {chi} with {degrees} degrees, TRAINER_TEST_SEED={}", seed());
-    }
-}
-
-#[test]
-#[ignore = "gpu"]
-fn hard_distributions_are_drawn_from_and_unusable_ones_are_seen() {
-    let mut logits = random("logits", 1100);
-    logits[600] = 9.0;
-    logits[1050] = 9.0;
-    let (tokens, logprobs) = draws(&logits, &[0.5, 0.1], 0.0);
-    assert_eq!(tokens, [600, 600]);
-    let total: f64 = logits.iter().map(|&l| f64::from(l - 9.0).exp()).sum();
-    assert!((f64::from(logprobs[0]) + total.ln()).abs() < 1e-5);
-    // All but two tokens are impossible, the first and the last chunk too.
-    let mut logits = vec![f32::NEG_INFINITY; 1600];
-    (logits[700], logits[701]) = (0.0, 0.0);
-    let (tokens, logprobs) = draws(&logits, &[0.0, 0.49, 0.51, 1.0 - f64::EPSILON / 2.0], 1.0);
-    assert_eq!(tokens, [700, 700, 701, 701]);
-    assert!(logprobs.iter().all(|logprob| (f64::from(*logprob) - 0.5f64.ln()).abs() < 1e-6));
-    for unusable in [f32::NAN, f32::INFINITY] {
-        logits[30] = unusable;
-        assert!(draws(&logits, &[0.3], 1.0).1[0].is_nan());
-    }
-    assert!(draws(&[f32::NEG_INFINITY; 9], &[0.3], 1.0).1[0].is_nan());
 }
 
 /// Microseconds and bytes a second of each form on the projections of a 7B model.

@@ -1,8 +1,10 @@
 //! Every built-in through `build` and `score`, and every complaint about a wrong spec.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
-use trainer::config::settings::RewardSpec;
-use trainer::reward::{Error, Reward, Sample, build, builtin_names, check};
+use trainer::config::settings::{RewardSettings, RewardSpec};
+use trainer::reward::{Error, Reward, Rewards, Sample, build, builtin_names, check};
 
 fn object(value: Value) -> Map<String, Value> {
     match value {
@@ -259,4 +261,81 @@ fn every_builtin_has_a_description_and_its_name_makes_it() {
         assert_eq!(check(&spec(name, parameters.clone())), Ok(()));
         assert_eq!(make(name, parameters).name(), name);
     }
+}
+
+/// What looks at one sample at a time may be asked before the batch is there, what compares them may not.
+#[test]
+fn scores_that_were_made_before_are_those_of_the_batch() {
+    let specs = [
+        spec("accuracy", json!({})),
+        spec("length", json!({})),
+        spec("length_penalty", json!({"soft_punish_cache": 50, "max_completion_len": 60})),
+        RewardSpec::Command {
+            name: "judge".into(),
+            command: ["sh", "-c", "while read -r line; do echo '{\"id\": 1, \"scores\": [1, 2, 3, 4, 5]}'; done"]
+                .map(Into::into)
+                .into(),
+            timeout_secs: 30.0,
+        },
+    ];
+    let row = object(json!({"answer": "4"}));
+    let texts = ["\\boxed{4}", "it is \\boxed{5}", "4", "\\boxed{2+2}", ""];
+    let prompt = json!("2+2=");
+    let samples: Vec<Sample<'_>> = (0..)
+        .zip(texts)
+        .map(|(place, completion)| Sample {
+            prompt: &prompt,
+            prompt_text: "2+2=",
+            completion,
+            completion_ids: &[],
+            completion_tokens: 10 + 13 * place,
+            max_completion_length: 100,
+            is_truncated: false,
+            row: &row,
+        })
+        .collect();
+    let start = || Rewards::start(&specs, &RewardSettings::default(), &|| false).unwrap_or_else(|e| panic!("{e}"));
+    let want = start().score(&samples, &|| false).expect("scores");
+    assert_eq!(want.by_function[3], [1.0, 2.0, 3.0, 4.0, 5.0].map(Some));
+
+    let mut rewards = start();
+    let mut early = rewards.of_each();
+    let mut known: BTreeMap<usize, Vec<Option<f64>>> = BTreeMap::new();
+    for part in [0..2, 2..3, 3..5] {
+        for (function, scores) in early.score(&samples[part], &|| false) {
+            known.entry(function).or_default().extend(scores);
+        }
+    }
+    assert!(!early.is_empty());
+    assert_eq!(known.keys().copied().collect::<Vec<_>>(), [0, 2]);
+    // Known scores are taken as they are.
+    known.get_mut(&2).expect("known")[4] = Some(7.5);
+    let got = rewards.score_rest(&samples, known, &|| false).expect("scores").by_function;
+    assert_eq!((&got[0], &got[1], &got[3]), (&want.by_function[0], &want.by_function[1], &want.by_function[3]));
+    assert_eq!(got[2][..4], want.by_function[2][..4]);
+    assert_eq!(got[2][4], Some(7.5));
+}
+
+#[test]
+fn a_function_that_fails_early_is_left_out_and_says_why_for_the_batch() {
+    let specs = [spec("accuracy", json!({})), spec("length_penalty", json!({}))];
+    let mut rewards = Rewards::start(&specs, &RewardSettings::default(), &|| false).unwrap_or_else(|e| panic!("{e}"));
+    let (right, wrong) = (object(json!({"answer": "4"})), object(json!({"other": "4"})));
+    let sample = |row| Sample {
+        prompt: &Value::Null,
+        prompt_text: "",
+        completion: "4",
+        completion_ids: &[],
+        completion_tokens: 1,
+        max_completion_length: 100,
+        is_truncated: false,
+        row,
+    };
+    let samples = [sample(&right), sample(&right), sample(&wrong)];
+    let want = rewards.score(&samples, &|| false).expect_err("a column is missing").to_string();
+    let mut early = rewards.of_each();
+    assert_eq!(early.score(&samples[2..], &|| false).keys().copied().collect::<Vec<_>>(), [1]);
+    assert_eq!(early.score(&samples[..1], &|| false).keys().copied().collect::<Vec<_>>(), [1]);
+    let known = BTreeMap::from([(1, vec![Some(0.0); 3])]);
+    assert_eq!(rewards.score_rest(&samples, known, &|| false).expect_err("a column is missing").to_string(), want);
 }

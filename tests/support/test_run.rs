@@ -16,8 +16,15 @@ use trainer::telemetry::{Row, read_rows};
 const LONGEST: Duration = Duration::from_mins(1);
 
 /// Metrics that measure time: the only ones in which two equal runs differ.
-const TIMINGS: [&str; 5] =
-    ["step_time", "rollout/time", "rollout/tokens_per_second", "eval_runtime", "eval_samples_per_second"];
+const TIMINGS: [&str; 7] = [
+    "step_time",
+    "rollout/time",
+    "rollout/rewards_time",
+    "rollout/rewards_beside_time",
+    "rollout/tokens_per_second",
+    "eval_runtime",
+    "eval_samples_per_second",
+];
 
 /// Rewards that differ within a group of random completions, so that every step has a gradient.
 const REWARDS: &str = r#"[{kind: regex, pattern: "[0-9]"}, {kind: length_penalty, soft_punish_cache: 6}, accuracy]"#;

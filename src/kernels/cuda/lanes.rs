@@ -16,6 +16,8 @@ pub struct Lane<'a> {
     pub context: usize,
     /// Its pages, with room for the tokens of all steps.
     pub pages: &'a [u32],
+    /// Distinct tokens of it so far, the newest among them, where a repetition penalty looks at them.
+    pub seen: &'a [u32],
 }
 
 /// How many there may be.
@@ -40,6 +42,23 @@ pub struct Drawn {
     pub sampling_logprobs: Vec<f32>,
 }
 
+impl Drawn {
+    /// Room for so many.
+    pub fn empty(count: usize) -> Self {
+        Self { tokens: vec![0; count], logprobs: vec![0.0; count], sampling_logprobs: vec![0.0; count] }
+    }
+
+    /// Puts what was drawn for `lanes` lanes from `first` on into its place among that of `all`.
+    pub fn put(&mut self, part: &Self, (first, lanes): (usize, usize), all: usize) {
+        for from in 0..part.tokens.len() {
+            let to = from / lanes * all + first + from % lanes;
+            self.tokens[to] = part.tokens[from];
+            self.logprobs[to] = part.logprobs[from];
+            self.sampling_logprobs[to] = part.sampling_logprobs[from];
+        }
+    }
+}
+
 /// The state of some lanes on the device, and its copy on the host.
 ///
 /// A lane leaves the cache's pages only if a step is made for which [`Lanes::begin`] was not told of room. So the steps are
@@ -52,6 +71,9 @@ pub struct Lanes {
     vocabulary: usize,
     state: Arc<Buffer>,
     host: Arc<Buffer>,
+    /// A bit for each token of the vocabulary: whether it was seen, where a draw asks.
+    seen: Arc<Buffer>,
+    seen_host: Arc<Buffer>,
     drawn: Arc<Buffer>,
     drawn_host: Arc<Buffer>,
     /// Lanes of the steps at hand, with empty ones, and steps.
@@ -96,6 +118,8 @@ pub struct LanesView<'b> {
     pub tokens: Pointer<'b>,
     /// `[lanes]`: their positions.
     pub positions: Pointer<'b>,
+    /// `[lanes, ceil(V / 32)]`: bits of seen tokens.
+    pub(super) seen: Pointer<'b>,
     pub(super) steps: Pointer<'b>,
     pub(super) uniforms: Pointer<'b>,
     pub(super) drawn: Pointer<'b>,
@@ -115,6 +139,7 @@ impl Lanes {
             return Err(argument("lanes", "size", (size, cache), "lanes and steps over fewer than 2^32 - 1 tokens"));
         }
         let (state, drawn) = (Places::of(size).end, 12 * size.lanes * size.steps);
+        let seen = Self::seen_bytes(size.lanes, vocabulary);
         Ok(Self {
             queue: queue.clone(),
             size,
@@ -122,10 +147,17 @@ impl Lanes {
             vocabulary,
             state: Arc::new(Buffer::device(queue, state)?),
             host: Arc::new(Buffer::pinned(queue, state)?),
+            seen: Arc::new(Buffer::device(queue, seen)?),
+            seen_host: Arc::new(Buffer::pinned(queue, seen)?),
             drawn: Arc::new(Buffer::device(queue, drawn)?),
             drawn_host: Arc::new(Buffer::pinned(queue, drawn)?),
             current: (0, 0),
         })
+    }
+
+    /// Bytes that the bits of seen tokens take.
+    pub fn seen_bytes(lanes: usize, vocabulary: usize) -> usize {
+        4 * lanes * vocabulary.div_ceil(32)
     }
 
     /// What it has room for.
@@ -151,6 +183,7 @@ impl Lanes {
             tables: array(places.tables, pages, DType::U32)?,
             tokens: array(places.tokens, lanes, DType::U32)?,
             positions: array(places.positions, lanes, DType::U32)?,
+            seen: self.seen.array(0, lanes * self.vocabulary.div_ceil(32), DType::U32)?,
             steps: array(places.steps, lanes, DType::U32)?,
             uniforms: array(places.uniforms, lanes * steps, DType::F64)?,
             drawn: self.drawn.array(0, lanes * steps, DType::U32)?,
@@ -182,7 +215,7 @@ impl Lanes {
         let (mut rows, mut tables) = (vec![0u32; 2 * bucket], Vec::new());
         let mut numbers = vec![0f64; bucket * most];
         for (index, lane) in lanes.iter().enumerate() {
-            let Lane { token, context, pages } = *lane;
+            let Lane { token, context, pages, .. } = *lane;
             let needed = (context + steps).div_ceil(page_tokens);
             let Some(pages) = pages.get(..needed) else {
                 return Err(argument(WHAT, "pages", pages.len(), format!("{needed} for {context} + {steps} tokens")));
@@ -214,6 +247,24 @@ impl Lanes {
         host.write(places.tables, &tables)?;
         self.queue.copy(&self.host.part(0..used)?, &self.state.part(0..used)?, &Ticket::done())?;
         self.current = (bucket, steps);
+        if lanes.iter().all(|lane| lane.seen.is_empty()) { Ok(()) } else { self.show_seen(lanes) }
+    }
+
+    /// Sends the bits of the tokens that each lane has seen.
+    fn show_seen(&mut self, lanes: &[Lane<'_>]) -> Result<(), Error> {
+        let words = self.vocabulary.div_ceil(32);
+        let mut bits = vec![0u32; lanes.len() * words];
+        for (lane, bits) in lanes.iter().zip(bits.chunks_exact_mut(words.max(1))) {
+            for &token in lane.seen {
+                if token as usize >= self.vocabulary {
+                    return Err(argument("lanes", "seen", token, format!("below {}", self.vocabulary)));
+                }
+                bits[token as usize / 32] |= 1 << (token % 32);
+            }
+        }
+        unshared(&mut self.seen_host)?.write(0, &bits)?;
+        let bytes = 4 * bits.len();
+        self.queue.copy(&self.seen_host.part(0..bytes)?, &self.seen.part(0..bytes)?, &Ticket::done())?;
         Ok(())
     }
 
@@ -252,7 +303,7 @@ fn unshared(buffer: &mut Arc<Buffer>) -> Result<&mut Buffer, Error> {
 mod tests {
     use candle_core::Device;
 
-    use super::{Lane, Lanes, LanesSize};
+    use super::{Drawn, Lane, Lanes, LanesSize};
     use crate::device::Queue;
     use crate::kernels::cuda::PagedSize;
 
@@ -264,7 +315,7 @@ mod tests {
     #[test]
     fn what_would_leave_the_cache_or_the_vocabulary_is_refused() {
         let mut lanes = lanes();
-        let lane = |token, context, pages| Lane { token, context, pages };
+        let lane = |token, context, pages| Lane { token, context, pages, seen: &[] };
         let mut problem = |lane: Lane<'_>, steps: usize| {
             lanes.begin(&[lane], 2, steps, &vec![0.5; steps]).err().map(|error| error.to_string())
         };
@@ -275,13 +326,31 @@ mod tests {
         assert!(problem(lane(49, 1, &[0]), 4).unwrap().contains("lanes"));
         assert!(problem(lane(49, 23, &[0; 7]), 3).unwrap().contains("at most 6"));
         assert!(lanes.begin(&[lane(1, 0, &[0]), lane(1, 0, &[1])], 1, 1, &[0.5, 0.5]).is_err());
+        let seen = Lane { seen: &[3, 50], ..lane(1, 0, &[0]) };
+        assert!(lanes.begin(&[seen], 1, 1, &[0.5]).unwrap_err().to_string().contains("seen"));
         assert!(lanes.view(5).is_err() && lanes.begin(&[lane(1, 0, &[0])], 1, 1, &[]).is_err());
+    }
+
+    #[test]
+    fn parts_of_lanes_come_to_their_places() {
+        let mut all = Drawn::empty(6);
+        let of = |tokens: &[u32]| Drawn {
+            tokens: tokens.to_vec(),
+            logprobs: tokens.iter().map(|&token| token as f32).collect(),
+            sampling_logprobs: tokens.iter().map(|&token| -(token as f32)).collect(),
+        };
+        all.put(&of(&[1, 2, 4, 5]), (0, 2), 3);
+        all.put(&of(&[3, 6]), (2, 1), 3);
+        assert_eq!(all.tokens, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(all.logprobs, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(all.sampling_logprobs, [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]);
     }
 
     #[test]
     fn numbers_lie_at_the_last_steps() {
         let mut lanes = lanes();
-        let (one, two) = (Lane { token: 7, context: 5, pages: &[3, 1] }, Lane { token: 8, context: 0, pages: &[2] });
+        let one = Lane { token: 7, context: 5, pages: &[3, 1], seen: &[0, 7, 31] };
+        let two = Lane { token: 8, context: 0, pages: &[2], seen: &[49, 8, 32] };
         lanes.begin(&[one, two], 3, 2, &[0.1, 0.2, 0.3, 0.4]).unwrap();
         let bytes = lanes.state.with_bytes(<[u8]>::to_vec).unwrap();
         let word = |at: usize| u32::from_ne_bytes(bytes[4 * at..4 * at + 4].try_into().unwrap());
@@ -290,5 +359,9 @@ mod tests {
         let number = |at: usize| f64::from_ne_bytes(bytes[64 + 8 * at..72 + 8 * at].try_into().unwrap());
         assert_eq!((0..9).map(number).collect::<Vec<_>>(), [0.0, 0.0, 0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);
         assert_eq!((34..37).map(word).collect::<Vec<_>>(), [3, 1, 2]);
+        let bytes = lanes.seen.with_bytes(<[u8]>::to_vec).unwrap();
+        let words: Vec<u32> =
+            bytes[..16].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        assert_eq!(words, [1 | 1 << 7 | 1 << 31, 0, 1 << 8, 1 | 1 << 17]);
     }
 }

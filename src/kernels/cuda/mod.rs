@@ -9,6 +9,7 @@ mod assemble;
 mod attention;
 mod checks;
 mod decode;
+mod draw;
 #[cfg(feature = "cuda")]
 mod gemm;
 #[cfg(not(feature = "cuda"))]
@@ -40,9 +41,9 @@ pub use attention::{
     attention_forward_with,
 };
 pub use decode::{
-    DecodeHeads, LowRankTo, decode_combine, decode_draw, decode_draw_workspace, decode_heads, decode_low_parts,
-    decode_low_rank, decode_norm,
+    DecodeHeads, LowRankTo, decode_combine, decode_heads, decode_low_parts, decode_low_rank, decode_norm,
 };
+pub use draw::{DrawSettings, MOST_DRAW_VOCABULARY, decode_draw, decode_draw_workspace};
 pub use gemm::{
     begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic, start_choices, take_choices,
     try_noted,

@@ -7,8 +7,8 @@ use super::{DOWN, DecoderLayer, GATE_UP, OUTPUT, QKV};
 use crate::config::settings::Projection;
 use crate::device::{Matrix, Pointer};
 use crate::kernels::cuda::{
-    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, decode_attention, decode_attention_workspace,
-    decode_combine, decode_heads, decode_norm,
+    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, WeightKind, decode_attention,
+    decode_attention_workspace, decode_combine, decode_heads, decode_norm,
 };
 use crate::model::Error;
 use crate::model::config::ModelConfig;
@@ -118,7 +118,7 @@ impl LaneLayer {
     pub fn sizes(
         config: &ModelConfig,
         ranks: &[usize; Projection::ALL.len()],
-        is_dense: bool,
+        weights: WeightKind,
         card: ProductCard,
     ) -> Result<Option<Self>, Error> {
         if !has_kernels(config.head_dim) {
@@ -128,7 +128,7 @@ impl LaneLayer {
             let rows: Vec<usize> = group.iter().map(|&p| config.projection_shape(p).0).collect();
             let ranks: Vec<usize> = group.iter().map(|&p| ranks[p as usize]).collect();
             let cols = group.first().map_or(0, |&p| config.projection_shape(p).1);
-            Projections::sizes((&rows, &ranks), cols, is_dense, (card, is_ordered))
+            Projections::sizes((&rows, &ranks), cols, weights, (card, is_ordered))
         };
         let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
         Ok(Some(Self {

@@ -185,14 +185,15 @@ impl Projections {
     pub(crate) fn sizes(
         (rows, ranks): (&[usize], &[usize]),
         cols: usize,
-        is_dense: bool,
+        kind: WeightKind,
         (card, is_ordered): (ProductCard, bool),
     ) -> Result<Self, Error> {
         let ranks: usize = ranks.iter().map(|rank| rank.next_multiple_of(RANK_STEP)).sum();
         let a = (ranks > 0).then(|| Tensor::zeros((ranks, 0), DType::F32, &Device::Cpu)).transpose()?;
         let ordered = a.iter().map(|a| (RowLayout::Fragments, a.clone())).collect();
         let (each, rows, a) = (Vec::new(), rows.to_vec(), a.filter(|_| !is_ordered));
-        Ok(Self { each, a, ordered, rows, cols, is_dense, card })
+        let runs = vec![Run { which: 0..rows.len(), is_gguf: kind == WeightKind::Blocks }];
+        Ok(Self { each, a, ordered, rows, runs, cols, kind, card })
     }
 
     /// Values that adapters take in the form in which steps read them, as [`Self::new`] makes it: each has an adapter of so many

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::settings::SamplingSettings;
 use crate::rng::Stream;
-use crate::rollout::decode_model::{Drawn, Lane};
+use crate::rollout::decode_model::{DrawSettings, Drawn, Lane};
 use crate::rollout::sampler::{Draw, DrawJob, Sampler, Scratch};
 use crate::rollout::{DecodeModel, Error, KvCache, KvShape, Span, StepBatch};
 
@@ -32,6 +32,8 @@ pub(super) struct AttentionModel {
     pub(super) most_lanes: usize,
     /// Tokens that it draws itself for each sequence at a time.
     pub(super) most_steps: usize,
+    /// Times that it draws before it has no memory for more.
+    pub(super) most_draws: usize,
     /// Times that it drew.
     pub(super) draws: usize,
     /// Tokens of each step so far.
@@ -62,6 +64,7 @@ impl AttentionModel {
                 .collect(),
             most_lanes: usize::MAX,
             most_steps: 0,
+            most_draws: usize::MAX,
             draws: 0,
             step_tokens: Vec::new(),
             most_spans: 0,
@@ -133,17 +136,40 @@ impl DecodeModel for AttentionModel {
         self.most_steps
     }
 
+    fn prepare_draw(
+        &mut self,
+        lanes: &[Lane<'_>],
+        steps: usize,
+        _: &DrawSettings,
+        _: &mut KvCache,
+    ) -> Result<bool, Error> {
+        assert!(!lanes.is_empty() && steps <= self.most_steps);
+        if self.draws == self.most_draws {
+            self.most_steps = 0;
+        }
+        Ok(self.most_steps > 0)
+    }
+
     fn draw(
         &mut self,
         lanes: &[Lane<'_>],
         steps: usize,
         uniforms: &[f64],
-        temperature: f32,
+        settings: &DrawSettings,
         cache: &mut KvCache,
     ) -> Result<Drawn, Error> {
         assert!((1..=self.most_steps).contains(&steps) && uniforms.len() == steps * lanes.len());
         self.draws += 1;
-        let settings = SamplingSettings { temperature: temperature.into(), ..SamplingSettings::default() };
+        let DrawSettings { repetition_penalty, temperature, top_k, top_p, min_p } = *settings;
+        let settings = SamplingSettings {
+            repetition_penalty: repetition_penalty.into(),
+            temperature: temperature.into(),
+            top_k,
+            top_p,
+            min_p,
+            stop_strings: Vec::new(),
+        };
+        let mut seen: Vec<Vec<u32>> = lanes.iter().map(|lane| lane.seen.to_vec()).collect();
         let (sampler, mut scratch) = (Sampler::new(&settings)?, Scratch::default());
         let mut newest: Vec<u32> = lanes.iter().map(|lane| lane.token).collect();
         let mut drawn = Drawn::default();
@@ -160,9 +186,12 @@ impl DecodeModel for AttentionModel {
             for (index, logits) in logits.iter().enumerate() {
                 let uniform = uniforms[step * lanes.len() + index];
                 // As a device says it: a number that is none.
-                let draw = sampler.draw(DrawJob { logits, seen: &[], uniform }, &mut scratch);
+                let draw = sampler.draw(DrawJob { logits, seen: &seen[index], uniform }, &mut scratch);
                 let draw = draw.unwrap_or(Draw { token: 0, logprob: f32::NAN, sampling_logprob: f32::NAN });
                 newest[index] = draw.token;
+                if !seen[index].contains(&draw.token) {
+                    seen[index].push(draw.token);
+                }
                 drawn.tokens.push(draw.token);
                 drawn.logprobs.push(draw.logprob);
                 drawn.sampling_logprobs.push(draw.sampling_logprob);

@@ -2,7 +2,7 @@
 
 use super::attention_model::AttentionModel;
 use super::{SamplingSettings, VOCAB, assert_same, detokenize, requests, run, settings, with_pages};
-use crate::rollout::{Caller, Completion, Error, Request, Rollout, RolloutSettings, Statistics};
+use crate::rollout::{Caller, Completion, Error, Finish, Request, Rollout, RolloutSettings, Statistics};
 
 fn drawn(
     settings: RolloutSettings,
@@ -54,18 +54,32 @@ fn no_more_sequences_are_computed_at_a_time_than_a_model_wants() {
 }
 
 #[test]
-fn filters_and_penalties_are_the_host_s() {
+fn filters_and_penalties_are_the_host_s_whoever_draws() {
     let requests = requests(&[5, 20], 2);
     for sampling in [
         SamplingSettings { top_k: 5, ..SamplingSettings::default() },
         SamplingSettings { top_p: 0.9, ..SamplingSettings::default() },
         SamplingSettings { min_p: 0.1, ..SamplingSettings::default() },
         SamplingSettings { repetition_penalty: 1.2, ..SamplingSettings::default() },
+        SamplingSettings { repetition_penalty: 1.2, temperature: 0.0, ..SamplingSettings::default() },
+        SamplingSettings {
+            repetition_penalty: 0.9,
+            temperature: 0.6,
+            top_k: 20,
+            top_p: 0.95,
+            min_p: 0.01,
+            stop_strings: Vec::new(),
+        },
     ] {
-        let want = run(settings(), &requests, &sampling);
-        let (got, _, model) = drawn(settings(), &requests, &sampling, model(16)).unwrap();
-        assert_same(&got, &want.completions, &format!("{sampling:?}"));
-        assert_eq!(model.draws, 0, "{sampling:?}");
+        for pages in [7, 1000] {
+            let want = run(with_pages(pages), &requests, &sampling);
+            for most_steps in [3, 16] {
+                let (got, _, model) = drawn(with_pages(pages), &requests, &sampling, model(most_steps)).unwrap();
+                let case = format!("{sampling:?}, {pages} pages, {most_steps} steps");
+                assert_same(&got, &want.completions, &case);
+                assert!(model.draws > 0, "{case}");
+            }
+        }
     }
 }
 
@@ -75,4 +89,56 @@ fn logits_that_are_no_numbers_end_a_draw_with_the_sample_and_the_position() {
     model.poisoned_position = Some(9);
     let error = drawn(settings(), &requests(&[5], 1), &SamplingSettings::default(), model).err().unwrap().to_string();
     assert!(error.contains("a NaN or an infinity") && error.contains('5'), "{error}");
+}
+
+#[test]
+fn a_model_that_can_draw_no_longer_costs_no_token_and_no_random_number() {
+    let requests = requests(&[3, 17, 40, 16], 4);
+    for sampling in [
+        SamplingSettings::default(),
+        SamplingSettings { repetition_penalty: 1.2, top_p: 0.9, ..SamplingSettings::default() },
+    ] {
+        for pages in [11, 1000] {
+            let want = run(with_pages(pages), &requests, &sampling);
+            for most_draws in [0, 1, 3] {
+                let mut model = model(4);
+                model.most_draws = most_draws;
+                let (got, statistics, model) = drawn(with_pages(pages), &requests, &sampling, model).unwrap();
+                let case = format!("{sampling:?}, {pages} pages, {most_draws} draws");
+                assert_same(&got, &want.completions, &case);
+                assert_eq!((model.draws, model.most_steps), (most_draws, 0), "{case}");
+                assert_eq!(statistics.generated_tokens, want.statistics.generated_tokens, "{case}");
+            }
+        }
+    }
+}
+
+/// A visit draws 16 tokens after the first one, which comes of the prompt.
+#[test]
+fn a_stop_string_across_two_visits_ends_the_completion_with_its_token() {
+    let settings = RolloutSettings { eos_token_ids: vec![], ..settings() };
+    let requests = requests(&[20, 5, 33], 4);
+    let whole = run(settings.clone(), &requests, &SamplingSettings::default()).completions;
+    let mut found = 0;
+    for (request, whole) in requests.iter().zip(&whole) {
+        // The end of the last token of a visit and the beginning of the next one.
+        let text = detokenize(&whole.token_ids[16..18]);
+        let stop = text[1..text.len() - 1].to_string();
+        if detokenize(&whole.token_ids[..17]).contains(&stop) {
+            continue;
+        }
+        found += 1;
+        let sampling = SamplingSettings { stop_strings: vec![stop], ..SamplingSettings::default() };
+        let one = std::slice::from_ref(request);
+        let (got, _, model) = drawn(settings.clone(), one, &sampling, model(16)).unwrap();
+        assert_eq!((&got[0].token_ids[..], got[0].finish), (&whole.token_ids[..18], Finish::StopString));
+        assert_eq!((got[0].logprobs.len(), got[0].is_truncated(), model.draws), (18, false, 2));
+        // At the last token allowed it is still a stop string, not a truncation; one less, and it is one.
+        for (max_new_tokens, finish) in [(18, Finish::StopString), (17, Finish::Length)] {
+            let settings = RolloutSettings { max_new_tokens, ..settings.clone() };
+            let (got, ..) = drawn(settings, one, &sampling, self::model(16)).unwrap();
+            assert_eq!((got[0].token_ids.len(), got[0].finish), (max_new_tokens, finish));
+        }
+    }
+    assert!(found > 5, "the case is not varied enough");
 }

@@ -45,7 +45,7 @@ pub(super) fn measure(
     generator.show_progress(0, 0);
     let requests = requests(&examples, samples);
     let completions = with_all_there(settings, session, |session| {
-        generator.complete(session, &requests, EVALUATION_KEY, &settings.sampling, surroundings)
+        generator.complete(session, &prompts, &requests, EVALUATION_KEY, &settings.sampling, surroundings)
     })?;
     let statistics = generator.statistics();
     let speed = Speed {
