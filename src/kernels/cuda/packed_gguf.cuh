@@ -133,7 +133,7 @@ template <typename T> struct Piece<T, Q4_0> {
     run.fetch(block + 2);
   }
   __device__ __forceinline__ void open() { scale = half_of(of_block); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
     nibbles<0>(codes, run, part);
     scaled<T>(out, codes, scale, offset_of<8>(scale));
@@ -146,7 +146,7 @@ template <typename T> struct Piece<T, Q4_1> {
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { run.fetch(w.data + (flat >> 5) * 20); }
   __device__ __forceinline__ void open() { scale = half_of(run.word(0)), minimum = half_of(run.word(0) >> 16); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
     nibbles<1>(codes, run, part);
     scaled_plus<T>(out, codes, scale, minimum);
@@ -164,7 +164,7 @@ template <typename T> struct Piece<T, Q5_0> {
     run.fetch(block + 2);
   }
   __device__ __forceinline__ void open() { scale = half_of(of_block); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
     nibbles<1>(codes, run, part);
     add_fifth_bits(codes, run.word(0), part);
@@ -178,7 +178,7 @@ template <typename T> struct Piece<T, Q5_1> {
 
   __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { run.fetch(w.data + (flat >> 5) * 24); }
   __device__ __forceinline__ void open() { scale = half_of(run.word(0)), minimum = half_of(run.word(0) >> 16); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
     nibbles<2>(codes, run, part);
     add_fifth_bits(codes, run.word(1), part);
@@ -197,7 +197,7 @@ template <typename T> struct Piece<T, Q8_0> {
     run.fetch(block + 2);
   }
   __device__ __forceinline__ void open() { scale = half_of(of_block); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     const float offset = -32896.0f * scale; // 2^15 + 128: the highest bit is a sign
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -238,7 +238,7 @@ template <typename T> struct Piece<T, Q2_K> {
       offset[i] = -__fmul_rn(half_of(of_block >> 16), static_cast<float>(scales >> (8 * i + 4) & 15));
     }
   }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) codes[i] = run.word(part * 2 + i) >> shift & 0x03030303u;
@@ -270,7 +270,7 @@ template <typename T> struct Piece<T, Q3_K> {
       scale[i] = __fmul_rn(half_of(of_block), static_cast<float>(static_cast<int>(low | high << 4) - 32));
     }
   }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -310,7 +310,7 @@ template <typename T> struct Piece<T, Q4_K> {
     run.fetch(at.block + 16 + 64 * half + 32 * (quarter / 2));
   }
   __device__ __forceinline__ void open() { scales.open(half, quarter); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) codes[i] = run.word(part * 2 + i) >> (quarter % 2 * 4) & 0x0f0f0f0fu;
@@ -331,7 +331,7 @@ template <typename T> struct Piece<T, Q5_K> {
     run.fetch(at.block + 48 + 64 * half + 32 * (quarter / 2));
   }
   __device__ __forceinline__ void open() { scales.open(half, quarter); }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -361,7 +361,7 @@ template <typename T> struct Piece<T, Q6_K> {
     for (int i = 0; i < 2; i++)
       scale[i] = __fmul_rn(half_of(of_block), static_cast<float>(static_cast<int8_t>(scales >> (8 * i))));
   }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)

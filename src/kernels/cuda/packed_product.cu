@@ -4,12 +4,11 @@
 //
 // Launch: blocks of WR x WK warps; a warp has 16 MT rows and every WK-th chunk of its part of K; the warps' sums are added in
 // their order, then those of the K parts (blockIdx.y), by the block of a tile that comes last. NT: groups of 8 rows of x;
-// blockIdx.z: 8 NT rows of x each. With programmatic launches a block reads its maxima and first weights before the kernel
+// blockIdx.z: 8 NT rows of x each. With programmatic launches a block reads its first weights before the kernel
 // before it is done.
 //
-// Bound: bytes of the weights for few rows (0.52 per value), and what a multiprocessor's shared-memory pipe moves: for 2,048
-// values 64 shuffles, 16 accesses of codes and 16 NT / MT of x. Sums are f32; the order depends on the shape and the form,
-// not on M, as long as the form is the same.
+// Bound: bytes of the weights, and of GGUF blocks the instructions of a value (packed_gguf.cuh). Sums are f32; the order depends on
+// the shape and the form, not on M, as long as the form is the same.
 #include "packed_product.cuh"
 
 namespace {
@@ -18,7 +17,7 @@ template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU
 __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 1) product(const __grid_constant__ Product p) {
   constexpr int THREADS = 32 * WR * WK, ROWS = 16 * MT * WR, COLS = 8 * NT, PAD = COLS + 1;
   static_assert(!IS_SWIGLU || MT == 2, "a warp has the same rows of gate and up");
-  extern __shared__ float shared[]; // maxima [ROWS, blocks], then sums [WK, ROWS, PAD]
+  extern __shared__ float shared[]; // sums [WK, ROWS, PAD]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wr = warp % WR, wk = warp / WR, g = lane / 4, t = lane % 4;
   const int K = p.x.cols, col0 = blockIdx.z * COLS;
   const int2 chunks = chunks_of(p);
@@ -57,10 +56,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
 #pragma unroll
     for (int mt = 0; mt < (IS_BY_ROWS ? 1 : MT); mt++) fetch_rows(to[mt], mt, chunk);
   };
-  const float value = !has_maxima(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
   if (chunks.x + wk < chunks.y) fetch(now, chunks.x + wk);
-  const int blocks = 2 * (chunks.y - chunks.x) | 1;
-  load_maxima<FORMAT, ROWS, THREADS>(shared, blocks, chunks, K, row_of);
   if (blockIdx.y == 0 && t == 0) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
@@ -84,17 +80,10 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     const bool has_next = chunk + WK < chunks.y;
     if constexpr (IS_AHEAD)
       if (has_next) fetch(next, chunk + WK);
-    float scale[MT][2];
-#pragma unroll
-    for (int mt = 0; mt < MT; mt++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        scale[mt][half] =
-            !has_maxima(FORMAT) ? 1.0f : shared[own_of(mt, half) * blocks + 2 * (chunk - chunks.x) + t / 2];
     auto multiply_part = [&](const Piece<T, FORMAT>(&pieces)[2], int mt, int part, const uint4(&right)[NT]) {
       uint32_t top[4], low[4];
-      pieces[0].values(top, part, value, scale[mt][0]);
-      pieces[1].values(low, part, value, scale[mt][1]);
+      pieces[0].values(top, part);
+      pieces[1].values(low, part);
       const uint32_t one[4] = {top[0], low[0], top[1], low[1]}, two[4] = {top[2], low[2], top[3], low[3]};
 #pragma unroll
       for (int j = 0; j < NT; j++) {
@@ -163,7 +152,6 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     }
   }
 
-  __syncthreads(); // the maxima are done with
 #pragma unroll
   for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -186,10 +174,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
 template <typename T, int FORMAT, int MT, int NT, int WR, int WK, bool IS_SWIGLU>
 int launch(const Product &p, int tiles, cudaStream_t stream) {
   constexpr int ROWS = 16 * MT * WR, COLS = 8 * NT;
-  const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
-  const size_t maxima = !has_maxima(FORMAT) ? 0 : static_cast<size_t>(ROWS) * (2 * chunks | 1);
-  const size_t sums = WK * ROWS * (COLS + 1);
-  const size_t bytes = sizeof(float) * (maxima > sums ? maxima : sums);
+  const size_t bytes = sizeof(float) * WK * ROWS * (COLS + 1);
   auto kernel = product<T, FORMAT, MT, NT, WR, WK, IS_SWIGLU>;
   if (bytes > 48 * 1024) {
     const cudaError_t code = allow_shared_memory(kernel);
@@ -227,8 +212,6 @@ template <typename T, int FORMAT> int launch_form(const Product &p, int form, bo
 template <typename T>
 int launch_format(const Product &p, int format, int form, bool is_swiglu, int tiles, cudaStream_t stream) {
   switch (format) {
-  case NF4_PLAIN: return launch_form<T, NF4_PLAIN>(p, form, is_swiglu, tiles, stream);
-  case NF4_NESTED: return launch_form<T, NF4_NESTED>(p, form, is_swiglu, tiles, stream);
   case DENSE: return launch_form<T, DENSE>(p, form, is_swiglu, tiles, stream);
   case DENSE_OTHER: return launch_form<T, DENSE_OTHER>(p, form, is_swiglu, tiles, stream);
   }

@@ -1,15 +1,14 @@
 // Products of few rows with packed weights, straight from their bytes: y = x Wᵀ (+ low sBᵀ) (+ bias) (+ residual), or the
 // SwiGLU of two such products. What the kernels of packed_product.cu and packed_product_sm90.cu share.
 //
-// x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: 4-bit codes with block maxima as in nf4.cu, dense
-// values of type T, or GGUF blocks, row after row as training has them. sB [O, r] of type T, r a multiple of 16; the low-rank products x Aᵀ
-// f32 [S, M, R], S parts whose sum is rounded to T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
+// x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: dense values of type T, GGUF blocks (packed_gguf.cuh), or 4-bit
+// codes with block maxima as in nf4.cu (packed_codes.cuh), row after row as training has them. sB [O, r] of type T, r a multiple of
+// 16; the low-rank products x Aᵀ f32 [S, M, R], S parts whose sum is rounded to T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
 //
 // Tensor cores take the weights as their left operand (16 rows) and x as their right one (8 columns, rows of x). Which of a
 // chunk's 128 columns stands in which place of the operands is free as long as both agree: lane t of the four that share a
 // row has columns 32 t .. 32 t + 31, so that packed bytes are read 16 at a time as they lie, and no weight is repacked; what
-// makes x writes its columns in the order in which they are read (`place_of` in mma.cuh). A code becomes a value by a
-// shuffle (lane i holds value i % 16), is multiplied by its block's maximum and rounded to T: the same bits as training's.
+// makes x writes its columns in the order in which they are read (`place_of` in mma.cuh).
 #pragma once
 
 #include "mma.cuh"
@@ -40,9 +39,7 @@ struct Product {
 };
 
 // DENSE_OTHER: of the other 16-bit type, rounded to T. GGUF: the first of its formats, see packed_gguf.cuh.
-enum Format { NF4_PLAIN, NF4_NESTED, DENSE, DENSE_OTHER, GGUF };
-// Whether block maxima lie beside the bytes.
-constexpr bool has_maxima(int format) { return format < DENSE; }
+enum Format { DENSE = 2, DENSE_OTHER, GGUF };
 // Whether a block's registers hold the next piece beside this one; what GGUF blocks have for 32 columns takes up to 24 of them.
 template <typename Piece> constexpr bool is_fetched_ahead(int format) { return format < GGUF || sizeof(Piece) <= 44; }
 
@@ -50,23 +47,7 @@ template <typename Piece> constexpr bool is_fetched_ahead(int format) { return f
 namespace {
 
 // 32 columns of a row, as they lie. `open` makes of what has come what all of its values need.
-template <typename T, int FORMAT> struct Piece {
-  uint4 codes;
-
-  __device__ __forceinline__ void open() {}
-  __device__ __forceinline__ void fetch(const Packed &w, int64_t flat) { codes = load_streaming(w.data + flat / 2); }
-  // Columns 8 part .. 8 part + 7 as four registers.
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float value, float scale) const {
-    const uint32_t word = part == 0 ? codes.x : part == 1 ? codes.y : part == 2 ? codes.z : codes.w;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      // Within a byte the high nibble is first; the shuffle takes the low 4 bits.
-      const float a = __shfl_sync(0xffffffffu, value, word >> (8 * i + 4), 16);
-      const float b = __shfl_sync(0xffffffffu, value, word >> (8 * i), 16);
-      out[i] = pack_pair<T>(__fmul_rn(a, scale), __fmul_rn(b, scale));
-    }
-  }
-};
+template <typename T, int FORMAT> struct Piece;
 
 template <typename T> struct Piece<T, DENSE> {
   uint4 v[4];
@@ -76,7 +57,8 @@ template <typename T> struct Piece<T, DENSE> {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = load_streaming(w.data + flat * 2 + i * 16);
   }
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  // Columns 8 part .. 8 part + 7 as four registers.
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     out[0] = v[part].x, out[1] = v[part].y, out[2] = v[part].z, out[3] = v[part].w;
   }
 };
@@ -85,7 +67,7 @@ template <typename T> struct Other { using Type = __half; };
 template <> struct Other<__half> { using Type = __nv_bfloat16; };
 
 template <typename T> struct Piece<T, DENSE_OTHER> : Piece<T, DENSE> {
-  __device__ __forceinline__ void values(uint32_t (&out)[4], int part, float, float) const {
+  __device__ __forceinline__ void values(uint32_t (&out)[4], int part) const {
     const uint4 v = this->v[part];
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -133,23 +115,6 @@ __device__ __forceinline__ int2 chunks_of(const Product &p, const Share &share) 
                    static_cast<int>(chunks * (share.part + 1) / share.parts));
 }
 __device__ __forceinline__ int2 chunks_of(const Product &p) { return chunks_of(p, share_of(p)); }
-
-// Block maxima of a row in a tile's part of K: `2 (end - first)` of them, rows `stride` apart.
-template <int FORMAT, int ROWS, int THREADS, typename RowOf>
-__device__ __forceinline__ void load_maxima(float *to, int stride, int2 chunks, int k, RowOf row_of) {
-  if (!has_maxima(FORMAT)) return;
-  const int blocks = 2 * (chunks.y - chunks.x), all = ROWS * blocks;
-  for (int i = threadIdx.x; i < all; i += THREADS) {
-    const int own = i / blocks, at = i - own * blocks;
-    const Packed *w;
-    const int row = row_of(own, w);
-    const int64_t block = static_cast<int64_t>(row) * (k / 64) + 2 * chunks.x + at;
-    float maximum;
-    if (FORMAT == NF4_PLAIN) maximum = __ldg(w->absmax + block);
-    else maximum = __fadd_rn(__fmul_rn(__ldg(w->map + __ldg(w->codes + block)), __ldg(w->nested + block / 256)), w->offset);
-    to[own * stride + at] = maximum;
-  }
-}
 
 __device__ __forceinline__ float with_bias(const Packed &w, int row, float sum) {
   return w.bias ? sum + __ldg(w.bias + row) : sum;

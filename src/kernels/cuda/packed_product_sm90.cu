@@ -8,7 +8,7 @@
 // the last ones; x is the one in shared memory, a ring of blocks that bulk copies fill. The adapters' ranks follow as 16 more
 // columns at a time, with low-rank products [M, R] as x. Sums as in packed_product.cuh.
 //
-// Bound: shuffles for up to 64 rows (64 for 2,048 values, beside 16 accesses of codes), tensor cores from 128 on.
+// Bound: bytes of the weights for few rows, of GGUF blocks the instructions of a value; tensor cores from 128 rows on.
 #include "packed_product_sm90.cuh"
 
 namespace {
@@ -17,16 +17,16 @@ constexpr int GROUP = 128, ROWS = 64;
 
 template <int N> constexpr int stages() { return N == 32 ? 3 : N == 16 ? 4 : 6; }
 // Blocks of a multiprocessor.
-template <int N, int FORMAT> constexpr int resident() { return N == 32 ? 2 : N == 16 ? 3 : has_maxima(FORMAT) ? 4 : 3; }
+template <int N> constexpr int resident() { return N == 32 ? 2 : 3; }
 template <int N> constexpr int stage_bytes() { return N * 8 * 128; }
 
 template <typename T, int FORMAT, int N, bool IS_SWIGLU>
-__global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(const __grid_constant__ Product p) {
+__global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __grid_constant__ Product p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N, PAD = COLS + 1;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-  float *sums = reinterpret_cast<float *>(memory), *maxima = reinterpret_cast<float *>(memory + STAGES * BYTES);
+  float *sums = reinterpret_cast<float *>(memory);
   const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
   const uint32_t full = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)), empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, K = p.x.cols;
@@ -51,12 +51,9 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 #pragma unroll
     for (int half = 0; half < 2; half++) to[half].fetch(w, from[half] + chunk * CHUNK);
   };
-  const float value = !has_maxima(FORMAT) ? 0.0f : __ldg(w.values + lane % 16);
-  constexpr bool IS_AHEAD = has_maxima(FORMAT) || FORMAT >= GGUF && is_fetched_ahead<Piece<T, FORMAT>>(FORMAT);
+  constexpr bool IS_AHEAD = FORMAT >= GGUF && is_fetched_ahead<Piece<T, FORMAT>>(FORMAT);
   constexpr bool IS_DENSE = FORMAT == DENSE || FORMAT == DENSE_OTHER;
   if (!IS_DENSE) fetch(now, chunks.x);
-  const int blocks = count | 1;
-  load_maxima<FORMAT, ROWS, GROUP>(maxima, blocks, chunks, K, row_of);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       phase_init(full + 8 * i, 1);
@@ -84,17 +81,10 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
   for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
   // Two operands of 16 columns at a time, made while the two before them are multiplied.
   uint32_t left[2][2][4];
-  float scale[2];
-  auto maxima_of = [&](int chunk) {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      scale[half] =
-          !has_maxima(FORMAT) ? 1.0f : maxima[(warp * 16 + g + half * 8) * blocks + 2 * (chunk - chunks.x) + t / 2];
-  };
   auto make = [&](uint32_t(&to)[2][4], const Piece<T, FORMAT>(&pieces)[2], int part) {
     uint32_t top[4], low[4];
-    pieces[0].values(top, part, value, scale[0]);
-    pieces[1].values(low, part, value, scale[1]);
+    pieces[0].values(top, part);
+    pieces[1].values(low, part);
 #pragma unroll
     for (int two = 0; two < 2; two++) {
       to[two][0] = top[2 * two], to[two][1] = low[2 * two];
@@ -102,7 +92,6 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
     }
   };
   if (IS_DENSE) fetch(now, chunks.x);
-  maxima_of(chunks.x);
   now[0].open(), now[1].open();
   make(left[0], now, 0);
   int block = 0;
@@ -140,7 +129,6 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
         } else if (IS_DENSE) {
           fetch(now, chunk + 1);
         }
-        maxima_of(chunk + 1);
         now[0].open(), now[1].open();
         make(left[0], now, 0);
       }
@@ -165,10 +153,8 @@ __global__ void __launch_bounds__(GROUP, (resident<N, FORMAT>())) product_sm90(c
 }
 
 template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Product &p, int tiles, cudaStream_t stream) {
-  const int chunks = (p.x.cols / CHUNK + p.splits - 1) / p.splits;
   const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * ROWS * (8 * N + 1);
-  const size_t maxima = !has_maxima(FORMAT) ? 0 : sizeof(float) * ROWS * (2 * chunks | 1);
-  const size_t bytes = ring + maxima > sums ? ring + maxima : sums;
+  const size_t bytes = ring > sums ? ring : sums;
   auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
   const cudaError_t code = allow_shared_memory(kernel);
   if (code != cudaSuccess) return static_cast<int>(code);
@@ -193,8 +179,6 @@ template <typename T, int FORMAT> int launch_rows(const Product &p, bool is_swig
 
 template <typename T> int launch_format(const Product &p, int format, bool is_swiglu, int tiles, cudaStream_t stream) {
   switch (format) {
-  case NF4_PLAIN: return launch_rows<T, NF4_PLAIN>(p, is_swiglu, tiles, stream);
-  case NF4_NESTED: return launch_rows<T, NF4_NESTED>(p, is_swiglu, tiles, stream);
   case DENSE: return launch_rows<T, DENSE>(p, is_swiglu, tiles, stream);
   case DENSE_OTHER: return launch_rows<T, DENSE_OTHER>(p, is_swiglu, tiles, stream);
   }
@@ -218,6 +202,6 @@ extern "C" int trainer_packed_product_sm90(const Product *product, int32_t forma
 
 // Whether the code for this card has the kernel.
 extern "C" int trainer_has_packed_product_sm90() {
-  return attention::is_built(product_sm90<__nv_bfloat16, NF4_NESTED, 8, false>) ? 1 : 0;
+  return attention::is_built(product_sm90<__nv_bfloat16, DENSE, 8, false>) ? 1 : 0;
 }
 #endif
