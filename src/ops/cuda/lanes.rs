@@ -330,6 +330,8 @@ impl Projections {
         let operands = self.operands()?;
         let multiply = |run: &Run, to: ProductOutput<'_>, kind: ProductKind| {
             let form = self.form(run, lanes, kind);
+            // Later launches follow one that may begin before the rows are there.
+            let low = low.map(|low| LowRank { is_fresh: low.is_fresh && run.which.start == 0, ..low });
             packed_product(device, &operands[run.which.clone()], x, low, to, form, workspace)
         };
         match (to, self.runs.as_slice()) {
