@@ -132,6 +132,8 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
             ([144, 32, 32], 896, false, true),
             ([80, 48, 16], 1024, true, true),
             ([64, 16, 16], 384, true, false),
+            // A sum that goes round the ring of `x` more than once.
+            ([80, 16, 16], 1152, true, false),
         ] {
             let packed: Vec<Codes> = rows
                 .iter()
@@ -177,7 +179,8 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
                 [20, 30, 65, 130]
                     .map(|m| (m, RowLayout::Fragments))
                     .into_iter()
-                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 || is_packed { 16 } else { 8 })))),
+                    .chain([1, 8, 13].map(|m| (m, RowLayout::Tiles(if m > 8 || is_packed { 16 } else { 8 }))))
+                    .chain([17, 24, 40, 130].map(|m: usize| (m, RowLayout::Tiles(m.next_power_of_two())))),
             ) {
                 let input = Input::new(&device, m, k, dtype, (layout, is_packed));
                 let (x, host_x) = (input.rows(), input.values.clone());

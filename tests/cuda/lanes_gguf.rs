@@ -59,9 +59,8 @@ fn is_k(kind: GgufKind) -> bool {
 /// The layouts in which `m` rows are multiplied on this card.
 fn layouts(m: usize, card: ProductCard) -> Vec<RowLayout> {
     let mut all = vec![RowLayout::Fragments];
-    let chosen = RowLayout::choose(m, 0, WeightKind::Blocks, card);
-    if chosen != RowLayout::Fragments {
-        all.push(chosen);
+    if card.has_groups && m > 16 {
+        all.push(RowLayout::Tiles(m.next_power_of_two()));
     }
     all
 }
@@ -116,8 +115,11 @@ fn products_with_the_unit_matrix_are_the_unpacked_values() {
 fn compare(case: &str, got: &[f32], want: &[f32], cols: usize, tolerance: f64, wrong: &mut Vec<String>) {
     assert_eq!(got.len(), want.len(), "{case}: lengths");
     let square = |x: f64| x * x;
+    // Of f16 a value may be beyond what it holds.
+    let is_f16 = case.contains("F16");
+    let both = got.iter().zip(want).filter(|&(&g, &w)| !(is_f16 && w.abs() > 65_000.0 && g.abs() >= 65_000.0));
     let norm: f64 = want.iter().map(|&w| square(f64::from(w))).sum();
-    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
+    let difference: f64 = both.map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
     let error = (difference / norm.max(1e-30)).sqrt();
     if error <= tolerance {
         return;

@@ -27,6 +27,7 @@ mod packed_product;
 mod paged_attention;
 mod paged_step;
 mod pointwise;
+mod product_form;
 mod products;
 mod rope;
 mod row_layout;
@@ -55,8 +56,7 @@ pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4}
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 pub use optimizer::{adamw, sums_of_squares};
 pub use packed_product::{
-    LowRank, PackedOperand, PackedWeights, ProductForm, ProductKind, ProductOutput, ProductWorkspace, RANK_STEP,
-    packed_product,
+    LowRank, PackedOperand, PackedWeights, ProductOutput, ProductWorkspace, RANK_STEP, packed_product,
 };
 pub use paged_attention::{
     PagedCache, copy_pages, decode_attention, decode_attention_workspace, paged_attention, paged_attention_workspace,
@@ -64,6 +64,7 @@ pub use paged_attention::{
 };
 pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};
+pub use product_form::{ProductForm, ProductKind};
 pub use products::{Accumulate, Side, Taken, Tried};
 pub use rope::{rope, rope_table};
 pub use row_layout::{ProductCard, RowLayout, Rows, WeightKind};

@@ -2,7 +2,8 @@
 
 use super::gguf::{GgufKind, kind_code};
 use super::launch::{RawStream, kernels};
-use super::packed_product::{GROUPS, RawProduct};
+use super::packed_product::RawProduct;
+use super::product_form::GROUPS;
 use super::row_layout::{ProductCard, RowLayout};
 
 /// The first format of GGUF in `packed_product.cuh`.
@@ -101,7 +102,7 @@ mod tests {
 
     use half::f16;
 
-    use super::super::packed_product::{ProductForm, ProductKind};
+    use super::super::product_form::{ProductForm, ProductKind};
     use super::super::row_layout::{CHUNK, ProductCard, RowLayout, WeightKind};
     use super::{GgufKind, form, format, has_form};
     use crate::kernels::cpu::{Level, blocks};

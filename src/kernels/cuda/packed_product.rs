@@ -7,7 +7,8 @@ use super::gguf::GgufKind;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
 use super::packed_gguf;
-use super::row_layout::{CHUNK, ProductCard, RowLayout, Rows, WeightKind};
+use super::product_form::{CODES, CODES_GROUPS, GROUPS, ProductForm};
+use super::row_layout::{CHUNK, RowLayout, Rows};
 use crate::device::{Error, Matrix, Pointer, argument};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
@@ -15,14 +16,6 @@ use crate::kernels::cpu::codebook::BLOCK_LEN;
 const MOST_MATRICES: usize = 3;
 /// Ranks of an adapter are a multiple of this; what is missing is zeros.
 pub const RANK_STEP: usize = 16;
-/// Parts into which a sum is cut.
-const MOST_SPLITS: usize = 16;
-/// Chunks whose maxima a block of a warp group holds.
-const MOST_GROUP_CHUNKS: usize = 30;
-/// Columns from which a warp has enough of a sum for more rows.
-const LONG_SUM: usize = 8192;
-/// Chunks that a part of a sum has at least, on warp groups.
-const LEAST_CHUNKS: usize = 4;
 
 kernels! {
     // Of `packed_product.cu`.
@@ -172,193 +165,6 @@ pub struct ProductWorkspace<'b> {
     pub arrived: Pointer<'b>,
 }
 
-/// How a product is cut: see `packed_product.cu`, `packed_codes.cu` and those for warp groups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProductForm {
-    /// The kernel's form.
-    pub form: usize,
-    /// Parts of the sum.
-    pub splits: usize,
-    /// Tiles from the first whose sum is not cut nevertheless.
-    pub whole: usize,
-}
-
-/// The kernel for warp groups.
-pub(super) const GROUPS: usize = 6;
-/// The kernel's forms for 4-bit codes begin with this one; these two are for blocks of one and two warp groups.
-const CODES: usize = 10;
-const CODES_GROUPS: [usize; 2] = [17, 18];
-
-impl ProductForm {
-    /// Outputs of each matrix and rows of `x` that a block has, its rows of `W`, and its warps along the sum.
-    fn tile(self, is_swiglu: bool, layout: RowLayout) -> Block {
-        let (rows, cols, warps) = match self.form {
-            0 => (if is_swiglu { 32 } else { 16 }, 8, 8),
-            1 => (32, 8, 8),
-            2 => (64, 16, 4),
-            3 => (128, 32, 2),
-            4 => (128, 64, 2),
-            10 => (16, 8, 8),
-            11 => (64, 8, 4),
-            12 => (64, 16, 4),
-            13 => (128, 32, 2),
-            14 => (128, 64, 2),
-            15 => (32, 8, 8),
-            18 => (128, layout.rows(64), 1),
-            _ => (64, layout.rows(64), 1),
-        };
-        Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
-    }
-
-    /// The form for `m` rows of `x` in a layout: enough blocks for all multiprocessors, no more reading than needed.
-    pub fn choose(
-        m: usize,
-        rows: &[usize],
-        cols: usize,
-        (kind, weights): (ProductKind, WeightKind),
-        layout: RowLayout,
-        card: ProductCard,
-    ) -> Self {
-        let (is_swiglu, is_codes) = (kind == ProductKind::Swiglu, weights == WeightKind::Codes);
-        let all: usize = rows.iter().sum();
-        let is_large = is_codes && is_swiglu || all.div_ceil(32) >= 4 * card.multiprocessors;
-        let form = match (layout, m) {
-            _ if weights == WeightKind::Blocks => packed_gguf::form(m, layout, card),
-            (RowLayout::Tiles(_), _) if is_codes => return Self::of_groups(m, rows, cols, is_swiglu, layout, card),
-            (RowLayout::Tiles(_), _) => GROUPS,
-            (_, 0..=8) if is_codes && !is_large && cols >= LONG_SUM => 5,
-            (_, 0..=8) => usize::from(is_large),
-            (_, 9..=16) => 2,
-            (_, 17..=32) => 3,
-            _ if card.has_large_blocks => 4,
-            _ => 3,
-        };
-        let form = if is_codes { CODES + form } else { form };
-        Self::cut(form, (m, rows, cols), kind, layout, card)
-    }
-
-    /// A form with its sum cut into as many parts as take the least time.
-    fn cut(
-        form: usize,
-        (m, rows, cols): (usize, &[usize], usize),
-        kind: ProductKind,
-        layout: RowLayout,
-        card: ProductCard,
-    ) -> Self {
-        let is_swiglu = kind == ProductKind::Swiglu;
-        let chunks = cols / CHUNK;
-        let block = Self::whole(form).tile(is_swiglu, layout);
-        let blocks = Self::whole(form).tiles(rows, is_swiglu, layout) * m.div_ceil(block.cols);
-        // Half steps: those that the busiest multiprocessor makes one after the other, or, where its blocks are too few to hide a
-        // step's latency, those of a block alone, for each round of blocks; and what adding the sums of several takes.
-        let Pace { resident, latency, end } = Pace::of(form, block.cols);
-        let cost = |splits: usize| {
-            let of_card = (blocks * splits).div_ceil(card.multiprocessors);
-            let steps = chunks.div_ceil(splits).div_ceil(block.warps);
-            let busy = (2 * of_card * steps).max(of_card.div_ceil(resident) * steps * latency);
-            busy + if splits > 1 { of_card * end } else { 0 }
-        };
-        let most = (chunks / block.warps).clamp(1, MOST_SPLITS);
-        let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
-        let splits = (least..=most.max(least)).min_by_key(|&splits| cost(splits)).unwrap_or(1);
-        Self { splits, ..Self::whole(form) }
-    }
-
-    /// A form that cuts no sum.
-    fn whole(form: usize) -> Self {
-        Self { form, splits: 1, whole: 0 }
-    }
-
-    /// The form of the kernel for warp groups and 4-bit codes: whole tiles for as many rounds of all multiprocessors as they fill, and
-    /// the rest cut so that one more round, shorter by as much, is full too.
-    fn of_groups(m: usize, rows: &[usize], cols: usize, is_swiglu: bool, layout: RowLayout, card: ProductCard) -> Self {
-        // Blocks at a time, in halves of a multiprocessor; as measured on an H200 with matrices of a 7B model.
-        let places = |groups: usize| {
-            let halves = match layout.rows(m) {
-                ..=16 => 8 / groups,
-                17..=32 => 6 - groups,
-                33..=64 => 4,
-                _ => 2,
-            };
-            card.multiprocessors * halves / 2
-        };
-        let tiles = |form| Self::whole(form).tiles(rows, is_swiglu, layout);
-        // Two groups share what is read of `x`; where that leaves multiprocessors without a tile, one has its own.
-        let [one, two] = CODES_GROUPS;
-        let is_small = layout.rows(m) <= 64 && tiles(two) < card.multiprocessors;
-        let (form, places) = if is_small { (one, places(1)) } else { (two, places(2)) };
-        let (tiles, chunks) = (tiles(form), cols / CHUNK);
-        let whole = tiles / places * places;
-        let parts = if tiles == whole { 1 } else { places / (tiles - whole) };
-        // A part is worth its sums' way through memory if it has a few chunks.
-        Self { form, splits: parts.clamp(1, (chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS)), whole }
-    }
-
-    fn tiles(self, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> usize {
-        let Block { outputs, .. } = self.tile(is_swiglu, layout);
-        if is_swiglu {
-            rows.first().map_or(0, |rows| rows.div_ceil(outputs))
-        } else {
-            rows.iter().map(|rows| rows.div_ceil(outputs)).sum()
-        }
-    }
-
-    /// Floats and counters of the workspace for `m` rows of `x`.
-    pub fn workspace(self, m: usize, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> (usize, usize) {
-        if self.splits == 1 {
-            return (0, 0);
-        }
-        let block = self.tile(is_swiglu, layout);
-        let places = (self.tiles(rows, is_swiglu, layout) - self.whole) * m.div_ceil(block.cols);
-        (self.splits * places * block.rows * block.cols, places)
-    }
-}
-
-/// How blocks of a form share a multiprocessor, as measured on an H200 with matrices of a 7B model: how many there are at a time,
-/// and, in half steps, how long a step takes by itself and what adding the sums of several blocks takes for each.
-#[derive(Clone, Copy, Debug)]
-struct Pace {
-    resident: usize,
-    latency: usize,
-    end: usize,
-}
-
-impl Pace {
-    fn of(form: usize, cols: usize) -> Self {
-        let (resident, latency, end) = match (form, cols) {
-            (0, _) => (8, 6, 2),
-            (1, _) => (3, 6, 2),
-            (2..=4, _) => (2, 6, 6),
-            (10, _) => (3, 6, 2),
-            (11 | 15, _) => (3, 6, 2),
-            (12..=14, _) => (2, 6, 6),
-            (_, 0..=32) => (4, 7, 4),
-            (_, 33..=64) => (4, 5, 8),
-            (_, 65..=128) => (3, 4, 16),
-            _ => (2, 3, 32),
-        };
-        Self { resident, latency, end }
-    }
-}
-
-/// What a block of a form has.
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    outputs: usize,
-    rows: usize,
-    cols: usize,
-    warps: usize,
-}
-
-/// What a product makes, as far as its form depends on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProductKind {
-    /// [`ProductOutput::Sum`]
-    Sum,
-    /// [`ProductOutput::Swiglu`]
-    Swiglu,
-}
-
 impl PackedWeights<'_> {
     /// `(O, K)`.
     pub fn shape(&self) -> (usize, usize) {
@@ -440,6 +246,34 @@ impl PackedWeights<'_> {
     }
 }
 
+impl ProductOutput<'_> {
+    /// The result, and what it is added to, of the rows `x` and matrices of so many `rows`.
+    fn raw(self, rows: &[usize], x: &Rows<'_>) -> Result<(RawMatrix, RawMatrix), Error> {
+        const KERNEL: &str = "packed product";
+        let (m, all) = (x.shape().0, rows.iter().sum());
+        match self {
+            ProductOutput::Sum { out, onto } => {
+                let fits = |matrix: Matrix<'_>| {
+                    let size = matrix.dtype().size_in_bytes();
+                    let is_aligned = matrix.stride.is_multiple_of(8) && matrix.address.is_multiple_of(8 * size as u64);
+                    matrix.shape() == (m, all) && is_aligned
+                };
+                if !fits(out) || !onto.is_none_or(fits) {
+                    return Err(argument(KERNEL, "out", (out, onto), format!("[{m}, {all}], eight values aligned")));
+                }
+                Ok((out.into(), RawMatrix::or_none(onto)))
+            }
+            ProductOutput::Swiglu(out) => {
+                if rows.len() != 2 || rows[0] != rows[1] || out.shape() != (m, rows[0]) || out.dtype() != x.dtype() {
+                    let expected = format!("[{m}, {}] of two matrices of one shape", rows[0]);
+                    return Err(argument(KERNEL, "out", out.shape(), expected));
+                }
+                Ok((out.raw(), RawMatrix::NONE))
+            }
+        }
+    }
+}
+
 /// Multiplies a few rows by packed weights of one format: `y = x Wᵀ + low sBᵀ + bias (+ onto)`.
 ///
 /// A 16-bit value of the weights is as it is, one of GGUF blocks has the bits that [`super::dequantize_gguf`] gives it in the type of
@@ -473,7 +307,6 @@ pub fn packed_product(
         return Err(argument(KERNEL, "x", x, format!("rows in the order that form {} reads", form.form)));
     }
     let rows: Vec<usize> = group.iter().map(|operand| operand.weights.shape().0).collect();
-    let all: usize = rows.iter().sum();
     let mut w = [RawPacked::default(); MOST_MATRICES];
     for (raw, operand) in w.iter_mut().zip(group) {
         let (rows, cols) = operand.weights.shape();
@@ -503,25 +336,7 @@ pub fn packed_product(
         expect_array(KERNEL, "low", low.values, DType::F32, low.parts * m * low.cols)?;
     }
     let is_swiglu = matches!(to, ProductOutput::Swiglu(_));
-    let (out, residual) = match to {
-        ProductOutput::Sum { out, onto } => {
-            let fits = |matrix: Matrix<'_>| {
-                let size = matrix.dtype().size_in_bytes();
-                let is_aligned = matrix.stride.is_multiple_of(8) && matrix.address.is_multiple_of(8 * size as u64);
-                matrix.shape() == (m, all) && is_aligned
-            };
-            if !fits(out) || !onto.is_none_or(fits) {
-                return Err(argument(KERNEL, "out", (out, onto), format!("[{m}, {all}], eight values aligned")));
-            }
-            (out.into(), RawMatrix::or_none(onto))
-        }
-        ProductOutput::Swiglu(out) => {
-            if group.len() != 2 || rows[0] != rows[1] || out.shape() != (m, rows[0]) || out.dtype() != x.dtype() {
-                return Err(refuse("out", out.shape(), format!("[{m}, {}] of two matrices of one shape", rows[0])));
-            }
-            (out.raw(), RawMatrix::NONE)
-        }
-    };
+    let (out, residual) = to.raw(&rows, &x)?;
     if matches!(first.weights, PackedWeights::Gguf { .. }) && !packed_gguf::has_form(form.form, x.layout()) {
         return Err(argument(KERNEL, "form", form.form, "one that multiplies GGUF blocks, with rows in its order"));
     }
@@ -566,43 +381,4 @@ pub fn packed_product(
         }
     };
     launched(KERNEL, code)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout, WeightKind};
-
-    fn cards() -> [ProductCard; 3] {
-        [(132, true, true), (68, false, true), (36, false, false)].map(
-            |(multiprocessors, has_groups, has_large_blocks)| ProductCard {
-                multiprocessors,
-                has_groups,
-                has_large_blocks,
-            },
-        )
-    }
-
-    #[test]
-    fn every_shape_of_the_family_has_a_form_whose_parts_cover_the_sum() {
-        let shapes = [896, 1024, 1536, 2048, 2560, 3584, 4096, 5120, 8192];
-        let inner = [3072, 4864, 8960, 9728, 11_008, 12_288, 13_824, 17_408, 18_944, 25_600, 27_648, 29_568];
-        for card in cards() {
-            for (hidden, m) in shapes.into_iter().chain(inner).flat_map(|k| [1, 8, 17, 64, 256].map(|m| (k, m))) {
-                for (rows, kind) in
-                    [(vec![hidden, 512, 512], ProductKind::Sum), (vec![hidden, hidden], ProductKind::Swiglu)]
-                {
-                    for weights in [WeightKind::Dense, WeightKind::Codes] {
-                        let layout = RowLayout::choose(m, rows.iter().sum(), weights, card);
-                        assert!(layout.rows(m) >= m);
-                        let form = ProductForm::choose(m, &rows, hidden, (kind, weights), layout, card);
-                        assert!((1..=hidden / CHUNK).contains(&form.splits), "{form:?} for {hidden}, {m} rows");
-                        let (floats, places) = form.workspace(m, &rows, kind == ProductKind::Swiglu, layout);
-                        assert_eq!(floats == 0, places == 0);
-                        let tiles = form.tiles(&rows, kind == ProductKind::Swiglu, layout);
-                        assert!(form.whole <= tiles && (form.whole < tiles || form.splits == 1), "{form:?} of {tiles}");
-                    }
-                }
-            }
-        }
-    }
 }

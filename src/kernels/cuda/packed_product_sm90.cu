@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __g
           begin_block(ring + before % STAGES * BYTES, x + static_cast<int64_t>(next_block) * BYTES, BYTES,
                       full + 8 * (before % STAGES));
         }
+        // Who waits for the other warps does so for its own: registers of a warp hold what all of its lanes wait for next.
+        __syncwarp();
       }
       if (part < 3) {
         make(left[(part + 1) % 2], now, part + 1);

@@ -69,6 +69,7 @@ impl<'b> Rows<'b> {
     }
 
     /// The same memory for values as products with 4-bit codes read them: f16, a 64th of each, whatever the type of the activations.
+    #[must_use]
     pub fn scaled(self) -> Self {
         Self { is_scaled: true, ..self }
     }
@@ -110,16 +111,19 @@ impl<'b> Rows<'b> {
 impl RowLayout {
     /// The layout in which products of `m` rows with so many outputs are fastest.
     pub fn choose(m: usize, outputs: usize, weights: WeightKind, card: ProductCard) -> Self {
-        // For fewer rows, warps that need not go in step make values of packed bytes faster, and cut a small matrix more evenly.
-        let (least, smallest) = match (weights, outputs) {
-            (WeightKind::Dense, _) => (1, 8),
-            (WeightKind::Codes, MANY_OUTPUTS..) => (9, 16),
-            _ => (17, 32),
+        // For fewer rows, warps that need not go in step make values of codes faster, and cut a small matrix more evenly. Warp groups
+        // multiply more rows of 16-bit values, and GGUF blocks, in tests alone: a mend of theirs has not run on a card yet.
+        let (least, most) = match (weights, outputs) {
+            (WeightKind::Dense, _) => (1, 16),
+            (WeightKind::Codes, MANY_OUTPUTS..) => (9, MOST_GROUP_ROWS),
+            (WeightKind::Codes, _) => (17, MOST_GROUP_ROWS),
+            (WeightKind::Blocks, _) => return Self::Fragments,
         };
-        match m {
-            0..=MOST_GROUP_ROWS if card.has_groups && m >= least => Self::Tiles(m.next_power_of_two().max(smallest)),
-            _ => Self::Fragments,
+        let smallest = if weights == WeightKind::Dense { 8 } else { 16 };
+        if card.has_groups && (least..=most).contains(&m) {
+            return Self::Tiles(m.next_power_of_two().max(smallest));
         }
+        Self::Fragments
     }
 
     /// The column that stands at a place of a row, for those who put other rows in this order.
