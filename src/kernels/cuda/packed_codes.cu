@@ -36,7 +36,7 @@ __device__ __forceinline__ void add_adapter(float (&acc)[NT][4], const Product &
 }
 
 template <typename T, bool IS_NESTED, int MT, int NT, int WR, int WK, bool IS_SWIGLU>
-__global__ void __launch_bounds__(32 * WR * WK, NT == 1 ? 3 : NT == 2 ? 2 : 1) codes(const __grid_constant__ Product p) {
+__global__ void __launch_bounds__(32 * WR * WK, NT <= 2 ? 2 : 1) codes(const __grid_constant__ Product p) {
   constexpr int THREADS = 32 * WR * WK, ROWS = 16 * MT * WR, COLS = 8 * NT, PAD = COLS + 1;
   static_assert(!IS_SWIGLU || MT == 2, "a warp has the same rows of gate and up");
   extern __shared__ __align__(128) float sums[]; // [WK, ROWS, PAD], when the table behind its first bytes is done with
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(32 * WR * WK, NT == 1 ? 3 : NT == 2 ? 2 : 1) c
       from[mt][half] = matrix_of(mt).data + (static_cast<int64_t>(rows[mt][half]) * K + first) / 2;
       block[mt][half] = static_cast<uint32_t>(rows[mt][half]) * (K / 64) + first / 64;
     }
-  // A chunk's codes and maxima, and those of the one after it.
+  // A chunk's codes and maxima, of it and of the two that come after it.
   struct Chunk {
     Codes codes[MT][2];
     Maximum<IS_NESTED> maxima[MT][2];
-  } now, next;
+  } now, next, later;
   auto fetch = [&](Chunk &to, int chunk) {
     if (chunk >= chunks.y) return;
 #pragma unroll
@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(32 * WR * WK, NT == 1 ? 3 : NT == 2 ? 2 : 1) c
       }
   };
   fetch(now, chunks.x + wk);
+  fetch(next, chunks.x + wk + WK);
   fill_table<THREADS>(TABLE, sums, w.values);
   if (blockIdx.y == 0 && t == 0) {
 #pragma unroll
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(32 * WR * WK, NT == 1 ? 3 : NT == 2 ? 2 : 1) c
   const uint32_t place = own_place(TABLE);
 
   for (int chunk = chunks.x + wk; chunk < chunks.y; chunk += WK) {
-    fetch(next, chunk + WK);
+    fetch(later, chunk + 2 * WK);
     __half2 scale[MT][2];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
@@ -140,6 +141,7 @@ __global__ void __launch_bounds__(32 * WR * WK, NT == 1 ? 3 : NT == 2 ? 2 : 1) c
       }
     }
     now = next;
+    next = later;
   }
 
   if (p.waits_late) wait_for_dependency();
