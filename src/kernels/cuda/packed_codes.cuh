@@ -1,9 +1,9 @@
 // What products of few rows with 4-bit codes share (packed_codes.cu, packed_codes_sm90.cu): how codes become operands.
 //
-// x is f16, its values 1 / X_SCALE of what they are (SCALED_F16 and SCALED_BF16 in mma.cuh), so that an activation of four million still fits. A byte of two codes is looked up in shared memory, where each of its 256 pairs of f16 values stands once for each
-// lane, so that no two lanes ask one bank; a block's maximum times X_SCALE, in f16, multiplies the pair. An operand is thus
-// within 2^-10.4 of the exact value, where training's bf16 is within 2^-9; sums are f32. No block waits for all its maxima before it
-// begins: a chunk's come with its codes.
+// x is f16, its values 1 / X_SCALE of what they are (SCALED_F16 and SCALED_BF16 in mma.cuh), so that an activation of four million
+// still fits. A byte of two codes is looked up in shared memory, where each of its 256 pairs of f16 values stands once for each lane,
+// so that no two lanes ask one bank; a block's maximum times X_SCALE, in f16, multiplies the pair. An operand is thus within 2^-9.4 of
+// the exact value (a product of which all three are rounded to 11 bits), where training's bf16 is within 2^-8. Sums are f32. No block waits for all its maxima before it begins: a chunk's come with its codes.
 //
 // Bound: for two values two integer instructions, an access of a bank by each lane and a product of pairs: 64 values a clock and
 // multiprocessor, about twice what device memory delivers (34 on an H200).

@@ -4,10 +4,11 @@
 // so that a block comes to shared memory in one copy.
 //
 // Launch: a block has GROUPS warp groups with 64 rows of W each (with SwiGLU 32 of gate and 32 of up) and all rows of x, which
-// come through a ring of blocks in shared memory that the groups share: from the second-level cache once for 64 GROUPS rows of W. The weights are the operand in registers: a group makes those of the next 32 columns while `wgmma`
-// multiplies the last ones, and the groups do not go in step. The first `whole` tiles are a block's each; the sums of the others
-// are cut into `splits` parts, so that the last round of blocks is as long as the others' share. The adapters' ranks follow as 16
-// more columns at a time, with low-rank products [M, R] as x. Sums as in packed_product.cuh.
+// come through a ring of blocks in shared memory that the groups share: from the second-level cache once for 64 GROUPS rows of W. The
+// weights are the operand in registers: a group makes those of the next 32 columns while `wgmma` multiplies the last ones, and the
+// groups do not go in step. The first `whole` tiles are a block's each; the sums of the others are cut into `splits` parts, so that
+// the last round of blocks is as long as the others' share. The adapters' ranks follow as 16 more columns at a time, with low-rank
+// products [M, R] as x. Sums as in packed_product.cuh.
 //
 // Bound: the table for up to 64 rows, tensor cores from 128 on; bytes of x from the second-level cache if a block had one group.
 #include "packed_codes.cuh"
