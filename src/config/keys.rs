@@ -233,8 +233,9 @@ keys! {
             Bounds::between(0.0, 1e12), "values";
         /// Where the optimizer's state, the gradients and the f32 values that it moves wait beside a GPU: `cpu` is host memory,
         /// where the optimizer then works, on all cores; with `nvme` state and values lie in a file of
-        /// `offload_optimizer_nvme_path`, also where the CPU computes, and gradients in host memory. Results are the same; an
-        /// optimizer of 8 bits has them there, and 32 on a GPU. Not in TRL; accelerate's key.
+        /// `offload_optimizer_nvme_path`, also where the CPU computes, and gradients in host memory. Results are the same, but
+        /// that GRPO of all weights in 16 bits draws in recorded steps then; an optimizer of 8 bits has them there, and 32 on a
+        /// GPU. Not in TRL; accelerate's key.
         offload_optimizer_device: Option<Offload> = Derived("what a launch file says, else `none`"), ANY, "";
         /// Where parameters wait beside a GPU: `cpu` is host memory, from which each block comes for as long as it is computed
         /// with, packed as it is, while the one before computes; `nvme` is a file of `offload_param_nvme_path`, also where the
