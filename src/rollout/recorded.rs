@@ -33,9 +33,7 @@ pub(super) const STEPS: usize = 16;
 /// Most lanes: the kernels multiply so many rows at a time.
 pub(super) const MOST_LANES: usize = 256;
 /// Lanes beyond which the head is a product of the library, which reads a dense table as fast.
-const MOST_HEAD_ROWS: usize = 16;
-/// Lanes for which a step is recorded at least where there are more than 16: a step of fewer takes little less.
-const MANY_LANES: usize = 40;
+const MOST_HEAD_ROWS: usize = 32;
 /// Contexts are rounded up to this many tokens, longer ones to an eighth of themselves.
 const CONTEXT_STEP: usize = 512;
 
@@ -102,7 +100,7 @@ impl std::fmt::Debug for RecordedSteps {
 fn bucket(lanes: usize) -> usize {
     match lanes {
         0..=16 => lanes.max(1).next_power_of_two(),
-        17..=64 => lanes.next_multiple_of(8).max(MANY_LANES),
+        17..=64 => lanes.next_multiple_of(8),
         _ => lanes.next_multiple_of(32),
     }
 }
@@ -479,7 +477,7 @@ mod tests {
     fn buckets_hold_what_they_are_for_and_are_few() {
         for lanes in 1..=600 {
             let held = bucket(lanes);
-            assert!(held >= lanes && bucket(held) == held && 2 * held <= 5 * lanes.max(4));
+            assert!(held >= lanes && bucket(held) == held && held <= lanes.max(4) * 2);
         }
         let buckets: std::collections::BTreeSet<usize> = (1..=256).map(bucket).collect();
         assert!(buckets.len() <= 20, "{buckets:?}");

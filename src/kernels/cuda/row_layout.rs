@@ -111,16 +111,13 @@ impl<'b> Rows<'b> {
 impl RowLayout {
     /// The layout in which products of `m` rows with so many outputs are fastest.
     pub fn choose(m: usize, outputs: usize, weights: WeightKind, card: ProductCard) -> Self {
-        // For fewer rows, warps that need not go in step make values of codes faster, and cut a small matrix more evenly. Warp groups
-        // multiply more rows of 16-bit values, and GGUF blocks, in tests alone: a mend of theirs has not run on a card yet.
-        let (least, most) = match (weights, outputs) {
-            (WeightKind::Dense, _) => (1, 16),
-            (WeightKind::Codes, MANY_OUTPUTS..) => (9, MOST_GROUP_ROWS),
-            (WeightKind::Codes, _) => (17, MOST_GROUP_ROWS),
-            (WeightKind::Blocks, _) => return Self::Fragments,
+        // For fewer rows, warps that need not go in step make values of packed bytes faster, and cut a small matrix more evenly.
+        let (least, smallest) = match (weights, outputs) {
+            (WeightKind::Dense, _) => (1, 8),
+            (WeightKind::Codes, MANY_OUTPUTS..) => (9, 16),
+            _ => (17, 32),
         };
-        let smallest = if weights == WeightKind::Dense { 8 } else { 16 };
-        if card.has_groups && (least..=most).contains(&m) {
+        if card.has_groups && (least..=MOST_GROUP_ROWS).contains(&m) {
             return Self::Tiles(m.next_power_of_two().max(smallest));
         }
         Self::Fragments
