@@ -1,6 +1,8 @@
 //! What must not matter: packing, micro-batch splits, shared prompts, recomputation, threads, paging, ranks; and candle's own
 //! Qwen models as an independent oracle for logits.
 
+#[path = "equiv/layer.rs"]
+mod layer;
 #[path = "equiv/ranks.rs"]
 mod ranks;
 

@@ -11,7 +11,7 @@ use super::{Context, Exit, UsageError, launch, training};
 use crate::config::settings::{
     DeviceChoice, OffloadDevice, OffloadSettings, OptimizerKind, Precision, RankBackend, RankSettings, ZeroStage,
 };
-use crate::engine::{Activations, Order, Parked};
+use crate::engine::{Activations, Order, Parked, Plan};
 use crate::model::load::RandomStorage;
 use crate::ranks::{self, Ranks};
 use crate::rollout::Statistics;
@@ -308,6 +308,7 @@ fn measure(
     let mut run = format!("bench-{}", std::process::id()).into_bytes();
     ranks.broadcast(&mut run, 0)?;
     let offload = Offload::of(settings, &backend.device, backend.types.read(), &String::from_utf8(run)?);
+    let world_size = settings.world_size;
     let settings = Settings {
         lora: lora(args.lora_r),
         weights: args.weights,
@@ -330,6 +331,9 @@ fn measure(
         bench.peak_flops / 1e12,
         args.lora_r,
     ))?;
+    if !backend.device.is_cpu() && !args.work.is_empty() {
+        print(&format!("rates: {}\n", bench.rates().describe(world_size)))?;
+    }
     for &work in &args.rollout {
         let measured = bench.rollout(work, args.max_num_seqs as usize, args.temperature)?;
         print(&rollout_row(&measured))?;
@@ -380,10 +384,13 @@ fn row(m: &Measured) -> String {
     if m.micro_batches > 1 {
         let _ = write!(text, "   {} micro-batches, {}", m.micro_batches, m.order);
     }
-    if let Some(parked) = m.parked {
-        let _ = write!(text, "   in host memory: {}", parked.name());
+    if let Some(parked) = m.plan.as_ref().and_then(Plan::parked_name) {
+        let _ = write!(text, "   in host memory: {parked}");
     }
     text.push('\n');
+    for (what, how) in m.plan.iter().flat_map(Plan::describe) {
+        let _ = writeln!(text, "               {what}: {how}");
+    }
     if !m.phases.is_empty() {
         let parts: Vec<String> = m.phases.iter().map(|(name, secs)| format!("{name} {:.1}", 1e3 * secs)).collect();
         let _ = writeln!(text, "               ms by phase: {}", parts.join(", "));
@@ -453,6 +460,7 @@ fn record(
     bench: &Bench,
     m: &Measured,
 ) -> serde_json::Value {
+    let rates = bench.rates();
     json!({
         "model": args.model.display().to_string(),
         "device": backend.describe(),
@@ -475,7 +483,15 @@ fn record(
         "step_secs": m.step_secs,
         "floor_secs": m.floor_secs,
         "peak_flops": bench.peak_flops,
-        "parked": m.parked.map(Parked::name),
+        "parked": m.plan.as_ref().and_then(Plan::parked_name),
+        "is_last_layer_whole": m.plan.as_ref().map(Plan::is_last_whole),
+        "rates": {
+            "products": rates.products,
+            "memory": rates.memory,
+            "bus": rates.bus,
+            "link": rates.link,
+            "is_measured": rates.is_measured,
+        },
         "peak_bytes": m.peak_bytes,
         "device_bytes": m.device_bytes,
         "phase_secs": m.phases,

@@ -9,7 +9,7 @@ use crate::config::settings::{
     ModelSettings, OffloadDevice, OffloadSettings, Precision, RankSettings, TrainingSettings, ZeroStage,
 };
 use crate::config::{self, ConfigError, Source, command_of, load_grpo, load_sft};
-use crate::engine::{Activations, Types};
+use crate::engine::{Activations, Rates, Types};
 use crate::telemetry::units;
 use crate::train::estimate::{Estimate, Shape, Work};
 use crate::train::session;
@@ -128,6 +128,10 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
         };
     }
     write_parts(&mut text, &of(ranks), ranks, &shape);
+    text.push_str("\nActivations of a micro-batch, on a card as fast as an H200:\n");
+    for (what, how) in shape.plan(work, activations, 1, &Rates::H200).describe() {
+        let _ = writeln!(text, "{what:<24}{how}");
+    }
     text.push('\n');
     write_alternatives(&mut text, ranks, card, activations.0, &of);
     Ok(text)

@@ -3,13 +3,9 @@
 use candle_core::Tensor;
 
 use super::host::{Held, Host};
-use super::retention::LAST_LAYER_KEPT_TOKENS;
+use super::retention::Plan;
 use super::{Activations, Engine, Error, in_layer};
-use crate::model::layer::{self, DecoderLayer, Pass, Retained, Retaining};
-
-/// What may come back from host memory while the MLP before it still needs its own: with few tokens a layer is done before a
-/// copy that starts later.
-const MOST_BESIDE_MLP_BYTES: usize = 256 << 20;
+use crate::model::layer::{self, DecoderLayer, Pass, Retained};
 
 /// What a layer leaves for backward.
 pub(super) enum Kept {
@@ -29,8 +25,8 @@ pub(super) struct KeptRetained {
 /// How a micro-batch's layers are kept.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keeping {
-    /// How much of a layer that is computed again stays.
-    pub(super) retaining: Retaining,
+    /// What stays of a layer.
+    pub(super) plan: Plan,
     /// Whether that waits in host memory.
     pub(super) is_parked: bool,
     /// Whether the backward of the last layer follows its forward, so that it needs no place to wait.
@@ -48,17 +44,13 @@ impl Engine {
         pass: &Pass<'_>,
         host: &Host,
     ) -> Result<(Tensor, Kept), Error> {
-        let tokens = hidden.dims()[0];
         let is_next = keeping.is_last_next && index + 1 == self.config.num_hidden_layers;
-        let is_whole = self.activations == Activations::Keep
-            || index >= self.recomputed_layers
-            || (is_next && LAST_LAYER_KEPT_TOKENS.contains(&tokens));
-        if is_whole {
+        let is_asked_to = self.activations == Activations::Keep || index >= self.recomputed_layers;
+        let Some(retaining) = keeping.plan.retaining(is_next).filter(|_| !is_asked_to) else {
             let (output, saved) = layer.forward(hidden, pass).map_err(in_layer(index))?;
             return Ok((output, Kept::Everything(Box::new(saved))));
-        }
-        let (output, mut retained) =
-            layer.forward_retaining(hidden, keeping.retaining, pass).map_err(in_layer(index))?;
+        };
+        let (output, mut retained) = layer.forward_retaining(hidden, retaining, pass).map_err(in_layer(index))?;
         let stays = is_next || !keeping.is_parked;
         let place = |tensor| if stays { Ok(Held::Here(tensor)) } else { host.park(tensor) };
         let (products, mlp_outputs) = (retained.take_products(), retained.take_mlp_outputs());
@@ -90,42 +82,42 @@ impl<'h> Queue<'h> {
         Ok(queue)
     }
 
-    /// The gradient of the input of layer `index` from that of its output and the next of what was kept.
+    /// The gradient of the input of layer `index` from that of its output and the next of what was kept. The layer before comes back
+    /// while this one computes: from the start, or, where it `comes_late`, once the MLP has given back its memory.
     pub(super) fn backward(
         &mut self,
         layer: &DecoderLayer<'_>,
         index: usize,
         gradient: &Tensor,
+        comes_late: bool,
         pass: &Pass<'_>,
     ) -> Result<Tensor, Error> {
         let host = self.host;
-        match self.take()? {
+        let (inside, products) = match self.take()? {
             Kept::Everything(saved) => {
-                self.start()?;
-                self.start_mlp()?;
-                layer.backward(gradient, *saved, pass).map_err(in_layer(index))
+                if !comes_late {
+                    self.start()?;
+                }
+                (layer.backward_down_of_whole(gradient, *saved, pass).map_err(in_layer(index))?, None)
             }
             Kept::Retained(retained) => {
                 let KeptRetained { mlp_outputs, most, products } = *retained;
                 let most = most.map(|held| host.take(held))?;
                 let mlp_outputs = mlp_outputs.map(|held| host.take(held)).transpose()?;
-                // The layer before comes back while this one computes: from the start, or, where that is much memory, once the
-                // MLP has given back its own.
-                let is_large = most.size_bytes() > MOST_BESIDE_MLP_BYTES;
-                if !is_large {
+                if !comes_late {
                     self.start()?;
                 }
                 let inside = layer.backward_down(gradient, most, mlp_outputs, pass).map_err(in_layer(index))?;
-                let products = products.map(|held| host.bring_back(held)).transpose()?;
-                let halfway = layer.backward_mlp(gradient, inside, pass).map_err(in_layer(index))?;
-                let products = products.map(|held| host.take(held)).transpose()?;
-                if is_large {
-                    self.start()?;
-                }
-                self.start_mlp()?;
-                layer.backward_attention(halfway, products, pass).map_err(in_layer(index))
+                (inside, products.map(|held| host.bring_back(held)).transpose()?)
             }
+        };
+        let halfway = layer.backward_mlp(gradient, inside, pass).map_err(in_layer(index))?;
+        let products = products.map(|held| host.take(held)).transpose()?;
+        if comes_late {
+            self.start()?;
         }
+        self.start_mlp()?;
+        layer.backward_attention(halfway, products, pass).map_err(in_layer(index))
     }
 
     /// The next, which has been started.

@@ -9,7 +9,9 @@ mod ends;
 mod host;
 mod interrupt;
 mod kept;
+mod moments;
 mod order;
+mod rates;
 mod retention;
 mod step;
 mod values;
@@ -23,7 +25,7 @@ use crate::model;
 use crate::model::adapter::AdapterSettings;
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
-use crate::model::layer::{DecoderLayer, Pass, PassDropout};
+use crate::model::layer::{DecoderLayer, LayerCosts, Pass, PassDropout};
 use crate::model::params::BlockParams;
 use crate::ops::rope::Rotation;
 pub use crate::zero::Speaker;
@@ -32,9 +34,11 @@ pub use ends::neftune_noise;
 use host::Host;
 use interrupt::Interrupt;
 pub use interrupt::IsInterrupted;
+pub(crate) use moments::{Strips, of_head, of_layer};
 pub use order::Order;
-pub(crate) use retention::micro_batches_at_a_time;
-pub use retention::{ComputedAgain, Parked};
+pub use rates::Rates;
+pub(crate) use retention::Planned;
+pub use retention::{BatchSize, ComputedAgain, Parked, Plan};
 pub use step::StepLoss;
 
 /// What went wrong in a pass.
@@ -104,9 +108,13 @@ pub struct Engine {
     activations: Activations,
     /// The first so many layers follow `activations`, the others keep theirs.
     recomputed_layers: usize,
+    /// What a layer costs.
+    costs: LayerCosts,
+    /// What the card reaches, if it was measured.
+    rates: OnceLock<Rates>,
     /// Size of the noise on embeddings in training passes.
     neftune_noise_alpha: Option<f64>,
-    /// What waits in host memory, if that is not to be estimated.
+    /// What waits in host memory, if that is not to be planned.
     forced: Option<Parked>,
     /// The order of a step's micro-batches, if that is not to be chosen by what it takes.
     forced_order: Option<Order>,
@@ -130,9 +138,8 @@ pub enum Activations {
     Keep,
     /// The block's input and the adapters' low-rank products stay, the rest is computed again in backward.
     Recompute,
-    /// As `Recompute`; on a GPU these, attention's results, and in batches of up to some thousand tokens its inputs and a part
-    /// of gate and up, wait in page-locked host memory, so that they are not computed again. On the CPU the same as
-    /// `Recompute`.
+    /// As `Recompute`; on a GPU these, and what the plan takes of attention's results, its inputs, and gate and up, wait in
+    /// page-locked host memory, so that they are not computed again. On the CPU the same as `Recompute`.
     Offload,
 }
 
@@ -146,6 +153,7 @@ impl Engine {
         activations: Activations,
     ) -> Self {
         let (frequencies, rotation_scale) = config.inv_freq();
+        let costs = retention::costs_of(&config, &store, types);
         Self {
             config,
             adapter,
@@ -153,6 +161,8 @@ impl Engine {
             types,
             activations,
             recomputed_layers: usize::MAX,
+            costs,
+            rates: OnceLock::new(),
             neftune_noise_alpha: None,
             forced: None,
             forced_order: None,
@@ -177,7 +187,7 @@ impl Engine {
         self.recomputed_layers = count;
     }
 
-    /// Parks so much of a layer in passes that offload, instead of what is estimated to take the least time: to measure it.
+    /// Parks so much of a layer in passes that offload, instead of what the plan says: to measure it.
     pub fn force_parked(&mut self, parked: Option<Parked>) {
         self.forced = parked;
     }

@@ -7,10 +7,11 @@ use candle_core::Tensor;
 
 use super::kept::{Keeping, Queue};
 use super::order::Course;
+use super::retention::BatchSize;
 use super::{DropoutKey, Engine, Error, Speaker, in_block};
 use crate::model::HeadGradient;
 use crate::model::batch::Batch;
-use crate::model::layer::{Pass, PassDropout, Retaining};
+use crate::model::layer::{Pass, PassDropout};
 use crate::ops::linear::TokenKeys;
 use crate::ops::rope::Rotation;
 use crate::ops::{head, rows};
@@ -113,7 +114,7 @@ impl Engine {
         walk: &mut Walk<'_>,
         loss: &mut dyn StepLoss<E>,
     ) -> Result<(), E> {
-        let micros = self.micros(step, sweep.clone())?;
+        let micros = self.micros(step, sweep.clone(), &|micro_step| loss.known(micro_step).is_some())?;
         let probability = self.adapter.as_ref().map_or(0.0, |a| a.dropout);
         let key_of = |DropoutKey { seed, step }: DropoutKey| Stream::new(seed, "dropout", step, 0).bits();
         let dropout = key.filter(|_| probability > 0.0).map(|key| (probability, key_of(key)));
@@ -183,7 +184,8 @@ impl Engine {
             for micro_step in sweep.clone() {
                 if let Some((micro, gradient)) = at.next_if(|(micro, _)| micro.index == micro_step) {
                     let pass = micro.pass(self, dropout);
-                    *gradient = queue.backward(&layer, index, gradient, &pass)?;
+                    let comes_late = micro.keeping.plan.comes_late();
+                    *gradient = queue.backward(&layer, index, gradient, comes_late, &pass)?;
                 }
                 lease.end_micro_step(micro_step).map_err(Error::from)?;
             }
@@ -207,8 +209,13 @@ impl Engine {
         Ok(())
     }
 
-    /// The micro-batches of a sweep that have something to learn.
-    fn micros<'a>(&self, step: &'a [Batch], sweep: Range<usize>) -> Result<Vec<Micro<'a>>, Error> {
+    /// The micro-batches of a sweep that have something to learn; `is_known` says of which the loss's gradient is.
+    fn micros<'a>(
+        &self,
+        step: &'a [Batch],
+        sweep: Range<usize>,
+        is_known: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Micro<'a>>, Error> {
         let own: Vec<(usize, &Batch)> = step
             .iter()
             .enumerate()
@@ -217,12 +224,9 @@ impl Engine {
         let is_alone = own.len() == 1;
         let has_room = is_alone || self.has_room_for_inputs(own.iter().map(|(_, batch)| batch.tokens.len()).sum());
         let micro = |(index, batch): (usize, &'a Batch)| {
-            let parked = self.park(batch);
-            let keeping = Keeping {
-                retaining: parked.map_or(Retaining::Input, |parked| parked.retaining(batch.tokens.len())),
-                is_parked: parked.is_some() || !has_room,
-                is_last_next: is_alone,
-            };
+            let plan = self.plan_said(BatchSize::of(batch, is_known(index)), is_alone);
+            let is_parked = plan.is_parked() || !has_room;
+            let keeping = Keeping { plan, is_parked, is_last_next: is_alone };
             let (rotation, token_keys) = (self.rotation(&batch.positions)?, batch.token_keys.as_slice().into());
             Ok(Micro { index, batch, rotation, token_keys, keeping })
         };

@@ -76,7 +76,7 @@ impl Engine {
             let layer = self.bind_layer(lease.params(), index)?;
             for ((batch, rotation), hidden) in batches.iter().zip(&rotations).zip(&mut hidden) {
                 let pass = self.pass(batch, rotation, use_adapter, None);
-                *hidden = layer.forward_retaining(hidden, Retaining::Input, &pass).map_err(in_layer(index))?.0;
+                *hidden = layer.forward_retaining(hidden, Retaining::default(), &pass).map_err(in_layer(index))?.0;
             }
         }
         self.check_between_blocks()?;

@@ -12,6 +12,7 @@
 //! stream is `[N, D]`; its type and that of the activations are f32 on the CPU.
 
 mod backward;
+mod halves;
 mod lanes;
 mod retained;
 
@@ -30,8 +31,9 @@ use crate::ops::rope::Rotation;
 use crate::ops::{Param, Wide, rms_norm, swiglu};
 use crate::rng;
 pub use backward::{Halfway, InsideMlp};
+pub use halves::{AdapterRanks, Half, LayerCosts, Leaf, TypeBytes, Work};
 pub use lanes::{LaneBuffers, LaneLayer, LaneWidths};
-pub use retained::{Retained, Retaining};
+pub use retained::{OfMixer, Retained, Retaining};
 
 /// What a pass through the layers needs to know besides the hidden states.
 #[derive(Clone, Copy, Debug)]
@@ -403,13 +405,10 @@ impl<'l> DecoderLayer<'l> {
         let room = self.attended_room(pass);
         let (attended, attention) = attention::forward_rows(&q, &k, &v, pass.layout, self.heads, room)?;
         drop((q, k, v));
-        let (is_middle_kept, with_products, mlp_rows) = match with {
-            Retaining::Input => (false, false, 0),
-            Retaining::Attention { with_products, mlp_rows } => (true, with_products, mlp_rows),
-        };
-        let products = products.filter(|_| with_products);
-        let (y, rest) = self.after_attention(x, &attended, mlp_rows, pass)?;
-        let middle = is_middle_kept.then_some((attended, attention));
+        let Retaining { mixer, gate_up_rows } = with;
+        let products = products.filter(|_| mixer >= OfMixer::Products);
+        let (y, rest) = self.after_attention(x, &attended, gate_up_rows, pass)?;
+        let middle = (mixer >= OfMixer::Attention).then_some((attended, attention));
         Ok((y, Retained::new(x.clone(), qkv, rest, middle, products)))
     }
 }

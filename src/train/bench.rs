@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 
-use super::Backend;
 use super::tuning::Tuning;
+use super::{Backend, card_rates};
 use crate::config::settings::{LoraSettings, ModuleSet, OptimizerKind, OptimizerSettings};
-use crate::engine::{self, Activations, Engine, Order, Parked, StepLoss};
+use crate::engine::{self, Activations, BatchSize, Engine, Order, Parked, Plan, Rates, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::ModelConfig;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -195,8 +195,8 @@ pub struct Measured {
     pub device_bytes: u64,
     /// Frozen weights that waited in host memory, bytes; 0 on the CPU.
     pub host_bytes: u64,
-    /// What of a layer waited in host memory.
-    pub parked: Option<Parked>,
+    /// What became of the activations of the first micro-batch.
+    pub plan: Option<Plan>,
 }
 
 impl Measured {
@@ -233,11 +233,15 @@ impl Bench {
             loaded.keep_embedding_on_host();
         }
         let is_first = sharing.ranks().is_first();
+        let rates = card_rates::of_run(backend, &sharing, None, !settings.tune, &|_| ())?;
         let tuning = Tuning::new(backend, !settings.tune, is_first)?;
         let blocks = loaded.blocks.map(|block| block.map_err(anyhow::Error::from));
         let store = ParamStore::placed(blocks, &backend.device, sharing, settings.offload.clone())?;
         let engine = Engine::new(loaded.config, loaded.adapter, store, backend.types, settings.activations);
         let optimizer = ShardedOptimizer::new(OPTIMIZER, engine.store())?;
+        if let Some(rates) = rates {
+            engine.set_rates(rates);
+        }
         let peak_flops = peak_flops(backend)?;
         Ok(Self { engine, optimizer, settings, tuning, num_steps: 0, peak_flops })
     }
@@ -255,13 +259,18 @@ impl Bench {
         self.engine.config()
     }
 
+    /// The rates by which activations are planned.
+    pub fn rates(&self) -> Rates {
+        self.engine.rates()
+    }
+
     /// Changes what becomes of activations.
     pub fn set_activations(&mut self, activations: Activations) {
         self.settings.activations = activations;
         self.engine.set_activations(activations);
     }
 
-    /// What waits in host memory where activations are offloaded; `None` leaves it to the engine's estimate.
+    /// What waits in host memory where activations are offloaded; `None` leaves it to the plan.
     pub fn force_parked(&mut self, parked: Option<Parked>) {
         self.engine.force_parked(parked);
     }
@@ -312,7 +321,7 @@ impl Bench {
         let order = self.engine.order_of(&step)?;
         let floor: f64 = step.iter().map(|batch| floor_flops(&self.engine, batch, (step.len(), order), work)).sum();
         let floor_secs = floor / self.peak_flops;
-        let parked = step.first().and_then(|batch| self.engine.parked(batch));
+        let plan = step.first().map(|batch| plan_of(&self.engine, batch, (step.len(), order), work));
         let tokens = micro_batches * work.tokens() * sharing.world_size();
         let store = self.engine.store();
         let host_bytes = if store.device().is_cuda() { store.offloaded_bytes() as u64 } else { 0 };
@@ -327,7 +336,7 @@ impl Bench {
             peak_bytes,
             device_bytes,
             host_bytes,
-            parked,
+            plan,
         })
     }
 
@@ -391,9 +400,15 @@ impl Bench {
     }
 }
 
+/// What becomes of the activations of a batch of `work`, one of so many of a step in an order.
+fn plan_of(engine: &Engine, batch: &Batch, (micro_batches, order): (usize, Order), work: Work) -> Plan {
+    let is_known = matches!(work, Work::Sequences { .. });
+    engine.plan(BatchSize::of(batch, is_known), order.at_a_time(micro_batches) == 1)
+}
+
 /// FLOPs of the multiplies that a step of a frozen model with an adapter cannot do without: forward and input gradients of
 /// the projections and the head, what is computed again, and attention's.
-fn floor_flops(engine: &Engine, batch: &Batch, (micro_batches, order): (usize, Order), work: Work) -> f64 {
+fn floor_flops(engine: &Engine, batch: &Batch, order: (usize, Order), work: Work) -> f64 {
     let config = engine.config();
     let (tokens, rows) = (batch.tokens.len() as f64, batch.targets.len() as f64);
     let layers = config.num_hidden_layers as f64;
@@ -402,7 +417,7 @@ fn floor_flops(engine: &Engine, batch: &Batch, (micro_batches, order): (usize, O
     let attention_width = (config.num_attention_heads * config.head_dim) as f64;
     let output = hidden * attention_width;
     let qkv = output + 2.0 * hidden * (config.num_key_value_heads * config.head_dim) as f64;
-    let again = engine.computed_again(batch, micro_batches == 1 || order == Order::DepthFirst);
+    let again = plan_of(engine, batch, order, work).computed_again();
     let projections =
         2.0 * (qkv + output + 3.0 * down) + again.gate_up * 2.0 * down + again.qkv * qkv + again.attention * output;
     let pairs = batch.layout.num_pairs() as f64;

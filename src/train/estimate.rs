@@ -1,17 +1,16 @@
 //! What a run takes of a GPU's memory and of the host's, before anything is loaded: bytes of parameters, gradients and the
 //! optimizer's state from the shapes, of activations from what a layer keeps and what it makes on the way.
 //!
-//! Parameters and what waits for backward are counted exactly. What a layer's backward makes on its way is a sum over its widths
-//! whose factors are fitted to peaks of the 0.5B to 32B shapes on an H200 (512 to 18,432 tokens, bf16): within 5% of them.
-
-use std::ops::RangeInclusive;
+//! Parameters and what waits for backward are counted exactly, by the plan that a run makes of its activations on a card with an
+//! H200's rates. What a pass makes on its way is counted as that plan counts it (`engine`): within 5% of measured peaks.
 
 use crate::config::settings::{
     GrpoSettings, LoraSettings, ModelSettings, OffloadDevice, OptimizerKind, Projection, Quantization, RankSettings,
     SftSettings, WeightDtype, ZeroStage,
 };
-use crate::engine::{Activations, Types, micro_batches_at_a_time};
+use crate::engine::{Activations, BatchSize, Plan, Planned, Rates, Strips, Types, of_head, of_layer};
 use crate::model::config::{ModelConfig, TensorRole};
+use crate::model::layer::{AdapterRanks, LayerCosts, Leaf};
 use crate::model::peft::AdapterConfig;
 use crate::zero::LayerBytes;
 pub use rollouts::Rollouts;
@@ -33,18 +32,15 @@ pub fn context_bytes(world_size: usize) -> u64 {
 }
 /// The library's workspace for products.
 const WORKSPACE: f64 = (32 << 20) as f64;
-/// Tokens of a batch with which the last layer keeps its activations.
-const LAST_KEPT: RangeInclusive<usize> = 4096..=16384;
-/// What a layer's backward makes on its way, in values of 16 bits a token: for each of the MLP's, the model's, and attention's
-/// width (queries, keys, values).
-const ON_THE_WAY: [f64; 3] = [2.9, 6.25, 2.08];
 
 /// The work of one rank in a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Work {
     /// Tokens of a micro-batch.
     pub tokens: usize,
-    /// Of these, targets of the loss.
+    /// Pairs of them of which the one attends to the other.
+    pub pairs: usize,
+    /// Of the tokens, targets of the loss.
     pub targets: usize,
     /// Whether the loss's gradient is known before the head (SFT), so that logits are made once.
     pub is_known: bool,
@@ -61,16 +57,24 @@ impl Work {
     pub fn of_sft(settings: &SftSettings) -> Self {
         const USUAL_LENGTH: usize = 1024;
         let SftSettings { training, max_length, .. } = settings;
-        let tokens = training.per_device_train_batch_size * max_length.unwrap_or(USUAL_LENGTH);
+        let (rows, length) = (training.per_device_train_batch_size, max_length.unwrap_or(USUAL_LENGTH));
+        let (tokens, pairs) = (rows * length, rows * length * length.div_ceil(2));
         let micro_batches = training.gradient_accumulation_steps;
         Self {
             tokens,
+            pairs,
             targets: tokens,
             is_known: true,
             micro_batches,
             rollouts: Rollouts::default(),
             has_reference: false,
         }
+    }
+
+    /// A micro-batch of it.
+    pub(super) fn batch(&self) -> BatchSize {
+        let Self { tokens, pairs, targets, is_known, .. } = *self;
+        BatchSize { tokens, pairs, targets, is_known }
     }
 
     /// A step of GRPO with the longest prompts and completions; `world_size` ranks share the completions.
@@ -84,6 +88,7 @@ impl Work {
         let at_once = settings.max_num_seqs.min(settings.generation_batch_size.div_ceil(training.ranks.world_size));
         Self {
             tokens: prompts * prompt + completions * longest,
+            pairs: prompts * prompt * prompt.div_ceil(2) + completions * longest * (prompt + longest.div_ceil(2)),
             targets: completions * longest,
             is_known: false,
             micro_batches: training.gradient_accumulation_steps,
@@ -117,8 +122,8 @@ pub struct Shape {
     is_half: bool,
     /// Of a layer's projections, in their order.
     adapter_ranks: [usize; Projection::ALL.len()],
-    /// Ranks of the adapters of a layer, over its projections, and over those whose inputs carry the products along.
-    ranks: [usize; 2],
+    /// Of a layer.
+    costs: LayerCosts,
     has_adapter: bool,
 }
 
@@ -258,7 +263,7 @@ impl Shape {
                 }
             }
         }
-        let (mut ranks, mut adapter_ranks) = ([0, 0], [0; Projection::ALL.len()]);
+        let (mut ranks, mut adapter_ranks) = (AdapterRanks::default(), [0; Projection::ALL.len()]);
         if let Some(lora) = lora {
             let adapter = AdapterConfig::new(lora, None);
             for (module, (outputs, inputs)) in adapter.adapted(&config)? {
@@ -273,8 +278,8 @@ impl Shape {
                     adapter_ranks[projection] = lora.r;
                 }
                 if module.starts_with("model.layers.0.") {
-                    ranks[0] += lora.r;
-                    ranks[1] += if module.contains("down_proj") { 0 } else { lora.r };
+                    ranks.all += lora.r;
+                    ranks.carried += if module.contains("down_proj") { 0 } else { lora.r };
                 }
             }
             for tensor in adapter.saved_whole(&config)? {
@@ -284,6 +289,7 @@ impl Shape {
             }
         }
         let (packed, is_half, has_adapter) = (quantization.is_some(), dtype_bytes == 2, lora.is_some());
+        let costs = LayerCosts::new(&config, types.bytes(), ranks, has_adapter && packed);
         let shape = Self {
             config,
             types,
@@ -295,7 +301,7 @@ impl Shape {
             packed,
             is_half,
             adapter_ranks,
-            ranks,
+            costs,
             has_adapter,
         };
         Ok(shape)
@@ -306,87 +312,63 @@ impl Shape {
         self.trained.iter().sum()
     }
 
-    /// The width of queries, and of queries, keys and values.
-    fn attention_widths(&self) -> [usize; 2] {
-        let ModelConfig { num_attention_heads, num_key_value_heads, head_dim, .. } = self.config;
-        let queries = num_attention_heads * head_dim;
-        [queries, queries + 2 * num_key_value_heads * head_dim]
+    /// The model as far as plans depend on it, with `activations` and how many of the first layers it is for.
+    fn planned(&self, (activations, recomputed_layers): (Activations, usize)) -> Planned {
+        Planned {
+            costs: self.costs,
+            vocabulary: self.config.vocab_size,
+            layers: self.config.num_hidden_layers,
+            activations,
+            recomputed_layers,
+            is_on_gpu: true,
+        }
     }
 
-    /// Bytes a token that a layer keeps for backward: all of it, or what is left if the rest is computed again.
-    fn kept_bytes(&self) -> [f64; 2] {
-        let ModelConfig { hidden_size: hidden, intermediate_size: inside, num_attention_heads: heads, .. } =
-            self.config;
-        let (compute, residual) = (self.types.compute.size_in_bytes(), self.types.residual.size_in_bytes());
-        let [queries, all] = self.attention_widths();
-        let low_rank = compute * self.ranks[0];
-        let heads_normed = if self.config.has_qk_norm {
-            let keys = self.config.num_key_value_heads;
-            compute * (queries + keys * self.config.head_dim) + 4 * (heads + keys)
-        } else {
-            0
-        };
-        let rows = residual * 2 * hidden + compute * (2 * hidden + queries + all + 2 * inside + self.ranks[1]);
-        let whole = rows + 4 * heads + 8 + low_rank + heads_normed;
-        [whole as f64, (residual * hidden + low_rank) as f64]
+    /// What becomes of the activations of a micro-batch of `work`, of which so many pass together, on a card of these rates with room.
+    pub fn plan(&self, work: Work, activations: (Activations, usize), at_a_time: usize, rates: &Rates) -> Plan {
+        self.planned(activations).plan(work.batch(), at_a_time == 1, (rates, rates), None, None)
     }
 
-    /// Activations at the moment that takes most, with `waiting` bytes of blocks that are there for a visit of the head, and of a
+    /// Activations by a plan at the moment that takes most, with `waiting` bytes of blocks that are there for a visit of the head, and of a
     /// layer.
     fn activations(
         &self,
+        plan: &Plan,
         work: Work,
         (activations, recomputed_layers): (Activations, usize),
         at_a_time: usize,
         waiting: [f64; 2],
     ) -> f64 {
-        let ModelConfig { hidden_size, intermediate_size, vocab_size, num_hidden_layers, .. } = self.config;
-        let (hidden, inside, vocabulary) = (hidden_size as f64, intermediate_size as f64, vocab_size as f64);
-        let (compute, residual) =
-            (self.types.compute.size_in_bytes() as f64, self.types.residual.size_in_bytes() as f64);
-        let (tokens, targets) = (work.tokens as f64, work.targets as f64);
+        let layers = self.config.num_hidden_layers;
+        let tokens = work.tokens as f64;
         // The layers after these keep all of theirs.
-        let again = recomputed_layers.min(num_hidden_layers);
-        let whole_layers = (num_hidden_layers - again) as f64;
-        let [whole, left] = self.kept_bytes();
-        let [queries, attention] = self.attention_widths();
+        let again = recomputed_layers.min(layers);
+        let whole_layers = (layers - again) as f64;
+        let (whole, left) = (self.costs.whole_bytes() as f64, self.costs.bytes(Leaf::Input) as f64);
         let all_tokens = tokens * at_a_time as f64;
-        let is_last_kept = activations != Activations::Keep
-            && again == num_hidden_layers
-            && at_a_time == 1
-            && LAST_KEPT.contains(&work.tokens);
-        let parked = tokens * (2.0 * residual * hidden + compute * (queries + attention) as f64);
+        let parked = plan.parked_bytes();
         let kept_before = match activations {
-            Activations::Keep => num_hidden_layers as f64 * whole * all_tokens,
+            Activations::Keep => layers as f64 * whole * all_tokens,
             Activations::Recompute => (again as f64 * left + whole_layers * whole) * all_tokens,
             // The last layer's stays, since it is needed next.
-            Activations::Offload if is_last_kept => 0.0,
+            Activations::Offload if plan.is_last_whole() || plan.comes_late() => whole_layers * whole * all_tokens,
             Activations::Offload => parked + whole_layers * whole * all_tokens,
         };
-        // On their way out and back, two layers at a time; the head waits for them.
-        let on_their_way = if activations == Activations::Offload { 2.0 * parked } else { 0.0 };
-        let last = if is_last_kept {
-            (whole - if activations == Activations::Offload { 0.0 } else { left }) * tokens
-        } else {
-            0.0
+        // On their way out and back, two layers at a time; the head waits for them. What comes late is part of what the layer makes.
+        let on_their_way = if plan.comes_late() { 0.0 } else { 2.0 * parked };
+        // What is left of the last layer in any case is among the others'.
+        let left = match activations {
+            Activations::Offload if plan.is_last_whole() => 0.0,
+            Activations::Offload => parked,
+            _ => left * tokens,
         };
-        let logits = if work.is_known {
-            let height = (work.targets / 8).next_multiple_of(128).clamp(256, 1024).min(work.targets.max(1));
-            let each = if compute < 4.0 { 4.0 + compute } else { 4.0 };
-            height as f64 * vocabulary * each
-        } else {
-            let width = (f64::from(192 << 20) / (6.0 * targets.max(1.0))).clamp(256.0, 16384.0).min(vocabulary);
-            targets * width * (4.0 + if compute < 4.0 { compute } else { 0.0 }) + 4.0 * targets * hidden
-        };
-        let head = logits + (residual + 2.0 * compute) * hidden * targets + residual * hidden * (all_tokens - tokens);
-        let [of_mlp, of_hidden, of_attention] = ON_THE_WAY;
-        let unpacked = (tokens * f64::from(24 << 10)).clamp(f64::from(48 << 20), f64::from(192 << 20));
-        let unpacked = unpacked.min(compute * hidden * inside);
+        let last = plan.last_bytes().map_or(0.0, |bytes| (bytes - left).max(0.0));
+        let residual = self.types.residual.size_in_bytes() as f64;
+        let others = residual * self.config.hidden_size as f64 * (all_tokens - tokens);
+        let head = of_head(&self.costs, self.config.vocab_size, work.batch(), Strips::AsTheyAre) + others;
         // With everything kept nothing is made again.
-        let made_again = if activations == Activations::Keep { 0.6 } else { 1.0 };
-        let widths = of_mlp * inside + of_hidden * hidden + of_attention * attention as f64;
-        let layer = compute * tokens * widths * made_again + unpacked + residual * hidden * (all_tokens - tokens);
-        let before_last = if is_last_kept { kept_before - left * tokens } else { kept_before };
+        let layer = of_layer(&self.costs, work.tokens, activations == Activations::Keep) + others;
+        let before_last = if plan.is_last_whole() { (kept_before - left).max(0.0) } else { kept_before };
         WORKSPACE + (kept_before + last + head + waiting[0]).max(before_last + on_their_way + layer + waiting[1])
     }
 
@@ -438,14 +420,16 @@ impl Shape {
             from_host: (if params { own_frozen } else { 0 } + if at_home { own_values } else { 0 }) as usize,
             from_ranks: (frozen_layer + values_layer - own_frozen - own_values) as usize,
         };
-        let at_a_time = micro_batches_at_a_time(&self.config, self.types, work.tokens, bytes, activations);
-        let at_a_time = at_a_time.min(work.micro_batches);
-        let inputs = self.kept_bytes()[1] * layers as f64 * (work.tokens * work.micro_batches) as f64;
+        // Of tokens that attend to few others: those compute the least while a layer comes.
+        let least = BatchSize { pairs: 0, ..work.batch() };
+        let at_a_time = self.planned(activations).group_size(least, bytes, &Rates::H200).min(work.micro_batches);
+        let inputs = (self.costs.bytes(Leaf::Input) * layers * work.tokens * work.micro_batches) as f64;
         // Through host memory ranks gather one block after the other.
         let comes_alone = bytes.from_ranks > 0 && exchanging(ranks) == 1;
         let is_breadth_first = work.micro_batches > 1 && (comes_alone || (passes && trained as f64 > inputs));
         let at_a_time = if is_breadth_first { work.micro_batches } else { at_a_time };
-        let activations_at_most = self.activations(work, activations, at_a_time, waiting) as u64;
+        let plan = self.plan(work, activations, at_a_time, &Rates::H200);
+        let activations_at_most = self.activations(&plan, work, activations, at_a_time, waiting) as u64;
         let is_whole_step = is_breadth_first || work.micro_batches == at_a_time;
         let own_at_device = if at_home { 0 } else { own_gradients };
         let [gradients, kept_gradients] = if passes {

@@ -22,6 +22,7 @@ fn work_of(record: &Value) -> (Work, Activations, RankSettings) {
     let work = match text("work").parse::<BenchWork>().unwrap() {
         BenchWork::Sequences { count, tokens } => Work {
             tokens: count * tokens,
+            pairs: count * tokens * (tokens + 1) / 2,
             targets: count * (tokens - 1),
             is_known: true,
             micro_batches,
@@ -30,6 +31,8 @@ fn work_of(record: &Value) -> (Work, Activations, RankSettings) {
         },
         BenchWork::Groups { prompts, samples, prompt_tokens, completion_tokens } => Work {
             tokens: prompts * (prompt_tokens + samples * (completion_tokens - 1)),
+            pairs: prompts * prompt_tokens * (prompt_tokens + 1) / 2
+                + prompts * samples * (completion_tokens - 1) * (prompt_tokens + completion_tokens / 2),
             targets: prompts * samples * completion_tokens,
             is_known: false,
             micro_batches,
@@ -96,11 +99,52 @@ fn estimates_are_within_a_twentieth_of_measured_peaks() {
     assert!(wrong.is_empty(), "{} of {measured}\n{}", wrong.len(), wrong.join("\n"));
 }
 
+/// Records of one rank with one micro-batch since the last layer keeps everything in batches of 4,096 to 16,384 tokens.
+fn single_records() -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/baselines/nvidia-h200.jsonl");
+    let text = std::fs::read_to_string(path).unwrap();
+    let records = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let before = ["7c1c986902ac", "34d07d2", "738079e", "eba4eb3"];
+    records
+        .filter(|record| {
+            let commit = record["commit"].as_str().unwrap();
+            record["activations"].is_string()
+                && !before.iter().any(|old| commit.starts_with(old))
+                && record["micro_batches"].as_u64().unwrap_or(1) == 1
+                && record["ranks"].as_u64().unwrap_or(1) == 1
+                && record["offload_params"] != true
+        })
+        .collect()
+}
+
+#[test]
+fn plans_take_no_more_than_what_was_measured_took_and_are_counted_within_a_twentieth_of_it() {
+    let mut seen = std::collections::BTreeSet::new();
+    for record in single_records() {
+        let (mut work, activations, ranks) = work_of(&record);
+        work.micro_batches = 1;
+        let shape = shape(record["model"].as_str().unwrap(), record["lora_r"].as_u64().unwrap() as usize);
+        let what = format!("{} {} {activations:?}", record["model"], record["work"]);
+        let recomputed = (activations, usize::MAX);
+        let plan = shape.plan(work, recomputed, 1, &Rates::H200);
+        let measured = plan.with_last_whole((4096..=16384).contains(&work.tokens));
+        let [now, then] = [&plan, &measured].map(|plan| shape.activations(plan, work, recomputed, 1, [0.0, 0.0]));
+        let estimate = shape.estimate(work, recomputed, &ranks, OptimizerKind::AdamW);
+        let of_device = estimate.device() as f64;
+        assert!(now - then <= 0.01 * of_device, "{what}: {now} and {then} of {of_device}");
+        let (got, want) = (of_device + then - now, record["peak_bytes"].as_f64().unwrap() + estimate.context as f64);
+        assert!((got / want - 1.0).abs() < 0.05, "{what}: {got} bytes, measured {want}");
+        seen.insert(what);
+    }
+    assert!(seen.len() >= 20, "{seen:?}");
+}
+
 #[test]
 fn what_is_shared_or_waits_elsewhere_takes_less() {
     let shape = shape("configs/bench/qwen2-7b", 16);
     let work = Work {
         tokens: 2048,
+        pairs: 2048 * 1024,
         targets: 2047,
         is_known: true,
         micro_batches: 1,
@@ -163,6 +207,7 @@ fn inputs_of_micro_batches_that_pass_together_are_counted() {
     let of = |stage, params, backend, tokens, micro_batches| {
         let work = Work {
             tokens,
+            pairs: 1024 * tokens,
             targets: tokens,
             is_known: true,
             micro_batches,
@@ -176,7 +221,7 @@ fn inputs_of_micro_batches_that_pass_together_are_counted() {
     };
     let (none, cpu, nccl, gloo) = (OffloadDevice::None, OffloadDevice::Cpu, RankBackend::Nccl, RankBackend::Gloo);
     // Of one micro-batch of 2,048 tokens.
-    let inputs = 2048.0 * 28.0 * shape.kept_bytes()[1];
+    let inputs = 2048.0 * 28.0 * shape.costs.bytes(Leaf::Input) as f64;
     let more = |stage, params, backend, tokens| {
         let (one, many) = (of(stage, params, backend, tokens, 1), of(stage, params, backend, tokens, 32));
         ((many.0 - one.0) as f64 / inputs, many.1 - one.1)
@@ -196,6 +241,7 @@ fn what_is_asked_to_stay_is_counted() {
     let shape = shape("configs/bench/qwen2-7b", 16);
     let work = Work {
         tokens: 2048,
+        pairs: 2048 * 1024,
         targets: 2047,
         is_known: true,
         micro_batches: 1,
@@ -265,6 +311,7 @@ fn trained_values_are_counted_as_blocks_read_them() {
                 let ranks = RankSettings { offload, ..RankSettings::default() };
                 let work = Work {
                     tokens: 256,
+                    pairs: 256 * 128,
                     targets: 255,
                     is_known: true,
                     micro_batches: 1,
@@ -304,6 +351,7 @@ fn all_weights_of_a_small_model_fit_three_gibibytes() {
         let offload = OffloadSettings { optimizer: OffloadDevice::Cpu, ..OffloadSettings::default() };
         let work = Work {
             tokens: 512,
+            pairs: 512 * 256,
             targets: 511,
             is_known: true,
             micro_batches: 1,
@@ -325,7 +373,15 @@ fn rollouts_are_counted_as_they_size_their_memory() {
     use crate::rollout::sizes::{Generating, Stored, cache_pages, least_pages};
     let shape = shape("configs/bench/qwen2-7b", 16);
     let rollouts = Rollouts { at_once: 64, longest: 128 + 1024 - 1 };
-    let work = Work { tokens: 2048, targets: 2000, is_known: false, micro_batches: 1, rollouts, has_reference: false };
+    let work = Work {
+        tokens: 2048,
+        pairs: 2048 * 1024,
+        targets: 2000,
+        is_known: false,
+        micro_batches: 1,
+        rollouts,
+        has_reference: false,
+    };
     let of = |world_size, stage, offload: OffloadSettings, work: Work| {
         let ranks = RankSettings { world_size, stage, offload, ..RankSettings::default() };
         shape.estimate(work, (Activations::Recompute, usize::MAX), &ranks, OptimizerKind::AdamW)

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::bail;
 
 use super::Backend;
+use super::estimate::Work;
 use super::run::Run;
 use super::session::Session;
 use crate::checkpoint;
@@ -215,6 +216,22 @@ pub(super) fn model_section(settings: &ModelSettings, session: &Session) -> Sect
     }
     let share = 100.0 * trained as f64 / config.num_parameters() as f64;
     section.row("trained", format!("{} ({share:.2}%)", units::count(trained as u64)))
+}
+
+/// What becomes of the activations of a micro-batch as long as those of `work`, half by half, and by which rates that follows.
+pub(super) fn activations_section(session: &Session, work: Work) -> Section {
+    let engine = &session.engine;
+    // Where blocks come for a visit, a step's order may take several micro-batches at a time.
+    let plan = engine.plan(work.batch(), engine.store().holds_all());
+    let mut section =
+        Section::new("Activations").row("for", format!("a micro-batch of {} tokens", units::count(work.tokens as u64)));
+    for (what, text) in plan.describe() {
+        section.push(what, text);
+    }
+    if engine.device().is_cuda() {
+        section.push("rates", engine.rates().describe(engine.store().sharing().world_size()));
+    }
+    section
 }
 
 /// What is trained whole beside an adapter: `names` of modules, and how many weights that makes.

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::best::{Best, BestTracker};
 use super::cadence::{Cadence, Due};
 use super::continuation::Continuation;
+use super::estimate::Work;
 use super::generation::Surroundings;
 use super::inputs::Inputs;
 use super::notices::Notices;
@@ -20,7 +21,7 @@ use super::results;
 use super::session::Session;
 use super::state::{LoopState, RunState, State, write_checkpoint};
 use super::tuning::Tuning;
-use super::{Backend, Context, Outcome, save};
+use super::{Context, Outcome, card_rates, plan, save};
 use crate::checkpoint;
 use crate::config::settings::{Interval, ReportTo, TrainingSettings};
 use crate::ranks::{self, Ranks};
@@ -131,15 +132,22 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Prints the plan and starts the clock; `backend` makes its products as they were made by the run that this one goes on
-    /// from.
-    pub(super) fn open(&mut self, backend: &Backend, mut sections: Vec<Section>) -> anyhow::Result<()> {
-        self.tuning = Tuning::new(backend, self.settings.full_determinism, self.context.ranks.is_first())?;
-        if let Some(tuning) = &mut self.tuning {
-            let from = self.resumed_from.as_deref().and_then(Path::parent);
-            let folder = &self.settings.output_dir;
-            tuning.keep(from.unwrap_or(folder), folder, self.resumed_from.is_some().then_some(self.step))?;
+    /// Prints the plan of micro-batches as long as those of `work`, and starts the clock. Products are made as they were made by the
+    /// run that this one goes on from, and activations planned with the rates that it measured.
+    pub(super) fn open(&mut self, session: &Session, work: Work, mut sections: Vec<Section>) -> anyhow::Result<()> {
+        let backend = &session.backend();
+        let is_deterministic = self.settings.full_determinism;
+        let folder = &self.settings.output_dir;
+        let from = self.resumed_from.as_deref().and_then(Path::parent).unwrap_or(folder);
+        let (sharing, say) = (session.engine.store().sharing(), |text: &str| self.console.note(text));
+        if let Some(rates) = card_rates::of_run(backend, sharing, Some((from, folder)), is_deterministic, &say)? {
+            session.engine.set_rates(rates);
         }
+        self.tuning = Tuning::new(backend, is_deterministic, self.context.ranks.is_first())?;
+        if let Some(tuning) = &mut self.tuning {
+            tuning.keep(from, folder, self.resumed_from.is_some().then_some(self.step))?;
+        }
+        sections.push(plan::activations_section(session, work));
         if let (Some(place), Some(section)) = (&self.resumed_from, sections.first_mut()) {
             section.push("goes on from", place.display());
         }

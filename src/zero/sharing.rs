@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::{Error, Sums};
 use crate::config::settings::{OptimizerKind, RankSettings, ZeroStage};
+use crate::device::{Buffer, Queue};
 use crate::ops::buffer;
 use crate::ranks::{Alone, Exchange, Ranks};
 
@@ -72,6 +74,31 @@ impl Sharing {
     /// The exchange between the memories of the ranks' GPUs.
     pub(super) fn exchange(&self) -> Option<MutexGuard<'_, dyn Exchange + 'static>> {
         self.exchange.as_ref().map(|exchange| exchange.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Seconds of a gather of about `bytes` in all from the memories of the ranks' GPUs, each with a part of them, the mean of
+    /// `repeats` after one that is not timed; `None` where ranks exchange nothing there. All ranks call it together.
+    ///
+    /// # Errors
+    /// If the device refuses or a rank is lost.
+    pub fn time_gather(&self, device: &Device, bytes: usize, repeats: u32) -> Result<Option<f64>, Error> {
+        let (Some(exchange), true) = (self.exchange(), self.world_size() > 1) else { return Ok(None) };
+        let main = Queue::of(device)?;
+        let part = (bytes / self.world_size()).next_multiple_of(256);
+        let shard = Arc::new(Buffer::device(&main, part)?);
+        let full = Arc::new(Buffer::device(&main, part * self.world_size())?);
+        let gather =
+            || Ok::<_, Error>(exchange.all_gather(&shard.whole(), &full.whole(), &main.ticket()?)?.wait(None)?);
+        let timed = |repeats: u32| {
+            self.ranks.barrier()?;
+            let started = Instant::now();
+            (0..repeats).try_for_each(|_| gather())?;
+            Ok::<_, Error>(started.elapsed().as_secs_f64() / f64::from(repeats.max(1)))
+        };
+        timed(1)?;
+        let secs = timed(repeats)?;
+        exchange.check()?;
+        Ok(Some(secs))
     }
 
     /// Whether a parameter is in one shard as a whole.

@@ -3,7 +3,7 @@
 
 use candle_core::Device;
 use trainer::config::settings::SamplingSettings;
-use trainer::engine::{Activations, Engine, Parked, Types};
+use trainer::engine::{Activations, BatchSize, Engine, Parked, Rates, Types};
 use trainer::kernels::cuda::set_deterministic;
 use trainer::model::batch::{Batch, BatchBuilder};
 use trainer::model::load::{RandomStorage, random_packed};
@@ -331,6 +331,54 @@ fn what_becomes_of_the_activations_of_large_batches_of_every_shape_changes_no_gr
             engine.force_parked(Some(parked));
             let [got, _] = gradients(&engine, &batch, LOSS_SCALE);
             check(parked.name(), &got);
+        }
+    }
+    assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));
+}
+
+/// What is parked of the mixer follows from measured rates and free memory, so it may make no difference at all.
+#[test]
+#[ignore = "gpu"]
+fn what_of_the_mixer_is_parked_and_by_which_rates_changes_no_bit() {
+    let mut wrong = Vec::new();
+    for shape in SHAPES {
+        let batch = shape.large_batch();
+        let gradients_of = |parked: Option<Parked>, rates: Option<Rates>| {
+            let mut engine = shape.engine(&device(), Types::BF16);
+            set_deterministic(engine.device(), true).unwrap();
+            engine.set_activations(Activations::Offload);
+            engine.force_parked(parked);
+            if let Some(rates) = rates {
+                engine.set_rates(rates);
+            }
+            let plan = engine.plan(BatchSize::of(&batch, true), true);
+            let what = format!("{:?}, last layer whole: {}", plan.parked_name(), plan.is_last_whole());
+            (what, gradients(&engine, &batch, LOSS_SCALE))
+        };
+        let measured =
+            |bus: f64, products: f64| (None, Some(Rates { bus, products, is_measured: true, ..Rates::H200 }));
+        for ways in [
+            vec![(Some(Parked::Input), None), (Some(Parked::Attention), None), (Some(Parked::Products), None)],
+            vec![(None, None), measured(1e9, 700e12), measured(1e15, 700e12), measured(25e9, 300e12)],
+        ] {
+            let [(first, want), rest @ ..] = &ways.into_iter().map(|(p, r)| gradients_of(p, r)).collect::<Vec<_>>()[..]
+            else {
+                unreachable!("there are some ways")
+            };
+            for (what, got) in rest {
+                for (kind, (got, want)) in ["known", "asked for"].iter().zip(got.iter().zip(want)) {
+                    for (block, (got, want)) in got.iter().zip(want).enumerate() {
+                        let differing = got.iter().zip(want).filter(|(g, w)| g.to_bits() != w.to_bits()).count();
+                        if differing > 0 || got.len() != want.len() {
+                            wrong.push(format!(
+                                "{}, {what} beside {first}, {kind}, block {block}: {differing} of {} values differ",
+                                shape.name,
+                                want.len()
+                            ));
+                        }
+                    }
+                }
+            }
         }
     }
     assert!(wrong.is_empty(), "TRAINER_TEST_SEED={}\n{}", seed(), wrong.join("\n"));

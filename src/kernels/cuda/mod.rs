@@ -46,8 +46,8 @@ pub use decode::{
 };
 pub use draw::{DrawSettings, MOST_DRAW_VOCABULARY, decode_draw, decode_draw_workspace};
 pub use gemm::{
-    begin_step, choices_text, gemm, is_deterministic, num_noted, set_deterministic, start_choices, take_choices,
-    try_noted,
+    begin_step, choices_text, gemm, is_deterministic, num_noted, origin_name, set_deterministic, start_choices,
+    take_choices, try_noted,
 };
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};

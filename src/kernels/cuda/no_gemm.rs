@@ -89,3 +89,11 @@ pub fn choices_text(device: &Device) -> Result<Option<String>, Error> {
 pub fn take_choices(device: &Device, _text: &[u8], _are_valid_at_once: bool) -> Result<Taken, Error> {
     no_gpu(device, Taken::Choices(0))
 }
+
+/// There is nothing that counts for a card.
+///
+/// # Errors
+/// Always.
+pub fn origin_name(device: &Device) -> Result<String, Error> {
+    no_gpu(device, String::new())
+}

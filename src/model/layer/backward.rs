@@ -60,11 +60,23 @@ impl DecoderLayer<'_> {
     /// # Errors
     /// If the shapes do not fit.
     pub fn backward(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<Tensor, Error> {
+        let inside = self.backward_down_of_whole(dy, saved, pass)?;
+        let halfway = self.backward_mlp(dy, inside, pass)?;
+        self.backward_attention(halfway, None, pass)
+    }
+
+    /// The first part of [`Self::backward`]: through the last projection of the MLP.
+    ///
+    /// # Shapes
+    /// `dy`: `[N, D]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn backward_down_of_whole(&self, dy: &Tensor, saved: Saved, pass: &Pass<'_>) -> Result<InsideMlp, Error> {
         let Saved { input, inputs, q, k, v, attention, outputs } = saved;
         let (mlp, attended, o) = self.down_backward(dy, outputs, pass)?;
         let front = Front { input, qkv: None, heads: Some((q, k, v, inputs)), attention, attended, o };
-        let halfway = self.backward_mlp(dy, InsideMlp { front, mlp }, pass)?;
-        self.backward_attention(halfway, None, pass)
+        Ok(InsideMlp { front, mlp })
     }
 
     /// The first part of [`Self::backward`] from what was retained: through the last projection of the MLP. The rest is
@@ -213,7 +225,10 @@ impl DecoderLayer<'_> {
         qkv: linear::SavedGroup,
         pass: &Pass<'_>,
     ) -> Result<(Tensor, Tensor, Tensor, SavedInputs), Error> {
-        let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, 0)?;
+        // With room for the low-rank products, which are not made again: the gradients of `A` come from rows of the same width, and
+        // so by the same product, whatever was kept.
+        let room = self.room(QKV, pass);
+        let (normed, norm) = rms_norm::forward_wide(x, &self.input_norm, self.eps, pass.compute, room)?;
         let [q, k, v] = Outputs::of_whole(&self.group(QKV), products)?.into_each();
         // Without a norm the products were turned where they are.
         let again = |x, norm: Option<&Param>| match norm {

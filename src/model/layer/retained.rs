@@ -5,18 +5,27 @@ use candle_core::Tensor;
 use super::AfterAttention;
 use crate::ops::{Wide, attention, linear};
 
-/// How much of a layer stays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retaining {
-    /// Its input and the low-rank products.
-    Input,
-    /// The results of attention and of the product after it as well.
-    Attention {
-        /// And the products before it, on a GPU.
-        with_products: bool,
-        /// And gate and up of so many of the first rows, on a GPU.
-        mlp_rows: usize,
-    },
+/// What stays of a layer by halves, beside its input and the low-rank products, which always do. What stays is not made again, and
+/// what is made again is made by the same operations from the same values; gradients are the same, but for one thing: where rows of
+/// gate and up stay, a GPU makes the others by a product of fewer rows, which may be summed in another order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retaining {
+    /// Of the mixer.
+    pub mixer: OfMixer,
+    /// Of the feed-forward half: gate and up of so many of the first rows, on a GPU.
+    pub gate_up_rows: usize,
+}
+
+/// What stays of a layer's mixer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OfMixer {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The results of attention and of the product after it.
+    Attention,
+    /// And the products before it, on a GPU.
+    Products,
 }
 
 /// The low-rank products of a group whose outputs are computed again. `T` is where large tensors are.
@@ -106,12 +115,6 @@ impl Retained {
         let products = products.filter(|_| middle.is_some() && low_ranks.qkv.is_some());
         let mlp_outputs = mlp_outputs.filter(|_| low_ranks.gate_up.is_some());
         Self { input, low_ranks, middle, products, mlp_outputs }
-    }
-
-    /// Bytes of the large tensors that backward needs first.
-    pub fn size_bytes(&self) -> usize {
-        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
-        bytes(&self.input) + self.middle.as_ref().map_or(0, |m| bytes(&m.attended) + bytes(&m.stream))
     }
 }
 

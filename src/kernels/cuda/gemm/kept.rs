@@ -99,6 +99,21 @@ impl Entry {
     }
 }
 
+impl Origin {
+    /// For people.
+    fn name(&self) -> String {
+        format!("{}, driver {}, cuBLASLt {}", self.card, self.driver, self.cublaslt)
+    }
+}
+
+/// The card, the driver and the library's version: what is measured with these counts for these alone.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn origin_name(device: &Device) -> Result<String, Error> {
+    Ok(origin(device)?.name())
+}
+
 fn checksum(products: &[Entry]) -> Result<String, serde_json::Error> {
     Ok(blake3::hash(&serde_json::to_vec(products)?).to_hex().to_string())
 }
@@ -147,8 +162,7 @@ pub fn take_choices(device: &Device, text: &[u8], are_valid_at_once: bool) -> Re
     }
     let own = origin(device)?;
     if file.origin != own {
-        let named = |of: &Origin| format!("{}, driver {}, cuBLASLt {}", of.card, of.driver, of.cublaslt);
-        return Ok(Taken::Foreign(format!("of {}, and this is {}", named(&file.origin), named(&own))));
+        return Ok(Taken::Foreign(format!("of {}, and this is {}", file.origin.name(), own.name())));
     }
     let Some(kept) = file.products.iter().map(Entry::read).collect::<Option<Vec<_>>>() else {
         return Ok(Taken::Damaged("a product in it is none".into()));

@@ -17,7 +17,7 @@ mod plain;
 mod product;
 mod trial;
 
-pub use kept::{choices_text, take_choices};
+pub use kept::{choices_text, origin_name, take_choices};
 pub use lt::{is_deterministic, set_deterministic};
 pub use product::gemm;
 pub use trial::{begin_step, num_noted, start_choices, try_noted};
