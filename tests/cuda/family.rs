@@ -248,7 +248,7 @@ fn gradients_and_decoding_of_every_shape_are_those_of_the_cpu() {
 #[expect(clippy::print_stdout, reason = "distances for the reader")]
 fn compare_recorded(shape: &Shape, engine: &Engine, (storage, most): (RandomStorage, f32), wrong: &mut Vec<String>) {
     let (types, mut line) = (engine.types(), String::new());
-    for lanes in [1, 4, 12, 40, 100] {
+    for lanes in [1, 4, 12, 24, 40, 100] {
         let requests: Vec<Request> = (0..lanes as u64)
             .map(|i| Request { sample_id: i, prompt_ids: shape.tokens(18, 10 + i / 4), group: i as usize / 4 })
             .collect();
@@ -343,10 +343,11 @@ fn what_of_the_mixer_is_parked_and_by_which_rates_changes_no_bit() {
     let mut wrong = Vec::new();
     for shape in SHAPES {
         let batch = shape.large_batch();
-        let gradients_of = |parked: Option<Parked>, rates: Option<Rates>| {
-            let mut engine = shape.engine(&device(), Types::BF16);
-            set_deterministic(engine.device(), true).unwrap();
-            engine.set_activations(Activations::Offload);
+        let mut engine = shape.engine(&device(), Types::BF16);
+        set_deterministic(engine.device(), true).unwrap();
+        engine.set_activations(Activations::Offload);
+        // Rates once given stay: ways without come first.
+        let mut gradients_of = |parked: Option<Parked>, rates: Option<Rates>| {
             engine.force_parked(parked);
             if let Some(rates) = rates {
                 engine.set_rates(rates);

@@ -129,6 +129,8 @@ __global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __g
 #pragma unroll
           for (int half = 0; half < 2; half++) now[half] = next[half];
         } else if (IS_DENSE) {
+          // Operands of 16-bit values are the piece itself: no register of it may change while they are multiplied.
+          group_wait<0>();
           fetch(now, chunk + 1);
         }
         now[0].open(), now[1].open();
