@@ -140,12 +140,23 @@ pub fn footprint(device: &Device) -> Result<Footprint, Error> {
 /// # Errors
 /// If `device` is no GPU or the driver refuses.
 pub fn free_memory(device: &Device) -> Result<u64, Error> {
+    free_memory_shared(device, 1)
+}
+
+/// As [`free_memory`], for one of so many processes that come for what nobody uses together. Its own limit and pool it shares with
+/// nobody.
+///
+/// # Errors
+/// If `device` is no GPU or the driver refuses.
+pub fn free_memory_shared(device: &Device, processes: u64) -> Result<u64, Error> {
     let stream = Stream::of(device)?;
     stream.bind()?;
     let (free, _) = gpu::memory_info()?;
-    let MemoryUse { used, reserved, .. } = stream.memory_use()?;
-    let limit = Queue::of(device)?.limit().saturating_sub(used);
-    Ok((free as u64 + reserved.saturating_sub(used)).min(limit))
+    Ok(share_of_free(free as u64, processes, stream.memory_use()?, Queue::of(device)?.limit()))
+}
+
+fn share_of_free(free: u64, processes: u64, MemoryUse { used, reserved, .. }: MemoryUse, limit: u64) -> u64 {
+    (free / processes.max(1) + reserved.saturating_sub(used)).min(limit.saturating_sub(used))
 }
 
 /// Limits what this process takes of a GPU's memory to `bytes`, of which `beside` are for the context and libraries: tensors have
@@ -184,12 +195,22 @@ pub fn synchronize(device: &Device) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Footprint, MemoryUse, uuid_text};
+    use super::{Footprint, MemoryUse, share_of_free, uuid_text};
 
     #[test]
     fn a_uuid_is_written_as_the_driver_writes_it() {
         let bytes = std::array::from_fn(|index| index as u8 * 17);
         assert_eq!(uuid_text(bytes), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+    }
+
+    #[test]
+    fn processes_share_what_is_free_but_not_the_limit_or_the_pool_of_each() {
+        let pool = MemoryUse { used: 10, reserved: 16, ..MemoryUse::default() };
+        assert_eq!(share_of_free(100, 1, pool, u64::MAX), 106);
+        assert_eq!(share_of_free(100, 2, pool, u64::MAX), 56);
+        assert_eq!(share_of_free(100, 2, pool, 50), 40);
+        assert_eq!(share_of_free(100, 4, pool, 50), 31);
+        assert_eq!(share_of_free(100, 0, pool, 5), 0);
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub use buffer::{Buffer, Part, Place, Plain, bytes_of_mut};
 pub use captured::Captured;
 pub use card::{
     Footprint, IS_BUILT_FOR_GPUS, MemoryUse, compute_capability, device_memory_used, device_name, device_uuid,
-    footprint, free_memory, has_bf16, is_cuda_device, limit_memory, memory_use, multiprocessors, open, reset_peak,
-    synchronize,
+    footprint, free_memory, free_memory_shared, has_bf16, is_cuda_device, limit_memory, memory_use, multiprocessors,
+    open, reset_peak, synchronize,
 };
 pub use error::Error;
 pub(crate) use error::argument;

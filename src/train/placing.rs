@@ -116,7 +116,7 @@ fn room(ranks: &dyn Ranks, backend: &Backend, (exchanging, is_limited): (usize, 
     let own = if is_on_gpu {
         // A limit leaves room for the ranks' exchange already; what a card has free does not.
         let exchange = if is_limited { 0 } else { context_bytes(exchanging) - context_bytes(1) };
-        [(device::free_memory(&backend.device)? / on_gpu).saturating_sub(exchange), host]
+        [device::free_memory_shared(&backend.device, on_gpu)?.saturating_sub(exchange), host]
     } else {
         [host, host]
     };

@@ -14,6 +14,7 @@ use crate::config::settings::{
 };
 use crate::data::hub::Download;
 use crate::data::{Epoch, Part, TokenStatistics};
+use crate::device;
 use crate::model::batch::Batch;
 use crate::model::peft::AdapterSpec;
 use crate::optim::{LossScaler, LossScalerSettings, LrSchedule};
@@ -297,7 +298,7 @@ pub(super) struct Memory {
 
 impl Memory {
     /// Registers the session's parameters, the gradients of steps of so many micro-batches, and the optimizer's state;
-    /// `kv_cache_bytes` is what the rollout may need.
+    /// `kv_cache_bytes` is what the rollout would take if the device had room for it.
     pub(super) fn new(
         session: &Session,
         optimizer: &ShardedOptimizer,
@@ -341,7 +342,10 @@ impl Memory {
         });
         let held = held.collect();
         if kv_cache_bytes > 0 {
-            ledger.plan(Kind::KvCache, kv_cache_bytes);
+            // Weights that wait elsewhere come before the cache takes what is left.
+            let visiting = on_host.map_or(0, |[weights, ..]| weights) + store.bytes_in_file() as u64;
+            let free = device::free_memory(store.device()).unwrap_or(u64::MAX);
+            ledger.plan(Kind::KvCache, kv_cache_bytes.min(free.saturating_sub(visiting)));
         }
         let in_files = describe_files(session, optimizer);
         Self { kv_cache: ledger.register(Kind::KvCache, 0), on_host, in_files, _held: held, ledger }

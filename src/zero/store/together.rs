@@ -46,7 +46,7 @@ impl ParamStore {
         // Ranks of one machine, or of one GPU, come for it together.
         if self.device().is_cuda() {
             let sharers = ranks_at(self.sharing.ranks(), &crate::device::device_uuid(self.device())?)?;
-            return Ok(Some(crate::device::free_memory(self.device())? / sharers));
+            return Ok(Some(crate::device::free_memory_shared(self.device(), sharers)?));
         }
         if self.files().is_empty() {
             return Ok(None);
