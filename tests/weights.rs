@@ -16,7 +16,7 @@ use serde_json::json;
 use trainer::config::settings::{QuantType, Quantization, WeightDtype};
 use trainer::model::config::RopeScaling;
 use trainer::model::save::{SHARD_BYTES, save_model};
-use trainer::model::source::{LinearStorage, WeightSource};
+use trainer::model::source::{Kept, LinearStorage, StoredSizes, WeightSource};
 use trainer::model::{Error, ModelConfig};
 use trainer::quant::Weight;
 
@@ -485,6 +485,52 @@ fn damage(file: &Path, model: &Path, header: usize) {
         std::fs::write(file, &damaged).unwrap();
         assert!(!load_all(model), "byte {at} of the magic number or header length changed and still loads");
     }
+}
+
+/// That the headers alone say what each matrix takes when it is read, with and without quantisation on the way.
+fn check_sizes(path: &Path, projections: Option<Kept>) {
+    let (config, sizes) = StoredSizes::read(path, false).unwrap();
+    let (read, source) = WeightSource::open(path, None).unwrap();
+    assert_eq!((config, sizes.projections()), (read.clone(), projections), "{}", path.display());
+    for tensor in read.tensors().iter().filter(|tensor| tensor.shape.len() == 2) {
+        let (name, shape) = (&tensor.name, (tensor.shape[0], tensor.shape[1]));
+        let bytes = source.linear(name, shape, AS_STORED).unwrap().size_bytes() as u64;
+        let values = (shape.0 * shape.1) as u64;
+        let said = sizes.packed(name).or_else(|| sizes.dense(name, WeightDtype::Auto).map(|each| each * values));
+        // What describes 4-bit codes is counted as its file has it, with a table and a text for each matrix.
+        let slack = if projections == Some(Kept::Codes) { 4096 } else { 0 };
+        assert!(said.unwrap().abs_diff(bytes) <= slack, "{name} of {}: {said:?}, {bytes}", path.display());
+        // A type that is asked for is not what is stored.
+        assert_eq!(sizes.dense(name, WeightDtype::Float32), None);
+        let quantization = Quantization { quant_type: QuantType::Nf4, double_quant: true };
+        let packed = LinearStorage { quantization: Some(quantization), dtype: WeightDtype::Auto };
+        let is_packed = sizes.packed(name).is_some();
+        assert_eq!(source.linear(name, shape, packed).unwrap().size_bytes() as u64 == bytes, is_packed, "{name}");
+    }
+}
+
+#[test]
+fn headers_alone_say_what_weights_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, drawn) = open_random(folder.path(), &tiny_config("qwen2", false), 9);
+    for (kind, kept) in [
+        (GgmlDType::F32, Kept::Dense(DType::F32)),
+        (GgmlDType::F16, Kept::Dense(DType::F16)),
+        (GgmlDType::BF16, Kept::Dense(DType::BF16)),
+        (GgmlDType::Q8_0, Kept::Blocks),
+        (GgmlDType::Q4_0, Kept::Blocks),
+    ] {
+        let path = folder.path().join("model.gguf");
+        write_gguf(&path, &config, &drawn, kind, &[]);
+        check_sizes(&path, Some(kept));
+    }
+    for case in golden("qlora_step") {
+        check_sizes(&case.join("base_bnb4bit"), Some(Kept::Codes));
+    }
+    check_sizes(Path::new("data/tiny-qwen"), Some(Kept::Dense(DType::F32)));
+    // A configuration alone, of a model that no machine holds.
+    let (_, sizes) = StoredSizes::read(Path::new("configs/bench/qwen25-72b"), false).unwrap();
+    assert_eq!((sizes.projections(), sizes.packed("lm_head.weight")), (None, None));
 }
 
 #[test]

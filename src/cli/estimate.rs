@@ -89,9 +89,9 @@ fn describe(args: &Args, model: &ModelSettings, training: &TrainingSettings, wor
         Precision::Fp16 => Types::F16,
         Precision::Bf16 => Types::BF16,
     };
-    let config = session::model_config(model, &mut |_| {})?;
+    let (config, stored) = session::model_sizes(model, &mut |_| {})?;
     let parameters = config.num_parameters();
-    let shape = Shape::new(config, model, types)?;
+    let shape = Shape::new(config, &stored, model, types)?;
     let activations = session::activations(training);
     let of = |ranks: &RankSettings| shape.estimate(work, activations, ranks, training.optimizer.kind);
     let ranks = &training.ranks;

@@ -178,7 +178,11 @@ impl RecordedSteps {
         if *stored == Stored::Otherwise || !matches!(types.compute, DType::BF16 | DType::F16) {
             return Ok(None);
         }
-        let weights = if *stored == Stored::Dense { WeightKind::Dense } else { WeightKind::Codes };
+        let (weights, head) = match stored {
+            Stored::Blocks => (WeightKind::Blocks, WeightKind::Blocks),
+            Stored::Packed => (WeightKind::Codes, WeightKind::Dense),
+            _ => (WeightKind::Dense, WeightKind::Dense),
+        };
         let layer = LaneLayer::sizes(config, adapter_ranks, weights, card)?;
         let Some(layer) = layer else { return Ok(None) };
         let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
@@ -187,12 +191,7 @@ impl RecordedSteps {
             layers: vec![layer],
             norm: none,
             eps: config.rms_norm_eps as f32,
-            head: Projections::sizes(
-                (&[config.vocab_size], &[0]),
-                config.hidden_size,
-                WeightKind::Dense,
-                (card, false),
-            )?,
+            head: Projections::sizes((&[config.vocab_size], &[0]), config.hidden_size, head, (card, false))?,
             frequencies: Tensor::zeros(config.inv_freq().0.len(), DType::F32, &Device::Cpu)?,
             rotation_scale: 1.0,
             types: *types,

@@ -21,6 +21,8 @@ const CARDS: [ProductCard; 2] = [
 pub enum Stored {
     /// In 4 bits.
     Packed,
+    /// In GGUF blocks.
+    Blocks,
     /// In 16 bits.
     Dense,
     /// As recorded steps do not read them.
@@ -34,7 +36,7 @@ pub struct Generating<'a> {
     pub config: &'a ModelConfig,
     /// Of its passes.
     pub types: Types,
-    /// Its projections; the head of what is recorded is in 16 bits.
+    /// Its projections; the head of what is recorded is in 16 bits, or in blocks as they are.
     pub stored: Stored,
     /// The rank of the adapter of each projection, in the order of [`Projection::ALL`]; 0: none.
     pub adapter_ranks: [usize; Projection::ALL.len()],

@@ -12,6 +12,8 @@ use crate::engine::{Activations, BatchSize, Plan, Planned, Rates, Strips, Types,
 use crate::model::config::{ModelConfig, TensorRole};
 use crate::model::layer::{AdapterRanks, LayerCosts, Leaf};
 use crate::model::peft::AdapterConfig;
+use crate::model::source::{Kept, StoredSizes};
+use crate::rollout::sizes::Stored as Generated;
 use crate::zero::LayerBytes;
 pub use rollouts::Rollouts;
 
@@ -117,9 +119,8 @@ pub struct Shape {
     read: Vec<u64>,
     /// Values of a table that two blocks train together, each with gradients of its own.
     shared: u64,
-    /// Whether frozen projections are in 4 bits, and if not, in 16.
-    packed: bool,
-    is_half: bool,
+    /// How frozen projections lie.
+    kind: Generated,
     /// Of a layer's projections, in their order.
     adapter_ranks: [usize; Projection::ALL.len()],
     /// Of a layer.
@@ -191,30 +192,67 @@ impl Estimate {
     }
 }
 
-/// Bytes of a matrix as it is stored.
-fn stored(values: u64, quantization: Option<Quantization>, dtype_bytes: u64) -> u64 {
-    match quantization {
-        Some(Quantization { double_quant: true, .. }) => values / 2 + values / 64 + values / 4096,
-        Some(_) => values / 2 + values / 16,
-        None => values * dtype_bytes,
+/// How weights are to lie in memory, and what their files say.
+#[derive(Clone, Copy, Debug)]
+struct Storing<'a> {
+    quantization: Option<Quantization>,
+    dtype: WeightDtype,
+    /// Of a value, where no file says it.
+    dtype_bytes: u64,
+    stored: &'a StoredSizes,
+}
+
+impl Storing<'_> {
+    /// Bytes of a matrix of so many values.
+    fn bytes(&self, name: &str, values: u64, quantization: Option<Quantization>) -> u64 {
+        if let Some(bytes) = self.stored.packed(name) {
+            return bytes;
+        }
+        match quantization {
+            Some(Quantization { double_quant: true, .. }) => values / 2 + values / 64 + values / 4096,
+            Some(_) => values / 2 + values / 16,
+            None => values * self.stored.dense(name, self.dtype).unwrap_or(self.dtype_bytes),
+        }
+    }
+
+    /// How projections that are not trained lie where decoding multiplies them.
+    fn kind(&self) -> Generated {
+        let stored_bytes = || match self.stored.projections() {
+            Some(Kept::Dense(dtype)) if self.dtype == WeightDtype::Auto => dtype.size_in_bytes() as u64,
+            _ => self.dtype_bytes,
+        };
+        match self.stored.projections() {
+            Some(Kept::Blocks) => Generated::Blocks,
+            Some(Kept::Codes) => Generated::Packed,
+            _ if self.quantization.is_some() => Generated::Packed,
+            _ if stored_bytes() == 2 => Generated::Dense,
+            _ => Generated::Otherwise,
+        }
     }
 }
 
 impl Shape {
-    /// The shape of a model with the storage and the adapter that `settings` name, computed with in `types`.
+    /// The shape of a model with the storage and the adapter that `settings` name, computed with in `types`. What is packed in its files
+    /// stays so.
     ///
     /// # Errors
     /// If the adapter's targets are not those of this model.
-    pub fn new(config: ModelConfig, settings: &ModelSettings, types: Types) -> anyhow::Result<Self> {
+    pub fn new(
+        config: ModelConfig,
+        stored: &StoredSizes,
+        settings: &ModelSettings,
+        types: Types,
+    ) -> anyhow::Result<Self> {
         let dtype_bytes = match settings.dtype {
             WeightDtype::Float32 => 4,
             WeightDtype::Bfloat16 | WeightDtype::Float16 => 2,
             WeightDtype::Auto => config.torch_dtype.map_or(4, |dtype| dtype.size_in_bytes() as u64),
         };
-        Self::of(config, settings.lora.as_ref(), settings.quantization, dtype_bytes, types)
+        let storing = Storing { quantization: settings.quantization, dtype: settings.dtype, dtype_bytes, stored };
+        Self::stored_as(config, settings.lora.as_ref(), storing, types)
     }
 
-    /// As [`Self::new`], of what it depends on.
+    /// As [`Self::new`], of what it depends on, without files.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -223,6 +261,17 @@ impl Shape {
         lora: Option<&LoraSettings>,
         quantization: Option<Quantization>,
         dtype_bytes: u64,
+        types: Types,
+    ) -> anyhow::Result<Self> {
+        let stored = StoredSizes::default();
+        let storing = Storing { quantization, dtype: WeightDtype::Auto, dtype_bytes, stored: &stored };
+        Self::stored_as(config, lora, storing, types)
+    }
+
+    fn stored_as(
+        config: ModelConfig,
+        lora: Option<&LoraSettings>,
+        storing: Storing<'_>,
         types: Types,
     ) -> anyhow::Result<Self> {
         let layers = config.num_hidden_layers;
@@ -251,14 +300,15 @@ impl Shape {
                 continue;
             }
             match tensor.role {
-                TensorRole::Linear => frozen[block] += stored(values, quantization, dtype_bytes),
+                TensorRole::Linear => frozen[block] += storing.bytes(&tensor.name, values, storing.quantization),
                 TensorRole::Bias | TensorRole::Norm => frozen[block] += 4 * values,
-                TensorRole::Head => frozen[block] += dtype_bytes * values,
+                TensorRole::Head => frozen[block] += storing.bytes(&tensor.name, values, None),
                 TensorRole::Embedding => {
-                    table += dtype_bytes * values;
+                    let bytes = storing.bytes(&tensor.name, values, None);
+                    table += bytes;
                     // The head of a tied model has the table to itself.
                     if config.tie_word_embeddings {
-                        frozen[layers + 1] += dtype_bytes * values;
+                        frozen[layers + 1] += bytes;
                     }
                 }
             }
@@ -288,22 +338,11 @@ impl Shape {
                 read[block] += read_bytes(&tensor.name, tensor.shape.len(), values);
             }
         }
-        let (packed, is_half, has_adapter) = (quantization.is_some(), dtype_bytes == 2, lora.is_some());
-        let costs = LayerCosts::new(&config, types.bytes(), ranks, has_adapter && packed);
-        let shape = Self {
-            config,
-            types,
-            frozen,
-            table,
-            trained,
-            read,
-            shared,
-            packed,
-            is_half,
-            adapter_ranks,
-            costs,
-            has_adapter,
-        };
+        let (kind, has_adapter) = (storing.kind(), lora.is_some());
+        let is_packed = matches!(kind, Generated::Packed | Generated::Blocks);
+        let costs = LayerCosts::new(&config, types.bytes(), ranks, has_adapter && is_packed);
+        let shape =
+            Self { config, types, frozen, table, trained, read, shared, kind, adapter_ranks, costs, has_adapter };
         Ok(shape)
     }
 

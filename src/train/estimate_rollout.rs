@@ -22,11 +22,10 @@ impl Shape {
         // The head reads the table of a tied embedding, which is not rounded beside a residual stream in f32.
         let table = if self.config.tie_word_embeddings && !self.has_adapter { "embed_tokens" } else { "lm_head" };
         let has_head = self.has_adapter || self.types.read().of_parameter(table, 2).size_in_bytes() == 2;
-        let stored = match (self.has_adapter, self.packed) {
-            (true, true) => Stored::Packed,
-            (true, false) if self.is_half => Stored::Dense,
-            (false, _) if is_rounded && has_head => Stored::Dense,
-            _ => Stored::Otherwise,
+        let stored = match self.has_adapter {
+            true => self.kind,
+            false if is_rounded && has_head => Stored::Dense,
+            false => Stored::Otherwise,
         };
         let generating =
             Generating { config: &self.config, types: self.types, stored, adapter_ranks: self.adapter_ranks };

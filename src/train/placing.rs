@@ -81,7 +81,8 @@ fn settle_stage(
         let note = "auto: 0, for this system does not say how much memory is free";
         return Ok((settings, training.ranks.is_stage_auto.then(|| note.into())));
     };
-    let shape = session::model_config(model, &mut |_| {}).and_then(|config| Shape::new(config, model, backend.types));
+    let shape = session::model_sizes(model, &mut |_| {})
+        .and_then(|(config, stored)| Shape::new(config, &stored, model, backend.types));
     let shape = match shape {
         // A model that cannot be read is an error of its own where it is loaded.
         Err(_) if !settings.is_stage_auto => return Ok((settings, None)),

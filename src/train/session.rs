@@ -14,7 +14,7 @@ use crate::engine::{Activations, Engine};
 use crate::model::ModelConfig;
 use crate::model::load::{LoadedModel, Purpose, load};
 use crate::model::peft::AdapterSpec;
-use crate::model::source::{WeightSource, check_gguf_header, gguf_file_of};
+use crate::model::source::{StoredSizes, check_gguf_header, gguf_file_of};
 use crate::telemetry::units;
 use crate::zero::{Offload, ParamStore, Sharing};
 
@@ -119,18 +119,19 @@ pub fn open(
     Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None, stage_note: None })
 }
 
-/// The sizes of the model that `settings` name; no weights are read, and none downloaded.
+/// The sizes of the model that `settings` name, and what its files have of its weights if they are here; no weights are read, and none
+/// downloaded.
 ///
 /// # Errors
-/// If there is no configuration, or it is not of a model of the family.
-pub fn model_config(settings: &ModelSettings, progress: &mut hub::Progress<'_>) -> anyhow::Result<ModelConfig> {
+/// If there is no configuration, or it is not of a model of the family, or a file is damaged.
+pub fn model_sizes(
+    settings: &ModelSettings,
+    progress: &mut hub::Progress<'_>,
+) -> anyhow::Result<(ModelConfig, StoredSizes)> {
     let (name, revision) = (&settings.model_name_or_path, &settings.model_revision);
     let folder = fetched(name, revision, &["json"], progress)
         .with_context(|| format!("cannot get the configuration of the model `{name}`"))?;
-    let is_gguf = folder.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    // Drawn weights are never drawn.
-    let (config, _) = WeightSource::open(&folder, (!is_gguf).then_some(0))?;
-    Ok(config)
+    Ok(StoredSizes::read(&folder, settings.init_random)?)
 }
 
 /// The tokenizer and the chat template that a run with these settings has; no weights are read, and none downloaded where

@@ -25,10 +25,13 @@ mod gguf;
 pub(crate) mod gguf_header;
 pub(crate) mod gguf_names;
 mod random;
+mod sizes;
 mod stored;
 
 use random::RandomWeights;
 use stored::Stored;
+
+pub use sizes::{Kept, StoredSizes};
 
 pub(crate) use folder::{RawTensor, read_json, read_safetensors};
 pub(crate) use stored::dense_to_f32;
