@@ -528,6 +528,17 @@ fn headers_alone_say_what_weights_take() {
         check_sizes(&case.join("base_bnb4bit"), Some(Kept::Codes));
     }
     check_sizes(Path::new("data/tiny-qwen"), Some(Kept::Dense(DType::F32)));
+    // The index of a hub's model comes with its configuration, its shards do not; also of one that is stored in 4 bits.
+    let index = json!({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
+    std::fs::remove_file(folder.path().join("model.gguf")).unwrap();
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let read = || StoredSizes::read(folder.path(), false).unwrap().1;
+    assert_eq!((read().projections(), read().quantization()), (None, None));
+    let mut four_bits = tiny_config("qwen2", false);
+    four_bits["quantization_config"] = json!({"load_in_4bit": true, "bnb_4bit_use_double_quant": true});
+    std::fs::write(folder.path().join("config.json"), four_bits.to_string()).unwrap();
+    assert_eq!(read().projections(), Some(Kept::Codes));
+    assert!(read().quantization().unwrap().double_quant);
     // A configuration alone, of a model that no machine holds.
     let (_, sizes) = StoredSizes::read(Path::new("configs/bench/qwen25-72b"), false).unwrap();
     assert_eq!((sizes.projections(), sizes.packed("lm_head.weight")), (None, None));

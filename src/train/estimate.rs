@@ -300,7 +300,10 @@ impl Shape {
                 continue;
             }
             match tensor.role {
-                TensorRole::Linear => frozen[block] += storing.bytes(&tensor.name, values, storing.quantization),
+                TensorRole::Linear => {
+                    let quantization = storing.stored.quantization().or(storing.quantization);
+                    frozen[block] += storing.bytes(&tensor.name, values, quantization);
+                }
                 TensorRole::Bias | TensorRole::Norm => frozen[block] += 4 * values,
                 TensorRole::Head => frozen[block] += storing.bytes(&tensor.name, values, None),
                 TensorRole::Embedding => {

@@ -23,7 +23,10 @@ const STATE: &str = "quant_state.bitsandbytes__";
 
 /// That a checkpoint is stored in 4 bits, from its `quantization_config`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct StoredQuantization;
+pub(super) struct StoredQuantization {
+    /// Whether maxima of blocks are quantised too.
+    pub(super) double_quant: bool,
+}
 
 impl StoredQuantization {
     /// Looks at a `config.json`.
@@ -42,7 +45,7 @@ impl StoredQuantization {
         }
         let flag = |key: &str| config.get(key).and_then(Value::as_bool) == Some(true);
         if flag("load_in_4bit") || flag("_load_in_4bit") {
-            return Ok(Some(Self));
+            return Ok(Some(Self { double_quant: flag("bnb_4bit_use_double_quant") }));
         }
         Err(unsupported("a bitsandbytes checkpoint that is not 4-bit".into()))
     }

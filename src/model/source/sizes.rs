@@ -6,8 +6,8 @@ use std::path::Path;
 use candle_core::DType;
 
 use super::stored::{Packing, Stored};
-use super::{Place, folder, gguf};
-use crate::config::settings::WeightDtype;
+use super::{Place, bnb, folder, gguf};
+use crate::config::settings::{QuantType, Quantization, WeightDtype};
 use crate::model::Error;
 use crate::model::config::{ModelConfig, TensorRole};
 
@@ -29,11 +29,13 @@ pub struct StoredSizes {
     packed: BTreeMap<String, u64>,
     dense: BTreeMap<String, DType>,
     projections: Option<Kept>,
+    /// How the configuration says that projections are stored, where there are no files.
+    quantization: Option<Quantization>,
 }
 
 impl StoredSizes {
-    /// Reads the configuration of a model and, unless its weights are drawn, the headers of its files. A folder may have no weights:
-    /// their sizes are those of the configuration then.
+    /// Reads the configuration of a model and, unless its weights are drawn, the headers of its files. A folder may have no weights, or
+    /// not all of them: their sizes are those of the configuration then.
     ///
     /// # Errors
     /// If nothing there is a model, or a file is damaged.
@@ -42,9 +44,18 @@ impl StoredSizes {
             Place::Gguf(file) => gguf::open(&file)?,
             Place::Folder(folder) => {
                 let (config, quantized) = folder::read_config(&folder)?;
-                let has_weights = !is_random && folder::has_weights(&folder);
-                let stored = if has_weights { folder::open(&folder, quantized)? } else { BTreeMap::new() };
-                (config, stored)
+                // A hub's index comes with the configuration, its shards do not.
+                let has_all = || Ok::<_, Error>(folder::weight_files(&folder)?.iter().all(|file| file.is_file()));
+                if is_random || !folder::has_weights(&folder) || !has_all()? {
+                    let quantization =
+                        quantized.filter(|_| !is_random).map(|bnb::StoredQuantization { double_quant }| Quantization {
+                            quant_type: QuantType::Nf4,
+                            double_quant,
+                        });
+                    let projections = quantization.map(|_| Kept::Codes);
+                    return Ok((config, Self { projections, quantization, ..Self::default() }));
+                }
+                (config, folder::open(&folder, quantized)?)
             }
         };
         let sizes = Self::of(&config, &stored);
@@ -86,7 +97,12 @@ impl StoredSizes {
         Some(stored.size_in_bytes() as u64)
     }
 
-    /// How the projections lie; `None` of a model without files.
+    /// How the configuration of a model without files says that projections are stored; their type in 4 bits is a guess.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantization
+    }
+
+    /// How the projections lie; `None` of a model without files, unless its configuration says it.
     pub fn projections(&self) -> Option<Kept> {
         self.projections
     }
