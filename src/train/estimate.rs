@@ -203,12 +203,12 @@ struct Storing<'a> {
 }
 
 impl Storing<'_> {
-    /// Bytes of a matrix of so many values.
-    fn bytes(&self, name: &str, values: u64, quantization: Option<Quantization>) -> u64 {
+    /// Bytes of a matrix of so many values; projections alone are quantised on the way.
+    fn bytes(&self, name: &str, values: u64, is_projection: bool) -> u64 {
         if let Some(bytes) = self.stored.packed(name) {
             return bytes;
         }
-        match quantization {
+        match self.stored.quantization().or(self.quantization).filter(|_| is_projection) {
             Some(Quantization { double_quant: true, .. }) => values / 2 + values / 64 + values / 4096,
             Some(_) => values / 2 + values / 16,
             None => values * self.stored.dense(name, self.dtype).unwrap_or(self.dtype_bytes),
@@ -300,14 +300,11 @@ impl Shape {
                 continue;
             }
             match tensor.role {
-                TensorRole::Linear => {
-                    let quantization = storing.stored.quantization().or(storing.quantization);
-                    frozen[block] += storing.bytes(&tensor.name, values, quantization);
-                }
+                TensorRole::Linear => frozen[block] += storing.bytes(&tensor.name, values, true),
                 TensorRole::Bias | TensorRole::Norm => frozen[block] += 4 * values,
-                TensorRole::Head => frozen[block] += storing.bytes(&tensor.name, values, None),
+                TensorRole::Head => frozen[block] += storing.bytes(&tensor.name, values, false),
                 TensorRole::Embedding => {
-                    let bytes = storing.bytes(&tensor.name, values, None);
+                    let bytes = storing.bytes(&tensor.name, values, false);
                     table += bytes;
                     // The head of a tied model has the table to itself.
                     if config.tie_word_embeddings {

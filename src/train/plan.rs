@@ -343,9 +343,8 @@ impl Memory {
         let held = held.collect();
         if kv_cache_bytes > 0 {
             // Weights that wait elsewhere come before the cache takes what is left.
-            let visiting = on_host.map_or(0, |[weights, ..]| weights) + store.bytes_in_file() as u64;
             let free = device::free_memory(store.device()).unwrap_or(u64::MAX);
-            ledger.plan(Kind::KvCache, kv_cache_bytes.min(free.saturating_sub(visiting)));
+            ledger.plan(Kind::KvCache, kv_cache_bytes.min(free.saturating_sub(store.bytes_to_gather() as u64)));
         }
         let in_files = describe_files(session, optimizer);
         Self { kv_cache: ledger.register(Kind::KvCache, 0), on_host, in_files, _held: held, ledger }

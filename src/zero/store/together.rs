@@ -21,8 +21,7 @@ impl ParamStore {
         (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
         let free = self.free_bytes()?.filter(|_| self.blocks.iter().any(|block| block.policy.is_none()));
         if let Some(free) = free {
-            let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
-            let needed = waiting.map(|block| self.visit_bytes(block)).sum::<usize>() + room;
+            let needed = self.bytes_to_gather() + room;
             let is_too_much = needed as u64 > free;
             if self.sharing.world_size() == 1 && is_too_much {
                 return Ok(false);
@@ -39,6 +38,12 @@ impl ParamStore {
             }
         }
         Ok(true)
+    }
+
+    /// Bytes that [`Self::gather_all`] brings to where blocks compute.
+    pub fn bytes_to_gather(&self) -> usize {
+        let waiting = self.blocks.iter().filter(|block| block.policy.is_none());
+        waiting.map(|block| self.visit_bytes(block)).sum()
     }
 
     /// Memory that is free where blocks compute, if they are not held there anyway.
