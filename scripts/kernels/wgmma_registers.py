@@ -8,7 +8,7 @@
 `wgmma.wait_group` that waits for it (PTX ISA, "wgmma.mma_async"); the compiler does not prevent it, and results are then wrong
 only where tensor cores are busy. This follows every path of the machine code of compute capability 9.0: HGMMA with a register
 operand puts that operand's four registers in flight, `gsb0` closes a group, DEPBAR.LE waits for all but the last groups. Calls and
-computed branches are not followed; a kernel that has them is named.
+computed branches are not followed; one that is met while a product runs is named.
 
 Needs `cuobjdump` of the CUDA toolkit (CUOBJDUMP names it if it is not on the path). Exit code 1: there are such writes, or kernels that cannot be followed.
 """
@@ -25,6 +25,7 @@ NO_RESULT = re.compile(
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 GUARDED = re.compile(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+)\s*(.*)")
 PRODUCT = re.compile(r"HGMMA\S* R\d+, R(\d+), gdesc")
+COMPUTED = re.compile(r"(?:@!?U?P\d+ )?(BRX|JMX|CALL|RET)\b")
 BRANCH = re.compile(r"(?:@!?U?P\d+ )?(?:BRA|BRX)\b.*0x([0-9a-f]+)\s*$")
 
 
@@ -69,7 +70,7 @@ def faults(lines):
                 groups = groups[-left:] if left else ()
             else:
                 running = open_group.union(*groups)
-                if any(register in running for register in written(text)):
+                if any(register in running for register in written(text)) or (running and COMPUTED.match(text)):
                     found.add((address, text))
             branch = BRANCH.match(text)
             if branch and int(branch[1], 16) in at:
@@ -106,8 +107,7 @@ def main(objects):
             if not any(PRODUCT.search(text) for _, text in lines):
                 continue
             kernels += 1
-            unknown = [(address, text) for address, text in lines if re.match(r"(?:@!?U?P\d+ )?(BRX|JMX|CALL|RET)\b", text)]
-            found = faults(lines) + unknown
+            found = faults(lines)
             bad += bool(found)
             for address, text in found:
                 print(f"{os.path.basename(path)}: {part.splitlines()[0]}: {address:x}: {text}")
