@@ -301,7 +301,7 @@ fn measure(
     let precision = args.precision.unwrap_or(default);
     let backend = Backend::for_bench(args.device, precision, settings.backend, (&**ranks, local_rank))?;
     if let Some(gib) = args.device_memory_limit {
-        backend.limit_memory((gib * f64::from(1 << 30)) as u64, train::estimate::exchanging(settings))?;
+        backend.limit_memory((gib * f64::from(1 << 30)) as u64, train::estimate::context_bytes(settings))?;
     }
     let exchange = backend.exchange(ranks, settings)?;
     let sharing = Sharing::new(Arc::clone(ranks), exchange, settings, OptimizerKind::AdamW);

@@ -21,6 +21,21 @@ pub enum Error {
         /// Its answer.
         reason: String,
     },
+    /// The device has no memory left.
+    #[error(
+        "no room on the GPU for {:.2} GiB more: tensors take {:.2} GiB, and {:.2} GiB of the card are free, a limit of the process \
+         aside; make batches or sequences smaller, or keep weights or the optimizer's state in host memory: `trainer estimate` says \
+         what fits",
+        gib(*.bytes), gib(*.used), gib(*.free)
+    )]
+    Full {
+        /// What was asked for.
+        bytes: u64,
+        /// What tensors take.
+        used: u64,
+        /// What nobody has of the card.
+        free: u64,
+    },
     /// The library of matrix products reported an error.
     #[error("matrix product [{m}, {k}] x [{k}, {n}]: {reason}")]
     Product {
@@ -54,6 +69,10 @@ pub enum Error {
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 pub(crate) fn argument(

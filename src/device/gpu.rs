@@ -10,9 +10,9 @@ use cudarc::driver::sys::{
     CUevent_flags, CUgraphInstantiate_flags, CUlimit, CUmemAllocationHandleType, CUmemAllocationType,
     CUmemLocationType, CUmemPool_attribute, CUmemPoolProps, CUmemoryPool, CUstreamCaptureMode, cuCtxSetLimit,
     cuDeviceGetMemPool, cuDeviceSetMemPool, cuMemFreeHost, cuMemHostAlloc, cuMemHostRegister_v2, cuMemHostUnregister,
-    cuMemPoolCreate, cuMemPoolGetAttribute, cuMemPoolSetAttribute, cuMemcpyAsync,
+    cuMemPoolCreate, cuMemPoolGetAttribute, cuMemPoolSetAttribute, cuMemPoolTrimTo, cuMemcpyAsync, cudaError_enum,
 };
-use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
 
 use super::{Error, MemoryUse, argument, failed};
 
@@ -151,8 +151,34 @@ impl Stream {
     /// Bytes on the device, freed in the order of this stream.
     pub(super) fn allocate(&self, bytes: usize) -> Result<Bytes, Error> {
         // SAFETY: bytes, for which any bits are a value.
-        let slice = unsafe { self.0.alloc::<u8>(bytes.max(1)) };
-        slice.map(Bytes).map_err(failed("allocating device memory"))
+        unsafe { self.take::<u8>(bytes.max(1)) }.map(Bytes)
+    }
+
+    /// So many values on the device. Where the pool has no room for them in one piece it gives back what nobody uses, and they are asked
+    /// for once more.
+    ///
+    /// # Safety
+    /// Any bits are a value of `T`, or it is written before it is read.
+    unsafe fn take<T: DeviceRepr>(&self, count: usize) -> Result<CudaSlice<T>, Error> {
+        let is_full = |error: &DriverError| error.0 == cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY;
+        // SAFETY: the caller's promise.
+        let ask = || unsafe { self.0.alloc::<T>(count) };
+        let taken = match ask() {
+            Err(error) if is_full(&error) => {
+                self.0.synchronize().map_err(failed("waiting for the device"))?;
+                // SAFETY: the pool is the one of an open device.
+                unsafe { cuMemPoolTrimTo(self.pool()?, 0) }.result().map_err(failed("giving device memory back"))?;
+                ask()
+            }
+            taken => taken,
+        };
+        taken.map_err(|error| match self.memory_use() {
+            Ok(MemoryUse { used, .. }) if is_full(&error) => {
+                let free = memory_info().map_or(0, |(free, _)| free as u64);
+                Error::Full { bytes: (count * size_of::<T>()) as u64, used, free }
+            }
+            _ => failed("allocating device memory")(error),
+        })
     }
 
     /// Locks host memory, whose address is the same for the host and for every GPU.
@@ -351,11 +377,11 @@ pub(super) fn address(tensor: &Tensor) -> Result<u64, Error> {
 
 /// A tensor whose values are not defined until a kernel writes them.
 pub(super) fn empty(device: &Device, shape: Shape, dtype: DType) -> Result<Tensor, Error> {
-    let (device, count) = (cuda(device)?, shape.elem_count());
+    let (stream, device, count) = (Stream::of(device)?, cuda(device)?, shape.elem_count());
     macro_rules! storage {
         ($type:ty) => {{
             // SAFETY: every type here is plain numbers, for which any bits are a value; kernels write before they read.
-            let slice = unsafe { device.alloc::<$type>(count)? };
+            let slice = unsafe { stream.take::<$type>(count)? };
             CudaStorage::wrap_cuda_slice(slice, device.clone())
         }};
     }

@@ -201,7 +201,7 @@ fn as_many_batches_go_together_as_hide_the_next_layer() {
     assert_eq!(size(2048, LayerBytes::default(), rates), 1);
     // Two ranks have a half each: on its card, or in host memory, from where it is copied first.
     let halves = [0, 57_500_000].map(|from_host| LayerBytes { from_host, from_ranks: 57_500_000 });
-    assert_eq!(halves.map(|bytes| size(2048, bytes, rates)), [2, 2]);
+    assert_eq!(halves.map(|bytes| size(2048, bytes, rates)), [2, 4]);
     assert_eq!(halves.map(|bytes| size(8192, bytes, rates)), [1, 1]);
     assert_eq!(halves.map(|bytes| size(2048, bytes, Rates { link: 1e15, ..rates })), [1, 1]);
     // Where activations stay a gather is only to be hidden.

@@ -46,10 +46,10 @@ pub trait DecodeModel {
         &Device::Cpu
     }
 
-    /// Bytes of the device that a step of up to `lanes` sequences of up to `longest` tokens takes beside what every step takes: blocks
-    /// that come for it, memory that it works on.
-    fn step_bytes(&self, lanes: usize, longest: usize) -> u64 {
-        let _ = (lanes, longest);
+    /// Bytes of the device that steps of up to `lanes` sequences of up to `longest` tokens take, of which up to `tokens` are computed
+    /// in one: blocks that come for it, memory that it works on.
+    fn step_bytes(&self, lanes: usize, longest: usize, tokens: usize) -> u64 {
+        let _ = (lanes, longest, tokens);
         0
     }
 

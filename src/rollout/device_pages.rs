@@ -15,9 +15,6 @@ use crate::ops::Wide;
 pub(super) use crate::ops::cuda::paged_attention::LayerPages;
 use crate::ops::cuda::paged_attention::{Pages, PagesShape, Step};
 
-/// Memory that a step takes beside the cache: the unpacked weights of the projections of one input and the logits.
-pub(crate) const STEP_BYTES: u64 = 512 << 20;
-
 /// Pages on a GPU and the copies that wait for the next step.
 #[derive(Debug)]
 pub(super) struct DevicePages {
@@ -29,17 +26,18 @@ pub(super) struct DevicePages {
 
 /// Pages for which a GPU has room beside what a step takes.
 pub(super) fn most_pages(shape: KvShape, step_bytes: u64, device: &Device) -> Result<usize, Error> {
-    let free_bytes = free_memory(device).map_err(ops::Error::from)?.saturating_sub(STEP_BYTES + step_bytes);
+    let free_bytes = free_memory(device).map_err(ops::Error::from)?.saturating_sub(step_bytes);
     Ok((free_bytes / shape.page_bytes().max(1) as u64) as usize)
 }
 
 impl DevicePages {
-    pub(super) fn new(shape: KvShape, num_pages: usize, device: &Device) -> Result<Self, Error> {
+    /// For a device on which a step takes `step_bytes` besides.
+    pub(super) fn new(shape: KvShape, num_pages: usize, step_bytes: u64, device: &Device) -> Result<Self, Error> {
         let KvShape { layers, kv_heads, head_dim, dtype } = shape;
         let bytes = shape.page_bytes().saturating_mul(num_pages) as u64;
         let free_bytes = free_memory(device).map_err(ops::Error::from)?;
-        if bytes.saturating_add(STEP_BYTES) > free_bytes {
-            return Err(Error::KvDeviceMemory { bytes, step_bytes: STEP_BYTES, free_bytes });
+        if bytes.saturating_add(step_bytes) > free_bytes {
+            return Err(Error::KvDeviceMemory { bytes, step_bytes, free_bytes });
         }
         let shape = PagesShape { layers, pages: num_pages, page_tokens: PAGE_TOKENS, kv_heads, head_dim };
         let pages = Pages::new(device, shape, dtype)?;

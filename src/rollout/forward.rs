@@ -6,6 +6,8 @@ use super::Error;
 use super::decode_model::{DecodeModel, DrawSettings, Drawn, Lane, StepBatch};
 use super::kv_cache::{CacheStep, KvCache, KvShape};
 use super::recorded::{MOST_LANES, RecordedSteps, STEPS};
+use super::settings::RolloutSettings;
+use super::sizes::pass_bytes;
 use crate::engine::{self, Engine, Speaker, Types};
 use crate::model::layer::{DecoderLayer, Pass};
 use crate::model::params::BlockParams;
@@ -115,10 +117,11 @@ pub fn kv_shape(engine: &Engine) -> KvShape {
     KvShape::of(engine.config(), engine.types())
 }
 
-/// Bytes of the device that a rollout of so many sequences takes beside the weights.
+/// Bytes of the device that a rollout of so many sequences takes at least beside the weights.
 pub fn room_bytes(engine: &Engine, sequences: usize, tokens: usize) -> usize {
     let pages = sequences.saturating_mul(super::pages::pages_for(tokens) + 2);
-    super::device_pages::STEP_BYTES as usize + kv_shape(engine).page_bytes().saturating_mul(pages)
+    let step = pass_bytes(engine.config(), engine.types(), sequences, RolloutSettings::LEAST_BATCH_TOKENS);
+    step as usize + kv_shape(engine).page_bytes().saturating_mul(pages)
 }
 
 impl DecodeModel for EngineModel<'_> {
@@ -134,10 +137,10 @@ impl DecodeModel for EngineModel<'_> {
         self.engine.device()
     }
 
-    fn step_bytes(&self, lanes: usize, longest: usize) -> u64 {
+    fn step_bytes(&self, lanes: usize, longest: usize, tokens: usize) -> u64 {
         let recorded = self.recorded.as_ref().map_or(0, |recorded| recorded.bytes(lanes, longest));
         let visiting = if self.bound.is_some() { 0 } else { self.engine.store().visiting_bytes() };
-        (recorded + visiting) as u64
+        (recorded + visiting) as u64 + pass_bytes(self.engine.config(), self.engine.types(), lanes, tokens)
     }
 
     fn most_lanes(&self) -> usize {

@@ -119,6 +119,8 @@ pub struct Statistics {
 pub struct Rollout {
     settings: RolloutSettings,
     cache: Option<KvCache>,
+    /// Tokens of a step for which there is room beside the cache.
+    batch_tokens: usize,
     statistics: Statistics,
     /// Whether the run was told that the cache is smaller than wanted.
     has_said_small: AtomicBool,
@@ -150,7 +152,14 @@ impl Rollout {
                 return Err(Error::Setting { name, value: "0".into(), expected: "1 or more" });
             }
         }
-        Ok(Self { settings, cache: None, statistics: Statistics::default(), has_said_small: AtomicBool::new(false) })
+        let batch_tokens = settings.max_batch_tokens;
+        Ok(Self {
+            settings,
+            cache: None,
+            batch_tokens,
+            statistics: Statistics::default(),
+            has_said_small: AtomicBool::new(false),
+        })
     }
 
     /// The settings.
@@ -217,15 +226,16 @@ impl Rollout {
         let most_lanes = self.settings.max_num_seqs.min(model.most_lanes());
         let lanes = most_lanes.min(requests.len());
         // One that does not fit is gone before a new one is made.
-        let mut cache = match self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device)) {
-            Some(cache) => cache,
-            None => KvCache::new(
-                shape,
-                self.pages_with_room(num_pages, longest, (shape, model.step_bytes(lanes, longest)), &device)?,
-                &device,
-            )?,
+        let kept = self.cache.take().filter(|cache| cache.fits(shape, num_pages, &device));
+        let mut cache = if let Some(cache) = kept {
+            cache
+        } else {
+            let step_bytes = |tokens| model.step_bytes(lanes, longest, tokens);
+            let (pages, tokens) = self.pages_with_room(num_pages, (lanes, longest), (shape, &step_bytes), &device)?;
+            self.batch_tokens = tokens;
+            KvCache::new(shape, pages, step_bytes(tokens), &device)?
         };
-        let limits = Limits { max_num_seqs: most_lanes, max_batch_tokens: self.settings.max_batch_tokens };
+        let limits = Limits { max_num_seqs: most_lanes, max_batch_tokens: self.batch_tokens };
         let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);
         scheduler.add(0..reserve.first);
         let result = call.run(model, &mut cache, (&mut scheduler, reserve), caller, &mut self.statistics);
@@ -276,16 +286,23 @@ impl Rollout {
         Ok((limits, longest))
     }
 
-    /// As many pages as the device has room for, at least those of the longest sequence: with fewer than wanted, sequences wait
-    /// for others, which changes none of them.
+    /// As many pages as the device has room for, at least those of the longest sequence, and the tokens of a step beside them: where
+    /// there is room for fewer than wanted, first steps get shorter, then sequences wait for others, which changes none of them.
     fn pages_with_room(
         &self,
         wanted: usize,
-        longest: usize,
-        (shape, step_bytes): (KvShape, u64),
+        (lanes, longest): (usize, usize),
+        (shape, step_bytes): (KvShape, &dyn Fn(usize) -> u64),
         device: &Device,
-    ) -> Result<usize, Error> {
-        let room = super::kv_cache::most_pages(shape, step_bytes, device)?;
+    ) -> Result<(usize, usize), Error> {
+        let (mut tokens, least) = (self.settings.max_batch_tokens, RolloutSettings::LEAST_BATCH_TOKENS.max(lanes));
+        let room = loop {
+            let room = super::kv_cache::most_pages(shape, step_bytes(tokens), device)?;
+            if room >= wanted || tokens / 2 < least {
+                break room;
+            }
+            tokens /= 2;
+        };
         let pages = wanted.min(room.max(least_pages(longest)));
         if pages < wanted && !self.has_said_small.swap(true, Ordering::Relaxed) {
             tracing::warn!(
@@ -296,7 +313,7 @@ impl Rollout {
                 (wanted / (pages_for(longest) + 2)).saturating_sub(1)
             );
         }
-        Ok(pages)
+        Ok((pages, tokens))
     }
 
     /// Pages of the cache: what the budget allows, but not more than can be used.

@@ -104,7 +104,7 @@ impl HostPages {
     }
 }
 
-/// Pages for which a device has room beside what a step takes, with `step_bytes` of its model; on the CPU that is not asked.
+/// Pages for which a device has room beside the `step_bytes` that a step takes; on the CPU that is not asked.
 pub(super) fn most_pages(shape: KvShape, step_bytes: u64, device: &Device) -> Result<usize, Error> {
     match device {
         Device::Cuda(_) => super::device_pages::most_pages(shape, step_bytes, device),
@@ -113,14 +113,14 @@ pub(super) fn most_pages(shape: KvShape, step_bytes: u64, device: &Device) -> Re
 }
 
 impl KvCache {
-    /// An empty cache on the device that the model computes on.
+    /// An empty cache on the device that the model computes on, where a step takes `step_bytes` besides.
     ///
     /// # Errors
     /// If there is not so much memory, or the device does not hold keys and values of this type.
-    pub fn new(shape: KvShape, num_pages: usize, device: &Device) -> Result<Self, Error> {
+    pub fn new(shape: KvShape, num_pages: usize, step_bytes: u64, device: &Device) -> Result<Self, Error> {
         let store = match device {
             Device::Cpu if shape.dtype == DType::F32 => Store::Host(HostPages::new(shape, num_pages)?),
-            Device::Cuda(_) => Store::Device(DevicePages::new(shape, num_pages, device)?),
+            Device::Cuda(_) => Store::Device(DevicePages::new(shape, num_pages, step_bytes, device)?),
             _ => return Err(Error::KvPlace { what: format!("{:?} pages on {:?}", shape.dtype, device.location()) }),
         };
         Ok(Self { shape, num_pages, device: device.clone(), store })
@@ -355,7 +355,7 @@ mod tests {
 
     #[test]
     fn tokens_land_in_their_pages_and_copies_are_whole() {
-        let mut cache = KvCache::new(SHAPE, 4, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, 0, &Device::Cpu).unwrap();
         assert_eq!(cache.bytes(), 4 * 2 * 2 * 16 * 6 * 4);
         // Tokens 14 .. 19 of a sequence in pages 3 and 1.
         let span = Span { tokens: 0..5, pages: vec![3, 1], context: 14 };
@@ -374,17 +374,17 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_an_error() {
-        let mut cache = KvCache::new(SHAPE, 2, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(SHAPE, 2, 0, &Device::Cpu).unwrap();
         let span = Span { tokens: 0..2, pages: vec![0], context: 15 };
         let rows = numbers(12, 0.0);
         assert!(matches!(cache.write(0, &span, &rows, &rows), Err(Error::KvPage { position: 16, .. })));
         assert!(matches!(cache.write(0, &span, &rows[..11], &rows), Err(Error::KvLength { got: 11, .. })));
         assert!(matches!(cache.write(2, &span, &rows, &rows), Err(Error::KvLayer { layer: 2, num_layers: 2 })));
         assert!(matches!(cache.copy_page(0, 2), Err(Error::KvPage { .. })));
-        assert!(matches!(KvCache::new(SHAPE, usize::MAX / 4096, &Device::Cpu), Err(Error::KvMemory { .. })));
+        assert!(matches!(KvCache::new(SHAPE, usize::MAX / 4096, 0, &Device::Cpu), Err(Error::KvMemory { .. })));
         let shape = KvShape { dtype: DType::BF16, ..SHAPE };
         assert_eq!(2 * shape.page_bytes(), SHAPE.page_bytes());
-        let message = KvCache::new(shape, 2, &Device::Cpu).unwrap_err().to_string();
+        let message = KvCache::new(shape, 2, 0, &Device::Cpu).unwrap_err().to_string();
         assert!(message.contains("BF16 pages on Cpu"), "{message}");
     }
 }

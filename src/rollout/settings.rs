@@ -27,6 +27,9 @@ impl RolloutSettings {
     /// The same on a GPU, whose products want more rows.
     pub const DEFAULT_BATCH_TOKENS_GPU: usize = 2048;
 
+    /// Where a GPU has no room for as many sequences as are wanted at once, steps get as short as this before their number does.
+    pub const LEAST_BATCH_TOKENS: usize = 512;
+
     /// Usual for [`RolloutSettings::max_batch_tokens`] where a device computes.
     pub fn batch_tokens(device: &Device) -> usize {
         if device.is_cuda() { Self::DEFAULT_BATCH_TOKENS_GPU } else { Self::DEFAULT_BATCH_TOKENS }

@@ -1,14 +1,15 @@
 //! What a rollout takes of a device, from a model's shape alone: by the functions with which it sizes its memory itself.
 
 use super::Error;
-use super::device_pages::STEP_BYTES;
 use super::kv_cache::KvShape;
 use super::pages::pages_for;
 use super::recorded::{MOST_LANES, RecordedSteps};
+use super::settings::RolloutSettings;
 use crate::config::settings::Projection;
 use crate::engine::Types;
 use crate::kernels::cuda::ProductCard;
 use crate::model::config::ModelConfig;
+use crate::ops::cuda::linear::most_unpacked_bytes;
 
 /// Cards whose products are cut as differently as any are: a Hopper, and one of its size without warp groups.
 const CARDS: [ProductCard; 2] = [
@@ -49,7 +50,7 @@ pub struct RolloutBytes {
     pub cache: u64,
     /// The cache at the least: of one sequence.
     pub least_cache: u64,
-    /// What its steps work on: prefilling, and recorded steps of decoding.
+    /// What its steps work on: prefilling as many tokens as where there is room, and recorded steps of decoding.
     pub steps: u64,
     /// Adapters in the type of the activations, for recorded steps.
     pub adapters: u64,
@@ -64,6 +65,25 @@ pub const fn cache_pages(lanes: usize, longest: usize) -> usize {
 /// Pages without which the longest sequence cannot be computed.
 pub const fn least_pages(longest: usize) -> usize {
     pages_for(longest) + 2
+}
+
+/// Bytes of a GPU that a pass of `tokens` takes which draws for up to `lanes` of its sequences: the activations of the half of a
+/// layer that has most, weights that are unpacked, logits.
+pub fn pass_bytes(config: &ModelConfig, types: Types, lanes: usize, tokens: usize) -> u64 {
+    /// Columns of adapters beside an input, at most.
+    const RANKS: usize = 128;
+    /// The library's workspace, and gaps between tensors that are too small for others.
+    const SPARE: usize = 192 << 20;
+    let (compute, residual) = (types.compute.size_in_bytes(), types.residual.size_in_bytes());
+    let (hidden, gate_up) = (config.hidden_size, 2 * config.intermediate_size);
+    let attended = config.num_attention_heads * config.head_dim;
+    let qkv = attended + 2 * config.num_key_value_heads * config.head_dim;
+    // Queries, keys and values before and after the rotation, or gate, up and their product.
+    let half = (2 * qkv + attended).max(gate_up + gate_up / 2) + hidden;
+    let rows = 2 * residual * hidden + compute * (hidden + half + 2 * RANKS);
+    let unpacked = (compute * gate_up * (hidden + RANKS)).min(most_unpacked_bytes(tokens));
+    let logits = (4 + compute) * config.vocab_size * lanes.min(tokens);
+    rows.saturating_mul(tokens).saturating_add(unpacked + logits + SPARE) as u64
 }
 
 impl KvShape {
@@ -85,12 +105,14 @@ impl Generating<'_> {
     /// If the shape is none of a model.
     pub fn bytes(&self, sequences: usize, longest: usize) -> Result<RolloutBytes, Error> {
         let page = KvShape::of(self.config, self.types).page_bytes();
-        let mut steps = STEP_BYTES;
+        let pass =
+            |lanes| pass_bytes(self.config, self.types, lanes, RolloutSettings::DEFAULT_BATCH_TOKENS_GPU.max(lanes));
+        let mut steps = pass(sequences);
         let (mut lanes, mut adapters) = (sequences, 0);
         for card in CARDS {
             if let Some(recorded) = RecordedSteps::sizes(self, card)? {
                 lanes = sequences.min(MOST_LANES);
-                steps = steps.max(STEP_BYTES + recorded.bytes(lanes, longest) as u64);
+                steps = pass(lanes) + recorded.bytes(lanes, longest) as u64;
                 adapters =
                     adapters.max(recorded.adapter_bytes(self.config.num_hidden_layers, &self.adapter_ranks) as u64);
             }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use candle_core::Device;
 
 use super::Context;
-use super::estimate::{context_bytes, exchanging};
+use super::estimate::{context_bytes, saves_memory};
 use crate::config::settings::{DeviceChoice, Precision, RankBackend, RankSettings, TrainingSettings};
 use crate::device::{self, Footprint};
 use crate::engine::Types;
@@ -52,7 +52,7 @@ impl Backend {
         };
         let opened = Self::open(choice, settings.precision)?;
         if let Some(bytes) = settings.device_memory_limit {
-            opened.limit_memory(bytes, exchanging(&settings.ranks))?;
+            opened.limit_memory(bytes, context_bytes(&settings.ranks))?;
         }
         if ranks.world_size() > 1 {
             let ordinal = if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 };
@@ -86,17 +86,16 @@ impl Backend {
         Ok(opened)
     }
 
-    /// Limits what this process takes of a GPU's memory, before anything is there; `exchanging` ranks share what lies there.
+    /// Limits what this process takes of a GPU's memory, before anything is there, of which `beside` bytes are not for tensors.
     ///
     /// # Errors
     /// If the limit leaves nothing for tensors.
-    pub fn limit_memory(&self, bytes: u64, exchanging: usize) -> anyhow::Result<()> {
+    pub fn limit_memory(&self, bytes: u64, beside: u64) -> anyhow::Result<()> {
         if self.device.is_cpu() {
             tracing::warn!("`device_memory_limit` is for GPUs, and this run computes on the CPU");
             return Ok(());
         }
-        device::limit_memory(&self.device, bytes, context_bytes(exchanging))
-            .context("`device_memory_limit` cannot be kept")
+        device::limit_memory(&self.device, bytes, beside).context("`device_memory_limit` cannot be kept")
     }
 
     /// Tells every rank of this one's device, and checks that they have what they may.
@@ -141,7 +140,7 @@ impl Backend {
             return Ok(None);
         }
         let (main, deadline) = (device::Queue::of(&self.device)?, Duration::from_secs(settings.timeout_secs));
-        Ok(Some(crate::ranks::between_gpus(ranks.clone(), &main, deadline)?))
+        Ok(Some(crate::ranks::between_gpus(ranks.clone(), &main, (deadline, saves_memory(settings)))?))
     }
 
     /// Opens the device that the settings name; `auto` takes the first GPU where the program was built for GPUs and there is

@@ -20,17 +20,27 @@ pub use rollouts::Rollouts;
 #[path = "estimate_rollout.rs"]
 mod rollouts;
 
-/// What the driver and libraries hold of a GPU beside tensors, and that with NCCL's channels: measured on an H200, driver 580.
-const CONTEXT_BYTES: [u64; 2] = [670 << 20, 2040 << 20];
+/// What the driver and libraries hold of a GPU beside tensors; that with NCCL's kernels and the few channels of an exchange that is to
+/// be small; and with all that it likes: measured on an H200, driver 580, NCCL 2.28.
+const CONTEXT_BYTES: [u64; 3] = [670 << 20, 1480 << 20, 2040 << 20];
 
 /// Ranks that exchange the memory of their GPUs.
 pub fn exchanging(settings: &RankSettings) -> usize {
     if settings.backend.may_share_gpus() { 1 } else { settings.world_size }
 }
 
-/// Bytes of a GPU that are not for tensors, with so many ranks that exchange its memory.
-pub fn context_bytes(world_size: usize) -> u64 {
-    CONTEXT_BYTES[usize::from(world_size > 1)]
+/// Bytes of a GPU that are not for tensors of a rank alone.
+pub const CONTEXT_ALONE: u64 = CONTEXT_BYTES[0];
+
+/// Bytes of a GPU that are not for tensors of one of these ranks.
+pub fn context_bytes(settings: &RankSettings) -> u64 {
+    CONTEXT_BYTES[if exchanging(settings) == 1 { 0 } else { 2 - usize::from(saves_memory(settings)) }]
+}
+
+/// Whether an exchange between GPUs is to take little of their memory, at some of its speed: where weights wait in host memory for want
+/// of it.
+pub(super) fn saves_memory(settings: &RankSettings) -> bool {
+    settings.offload.params != OffloadDevice::None
 }
 /// The library's workspace for products.
 const WORKSPACE: f64 = (32 << 20) as f64;
@@ -522,7 +532,7 @@ impl Shape {
             } else {
                 0
             },
-            context: context_bytes(exchanging(ranks)),
+            context: context_bytes(ranks),
             host,
             files,
         }

@@ -226,9 +226,9 @@ fn inputs_of_micro_batches_that_pass_together_are_counted() {
         let (one, many) = (of(stage, params, backend, tokens, 1), of(stage, params, backend, tokens, 32));
         ((many.0 - one.0) as f64 / inputs, many.1 - one.1)
     };
-    for params in [none, cpu] {
+    for (params, others) in [(none, 1.0), (cpu, 3.0)] {
         let (recomputed, kept) = more(ZeroStage::Parameters, params, nccl, 2048);
-        assert!((0.9..1.5).contains(&recomputed), "two at a time: {recomputed}");
+        assert!((others - 0.1..others + 0.5).contains(&recomputed), "{others} more at a time: {recomputed}");
         assert_eq!(kept, 0, "activations that stay are too many for that");
         assert_eq!(more(ZeroStage::Parameters, params, nccl, 8192), (0.0, 0), "long ones hide what comes");
         assert!(more(ZeroStage::Parameters, params, gloo, 2048).0 > 30.0, "breadth first");

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use anyhow::bail;
 
-use super::estimate::{Estimate, Shape, Work, context_bytes, exchanging};
+use super::estimate::{CONTEXT_ALONE, Estimate, Shape, Work, context_bytes};
 use super::{Backend, session};
 use crate::config::settings::{
     ModelSettings, OffloadDevice, OffloadSettings, RankSettings, TrainingSettings, ZeroStage,
@@ -76,8 +76,10 @@ fn settle_stage(
     if !settings.is_stage_auto && !is_careful {
         return Ok((settings, None));
     }
-    let exchanging = exchanging(&settings);
-    let Some(room) = room(ranks, backend, (exchanging, training.device_memory_limit.is_some()))? else {
+    // A limit leaves room for the ranks' exchange already; what a card has free does not.
+    let is_limited = training.device_memory_limit.is_some();
+    let exchange = if is_limited { 0 } else { context_bytes(&settings) - CONTEXT_ALONE };
+    let Some(room) = room(ranks, backend, exchange)? else {
         let note = "auto: 0, for this system does not say how much memory is free";
         return Ok((settings, training.ranks.is_stage_auto.then(|| note.into())));
     };
@@ -108,15 +110,13 @@ fn acting(offload: &OffloadSettings, is_on_gpu: bool) -> OffloadSettings {
     OffloadSettings { optimizer: acting(offload.optimizer), params: acting(offload.params), ..offload.clone() }
 }
 
-/// The least room of all ranks; ranks of one machine, or GPU, share its memory. `None` where a system does not say it.
-fn room(ranks: &dyn Ranks, backend: &Backend, (exchanging, is_limited): (usize, bool)) -> anyhow::Result<Option<Room>> {
+/// The least room of all ranks beside the `exchange` between them on a GPU; ranks of one machine, or GPU, share its memory. `None` where a system does not say it.
+fn room(ranks: &dyn Ranks, backend: &Backend, exchange: u64) -> anyhow::Result<Option<Room>> {
     let is_on_gpu = backend.device.is_cuda();
     let uuid = if is_on_gpu { device::device_uuid(&backend.device)? } else { String::new() };
     let (on_host, on_gpu) = (ranks_at(ranks, &host_name())?, ranks_at(ranks, &uuid)?);
     let host = device::free_host_memory().map_or(0, |bytes| bytes / on_host);
     let own = if is_on_gpu {
-        // A limit leaves room for the ranks' exchange already; what a card has free does not.
-        let exchange = if is_limited { 0 } else { context_bytes(exchanging) - context_bytes(1) };
         [device::free_memory_shared(&backend.device, on_gpu)?.saturating_sub(exchange), host]
     } else {
         [host, host]

@@ -383,7 +383,7 @@ impl Memory {
             section.push("device peak", format!("{tensors} of tensors and workspaces; {beside} beside them"));
             section.push(
                 "beside them",
-                format!("{opening} context, {loaded} code and libraries, {slack} free in the pool"),
+                format!("{opening} context, {loaded} code, libraries and other processes, {slack} free in the pool"),
             );
         }
         Ok(section)

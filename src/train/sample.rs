@@ -8,14 +8,16 @@ use super::session::Session;
 use crate::config::settings::GrpoSettings;
 use crate::data::Prompts;
 use crate::rollout::{Completion, forward};
+use crate::zero::Room;
 
-/// Bytes that a rollout needs beside the weights to be worth having them all there: what a step takes, and a cache for some of the
-/// longest sequences.
-fn rollout_room(settings: &GrpoSettings, session: &Session) -> usize {
+/// Bytes that a rollout needs beside the weights: what a step takes, and a cache for one of the longest sequences, or for some of them
+/// to be worth having the weights all there.
+fn rollout_room(settings: &GrpoSettings, session: &Session) -> Room {
     const SEQUENCES: usize = 4;
     let longest = settings.max_prompt_length.unwrap_or(0)
         + settings.longest_completion().min(session.engine.config().max_position_embeddings);
-    forward::room_bytes(&session.engine, SEQUENCES.min(settings.max_num_seqs), longest)
+    let of = |sequences| forward::room_bytes(&session.engine, sequences, longest);
+    Room { wanted: of(SEQUENCES.min(settings.max_num_seqs)), least: of(1) }
 }
 
 /// Samples completions of prompts.

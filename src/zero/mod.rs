@@ -30,7 +30,7 @@ use link::{Coming, Link};
 pub use optimizer::{ShardedOptimizer, StepReport};
 pub use read::ReadTypes;
 pub use sharing::{Sharing, ranks_at};
-pub use store::{LayerBytes, ParamStore, Slots};
+pub use store::{LayerBytes, ParamStore, Room, Slots};
 pub use sums::{Next, Node, Sums};
 pub use values::Values;
 

@@ -30,6 +30,7 @@ use exchanged::OnTheirWay;
 pub(super) use home::Errand;
 use home::Home;
 pub use sizes::LayerBytes;
+pub use together::Room;
 
 /// How many of the blocks that wait elsewhere are lent at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

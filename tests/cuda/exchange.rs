@@ -104,7 +104,7 @@ fn ranks_with_a_gpu_each_exchange_through_nccl() {
         check(
             world_size,
             |rank| open(rank).unwrap(),
-            |threads, queue| Nccl::connect(Arc::new(threads), queue, DEADLINE).unwrap(),
+            |threads, queue| Nccl::connect(Arc::new(threads), queue, (DEADLINE, true)).unwrap(),
         );
     }
 }

@@ -291,7 +291,7 @@ fn all_weights_of_half_a_billion_train_in_three_gibibytes() {
     let footprint = trainer::device::footprint(&device).unwrap();
     println!("{computed} bytes of weights; {footprint:?}; losses {losses:?}");
     assert!(losses[2] < losses[0], "{losses:?}");
-    let taken = footprint.tensors + trainer::train::estimate::context_bytes(1);
+    let taken = footprint.tensors + trainer::train::estimate::CONTEXT_ALONE;
     assert!(taken < 3 << 30, "{taken}: {footprint:?}");
 }
 
@@ -410,7 +410,7 @@ fn ranks_that_speak_nccl_have_the_bits_of_one() {
             |rank| trainer::device::open(rank).unwrap(),
             |ranks, device| {
                 let main = trainer::device::Queue::of(device).unwrap();
-                trainer::ranks::nccl::Nccl::connect(Arc::new(ranks), &main, DEADLINE).unwrap()
+                trainer::ranks::nccl::Nccl::connect(Arc::new(ranks), &main, (DEADLINE, false)).unwrap()
             },
         );
     }

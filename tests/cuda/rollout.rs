@@ -6,6 +6,7 @@ use trainer::engine::{Engine, Speaker, Types};
 use trainer::model::batch::BatchBuilder;
 use trainer::rng::Stream;
 use trainer::rollout::forward::{EngineModel, kv_shape};
+use trainer::rollout::sizes::pass_bytes;
 use trainer::rollout::{
     Caller, Completion, DecodeModel as _, Error, Finish, KvCache, Request, Rollout, RolloutSettings, Statistics,
 };
@@ -178,13 +179,13 @@ fn a_cache_beyond_the_devices_memory_is_one_clear_error() {
     let shape = kv_shape(&engine);
     assert_eq!((shape.dtype, shape.element_bytes()), (DType::BF16, 2));
     let pages = (8 << 40) / shape.page_bytes();
-    let error = KvCache::new(shape, pages, engine.device()).unwrap_err();
+    let error = KvCache::new(shape, pages, 0, engine.device()).unwrap_err();
     assert!(matches!(error, Error::KvDeviceMemory { .. }));
     let message = error.to_string();
     for part in ["8.00 TiB", "free on the GPU", "max_num_seqs", "max_completion_length"] {
         assert!(message.contains(part), "{message}");
     }
-    let small = KvCache::new(shape, 3, engine.device()).unwrap();
+    let small = KvCache::new(shape, 3, 0, engine.device()).unwrap();
     assert_eq!(small.bytes(), 3 * shape.page_bytes());
     assert!(small.fits(shape, 2, engine.device()) && !small.fits(shape, 2, &Device::Cpu));
     assert!(small.layer(0).unwrap_err().to_string().contains("pages on a GPU"));
@@ -291,7 +292,8 @@ fn memory_that_recorded_steps_lack_costs_speed_only() {
     let settings = RolloutSettings { max_num_seqs: 21, ..settings(usize::MAX) };
     let sampling = SamplingSettings { top_p: 0.95, repetition_penalty: 1.1, ..SamplingSettings::default() };
     let model = EngineModel::new(&engine, true).unwrap().recorded().unwrap();
-    let bytes = |lanes| model.step_bytes(lanes, 150 + 40) as usize;
+    let passes = |lanes| pass_bytes(engine.config(), engine.types(), lanes, 0);
+    let bytes = |lanes| (model.step_bytes(lanes, 150 + 40, 0) - passes(lanes)) as usize;
     assert!(bytes(2) < bytes(8) && bytes(8) < bytes(21));
     for (most_bytes, stays_recorded) in
         [(None, true), (Some(bytes(8)), true), (Some(bytes(2)), true), (Some(bytes(1)), true), (Some(0), false)]

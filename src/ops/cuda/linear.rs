@@ -26,7 +26,7 @@ const OP: &str = "linear";
 
 /// Most bytes of weights that are unpacked at a time: with few tokens the activations are small, and so should this be; with
 /// many, passing over the result once more costs more than the memory is worth.
-fn most_unpacked_bytes(tokens: usize) -> usize {
+pub(crate) fn most_unpacked_bytes(tokens: usize) -> usize {
     (tokens * (24 << 10)).clamp(48 << 20, 192 << 20)
 }
 

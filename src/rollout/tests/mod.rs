@@ -256,7 +256,7 @@ fn all_pages_are_free_at_the_end() {
         let limits = scheduler::Limits { max_num_seqs: 5, max_batch_tokens: 16 };
         let mut scheduler = scheduler::Scheduler::new(limits, num_pages, &requests);
         scheduler.add(0..requests.len());
-        let mut cache = KvCache::new(model.kv_shape(), num_pages, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(model.kv_shape(), num_pages, 0, &Device::Cpu).unwrap();
         let rules = sequence::EndRules { eos_token_ids: &[EOS], stop_strings: &[], detokenize: None };
         let mut finished = 0;
         let open = |request: usize, prompt| {

@@ -199,7 +199,7 @@ fn run(
     let choices = choices(shared, request, &mut progress)?;
     let backend = Backend::open(shared.training.device, shared.training.precision)?;
     if let Some(bytes) = shared.training.device_memory_limit {
-        backend.limit_memory(bytes, 1)?;
+        backend.limit_memory(bytes, super::estimate::CONTEXT_ALONE)?;
     }
     let rows = rows(shared, request, &mut progress)?;
     let folder = request.output.clone().unwrap_or_else(|| shared.training.output_dir.join("evaluation"));

@@ -133,7 +133,7 @@ fn live(mut store: ParamStore, types: ReadTypes, what: &str) {
     }
     check_walk(&store, Speaker::Policy, types, 3.0, what);
     check_walk(&store, Speaker::Reference, types, 5.0, what);
-    if store.gather_all(0).unwrap() {
+    if store.gather_all(Room::default()).unwrap() {
         let held = store.hold().unwrap().unwrap();
         held.iter().for_each(|params| check(params, types, 3.0, what));
         store.let_go();

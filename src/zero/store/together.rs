@@ -10,24 +10,34 @@ use crate::ops::buffer;
 use crate::zero::sharing::ranks_at;
 use crate::zero::{Error, FlatBlock, Needs, Speaker, Sums, Values};
 
+/// Bytes for which there is to be room beside all blocks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Room {
+    /// For having them there to be worth it.
+    pub wanted: usize,
+    /// For the work to be possible.
+    pub least: usize,
+}
+
 impl ParamStore {
     /// Gathers all blocks on every rank, until [`Self::let_go`]: for work in which ranks do not go in step. Nothing to do where
-    /// they are there anyway. With one rank what waits elsewhere stays there if the device has no room for it beside `room` bytes:
-    /// it comes block by block then, and this says so.
+    /// they are there anyway. With one rank what waits elsewhere stays there if the device has no room for it beside `room.wanted`
+    /// bytes: it comes block by block then, and this says so. Several cannot do that, and need `room.least`.
     ///
     /// # Errors
     /// If a rank is lost, or the device of one of several has no room.
-    pub fn gather_all(&mut self, room: usize) -> Result<bool, Error> {
+    pub fn gather_all(&mut self, room: Room) -> Result<bool, Error> {
         (0..self.blocks.len()).try_for_each(|block| self.values_arrive(block))?;
         let free = self.free_bytes()?.filter(|_| self.blocks.iter().any(|block| block.policy.is_none()));
         if let Some(free) = free {
-            let needed = self.bytes_to_gather() + room;
+            let is_alone = self.sharing.world_size() == 1;
+            let needed = self.bytes_to_gather() + if is_alone { room.wanted } else { room.least };
             let is_too_much = needed as u64 > free;
-            if self.sharing.world_size() == 1 && is_too_much {
+            if is_alone && is_too_much {
                 return Ok(false);
             }
             // Ranks that do not go in step cannot gather block by block.
-            if self.sharing.world_size() > 1 && self.sharing.ranks().any(is_too_much)? {
+            if !is_alone && self.sharing.ranks().any(is_too_much)? {
                 return Err(Error::NoRoom { needed: needed as u64, free });
             }
         }
