@@ -1,9 +1,9 @@
-//! The many-row product of dequantised panels: register tiles of 6 rows by 16 columns.
+//! The many-row product of dequantised panels: register tiles of 6 rows by 16 columns, with AVX-512 of 12 by 32.
 //!
 //! `c[i, j] = keep * c[i, j] + sum_p a[i, p] b[p, j]`, with `a` read as it lies and `b` packed into strips of 16 columns. A tile's
-//! sums stay in 12 registers over the whole depth, each in the order of `p`, so a row of the result does not depend on
-//! how many rows there are. Bound: two multiply-adds of 8 floats a cycle; each step of 12 of them loads 2 registers of `b`
-//! and broadcasts 6 values of `a`.
+//! sums stay in 12 (24) registers over the whole depth, each in the order of `p`, so a row of the result does not depend on
+//! how many rows there are. Bound: two multiply-adds of 8 (16) floats a cycle; each step of 12 (24) of them loads 2 registers of `b`
+//! and broadcasts 6 (12) values of `a`.
 
 use super::{Level, Operand, TileMut, gemm};
 
@@ -50,17 +50,17 @@ pub fn multiply_strips(level: Level, a: Operand<'_>, strips: &[f32], depth: usiz
     #[cfg(target_arch = "x86_64")]
     if level.supported() >= Level::Avx2 {
         let is_wide = level.supported() == Level::Avx512;
-        let height = if is_wide { 2 * TILE_ROWS } else { TILE_ROWS };
+        let (height, across) = if is_wide { (2 * TILE_ROWS, 2) } else { (TILE_ROWS, 1) };
         for band in (0..rows).step_by(BAND_ROWS) {
-            for (strip, first_column) in (0..columns).step_by(STRIP).enumerate() {
+            for first_column in (0..columns).step_by(across * STRIP) {
                 for first_row in (band..rows.min(band + BAND_ROWS)).step_by(height) {
                     let (c, c_row) = tile.row_pointer(first_row);
                     let (a, a_row, a_depth) = a.at_row(first_row);
-                    let b = strips[strip * STRIP * depth..].as_ptr();
+                    let b = strips[first_column * depth..].as_ptr();
                     // SAFETY: `first_column` is a column of the tile.
                     let c = unsafe { c.add(first_column) };
                     let job = Job { a, a_row, a_depth, b, c, c_row, depth, keep };
-                    let (rows, width) = (height.min(rows - first_row), STRIP.min(columns - first_column));
+                    let (rows, width) = (height.min(rows - first_row), (across * STRIP).min(columns - first_column));
                     // SAFETY: `supported` yields a level only where `Level::best` found its instructions. The left
                     // operand and the strips were checked for all rows, columns and the depth; the rows and columns
                     // written lie in the tile, which is borrowed exclusively.
@@ -110,23 +110,32 @@ impl Job {
     }
 
     /// # Safety
-    /// As [`Job::run_avx2`], with AVX-512 F and up to 12 rows.
+    /// As [`Job::run_avx2`], with AVX-512 F, up to 12 rows and up to 32 columns, of as many strips as they take.
     unsafe fn run_avx512(&self, rows: usize, width: usize) {
         // SAFETY: the caller's promises.
         unsafe {
+            if width > STRIP { self.strips_avx512::<2>(rows, width) } else { self.strips_avx512::<1>(rows, width) }
+        }
+    }
+
+    /// # Safety
+    /// As [`Job::run_avx512`], of so many strips.
+    unsafe fn strips_avx512<const STRIPS: usize>(&self, rows: usize, width: usize) {
+        // SAFETY: the caller's promises.
+        unsafe {
             match rows {
-                1 => self.avx512::<1>(width),
-                2 => self.avx512::<2>(width),
-                3 => self.avx512::<3>(width),
-                4 => self.avx512::<4>(width),
-                5 => self.avx512::<5>(width),
-                6 => self.avx512::<6>(width),
-                7 => self.avx512::<7>(width),
-                8 => self.avx512::<8>(width),
-                9 => self.avx512::<9>(width),
-                10 => self.avx512::<10>(width),
-                11 => self.avx512::<11>(width),
-                _ => self.avx512::<12>(width),
+                1 => self.avx512::<1, STRIPS>(width),
+                2 => self.avx512::<2, STRIPS>(width),
+                3 => self.avx512::<3, STRIPS>(width),
+                4 => self.avx512::<4, STRIPS>(width),
+                5 => self.avx512::<5, STRIPS>(width),
+                6 => self.avx512::<6, STRIPS>(width),
+                7 => self.avx512::<7, STRIPS>(width),
+                8 => self.avx512::<8, STRIPS>(width),
+                9 => self.avx512::<9, STRIPS>(width),
+                10 => self.avx512::<10, STRIPS>(width),
+                11 => self.avx512::<11, STRIPS>(width),
+                _ => self.avx512::<12, STRIPS>(width),
             }
         }
     }
@@ -175,30 +184,40 @@ impl Job {
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512<const ROWS: usize>(&self, width: usize) {
+    unsafe fn avx512<const ROWS: usize, const STRIPS: usize>(&self, width: usize) {
         use std::arch::x86_64::{
             _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps,
             _mm512_setzero_ps,
         };
-        let mask = if width == STRIP { u16::MAX } else { (1u16 << width) - 1 };
-        let mut sums = [_mm512_setzero_ps(); ROWS];
+        let last = width - (STRIPS - 1) * STRIP;
+        let mask = if last == STRIP { u16::MAX } else { (1u16 << last) - 1 };
+        let mut sums = [[_mm512_setzero_ps(); STRIPS]; ROWS];
         let (mut a, mut b) = (self.a, self.b);
         // SAFETY: the caller's promises; masked lanes are neither read nor written.
         unsafe {
             for _ in 0..self.depth {
-                let values = _mm512_loadu_ps(b);
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(*a.add(row * self.a_row)), values, *sum);
+                let mut values = [_mm512_setzero_ps(); STRIPS];
+                for (strip, values) in values.iter_mut().enumerate() {
+                    *values = _mm512_loadu_ps(b.add(strip * STRIP * self.depth));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm512_set1_ps(*a.add(row * self.a_row));
+                    for (sum, values) in sums.iter_mut().zip(values) {
+                        *sum = _mm512_fmadd_ps(value, values, *sum);
+                    }
                 }
                 a = a.wrapping_add(self.a_depth);
                 b = b.wrapping_add(STRIP);
             }
-            for (row, mut sum) in sums.into_iter().enumerate() {
-                let c = self.c.add(row * self.c_row);
-                if self.keep != 0.0 {
-                    sum = _mm512_fmadd_ps(_mm512_set1_ps(self.keep), _mm512_maskz_loadu_ps(mask, c), sum);
+            for (row, sums) in sums.into_iter().enumerate() {
+                for (strip, mut sum) in sums.into_iter().enumerate() {
+                    let c = self.c.add(row * self.c_row + strip * STRIP);
+                    let mask = if strip + 1 < STRIPS { u16::MAX } else { mask };
+                    if self.keep != 0.0 {
+                        sum = _mm512_fmadd_ps(_mm512_set1_ps(self.keep), _mm512_maskz_loadu_ps(mask, c), sum);
+                    }
+                    _mm512_mask_storeu_ps(c, mask, sum);
                 }
-                _mm512_mask_storeu_ps(c, mask, sum);
             }
         }
     }
