@@ -52,6 +52,8 @@ pub struct RolloutBytes {
     pub least_cache: u64,
     /// What its steps work on: prefilling as many tokens as where there is room, and recorded steps of decoding.
     pub steps: u64,
+    /// The same where there is room for the shortest prefilling steps alone.
+    pub least_steps: u64,
     /// Adapters in the type of the activations, for recorded steps.
     pub adapters: u64,
 }
@@ -105,14 +107,18 @@ impl Generating<'_> {
     /// If the shape is none of a model.
     pub fn bytes(&self, sequences: usize, longest: usize) -> Result<RolloutBytes, Error> {
         let page = KvShape::of(self.config, self.types).page_bytes();
-        let pass =
-            |lanes| pass_bytes(self.config, self.types, lanes, RolloutSettings::DEFAULT_BATCH_TOKENS_GPU.max(lanes));
-        let mut steps = pass(sequences);
+        let pass = |lanes| {
+            [RolloutSettings::DEFAULT_BATCH_TOKENS_GPU, RolloutSettings::LEAST_BATCH_TOKENS]
+                .map(|tokens| pass_bytes(self.config, self.types, lanes, tokens.max(lanes)))
+        };
+        let mut passes = pass(sequences);
+        let mut decoding = 0;
         let (mut lanes, mut adapters) = (sequences, 0);
         for card in CARDS {
             if let Some(recorded) = RecordedSteps::sizes(self, card)? {
                 lanes = sequences.min(MOST_LANES);
-                steps = pass(lanes) + recorded.bytes(lanes, longest) as u64;
+                passes = pass(lanes);
+                decoding = decoding.max(recorded.bytes(lanes, longest) as u64);
                 adapters =
                     adapters.max(recorded.adapter_bytes(self.config.num_hidden_layers, &self.adapter_ranks) as u64);
             }
@@ -120,7 +126,8 @@ impl Generating<'_> {
         Ok(RolloutBytes {
             cache: page.saturating_mul(cache_pages(lanes, longest)) as u64,
             least_cache: page.saturating_mul(least_pages(longest)) as u64,
-            steps,
+            steps: passes[0] + decoding,
+            least_steps: passes[1] + decoding,
             adapters,
         })
     }

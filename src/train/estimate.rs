@@ -157,6 +157,8 @@ pub struct Estimate {
     pub kv_cache: u64,
     /// Of that, what one sequence needs.
     pub least_cache: u64,
+    /// `rollout` where the cache has no more room than that.
+    pub least_rollout: u64,
     /// What it cannot do without beside the cache: its steps' own, and with several ranks all weights.
     pub rollout: u64,
     /// Context and libraries.
@@ -190,10 +192,10 @@ impl Estimate {
         }
     }
 
-    /// The same at the least: the rollout's cache gives way.
+    /// The same at the least: the rollout's cache gives way, and what it works on.
     #[must_use]
     pub fn at_least(self) -> Self {
-        Self { kv_cache: self.least_cache, ..self }
+        Self { kv_cache: self.least_cache, rollout: self.least_rollout, ..self }
     }
 
     /// As [`Self::device`], without context and libraries.
@@ -517,6 +519,10 @@ impl Shape {
         let is_rollout = work.rollouts.at_once > 0;
         // While it generates all weights are there, and a step's own. One rank alone can have them come for each step.
         let gathered = if is_away { frozen - weights } else { 0 } + if values_come { read } else { 0 };
+        let working = |steps| {
+            let beside = rollout.adapters + if world > 1 { gathered } else { 0 };
+            if is_rollout { steps + beside } else { 0 }
+        };
         Estimate {
             weights,
             trained: values + reference[0],
@@ -527,11 +533,8 @@ impl Shape {
             kv_cache: if is_rollout { rollout.cache + if world > 1 { 0 } else { gathered } } else { 0 },
             least_cache: rollout.least_cache
                 + if is_rollout && world == 1 { gathered.min(waiting[0].max(waiting[1]) as u64) } else { 0 },
-            rollout: if is_rollout {
-                rollout.steps + rollout.adapters + if world > 1 { gathered } else { 0 }
-            } else {
-                0
-            },
+            rollout: working(rollout.steps),
+            least_rollout: working(rollout.least_steps),
             context: context_bytes(ranks),
             host,
             files,

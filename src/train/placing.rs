@@ -256,7 +256,7 @@ mod tests {
         let generating = |stage: ZeroStage, offload: &OffloadSettings| {
             // In stage 3 all weights are gathered while it generates.
             let gathered = if stage == ZeroStage::Parameters { 6 * GIB } else { 0 };
-            Estimate { rollout: gathered + GIB, ..needs(stage, offload) }
+            Estimate { rollout: gathered + 2 * GIB, least_rollout: gathered + GIB, ..needs(stage, offload) }
         };
         let none = OffloadSettings::default();
         // 2 + 1 + 0.5 and 7 of the rollout; training alone would take 2 + 1 + 0.5 + 0.25 + 2.
