@@ -152,14 +152,14 @@ fn parse_top_p(text: &str) -> Result<f64, String> {
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let prompts = args.prompts()?;
     let mut progress = train::downloads(&context.terminal);
-    let session = session::open(
+    let (session, ()) = session::open(
         &args.model_settings(),
         args.seed,
         Purpose::Inference,
         (Activations::Keep, 0),
         &Backend::open(args.device, args.precision())?,
         (Sharing::alone(), Offload::default()),
-        &mut progress,
+        (&mut progress, |_, _| Ok(())),
     )?;
     drop(progress);
     let requests = prompts

@@ -233,7 +233,8 @@ impl Rollout {
             let step_bytes = |tokens| model.step_bytes(lanes, longest, tokens);
             let (pages, tokens) = self.pages_with_room(num_pages, (lanes, longest), (shape, &step_bytes), &device)?;
             self.batch_tokens = tokens;
-            KvCache::new(shape, pages, step_bytes(tokens), &device)?
+            // Steps for several sequences at a time give way where memory is short.
+            KvCache::new(shape, pages, model.step_bytes(1, longest, tokens), &device)?
         };
         let limits = Limits { max_num_seqs: most_lanes, max_batch_tokens: self.batch_tokens };
         let mut scheduler = Scheduler::new(limits, cache.num_pages(), requests);

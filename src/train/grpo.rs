@@ -18,14 +18,14 @@ use super::plan;
 use super::policy_loss::{Drawn, Parts, PolicyLoss, Scale, Term};
 use super::run::Run;
 use super::sample::sample;
-use super::session::{self, Session};
+use super::session::{self, Session, Text};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{EntropyControl, Metrics};
 use crate::config;
 use crate::config::settings::GrpoSettings;
-use crate::data::{Part, PromptBatches, Prompts, Sampler};
+use crate::data::{Part, PromptBatches, Prompts, Sampler, hub};
 use crate::engine::{DropoutKey, Speaker};
 use crate::model::batch::Batch;
 use crate::model::load::Purpose;
@@ -60,14 +60,19 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     let mut progress = plan::downloads(&context.terminal);
     let work = Work::of_grpo(settings);
     let (place, stage_note) = placing::of(training, &settings.model, work, &ranks, &backend)?;
-    let mut session = session::open(
+    let rows = |text: Text<'_>, progress: &mut hub::Progress<'_>| {
+        let material = Material::of_grpo(settings, text, progress)?;
+        let made = material.prompts(settings, text)?;
+        Ok((material, made))
+    };
+    let (mut session, (material, (prompts, eval_prompts))) = session::open(
         &settings.model,
         training.seed,
         Purpose::Training,
         session::activations(training),
         &backend,
         place,
-        &mut progress,
+        (&mut progress, rows),
     )?;
     session.stage_note = stage_note;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -75,10 +80,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     if training.full_determinism {
         session.engine.fix_sums();
     }
-    let material = Material::of_grpo(settings, &session, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &material, continuation.value("reward_funcs"))?;
-    let (prompts, eval_prompts) = prepare(settings, &session, &material)?;
+    check_prompts(settings, &session, "training", &prompts)?;
+    if let Some(eval) = &eval_prompts {
+        check_prompts(settings, &session, "evaluation", eval)?;
+    }
     if prompts.summary().is_conversational {
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
     }
@@ -313,23 +320,6 @@ fn gradients(
     let attended = terms.iter().map(Term::attended_entropy);
     let attended_entropy = attended.fold((0.0, 0.0), |(sum, count), (more, others)| (sum + more, count + others));
     Ok((terms.iter().map(|term| term.loss).sum(), metrics, attended_entropy))
-}
-
-/// The prompts of both splits.
-///
-/// # Errors
-/// If a row is unusable, or the longest prompt leaves no room for a completion.
-fn prepare(
-    settings: &GrpoSettings,
-    session: &Session,
-    material: &Material,
-) -> anyhow::Result<(Prompts, Option<Prompts>)> {
-    let (train, eval) = material.prompts(settings, session)?;
-    check_prompts(settings, session, "training", &train)?;
-    if let Some(eval) = &eval {
-        check_prompts(settings, session, "evaluation", eval)?;
-    }
-    Ok((train, eval))
 }
 
 /// Says what was found in the prompts of a split.

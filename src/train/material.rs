@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::plan;
-use super::session::Session;
+use super::session::Text;
 use crate::config;
 use crate::config::settings::{DataSettings, GrpoSettings, SftSettings, TrainingSettings};
 use crate::data::prepared::{Fingerprint, Folder};
@@ -39,11 +39,11 @@ impl Material {
     /// If they cannot be read, or are prepared otherwise than this run would make them.
     pub(super) fn of_sft(
         settings: &SftSettings,
-        session: &Session,
+        text: Text<'_>,
         progress: &mut hub::Progress<'_>,
     ) -> anyhow::Result<Self> {
         let texts = || config::sft_texts(settings);
-        Self::open("sft", texts, &settings.data, &settings.training, session, progress)
+        Self::open("sft", texts, &settings.data, &settings.training, text, progress)
     }
 
     /// The rows of a GRPO run.
@@ -52,11 +52,11 @@ impl Material {
     /// If they cannot be read, or are prepared otherwise than this run would make them.
     pub(super) fn of_grpo(
         settings: &GrpoSettings,
-        session: &Session,
+        text: Text<'_>,
         progress: &mut hub::Progress<'_>,
     ) -> anyhow::Result<Self> {
         let texts = || config::grpo_texts(settings);
-        Self::open("grpo", texts, &settings.data, &settings.training, session, progress)
+        Self::open("grpo", texts, &settings.data, &settings.training, text, progress)
     }
 
     fn open(
@@ -64,7 +64,7 @@ impl Material {
         texts: impl Fn() -> BTreeMap<&'static str, String>,
         data: &DataSettings,
         training: &TrainingSettings,
-        session: &Session,
+        text: Text<'_>,
         progress: &mut hub::Progress<'_>,
     ) -> anyhow::Result<Self> {
         let asked_by = plan::evaluation_key(training);
@@ -73,7 +73,7 @@ impl Material {
         };
         let evaluates = asked_by.is_some();
         let folder = Box::new(Folder::open(path)?);
-        folder.check(&Fingerprint::of(task, &texts(), evaluates, &session.tokenizer, session.template.as_ref())?)?;
+        folder.check(&Fingerprint::of(task, &texts(), evaluates, text.tokenizer, text.template)?)?;
         let changed = folder.changed_sources();
         if !changed.is_empty() {
             tracing::warn!(
@@ -112,9 +112,9 @@ impl Material {
     pub(super) fn sequences(
         &self,
         settings: &SftSettings,
-        session: &Session,
+        text: Text<'_>,
     ) -> anyhow::Result<(Sequences, Option<Sequences>)> {
-        let make = |rows: &Dataset, packing: bool| Ok(Making::of(session).sequences(settings, rows, packing)?.0);
+        let make = |rows: &Dataset, packing: bool| Ok(Making::of(text).sequences(settings, rows, packing)?.0);
         match self {
             Self::Read(splits) => {
                 let train = make(&splits.train, settings.packing)?;
@@ -135,9 +135,9 @@ impl Material {
     pub(super) fn prompts(
         &self,
         settings: &GrpoSettings,
-        session: &Session,
+        text: Text<'_>,
     ) -> anyhow::Result<(Prompts, Option<Prompts>)> {
-        let make = |rows: &Dataset| Ok(Making::of(session).prompts(settings, rows)?.0);
+        let make = |rows: &Dataset| Ok(Making::of(text).prompts(settings, rows)?.0);
         match self {
             Self::Read(splits) => {
                 let train = make(&splits.train)?;
@@ -153,8 +153,7 @@ impl Material {
 
 impl<'a> Making<'a> {
     /// As a run makes them.
-    pub(super) fn of(session: &'a Session) -> Self {
-        let (tokenizer, template) = (&session.tokenizer, session.template.as_ref());
+    pub(super) fn of(Text { tokenizer, template }: Text<'a>) -> Self {
         Self { tokenizer, template, removes_duplicates: false, progress: &|_| () }
     }
 

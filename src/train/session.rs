@@ -36,7 +36,21 @@ pub struct Session {
     pub stage_note: Option<String>,
 }
 
+/// What turns rows into tokens.
+#[derive(Clone, Copy)]
+pub struct Text<'a> {
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Its chat template, if it has one.
+    pub template: Option<&'a ChatTemplate>,
+}
+
 impl Session {
+    /// What turns rows into tokens.
+    pub fn text(&self) -> Text<'_> {
+        Text { tokenizer: &self.tokenizer, template: self.template.as_ref() }
+    }
+
     /// Where the model computes and in which types.
     pub fn backend(&self) -> Backend {
         Backend { device: self.engine.device().clone(), types: self.engine.types() }
@@ -53,23 +67,23 @@ pub fn activations(settings: &TrainingSettings) -> (Activations, usize) {
     (activations, settings.gradient_checkpointing_layers.unwrap_or(usize::MAX))
 }
 
-/// Opens the model that `settings` name, as far as this rank keeps it.
+/// Opens the model that `settings` name, as far as this rank keeps it. `first` is done when its tokenizer is there and before its
+/// weights are read, which takes longest: what is wrong with a run's rows is said then.
 ///
 /// # Errors
-/// If a file is missing, damaged or does not fit the others.
-pub fn open(
+/// If a file is missing, damaged or does not fit the others, or as `first`.
+pub fn open<T>(
     settings: &ModelSettings,
     seed: u64,
     purpose: Purpose,
     (activations, recomputed_layers): (Activations, usize),
     backend: &Backend,
     (sharing, offload): (Sharing, Offload),
-    progress: &mut hub::Progress<'_>,
-) -> anyhow::Result<Session> {
+    (progress, first): (&mut hub::Progress<'_>, impl FnOnce(Text<'_>, &mut hub::Progress<'_>) -> anyhow::Result<T>),
+) -> anyhow::Result<(Session, T)> {
     let folder = local_path(&settings.model_name_or_path, &settings.model_revision, progress)
         .with_context(|| format!("cannot get the model `{}`", settings.model_name_or_path))?;
     let tokenizer_place = tokenizer_place(settings, progress)?.unwrap_or_else(|| folder.clone());
-    let started = Instant::now();
     let mut loaded = load(&folder, settings, seed, purpose, &backend.device)?;
     if !backend.device.is_cpu() {
         loaded.keep_embedding_on_host();
@@ -106,6 +120,8 @@ pub fn open(
             );
         }
     }
+    let done = first(Text { tokenizer: &tokenizer, template: template.as_ref() }, progress)?;
+    let started = Instant::now();
     let store =
         ParamStore::placed(blocks.map(|block| block.map_err(anyhow::Error::from)), &backend.device, sharing, offload)?;
     let mut engine = Engine::new(config, adapter, store, backend.types, activations);
@@ -116,7 +132,8 @@ pub fn open(
         backend.describe(),
         units::duration(secs)
     );
-    Ok(Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None, stage_note: None })
+    let session = Session { engine, tokenizer, template, adapter_spec, folder, end_of_turn: None, stage_note: None };
+    Ok((session, done))
 }
 
 /// The sizes of the model that `settings` name, and what its files have of its weights if they are here; no weights are read, and none

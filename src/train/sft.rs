@@ -15,14 +15,14 @@ use super::output_dir;
 use super::placing;
 use super::plan;
 use super::run::Run;
-use super::session::{self, Session};
+use super::session::{self, Session, Text};
 use super::state::{LoopState, State, find_checkpoint, restore};
 use super::turns;
 use super::{Backend, Cadence, Context, Due, Outcome};
 use crate::algo::{Metrics, SftInputs, SftOutput, sft_loss};
 use crate::config;
 use crate::config::settings::{SftLossType, SftSettings};
-use crate::data::{Dataset, IGNORE, Part, RowBatches, Sampler, Sequences};
+use crate::data::{Dataset, IGNORE, Part, RowBatches, Sampler, Sequences, hub};
 use crate::engine::{DropoutKey, Speaker, StepLoss};
 use crate::model::HeadGradient;
 use crate::model::batch::{Batch, BatchBuilder};
@@ -58,14 +58,19 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let mut progress = plan::downloads(&context.terminal);
     let work = Work::of_sft(settings);
     let (place, stage_note) = placing::of(training, &settings.model, work, &ranks, &backend)?;
-    let mut session = session::open(
+    let rows = |text: Text<'_>, progress: &mut hub::Progress<'_>| {
+        let material = Material::of_sft(settings, text, progress)?;
+        let made = material.sequences(settings, text)?;
+        Ok((material, made))
+    };
+    let (mut session, (material, made)) = session::open(
         &settings.model,
         training.seed,
         Purpose::Training,
         session::activations(training),
         &backend,
         place,
-        &mut progress,
+        (&mut progress, rows),
     )?;
     session.stage_note = stage_note;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
@@ -74,10 +79,9 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
         session.engine.fix_sums();
     }
     let smoothing = settings.label_smoothing_factor;
-    let material = Material::of_sft(settings, &session, &mut progress)?;
     drop(progress);
     let inputs = Inputs::of(&settings.model, &session, &material, None)?;
-    let (train, eval) = prepare(settings, &mut session, &material)?;
+    let (train, eval) = prepare(settings, &mut session, made, &material)?;
 
     let batches = RowBatches::new(
         train.len(),
@@ -280,9 +284,9 @@ fn known_gradient(settings: &SftSettings, batch: &Batch, num_targets: usize) -> 
 fn prepare(
     settings: &SftSettings,
     session: &mut Session,
+    (train, eval): (Sequences, Option<Sequences>),
     material: &Material,
 ) -> anyhow::Result<(Split, Option<Split>)> {
-    let (train, eval) = material.sequences(settings, session)?;
     let mut train = Split::of(session, "training", train, settings.packing)?;
     train.parts = material.parts().to_vec();
     let eval = eval.map(|eval| Split::of(session, "evaluation", eval, settings.eval_packing)).transpose()?;
@@ -304,7 +308,7 @@ impl Split {
         rows: &Dataset,
         packing: bool,
     ) -> anyhow::Result<Self> {
-        let (sequences, _) = Making::of(session).sequences(settings, rows, packing)?;
+        let (sequences, _) = Making::of(session.text()).sequences(settings, rows, packing)?;
         Self::of(session, name, sequences, packing)
     }
 

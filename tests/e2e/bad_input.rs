@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::test_run::{TestRun, copy_files, generate, names, trainer};
+use crate::test_run::{TestRun, copy_files, end, generate, names, start, trainer};
 
 /// Asserts that the run ends with `code` and one message of `parts`, and that no run was begun.
 #[track_caller]
@@ -204,6 +204,25 @@ fn data_that_cannot_be_used_are_named_with_their_line() {
     refused(&with(TestRun::grpo(), other), 1, &[place, "line 1", "column `prompt` not found", "`question`, `result`"]);
     let number = "{\"prompt\":\"1+1=\",\"completion\":\"2\"}\n{\"prompt\":3,\"completion\":\"2\"}\n";
     refused(&with(sft(), number), 1, &[place, "line 2", "`prompt`"]);
+}
+
+/// Reading and packing a large model takes minutes.
+#[test]
+fn rows_are_looked_at_before_weights_are_read() {
+    const READ: &str = "the model was read and packed";
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("data.jsonl");
+    fs::write(&file, "{\"prompt\":\"1+1=\",\"completion\":\"2\"}\n{\"prompt\":3,\"completion\":\"2\"}\n").unwrap();
+    for run in [TestRun::sft, TestRun::grpo] {
+        let told = |run: TestRun, code| {
+            end(start(run.set("max_steps", 1).command(&[]).env("TRAINER_LOG", "info"))).expect(code).err
+        };
+        assert!(told(run(), 0).contains(READ));
+        let bad =
+            run().set("eval_strategy", "no").set("eval_fraction", "null").set("dataset_name", file.to_str().unwrap());
+        let message = told(bad, 1);
+        assert!(message.contains("line 2") && !message.contains(READ), "{message}");
+    }
 }
 
 #[test]

@@ -249,14 +249,14 @@ fn open(
     let activations = (Activations::Keep, 0);
     let run = placing::run_name(&shared.training.output_dir, &crate::ranks::Alone)?;
     let (seed, purpose) = (shared.training.seed, Purpose::Inference);
-    let mut session = session::open(
+    let (mut session, ()) = session::open(
         &choice.settings,
         seed,
         purpose,
         activations,
         backend,
         (Sharing::alone(), Offload::of(&shared.training.ranks, &backend.device, backend.types.read(), &run)),
-        progress,
+        (progress, |_, _| Ok(())),
     )?;
     session.engine.ask_whether_interrupted(context.is_interrupted.clone());
     Ok(session)

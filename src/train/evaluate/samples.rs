@@ -32,7 +32,7 @@ pub(super) fn measure(
     rewards: Rewards,
     (surroundings, ready): (&Surroundings<'_>, &dyn Fn()),
 ) -> anyhow::Result<(Measured, Rewards)> {
-    let (prompts, _) = Making::of(session).prompts(settings, rows)?;
+    let (prompts, _) = Making::of(session.text()).prompts(settings, rows)?;
     check_prompts(settings, session, split, &prompts)?;
     if prompts.summary().is_conversational {
         session.adopt_end_of_turn(settings.model.eos_token.is_some())?;
