@@ -252,8 +252,9 @@ pub(crate) fn open(lines: &str, purpose: Purpose) -> Result<session::Session, St
         activations,
         &Backend::cpu(),
         (alone, trainer::zero::Offload::default()),
-        &mut |_| {},
+        (&mut |_| {}, |_, _| Ok(())),
     )
+    .map(|(session, ())| session)
     .map_err(|e| format!("{e:#}"))
 }
 
