@@ -237,7 +237,7 @@ fn ranks_that_generate_do_not_wait_for_each_other() {
                 let batches: Vec<Batch> = own.map(|index| micro_batch(0, index)).collect();
                 accumulate(&engine, 0, &batches, -0.01).unwrap();
                 optimizer.step(engine.store(), 1e-2, 0.5, 1.0).unwrap();
-                engine.store_mut().gather_all(Room::default()).unwrap();
+                engine.store_mut().gather_all(zero::Room::default()).unwrap();
                 let is_first = engine.store().sharing().rank() == 0;
                 let said = is_first.then(|| {
                     assert!(engine.store().hold().unwrap().is_some());
