@@ -150,43 +150,47 @@ fn dequantize_avx2(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns:
 
 #[inline(always)]
 fn dequantize_portable(format: BlockFormat, bytes: &[u8], row_bytes: usize, columns: usize, out: &mut [f32]) {
+    // Functions are called by name: through a reference to one the compiler would leave a large one as it is for any processor.
+    macro_rules! each_block {
+        ($bytes:literal, $len:literal, $block:expr) => {
+            for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                let bytes = bytes[row * row_bytes..].as_chunks::<$bytes>().0;
+                for (bytes, out) in bytes.iter().zip(out.as_chunks_mut::<$len>().0) {
+                    $block(bytes, out);
+                }
+            }
+        };
+    }
     match format {
-        BlockFormat::F32 => each_block::<4, 1>(bytes, row_bytes, columns, out, |raw, value| {
-            value[0] = f32::from_le_bytes(*raw);
-        }),
-        BlockFormat::F16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
-            value[0] = f16_to_f32(u16::from_le_bytes(*raw));
-        }),
-        BlockFormat::Bf16 => each_block::<2, 1>(bytes, row_bytes, columns, out, |raw, value| {
-            value[0] = bf16_to_f32(u16::from_le_bytes(*raw));
-        }),
-        BlockFormat::Q4_0 => each_block::<18, 32>(bytes, row_bytes, columns, out, q4_0),
-        BlockFormat::Q4_1 => each_block::<20, 32>(bytes, row_bytes, columns, out, q4_1),
-        BlockFormat::Q5_0 => each_block::<22, 32>(bytes, row_bytes, columns, out, q5_0),
-        BlockFormat::Q5_1 => each_block::<24, 32>(bytes, row_bytes, columns, out, q5_1),
-        BlockFormat::Q8_0 => each_block::<34, 32>(bytes, row_bytes, columns, out, q8_0),
-        BlockFormat::Q2K => each_block::<84, 256>(bytes, row_bytes, columns, out, k_blocks::q2_k),
-        BlockFormat::Q3K => each_block::<110, 256>(bytes, row_bytes, columns, out, k_blocks::q3_k),
-        BlockFormat::Q4K => each_block::<144, 256>(bytes, row_bytes, columns, out, k_blocks::q4_k),
-        BlockFormat::Q5K => each_block::<176, 256>(bytes, row_bytes, columns, out, k_blocks::q5_k),
-        BlockFormat::Q6K => each_block::<210, 256>(bytes, row_bytes, columns, out, k_blocks::q6_k),
+        BlockFormat::F32 => each_block!(4, 1, f32_of),
+        BlockFormat::F16 => each_block!(2, 1, f16_of),
+        BlockFormat::Bf16 => each_block!(2, 1, bf16_of),
+        BlockFormat::Q4_0 => each_block!(18, 32, q4_0),
+        BlockFormat::Q4_1 => each_block!(20, 32, q4_1),
+        BlockFormat::Q5_0 => each_block!(22, 32, q5_0),
+        BlockFormat::Q5_1 => each_block!(24, 32, q5_1),
+        BlockFormat::Q8_0 => each_block!(34, 32, q8_0),
+        BlockFormat::Q2K => each_block!(84, 256, k_blocks::q2_k),
+        BlockFormat::Q3K => each_block!(110, 256, k_blocks::q3_k),
+        BlockFormat::Q4K => each_block!(144, 256, k_blocks::q4_k),
+        BlockFormat::Q5K => each_block!(176, 256, k_blocks::q5_k),
+        BlockFormat::Q6K => each_block!(210, 256, k_blocks::q6_k),
     }
 }
 
 #[inline(always)]
-fn each_block<const BYTES: usize, const LEN: usize>(
-    bytes: &[u8],
-    row_bytes: usize,
-    columns: usize,
-    out: &mut [f32],
-    block: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
-) {
-    for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-        let bytes = bytes[row * row_bytes..].as_chunks::<BYTES>().0;
-        for (bytes, out) in bytes.iter().zip(out.as_chunks_mut::<LEN>().0) {
-            block(bytes, out);
-        }
-    }
+fn f32_of(block: &[u8; 4], out: &mut [f32; 1]) {
+    out[0] = f32::from_le_bytes(*block);
+}
+
+#[inline(always)]
+fn f16_of(block: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = f16_to_f32(u16::from_le_bytes(*block));
+}
+
+#[inline(always)]
+fn bf16_of(block: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = bf16_to_f32(u16::from_le_bytes(*block));
 }
 
 #[inline(always)]
