@@ -7,8 +7,9 @@
 `wgmma` multiplies beside the program. Where its first operand lies in registers, those may not change before a
 `wgmma.wait_group` that waits for it (PTX ISA, "wgmma.mma_async"); the compiler does not prevent it, and results are then wrong
 only where tensor cores are busy. This follows every path of the machine code of compute capability 9.0: HGMMA with a register
-operand puts that operand's four registers in flight, `gsb0` closes a group, DEPBAR.LE waits for all but the last groups. Calls and
-computed branches are not followed; one that is met while a product runs is named.
+operand puts that operand's four registers in flight, `gsb0` closes a group, DEPBAR.LE waits for all but the last groups. Calls of
+what lies in the same kernel are followed into it and back; other calls and computed branches are not, and one that is met while a
+product runs is named.
 
 Needs `cuobjdump` of the CUDA toolkit (CUOBJDUMP names it if it is not on the path). Exit code 1: there are such writes, or kernels that cannot be followed.
 """
@@ -26,6 +27,7 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 GUARDED = re.compile(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+)\s*(.*)")
 PRODUCT = re.compile(r"HGMMA\S* R\d+, R(\d+), gdesc")
 COMPUTED = re.compile(r"(?:@!?U?P\d+ )?(BRX|JMX|CALL|RET)\b")
+CALLED = re.compile(r"(@!?U?P\d+ )?CALL\.REL\S* 0x([0-9a-f]+)\s*$")
 BRANCH = re.compile(r"(?:@!?U?P\d+ )?(?:BRA|BRX)\b.*0x([0-9a-f]+)\s*$")
 
 
@@ -48,15 +50,24 @@ def written(text):
 def faults(lines):
     """Writes to registers of running products: (address, instruction)."""
     at = {address: index for index, (address, _) in enumerate(lines)}
-    found, seen, paths = set(), set(), [(0, (), frozenset())]
+    found, seen, paths = set(), set(), [(0, (), frozenset(), ())]
     while paths:
-        index, groups, open_group = paths.pop()
+        index, groups, open_group, callers = paths.pop()
         while index < len(lines):
-            state = (index, groups, open_group)
+            state = (index, groups, open_group, callers)
             if state in seen:
                 break
             seen.add(state)
             address, text = lines[index]
+            called = CALLED.match(text)
+            if called and int(called[2], 16) in at and len(callers) < 4:
+                if called[1]:
+                    paths.append((index + 1, groups, open_group, callers))
+                index, callers = at[int(called[2], 16)], callers + (index + 1,)
+                continue
+            if text.startswith("RET") and callers:
+                index, callers = callers[-1], callers[:-1]
+                continue
             if "HGMMA" in text:
                 product = PRODUCT.search(text)
                 if product:
@@ -74,8 +85,8 @@ def faults(lines):
                     found.add((address, text))
             branch = BRANCH.match(text)
             if branch and int(branch[1], 16) in at:
-                paths.append((at[int(branch[1], 16)], groups, open_group))
-            if text.startswith(("BRA", "BRX", "EXIT")):
+                paths.append((at[int(branch[1], 16)], groups, open_group, callers))
+            if text.startswith(("BRA", "BRX", "EXIT", "RET")):
                 break
             index += 1
     return sorted(found)
@@ -93,6 +104,9 @@ def check_itself():
 
     assert of(LOOP) == [] and of([LOOP[0], LOAD, WAIT, "EXIT"]) == [LOAD]
     assert of([LOAD, LOOP[0], "@!P0 BRA 0x0", WAIT, "EXIT"]) == [LOAD]
+    called = [LOOP[0], "CALL.REL.NOINC 0x40", WAIT, "EXIT", "MOV R71, R2", "RET.REL.NODEC R4 0x0"]
+    assert of(called) == ["MOV R71, R2"] and of(called[:4] + ["MOV R72, R2", called[5]]) == []
+    assert of(called[:1] + ["CALL.ABS.NOINC R2"] + called[2:4]) == ["CALL.ABS.NOINC R2"]
     assert of([LOOP[0], "MOV R71, R2", WAIT, "EXIT"]) == ["MOV R71, R2"] and of([LOOP[0], "MOV R72, R2", WAIT, "EXIT"]) == []
 
 
