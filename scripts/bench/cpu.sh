@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# CPU speed on a real model beside transformers, in one run: SFT tokens/s with LoRA and recomputation, decode tokens/s.
+# CPU speed on a real model beside transformers, in one run: SFT tokens/s with LoRA and recomputation, prefill and decode tokens/s.
+# `llama_cpu.mjs` has llama.cpp's.
 # Usage: cpu.sh MODEL.gguf [PYTHON]   PYTHON has torch, transformers, peft and gguf; without it only trainer is measured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,9 +13,12 @@ echo "== trainer"
 lscpu | grep 'Model name'
 for prompts in 1 8; do
   for ((i = 0; i < prompts; i++)); do echo "Write a Python function that reverses a string."; done >"$out/prompts"
-  TRAINER_LOG=info "$trainer" generate --model "$model" --prompts-file "$out/prompts" --max-new-tokens 36 2>&1 >/dev/null |
+  TRAINER_LOG=info "$trainer" generate --model "$model" --prompts-file "$out/prompts" --max-new-tokens 64 2>&1 >/dev/null |
     sed "s/^/batch $prompts: /"
 done
+printf 'Write a Python function that reverses a string. %.0s' {1..89} >"$out/prompts"
+TRAINER_LOG=info "$trainer" generate --model "$model" --prompts-file "$out/prompts" --max-new-tokens 4 2>&1 >/dev/null |
+  sed "s/^/long prompt: /"
 "$trainer" sft configs/qwen05b/sft.yaml --set model_name_or_path="$model" --set output_dir="$out/sft" --set max_steps=4 \
   --set completion_only_loss=false --set save_strategy=no >"$out/log"
 awk -F'[:,]' '{ for (i = 1; i < NF; i++) { if ($i ~ /"step_time"/) t = $(i + 1); if ($i ~ /"num_tokens"/) n = $(i + 1) }
