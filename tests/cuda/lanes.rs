@@ -276,6 +276,84 @@ fn products_of_every_form_are_those_of_the_unpacked_weights() {
     }
 }
 
+/// Rows of one to many tiles a block, halves of tiles, one to three stages a tile with odd numbers of chunks, rows of `x` that have room
+/// in shared memory and that have not, low-rank products that are there and that are made meanwhile, and more than there is room for.
+#[test]
+#[ignore = "gpu"]
+fn gate_and_up_in_a_stream_are_those_of_the_unpacked_weights() {
+    let device = device();
+    let work = Work::new(&device);
+    if !ProductCard::of(&device).unwrap().has_groups {
+        return;
+    }
+    for (height, k, is_nested, ranks, dtype) in [
+        (16, 128, true, 16, DType::BF16),
+        (40, 896, true, 16, DType::F16),
+        (24, 2176, false, 48, DType::BF16),
+        (10_568, 256, true, 16, DType::BF16),
+        (2_120, 4_736, true, 16, DType::F16),
+        (24, 14_336, true, 16, DType::BF16),
+        (48, 384, true, 768, DType::F16),
+    ] {
+        let [gate, up] = ["gate", "up"].map(|name| {
+            let values = random(name, height * k);
+            Codes::new(&device, &Nf4Matrix::quantize(&values, height, k, QuantType::Nf4, is_nested), (height, k))
+        });
+        let plain = [&gate, &up].map(|codes| codes.dense(&device, DType::F32));
+        let small = |name: &str, count: usize| random(name, count).iter().map(|b| b * 0.05).collect::<Vec<_>>();
+        let b =
+            ["b of gate", "b of up"].map(|name| upload(&device, &small(name, height * ranks), (height, ranks), dtype));
+        let bias = upload_f32(&device, &random("bias", height)).unwrap();
+        let a = upload(&device, &random("a", 2 * ranks * k), (2 * ranks, k), dtype);
+        let order: Vec<u32> = (0..k).map(|place| RowLayout::Fragments.column(place) as u32).collect();
+        let ordered = a.index_select(&Tensor::new(order, &device).unwrap(), 1).unwrap();
+        let (lines, mut alone) = (random("x", 8 * k), Vec::new());
+        for m in [1, 2, 3, 5, 8] {
+            let input = Input::of(&device, &lines[..m * k], m, dtype, ((RowLayout::Fragments, true), 1e-6));
+            let parts = decode_low_parts(m, k);
+            let values = empty(&device, parts * m * 2 * ranks, DType::F32).unwrap();
+            let to_low = LowRankTo { a: matrix(&ordered).unwrap(), values: array(&values).unwrap() };
+            decode_low_rank(&device, input.rows(), to_low).unwrap();
+            let each = download(&values);
+            let sums: Vec<f32> =
+                (0..m * 2 * ranks).map(|at| (0..parts).map(|part| each[part * m * 2 * ranks + at]).sum()).collect();
+            let low = download(&upload(&device, &sums, (m, 2 * ranks), dtype));
+            let of = |index: usize| {
+                let columns: Vec<f32> =
+                    low.chunks(2 * ranks).flat_map(|row| row[index * ranks..][..ranks].to_vec()).collect();
+                let (own, update) =
+                    (product(&input.values, &plain[index], m, k), product(&columns, &download(&b[index]), m, ranks));
+                let bias = download(&bias);
+                let sum = own.iter().zip(update).enumerate().map(|(at, (x, y))| x + y + bias[at % height]);
+                download(&upload(&device, &sum.collect::<Vec<_>>(), (m, height), dtype))
+            };
+            let want: Vec<f32> = of(0).iter().zip(of(1)).map(|(&gate, up)| up * gate / (1.0 + (-gate).exp())).collect();
+            let group = [(&gate, 0), (&up, 1)].map(|(codes, index)| PackedOperand {
+                weights: codes.weights(),
+                bias: Some(array(&bias).unwrap()),
+                adapter: Some((matrix(&b[index]).unwrap(), index * ranks)),
+            });
+            let run = |is_fresh: bool| {
+                let out = empty(&device, (m, height), dtype).unwrap();
+                let to = ProductOutput::Swiglu(Rows::plain(matrix(&out).unwrap()));
+                let low = LowRank { values: array(&values).unwrap(), parts, cols: 2 * ranks, is_fresh };
+                let form = ProductForm::stream();
+                packed_product(&device, &group, input.rows(), Some(low), to, form, work.room()).unwrap();
+                download(&out)
+            };
+            let case = format!("{dtype:?} {height} x {k}, {m} rows, nested {is_nested}, {ranks} ranks");
+            let there = run(false);
+            assert_close(&case, &there, &want, if dtype == DType::F16 { 3e-3 } else { 1.5e-2 });
+            decode_low_rank(&device, input.rows(), to_low).unwrap();
+            assert_eq!(run(true), there, "{case}, beside the low-rank products");
+            if m == 1 {
+                alone.clone_from(&there);
+            }
+            assert_eq!(there[..height], alone, "{case}: the first row is what it is alone");
+        }
+    }
+}
+
 fn product_at(x: &[f32], w: &[f32], at: usize, height: usize, k: usize) -> f32 {
     let (row, col) = (at / height, at % height);
     x[row * k..(row + 1) * k].iter().zip(&w[col * k..(col + 1) * k]).map(|(x, w)| x * w).sum()

@@ -7,9 +7,9 @@ use super::gguf::GgufKind;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
 use super::packed_gguf;
-use super::product_form::{CODES, CODES_GROUPS, GROUPS, ProductForm};
+use super::product_form::{CODES, CODES_GROUPS, CODES_STREAM, GROUPS, ProductForm};
 use super::row_layout::{CHUNK, RowLayout, Rows};
-use crate::device::{Error, Matrix, Pointer, argument};
+use crate::device::{Error, Matrix, Pointer, argument, multiprocessors};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
 
 /// Matrices that one launch multiplies.
@@ -43,6 +43,8 @@ kernels! {
         tiles: i32,
         stream: RawStream,
     ) -> i32;
+    // Of `packed_codes_stream_sm90.cu`.
+    fn trainer_packed_codes_stream_sm90(product: *const RawProduct, blocks: i32, stream: RawStream) -> i32;
     // Of `packed_product_sm90.cu`.
     fn trainer_packed_product_sm90(
         product: *const RawProduct,
@@ -297,6 +299,7 @@ pub fn packed_product(
     const KERNEL: &str = "packed product";
     let refuse = |what, got: (usize, usize), expected: String| argument(KERNEL, what, got, expected);
     let (m, k) = x.shape();
+    let form = form.with_ranks(low.map_or(0, |low| low.cols));
     let Some(first) = group.first().filter(|_| group.len() <= MOST_MATRICES) else {
         return Err(argument(KERNEL, "group", group.len(), format!("1 to {MOST_MATRICES} matrices")));
     };
@@ -370,6 +373,9 @@ pub fn packed_product(
         match (first.weights, form.form) {
             (PackedWeights::Gguf { kind, .. }, form) => packed_gguf::launch(&raw, kind, form, is_swiglu, tiles, stream),
             (_, GROUPS) => trainer_packed_product_sm90(&raw const raw, format, is_swiglu, tiles, stream),
+            (_, CODES_STREAM) => {
+                trainer_packed_codes_stream_sm90(&raw const raw, multiprocessors(device)? as i32, stream)
+            }
             (_, form) if is_grouped => {
                 let groups = (form - CODES_GROUPS[0] + 1) as i32;
                 trainer_packed_codes_sm90(&raw const raw, groups, is_swiglu, tiles, stream)

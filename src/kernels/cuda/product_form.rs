@@ -28,6 +28,13 @@ pub(super) const GROUPS: usize = 6;
 /// The kernel's forms for 4-bit codes begin with this one; these two are for blocks of one and two warp groups.
 pub(super) const CODES: usize = 10;
 pub(super) const CODES_GROUPS: [usize; 2] = [17, 18];
+/// The kernel for gate and up of a few rows, on Hopper.
+pub(super) const CODES_STREAM: usize = 19;
+/// Chunks of all tiles for each multiprocessor from which that one is worth its beginning, as measured on an H200 with the shapes
+/// of the family: with 51 of a 1.5B model it is, with 16 of the 0.5B not.
+const STREAM_CHUNKS: usize = 32;
+/// Low-rank products of a row for which it has room.
+const STREAM_RANKS: usize = 1024;
 
 /// What a product makes, as far as its form depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +57,7 @@ impl ProductForm {
             10 => (16, 8, 8),
             11 => (64, 8, 4),
             18 => (128, layout.rows(64), 1),
+            CODES_STREAM => (32, 8, 8),
             _ => (64, layout.rows(64), 1),
         };
         Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
@@ -66,12 +74,17 @@ impl ProductForm {
     ) -> Self {
         let (is_swiglu, is_codes) = (kind == ProductKind::Swiglu, weights == WeightKind::Codes);
         let all: usize = rows.iter().sum();
+        let blocks_of_32: usize = rows.iter().map(|rows| rows.div_ceil(32)).sum();
         let is_large = is_codes && is_swiglu || all.div_ceil(32) >= 4 * card.multiprocessors;
         let form = match (layout, m) {
             _ if weights == WeightKind::Blocks => packed_gguf::form(m, layout, card),
             (RowLayout::Tiles(_), _) if is_codes => return Self::of_groups(m, rows, cols, is_swiglu, layout, card),
             (RowLayout::Tiles(_), _) => GROUPS,
-            (_, 0..=8) if is_codes && !is_large && cols >= LONG_SUM => 5,
+            (RowLayout::Fragments, 0..=8) if is_codes && is_swiglu && Self::is_stream(rows, cols, card) => {
+                return Self::stream();
+            }
+            // As many multiprocessors have work with 32 rows a block as with 16.
+            (_, 0..=8) if is_codes && !is_large && (cols >= LONG_SUM || blocks_of_32 >= card.multiprocessors) => 5,
             (_, 0..=8) => usize::from(is_large),
             (_, 9..=16) => 2,
             (_, 17..=32) => 3,
@@ -107,6 +120,21 @@ impl ProductForm {
         let least = if form == GROUPS { chunks.div_ceil(MOST_GROUP_CHUNKS) } else { 1 };
         let splits = (least..=most.max(least)).min_by_key(|&splits| cost(splits)).unwrap_or(1);
         Self { splits, ..Self::whole(form) }
+    }
+
+    /// The form of the kernel for gate and up of up to 8 rows with 4-bit codes on Hopper: `packed_codes_stream_sm90.cu`.
+    pub fn stream() -> Self {
+        Self::whole(CODES_STREAM)
+    }
+
+    fn is_stream(rows: &[usize], cols: usize, card: ProductCard) -> bool {
+        let chunks = Self::stream().tiles(rows, true, RowLayout::Fragments) * (cols / CHUNK);
+        card.has_groups && chunks >= STREAM_CHUNKS * card.multiprocessors
+    }
+
+    /// The form with which so many low-rank products of a row can be added: this one or one that has room for them.
+    pub(super) fn with_ranks(self, ranks: usize) -> Self {
+        if self.form == CODES_STREAM && ranks > STREAM_RANKS { Self::whole(CODES + 1) } else { self }
     }
 
     /// A form that cuts no sum.
