@@ -58,6 +58,8 @@ pub(super) struct Run<'a> {
     before_step: (Accumulator, u64),
     started: Instant,
     step_started: Instant,
+    /// Seconds of all steps together, without what is between them: evaluations and saving.
+    stepping: f64,
     first_step: u64,
     first_tokens: u64,
     last_saved: Option<u64>,
@@ -123,6 +125,7 @@ impl<'a> Run<'a> {
             num_tokens,
             started: now,
             step_started: now,
+            stepping: 0.0,
             first_step: step,
             first_tokens: num_tokens,
             // A checkpoint that still waits for its evaluation is written again after it.
@@ -236,7 +239,9 @@ impl<'a> Run<'a> {
     pub(super) fn finish_step(&mut self, message: &str) -> anyhow::Result<Due> {
         self.step += 1;
         let now = Instant::now();
-        self.accumulator.mean("step_time", (now - self.step_started).as_secs_f64());
+        let secs = (now - self.step_started).as_secs_f64();
+        self.accumulator.mean("step_time", secs);
+        self.stepping += secs;
         self.step_started = now;
         self.accumulator.latest("num_tokens", self.num_tokens);
         self.accumulator.latest("epoch", self.cadence.epoch.after(self.step));
@@ -373,11 +378,13 @@ impl<'a> Run<'a> {
             &title(self.continuation.task, output_dir),
             &read_rows(&output_dir.join("metrics.jsonl"))?,
         )?;
-        let secs = self.started.elapsed().as_secs_f64();
         let steps = self.step - self.first_step;
         let tokens = self.num_tokens - self.first_tokens;
-        summary.push("steps", format!("{steps} in {}", units::duration(secs)));
-        summary.push("throughput", format!("{:.0} tokens/s ({} tokens)", tokens as f64 / secs, units::count(tokens)));
+        let rate = tokens as f64 / self.stepping.max(f64::MIN_POSITIVE);
+        summary.push("steps", format!("{steps} in {}", units::duration(self.stepping)));
+        let all = units::duration(self.started.elapsed().as_secs_f64());
+        summary.push("in all", format!("{all}, with evaluations and saving"));
+        summary.push("throughput", format!("{rate:.0} tokens/s of the steps ({} tokens)", units::count(tokens)));
         for (name, count) in self.notices.summary() {
             summary.push(name, count);
         }
