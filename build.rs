@@ -23,6 +23,8 @@ const ARCHS: &str = "75 80 86 89 90a";
 fn compile_kernels() {
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
     println!("cargo::rerun-if-env-changed=TRAINER_CUDA_ARCHS");
+    // A kernel that is new, too.
+    println!("cargo::rerun-if-changed=src/kernels/cuda");
     let archs = std::env::var("TRAINER_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
     let own = cudaforge::detect_compute_cap().map_or_else(|_| "80".into(), |arch| arch.to_nvcc_arch());
     let mut builder = cudaforge::KernelBuilder::default()
