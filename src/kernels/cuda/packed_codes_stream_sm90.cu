@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + 8 * walk.at) : "memory");
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
     return;
   }
 
