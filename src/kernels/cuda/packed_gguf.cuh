@@ -19,6 +19,11 @@
 // In the order of gguf.cu.
 enum GgufFormat { Q4_0 = GGUF, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
 
+// Lists of types: each has files of its own, for they take long to compile.
+template <int... TYPES> struct GgufTypes {};
+using SmallBlocks = GgufTypes<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0>; // of 32 values
+using LargeBlocks = GgufTypes<Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>; // of 256
+
 #ifdef __CUDACC__
 namespace {
 
