@@ -14,27 +14,6 @@
 
 namespace {
 
-// The adapters of a warp's rows: 16 ranks at a time, lane t has ranks 4 t .. 4 t + 3 of them.
-template <typename T, int NT>
-__device__ __forceinline__ void add_adapter(float (&acc)[NT][4], const Product &p, const Packed &own, const int (&rows)[2],
-                                            int col0, int first, int step) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T *b = static_cast<const T *>(own.b);
-  for (int rank = first; b && rank < own.rank; rank += step) {
-    uint2 half[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      half[i] = *reinterpret_cast<const uint2 *>(b + static_cast<int64_t>(rows[i]) * own.rank + rank + t * 4);
-    const uint32_t left[4] = {half[0].x, half[1].x, half[0].y, half[1].y};
-#pragma unroll
-    for (int j = 0; j < NT; j++) {
-      const int row = min(col0 + j * 8 + g, p.x.rows - 1);
-      const uint2 ranks = low_ranks<T>(p, row, own.first_low + rank + t * 4);
-      multiply<T>(acc[j], left, ranks.x, ranks.y);
-    }
-  }
-}
-
 template <typename T, bool IS_NESTED, int MT, int NT, int WR, int WK, bool IS_SWIGLU>
 __global__ void __launch_bounds__(32 * WR * WK, NT <= 2 ? 2 : 1) codes(const __grid_constant__ Product p) {
   constexpr int THREADS = 32 * WR * WK, ROWS = 16 * MT * WR, COLS = 8 * NT, PAD = COLS + 1;
@@ -147,7 +126,10 @@ __global__ void __launch_bounds__(32 * WR * WK, NT <= 2 ? 2 : 1) codes(const __g
   if (p.waits_late) wait_for_dependency();
   if (blockIdx.y == 0) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) add_adapter<T>(acc[mt], p, matrix_of(mt), rows[mt], col0, wk * 16, WK * 16);
+    for (int mt = 0; mt < MT; mt++) {
+      auto row = [&](int half) { return rows[mt][half]; };
+      add_adapter<T>(acc[mt], p, matrix_of(mt), row, col0, wk * 16, WK * 16);
+    }
   }
 
   __syncthreads(); // the table is done with

@@ -128,27 +128,11 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     }
   }
 
-  // The adapters: 16 ranks at a time, lane t has ranks 4 t .. 4 t + 3 of them.
   if (blockIdx.y == 0) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-      const Packed &own = matrix_of(mt);
-      const T *b = static_cast<const T *>(own.b);
-      for (int rank = wk * 16; b && rank < own.rank; rank += WK * 16) {
-        uint2 half[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int64_t row = (from[mt][i] - t * 32) / K;
-          half[i] = *reinterpret_cast<const uint2 *>(b + row * own.rank + rank + t * 4);
-        }
-        const uint32_t left[4] = {half[0].x, half[1].x, half[0].y, half[1].y};
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-          const int row = min(col0 + j * 8 + g, p.x.rows - 1);
-          const uint2 ranks = low_ranks<T>(p, row, own.first_low + rank + t * 4);
-          multiply<T>(acc[mt][j], left, ranks.x, ranks.y);
-        }
-      }
+      auto row = [&](int half) { return (from[mt][half] - t * 32) / K; };
+      add_adapter<T>(acc[mt], p, matrix_of(mt), row, col0, wk * 16, WK * 16);
     }
   }
 

@@ -132,6 +132,30 @@ template <typename T> __device__ __forceinline__ uint2 low_ranks(const Product &
   return make_uint2(pack_pair<T>(sum.x, sum.y), pack_pair<T>(sum.z, sum.w));
 }
 
+// The adapters of a warp's 16 rows, of which a lane has `row_of(0)` and `row_of(1)`: 16 ranks at a time from `first` on, every `step`; lane t has
+// ranks 4 t .. 4 t + 3 of them.
+template <typename T, int NT, typename RowOf>
+__device__ __forceinline__ void add_adapter(float (&acc)[NT][4], const Product &p, const Packed &own, RowOf row_of, int col0,
+                                            int first, int step) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T *b = static_cast<const T *>(own.b);
+  for (int rank = first; b && rank < own.rank; rank += step) {
+    uint2 half[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int64_t row = row_of(i);
+      half[i] = *reinterpret_cast<const uint2 *>(b + row * own.rank + rank + t * 4);
+    }
+    const uint32_t left[4] = {half[0].x, half[1].x, half[0].y, half[1].y};
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+      const int row = min(col0 + j * 8 + g, p.x.rows - 1);
+      const uint2 ranks = low_ranks<T>(p, row, own.first_low + rank + t * 4);
+      multiply<T>(acc[j], left, ranks.x, ranks.y);
+    }
+  }
+}
+
 // The end of a block: sums of the K parts of its tile, bias, SwiGLU, residual stream. `sum_of(row, col)` is the block's own sum
 // of a row of the tile and a row of x; `sums` [ROWS, COLS + 1] is free for those of all parts. With SwiGLU row `gate_of(i)` of the
 // tile is gate i and `up_of(i)` up i. Eight outputs of a row of x at a time: their loads are in flight together.
