@@ -50,14 +50,13 @@ impl ProductForm {
     fn tile(self, is_swiglu: bool, layout: RowLayout) -> Block {
         let (rows, cols, warps) = match self.form {
             0 => (if is_swiglu { 32 } else { 16 }, 8, 8),
-            1 | 15 => (32, 8, 8),
+            1 | 15 | CODES_STREAM => (32, 8, 8),
             2 | 12 => (64, 16, 4),
             3 | 13 => (128, 32, 2),
             4 | 14 => (128, 64, 2),
             10 => (16, 8, 8),
             11 => (64, 8, 4),
             18 => (128, layout.rows(64), 1),
-            CODES_STREAM => (32, 8, 8),
             _ => (64, layout.rows(64), 1),
         };
         Block { outputs: if is_swiglu { rows / 2 } else { rows }, rows, cols, warps }
