@@ -98,11 +98,24 @@ fn what_cannot_be_generated_is_said() {
 /// Turns as Qwen's, in the few characters that the tiny vocabulary has.
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}";
 
-/// The tiny model in a folder of its own: with a chat template, and with so many positions.
-fn chat_model(folder: &Path, positions: usize) -> PathBuf {
-    let model = folder.join("model");
-    copy_files(Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny-qwen").as_path(), &model);
-    fs::write(model.join("chat_template.jinja"), TEMPLATE).unwrap();
+/// One of the models in `tests/golden/qlora_step`, with a tokenizer of its 160 tokens: random weights that, greedily too, say
+/// different things on different prompts.
+fn golden_model(name: &str, to: &Path) -> PathBuf {
+    copy_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qlora_step").join(name), to);
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read("data/tiny-qwen/tokenizer.json").unwrap()).unwrap();
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    for id in vocab.len() as u32..160 {
+        vocab.insert(char::from_u32(0x4E00 + id).unwrap().into(), id.into());
+    }
+    fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(to.join("tokenizer_config.json"), "{}").unwrap();
+    to.to_path_buf()
+}
+
+/// One of them with a chat template and so many positions.
+fn chat_model(folder: &Path, template: &str, positions: usize) -> PathBuf {
+    let model = golden_model("plain_absmax/base", &folder.join("model"));
+    fs::write(model.join("chat_template.jinja"), template).unwrap();
     let mut config: Value = serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap();
     config["max_position_embeddings"] = positions.into();
     fs::write(model.join("config.json"), config.to_string()).unwrap();
@@ -143,7 +156,7 @@ fn talk(model: &Path, lines: &str, more: &[&str]) -> Ended {
 #[test]
 fn rows_come_out_in_order_with_their_columns_and_their_completions() {
     let folder = tempfile::tempdir().unwrap();
-    let model = chat_model(folder.path(), 256);
+    let model = chat_model(folder.path(), TEMPLATE, 256);
     let (file, output) = (folder.path().join("prompts.jsonl"), folder.path().join("new/out.jsonl"));
     let lines = [
         r#"{"id": 123456789012345678901234567890, "prompt": "9+12=", "answer": {"value": 21, "unit": null}}"#,
@@ -180,10 +193,12 @@ fn rows_come_out_in_order_with_their_columns_and_their_completions() {
     let raw = generate(&model, &["--prompts-file", from, "--raw"]);
     raw.expect_error(2, &["prompts.jsonl`, line 3", "the prompt is a conversation", "--raw"]);
     let texts = [json!({"prompt": "9+12="})];
-    let (raw, chat) = (completions(&model, &texts, &["--raw"]), completions(&model, &texts, &[]));
+    let ask = |model: &Path, more: &[&str]| completions(model, &texts, &[&["--max-new-tokens", "8"], more].concat());
+    let (raw, chat) = (ask(&model, &["--raw"]), ask(&model, &[]));
     assert_ne!(raw, chat);
-    assert_eq!(raw, completions(Path::new("data/tiny-qwen"), &texts, &[]), "without a template");
-    assert_ne!(completions(&model, &texts, &["--system", "add"]), chat);
+    let bare = golden_model("plain_absmax/base", &folder.path().join("bare"));
+    assert_eq!(raw, ask(&bare, &[]), "without a template");
+    assert_ne!(ask(&model, &["--system", "add"]), chat);
 }
 
 #[test]
@@ -268,7 +283,7 @@ fn a_wrong_file_of_prompts_or_of_completions_is_said_and_nothing_is_written() {
 #[test]
 fn a_conversation_is_remembered_until_it_is_reset() {
     let folder = tempfile::tempdir().unwrap();
-    let model = chat_model(folder.path(), 256);
+    let model = chat_model(folder.path(), TEMPLATE, 256);
     let limit = ["--max-new-tokens", "12"];
     let (one, two) = ("9+12=", "1+2=");
     let first = completions(&model, &[json!({"messages": [user(one)]})], &limit).remove(0);
@@ -290,7 +305,7 @@ fn a_conversation_is_remembered_until_it_is_reset() {
 #[test]
 fn a_message_without_room_is_left_out_of_the_conversation() {
     let folder = tempfile::tempdir().unwrap();
-    let model = chat_model(folder.path(), 64);
+    let model = chat_model(folder.path(), TEMPLATE, 64);
     let limit = ["--max-new-tokens", "6"];
     let first = completions(&model, &[json!({"prompt": "9+12="})], &limit).remove(0);
     let both = json!({"messages": [user("9+12="), answer(&first), user("1+2=")]});
@@ -310,12 +325,10 @@ fn a_message_without_room_is_left_out_of_the_conversation() {
 #[test]
 fn ctrl_c_ends_an_answer_and_not_the_conversation() {
     let folder = tempfile::tempdir().unwrap();
-    let model = chat_model(folder.path(), 1 << 20);
-    // No token ends it, and so many are never drawn while a test may run.
-    let eos = json!({"eos_token_id": 63}).to_string();
-    fs::write(model.join("generation_config.json"), eos).unwrap();
+    // No token ends an answer, and a test does not last as long as so many.
+    let model = chat_model(folder.path(), "{% for m in messages %}{{ m.content }}\n{% endfor %}", 1 << 16);
     let mut command = trainer();
-    command.arg("generate").arg("--model").arg(&model).args(["--interactive", "--max-new-tokens", "1000000"]);
+    command.arg("generate").arg("--model").arg(&model).args(["--interactive", "--max-new-tokens", "60000"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut input = child.stdin.take().unwrap();
@@ -341,28 +354,12 @@ fn ctrl_c_ends_an_answer_and_not_the_conversation() {
     assert_eq!(ended.err.matches("the answer was ended by Ctrl-C").count(), 2, "{}", ended.err);
 }
 
-/// The models of `tests/golden/qlora_step` with a tokenizer of their 160 tokens.
-fn with_tokenizer(from: &Path, to: &Path) -> PathBuf {
-    copy_files(from, to);
-    let mut tokenizer: Value = serde_json::from_slice(&fs::read("data/tiny-qwen/tokenizer.json").unwrap()).unwrap();
-    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
-    for id in vocab.len() as u32..160 {
-        vocab.insert(char::from_u32(0x4E00 + id).unwrap().into(), id.into());
-    }
-    fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    fs::write(to.join("tokenizer_config.json"), "{}").unwrap();
-    to.to_path_buf()
-}
-
 #[test]
 fn weights_packed_on_the_way_say_what_packed_files_say() {
     let folder = tempfile::tempdir().unwrap();
     let prompts = ["9+12=", "1+2=", "the", "40-7=", "(x)"].map(|prompt| json!({"prompt": prompt}));
     for (case, nested) in [("plain_absmax", false), ("double_quant", true)] {
-        let model = |name: &str| {
-            let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qlora_step").join(case);
-            with_tokenizer(&golden.join(name), &folder.path().join(format!("{case}-{name}")))
-        };
+        let model = |name: &str| golden_model(&format!("{case}/{name}"), &folder.path().join(case).join(name));
         // `base_bnb4bit` is what bitsandbytes made of `base`.
         let (base, stored) = (model("base"), model("base_bnb4bit"));
         let ask =

@@ -103,8 +103,7 @@ impl Prompts {
             (PromptForm::Raw, _) | (PromptForm::ChatIfPossible, None) => return self.raw_tokens(form, model, text),
             (PromptForm::Chat, None) => {
                 anyhow::bail!(UsageError(format!(
-                    "`{model}` has no chat template, which --chat, --system and --interactive need; leave them out, or put a \
-                     chat_template.jinja beside the model"
+                    "`{model}` has no chat template; leave out --chat, --system and --interactive, or name a model that has one"
                 )))
             }
             (_, template) => template,
@@ -126,9 +125,7 @@ impl Prompts {
                 let reason = if form == PromptForm::Raw {
                     "--raw gives prompts to the model as they are; leave it out".into()
                 } else {
-                    format!(
-                        "`{model}` has no chat template; give prompts as text, or put a chat_template.jinja beside it"
-                    )
+                    format!("`{model}` has no chat template; give prompts as text")
                 };
                 anyhow::bail!(UsageError(format!("{}: the prompt is a conversation, and {reason}", self.place(index))));
             };
