@@ -184,7 +184,7 @@ impl Args {
     fn prompts(&self) -> anyhow::Result<Option<Prompts>> {
         match (&self.prompts_file, &self.prompt) {
             (Some(path), _) => Prompts::read(path).map(Some),
-            (None, prompt) => Ok(prompt.as_ref().map(|prompt| Prompts::given(prompt.as_str().into()))),
+            (None, prompt) => Ok(prompt.as_ref().map(|prompt| Prompts::given("--prompt", prompt.as_str().into()))),
         }
     }
 
@@ -233,7 +233,7 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         (&mut progress, |text, _| match &prompts {
             Some(prompts) => args.tokens(prompts, text),
             // A conversation needs the chat template from its first turn on.
-            None => args.tokens(&Prompts::given("x".into()), text),
+            None => args.tokens(&Prompts::given("--interactive", "x".into()), text),
         }),
     )?;
     drop(progress);

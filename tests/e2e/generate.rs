@@ -130,7 +130,8 @@ fn rows(text: &str) -> Vec<Value> {
 fn completions(model: &Path, prompts: &[Value], more: &[&str]) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompts.jsonl");
-    fs::write(&file, prompts.iter().map(|prompt| format!("{prompt}\n")).collect::<String>()).unwrap();
+    let lines: Vec<String> = prompts.iter().map(Value::to_string).collect();
+    fs::write(&file, lines.join("\n")).unwrap();
     let out = text(generate(model, &[&["--prompts-file", file.to_str().unwrap()], more].concat()));
     rows(&out).iter().map(|row| row["completion"].as_str().unwrap().to_string()).collect()
 }
@@ -247,9 +248,9 @@ fn several_completions_of_a_prompt_stand_together_and_differ() {
     assert_eq!(ask("1"), found);
     assert_ne!(ask("2"), found);
     let console = text(generate(model, &[&["--prompt", "9+12=", "--seed", "1"][..], &more].concat()));
-    let expected: String =
+    let expected: Vec<String> =
         found[..3].iter().map(|row| format!("### 9+12=\n{}\n", row["completion"].as_str().unwrap())).collect();
-    assert_eq!(console, expected);
+    assert_eq!(console, expected.concat());
 }
 
 #[test]
@@ -317,6 +318,14 @@ fn a_message_without_room_is_left_out_of_the_conversation() {
     for part in ["the conversation has 2", "the model holds 64", "the message is left out", "/reset"] {
         assert!(error.contains(part), "`{part}` is missing in {error}");
     }
+    // So is one that the template refuses.
+    let refusing = format!(
+        "{{% if messages[-1].content == '?' %}}{{{{ raise_exception('no question') }}}}{{% endif %}}{TEMPLATE}"
+    );
+    fs::write(model.join("chat_template.jinja"), refusing).unwrap();
+    let ended = talk(&model, "9+12=\n?\n1+2=\n", &limit).expect(0);
+    assert_eq!(ended.out, format!("{first}\n{second}\n"));
+    assert!(ended.err.contains("no question") && ended.err.contains("the message is left out"), "{}", ended.err);
     // An answer that is cut says by what.
     let cut = talk(&model, "9+12=\n", &["--max-new-tokens", "3", "--temperature", "1.5"]).expect(0);
     assert!(cut.err.contains("the answer ends at 3 tokens (`--max-new-tokens`)"), "{}", cut.err);

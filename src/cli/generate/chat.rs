@@ -133,7 +133,7 @@ impl Chat<'_> {
     }
 
     fn prompt_ids(&self) -> anyhow::Result<Vec<u32>> {
-        let conversation = Prompts::given(self.turns.clone().into());
+        let conversation = Prompts::given("--interactive", self.turns.clone().into());
         Ok(self.args.tokens(&conversation, self.session.text())?.concat())
     }
 

@@ -3,7 +3,7 @@
 //! Each prompt is a row whose column `prompt` is a text or a list of messages, as TRL has them. A row of a JSONL file keeps its
 //! text besides, so that its columns come out as they went in.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -21,17 +21,17 @@ const MARK: &[u8] = b"\xef\xbb\xbf";
 #[derive(Debug)]
 pub(super) struct Prompts {
     rows: Dataset,
-    /// The file they were read from; `None` of a prompt that was given itself.
-    file: Option<PathBuf>,
+    /// Whether they were read from a file.
+    are_read: bool,
     /// Of a JSONL file, the object of each row as it was written.
     objects: Option<Vec<String>>,
 }
 
 impl Prompts {
-    /// One prompt: a text or a list of messages.
-    pub(super) fn given(prompt: Value) -> Self {
-        let rows = Dataset::from_rows("--prompt", vec![Row::from_iter([("prompt".to_string(), prompt)])]);
-        Self { rows, file: None, objects: None }
+    /// One prompt, a text or a list of messages, that a flag gives.
+    pub(super) fn given(flag: &str, prompt: Value) -> Self {
+        let rows = Dataset::from_rows(flag, vec![Row::from_iter([("prompt".to_string(), prompt)])]);
+        Self { rows, are_read: false, objects: None }
     }
 
     /// The prompts of a file: a row per line of a `.jsonl` file, of any other a text per line. Empty lines are left out.
@@ -62,7 +62,7 @@ impl Prompts {
             anyhow::bail!(UsageError(format!("`{}` holds no prompt; write {form} per line", path.display())));
         }
         let rows = Dataset::from_lines(path, rows);
-        Ok(Self { rows, file: Some(path.into()), objects: is_jsonl.then_some(objects) })
+        Ok(Self { rows, are_read: true, objects: is_jsonl.then_some(objects) })
     }
 
     /// Whether they have columns.
@@ -85,7 +85,7 @@ impl Prompts {
 
     /// Where a prompt stands, for messages.
     pub(super) fn place(&self, index: usize) -> String {
-        if self.file.is_some() { self.rows.place(index) } else { "`--prompt`".into() }
+        if self.are_read { self.rows.place(index) } else { format!("`{}`", self.rows.files()[0].display()) }
     }
 
     /// The tokens of each prompt, in the chat template where that is asked for and possible; `system` is in front of conversations
