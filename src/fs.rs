@@ -303,6 +303,17 @@ pub fn write_atomic_with(
     sync_folder(folder)
 }
 
+/// Makes the folder that a file is to be written into, and tries that one can be.
+///
+/// # Errors
+/// If it cannot be made or written to.
+pub fn check_folder_of(path: &Path) -> Result<(), Error> {
+    let folder = parent(path);
+    std::fs::create_dir_all(folder).map_err(io_error("create the folder", folder))?;
+    let tried = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder);
+    tried.map(drop).map_err(io_error("create a file in", folder))
+}
+
 /// Copies a file so that the copy is whole or absent.
 ///
 /// # Errors

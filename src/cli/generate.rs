@@ -1,19 +1,26 @@
-//! `trainer generate`: completions of prompts, to look at a model or an adapter.
+//! `trainer generate`: completions of prompts, and conversations, to look at a model or an adapter.
+
+mod chat;
+mod output;
+mod prompts;
 
 use std::path::PathBuf;
 
 use clap::ArgGroup;
-use serde_json::json;
 
+use self::prompts::Prompts;
 use super::{Context, Exit, UsageError};
-use crate::config::settings::{DeviceChoice, ModelSettings, Precision, SamplingSettings, WeightDtype};
-use crate::data::{RenderOptions, StreamDecoder};
+use crate::config::settings::{
+    DeviceChoice, ModelSettings, Precision, QuantType, Quantization, SamplingSettings, WeightDtype,
+};
+use crate::data::StreamDecoder;
 use crate::engine::Activations;
 use crate::model::load::Purpose;
+use crate::model::source::{Kept, StoredSizes};
 use crate::rollout::forward::EngineModel;
-use crate::rollout::{Caller, Event, Request, Rollout, RolloutSettings};
+use crate::rollout::{Caller, Completion, Event, Request, Rollout, RolloutSettings, Statistics};
 use crate::telemetry::{peak_resident_bytes, units};
-use crate::train::session::{self, Session};
+use crate::train::session::{self, Session, Text};
 use crate::train::{self, Backend};
 use crate::zero::{Offload, Sharing};
 
@@ -24,11 +31,18 @@ const EXAMPLES: &str = "\
 Examples:
   trainer generate --model Qwen/Qwen2.5-0.5B-Instruct --prompt 'What is 12 * 7?'
   trainer generate --model model.gguf --prompt 'def fibonacci(n):' --raw --max-new-tokens 64 --stream
-  trainer generate --model models/qwen --adapter out/grpo --prompts-file prompts.txt --temperature 0.7 --top-p 0.95";
+  trainer generate --model models/qwen --adapter out/grpo --prompts-file prompts.txt --temperature 0.7 --top-p 0.95
+
+  # Rows with `prompt` or `messages`, four completions of each, all columns kept
+  trainer generate --model models/qwen --prompts-file rows.jsonl --output out.jsonl --num-return-sequences 4 --temperature 1
+
+  # A conversation with the adapter of a run on 4-bit weights
+  trainer generate --model models/qwen --load-in-4bit --adapter out/grpo --interactive";
 
 /// Let a model complete prompts
 #[derive(Clone, Debug, clap::Args)]
-#[command(after_long_help = EXAMPLES, group(ArgGroup::new("prompts").required(true).args(["prompt", "prompts_file"])))]
+#[command(after_long_help = EXAMPLES, group(ArgGroup::new("prompts").required(true).args(["prompt", "prompts_file", "interactive"])))]
+#[expect(clippy::struct_excessive_bools, reason = "one field a flag")]
 pub struct Args {
     /// A model folder, a `.gguf` file or a Hugging Face id
     #[arg(long, value_name = "MODEL", value_parser = super::location)]
@@ -38,13 +52,41 @@ pub struct Args {
     #[arg(long, value_name = "DIR", value_parser = super::path)]
     pub adapter: Option<PathBuf>,
 
+    /// Quantise the linear weights of the decoder layers to 4 bits while loading, as `load_in_4bit` of a run does; tensors that
+    /// are stored packed (GGUF blocks, 4 bits) stay as they are
+    #[arg(long)]
+    pub load_in_4bit: bool,
+
+    /// Code book of --load-in-4bit: `nf4` or `fp4`
+    #[arg(long, value_name = "TYPE", default_value = "nf4", requires = "load_in_4bit", value_parser = parse_quant_type)]
+    pub bnb_4bit_quant_type: QuantType,
+
+    /// Quantise the block maxima of --load-in-4bit as well
+    #[arg(long, alias = "bnb-4bit-use-double-quant", requires = "load_in_4bit")]
+    pub use_bnb_nested_quant: bool,
+
     /// The prompt
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
 
-    /// A text file with one prompt per line; empty lines are left out
+    /// A file of prompts: `.jsonl` with an object per line that has `prompt` (a text or a list of messages) or else `messages`, and
+    /// other columns; any other file with a text per line. Empty lines are left out
     #[arg(long, value_name = "FILE", value_parser = super::path)]
     pub prompts_file: Option<PathBuf>,
+
+    /// A conversation: each line of standard input is a message, answered while the answer is drawn; `/reset` begins a new
+    /// conversation, `/exit` or the end of the input ends it
+    #[arg(long, conflicts_with_all = ["raw", "output"])]
+    pub interactive: bool,
+
+    /// Write completions to this file, an object per line: the prompt's columns, `completion`, `completion_tokens` (with the token
+    /// that ended it) and `finish_reason` (`stop` or `length`) [default: to the console, as such lines if the prompts are]
+    #[arg(long, value_name = "FILE", value_parser = super::path)]
+    pub output: Option<PathBuf>,
+
+    /// Completions of each prompt; more than one need a temperature above 0
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub num_return_sequences: u32,
 
     /// Put prompts into the model's chat template [default: where the model has one]
     #[arg(long, conflicts_with = "raw")]
@@ -54,7 +96,7 @@ pub struct Args {
     #[arg(long)]
     raw: bool,
 
-    /// A system message in front of every prompt
+    /// A system message in front of every prompt that has none
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
 
@@ -99,36 +141,64 @@ pub enum PromptForm {
 }
 
 impl Args {
-    /// How prompts become tokens. A system message asks for the chat template.
+    /// How prompts become tokens. A system message and a conversation ask for the chat template.
     pub fn prompt_form(&self) -> PromptForm {
         if self.raw {
             PromptForm::Raw
-        } else if self.chat || self.system.is_some() {
+        } else if self.chat || self.interactive || self.system.is_some() {
             PromptForm::Chat
         } else {
             PromptForm::ChatIfPossible
         }
     }
 
-    /// The prompts, from the command line or the file.
+    /// What only several values together say, found before anything is read.
     ///
     /// # Errors
-    /// If the file cannot be read or holds no prompt.
-    pub fn prompts(&self) -> anyhow::Result<Vec<String>> {
-        let Some(path) = &self.prompts_file else {
-            return Ok(self.prompt.iter().cloned().collect());
-        };
-        let text = std::fs::read_to_string(path).map_err(crate::fs::io_error("read", path))?;
-        let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(Into::into).collect();
-        if prompts.is_empty() {
-            anyhow::bail!(UsageError(format!("`{}` holds no prompt; write one per line", path.display())));
+    /// If they make no sense together, or the file for completions cannot be written.
+    fn check(&self) -> anyhow::Result<()> {
+        let count = self.num_return_sequences;
+        if count > 1 {
+            let problem = if self.interactive {
+                Some(
+                    "a conversation goes on with one answer; leave one of --num-return-sequences and --interactive out",
+                )
+            } else if self.stream {
+                Some("--stream prints one completion; leave one of --num-return-sequences and --stream out")
+            } else if self.temperature == 0.0 {
+                Some("at --temperature 0 all would be the same; give a temperature above 0, e.g. 1")
+            } else {
+                None
+            };
+            if let Some(problem) = problem {
+                anyhow::bail!(UsageError(format!("`--num-return-sequences {count}`: {problem}")));
+            }
         }
-        Ok(prompts)
+        match &self.output {
+            Some(path) => output::check(path, self.prompts_file.as_deref()),
+            None => Ok(()),
+        }
+    }
+
+    /// The prompts, from the command line or the file; of a conversation there are none yet.
+    fn prompts(&self) -> anyhow::Result<Option<Prompts>> {
+        match (&self.prompts_file, &self.prompt) {
+            (Some(path), _) => Prompts::read(path).map(Some),
+            (None, prompt) => Ok(prompt.as_ref().map(|prompt| Prompts::given("--prompt", prompt.as_str().into()))),
+        }
+    }
+
+    fn tokens(&self, prompts: &Prompts, text: Text<'_>) -> anyhow::Result<Vec<Vec<u32>>> {
+        prompts.tokens((self.prompt_form(), self.system.as_deref()), &self.model, text)
     }
 }
 
 fn parse_device(text: &str) -> Result<DeviceChoice, String> {
     text.parse()
+}
+
+fn parse_quant_type(text: &str) -> Result<QuantType, String> {
+    text.parse().map_err(|()| format!("expected one of {}", QuantType::NAMES.join(", ")))
 }
 
 fn parse_temperature(text: &str) -> Result<f64, String> {
@@ -150,43 +220,62 @@ fn parse_top_p(text: &str) -> Result<f64, String> {
 /// # Errors
 /// If the model cannot be loaded or a prompt cannot be completed.
 pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    args.check()?;
     let prompts = args.prompts()?;
     let mut progress = train::downloads(&context.terminal);
-    let (session, ()) = session::open(
+    let (session, tokens) = session::open(
         &args.model_settings(),
         args.seed,
         Purpose::Inference,
         (Activations::Keep, 0),
         &Backend::open(args.device, args.precision())?,
         (Sharing::alone(), Offload::default()),
-        (&mut progress, |_, _| Ok(())),
+        (&mut progress, |text, _| match &prompts {
+            Some(prompts) => args.tokens(prompts, text),
+            // A conversation needs the chat template from its first turn on.
+            None => args.tokens(&Prompts::given("--interactive", "x".into()), text),
+        }),
     )?;
     drop(progress);
-    let requests = prompts
-        .iter()
-        .enumerate()
-        .map(|(index, prompt)| args.request(index, prompt, &session))
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    let (longest, room) =
-        (requests.iter().map(|r| r.prompt_ids.len()).max(), session.engine.config().max_position_embeddings);
+    args.warn_of_packed(&session)?;
+    match prompts {
+        None => chat::run(args, &session, context)?,
+        Some(prompts) => complete(args, &session, &prompts, tokens, context)?,
+    }
+    Ok(Exit::Done)
+}
+
+/// Completes all prompts and prints or writes the completions.
+fn complete(
+    args: &Args,
+    session: &Session,
+    prompts: &Prompts,
+    tokens: Vec<Vec<u32>>,
+    context: &Context,
+) -> anyhow::Result<()> {
+    let room = session.engine.config().max_position_embeddings;
+    if let Some(index) = tokens.iter().position(|prompt_ids| prompt_ids.len() >= room) {
+        anyhow::bail!(
+            "{}: the prompt has {} tokens, the model can hold {room} with the completion; shorten the prompt",
+            prompts.place(index),
+            tokens[index].len()
+        );
+    }
+    let longest = tokens.iter().map(Vec::len).max();
     if longest.is_some_and(|tokens| tokens + args.max_new_tokens as usize > room) {
         tracing::info!(
             "the model holds {room} tokens: the completion of the longest prompt ends there, before --max-new-tokens"
         );
     }
-    let mut rollout = Rollout::new(RolloutSettings {
-        max_num_seqs: MOST_SEQUENCES,
-        max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS,
-        kv_cache_bytes: usize::MAX,
-        max_new_tokens: args.max_new_tokens as usize,
-        eos_token_ids: session.tokenizer.eos_ids().to_vec(),
-    })?;
-    let sampling = SamplingSettings {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        ..SamplingSettings::default()
+    let samples = args.num_return_sequences as usize;
+    let request = |(group, prompt_ids): (usize, Vec<u32>)| {
+        (0..samples).map(move |sample| {
+            let sample_id = (group * samples + sample) as u64;
+            Request { sample_id, prompt_ids: prompt_ids.clone(), group }
+        })
     };
+    let requests: Vec<Request> = tokens.into_iter().enumerate().flat_map(request).collect();
+    let mut rollout = args.rollout(session)?;
     let mut stream = StreamDecoder::new(true);
     let mut trouble = None;
     let mut on_event = |event: Event| {
@@ -198,21 +287,24 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     };
     let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: None };
     let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
-    let completions = rollout.generate(&mut model, &requests, &sampling, args.seed, 0, &mut caller)?;
+    let completions = rollout.generate(&mut model, &requests, &args.sampling(), args.seed, 0, &mut caller)?;
     if let Some(error) = trouble {
         return Err(error);
     }
     if args.stream {
         context.print(&format!("{}\n", stream.finish()))?;
-    } else {
-        for (prompt, completion) in prompts.iter().zip(&completions) {
-            let text = session.tokenizer.decode(&completion.token_ids, true)?;
-            // Several completions are told apart by their prompts; one alone is printed as it is.
-            let heading = if prompts.len() > 1 { format!("### {prompt}\n") } else { String::new() };
-            context.print(&format!("{heading}{text}\n"))?;
-        }
     }
-    let statistics = rollout.statistics();
+    let texts: Vec<String> = completions
+        .iter()
+        .map(|completion| session.tokenizer.decode(&completion.token_ids, true))
+        .collect::<Result<_, _>>()?;
+    args.show(prompts, &completions, &texts, context)?;
+    report(rollout.statistics());
+    Ok(())
+}
+
+/// Says how fast it was and what memory it took.
+fn report(statistics: Statistics) {
     tracing::info!(
         "prefill {} tokens at {:.1} tokens/s, decode {} tokens at {:.1} tokens/s, peak memory {}",
         statistics.prefill_tokens,
@@ -221,7 +313,6 @@ pub fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         statistics.decode_tokens as f64 / (statistics.decode_secs + statistics.sampling_secs),
         peak_resident_bytes().map_or_else(|| "unknown".into(), units::bytes)
     );
-    Ok(Exit::Done)
 }
 
 impl Args {
@@ -245,35 +336,77 @@ impl Args {
             eos_token: None,
             init_random: false,
             dtype: WeightDtype::Auto,
-            quantization: None,
+            quantization: self.load_in_4bit.then_some(Quantization {
+                quant_type: self.bnb_4bit_quant_type,
+                double_quant: self.use_bnb_nested_quant,
+            }),
             lora: None,
             adapter_name_or_path: self.adapter.clone(),
         }
     }
 
-    /// The tokens of a prompt, in the chat template where that is asked for and possible.
-    fn request(&self, index: usize, prompt: &str, session: &Session) -> anyhow::Result<Request> {
-        let template = match (self.prompt_form(), &session.template) {
-            (PromptForm::Raw, _) | (PromptForm::ChatIfPossible, None) => None,
-            (PromptForm::Chat, None) => {
-                anyhow::bail!(UsageError(format!(
-                    "`{}` has no chat template; leave out --chat and --system",
-                    self.model
-                )))
-            }
-            (_, template) => template.as_ref(),
+    fn rollout(&self, session: &Session) -> anyhow::Result<Rollout> {
+        Ok(Rollout::new(RolloutSettings {
+            max_num_seqs: MOST_SEQUENCES,
+            max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS,
+            kv_cache_bytes: usize::MAX,
+            max_new_tokens: self.max_new_tokens as usize,
+            eos_token_ids: session.tokenizer.eos_ids().to_vec(),
+        })?)
+    }
+
+    fn sampling(&self) -> SamplingSettings {
+        SamplingSettings {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            ..SamplingSettings::default()
+        }
+    }
+
+    /// Says that `--load-in-4bit` leaves weights as they are that are stored packed.
+    fn warn_of_packed(&self, session: &Session) -> anyhow::Result<()> {
+        if !self.load_in_4bit {
+            return Ok(());
+        }
+        let stored = match StoredSizes::read(&session.folder, false)?.1.projections() {
+            Some(Kept::Blocks) => "in blocks of GGUF",
+            Some(Kept::Codes) => "in 4 bits already",
+            Some(Kept::Dense(_)) | None => return Ok(()),
         };
-        let text = match template {
-            None => prompt.to_string(),
-            Some(template) => {
-                let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
-                let messages: Vec<_> = system.chain([json!({"role": "user", "content": prompt})]).collect();
-                let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-                template.render(&messages.into(), options)?
-            }
-        };
-        let prompt_ids = session.tokenizer.encode(&text)?;
-        Ok(Request { sample_id: index as u64, prompt_ids, group: index })
+        tracing::warn!(
+            "`--load-in-4bit` has no effect on weights of `{}`: they are stored {stored} and stay as they are stored",
+            self.model
+        );
+        Ok(())
+    }
+
+    /// Writes the completions to the file, or prints what the console has not got yet.
+    fn show(
+        &self,
+        prompts: &Prompts,
+        completions: &[Completion],
+        texts: &[String],
+        context: &Context,
+    ) -> anyhow::Result<()> {
+        let all = || completions.iter().zip(texts);
+        let lines = || all().map(|(of, text)| output::line(&prompts.object(of.group), text, of)).collect::<String>();
+        if let Some(path) = &self.output {
+            return Ok(crate::fs::write_atomic(path, lines().as_bytes())?);
+        }
+        if prompts.are_objects() {
+            return context.print(&lines());
+        }
+        if self.stream {
+            return Ok(());
+        }
+        for (completion, text) in all() {
+            // Several completions are told apart by their prompts; one alone is printed as it is.
+            let heading =
+                if completions.len() > 1 { format!("### {}\n", prompts.text(completion.group)) } else { String::new() };
+            context.print(&format!("{heading}{text}\n"))?;
+        }
+        Ok(())
     }
 }
 
@@ -295,8 +428,16 @@ mod tests {
 
     #[test]
     fn one_source_of_prompts_is_required_and_contradictions_are_refused() {
-        let cases: [(&[&str], &str); 8] = [
+        let cases: [(&[&str], &str); 16] = [
             (&[], "required"),
+            (&["--prompt", "x", "--interactive"], "cannot be used with"),
+            (&["--prompts-file", "y", "--interactive"], "cannot be used with"),
+            (&["--interactive", "--raw"], "cannot be used with"),
+            (&["--interactive", "--output", "z"], "cannot be used with"),
+            (&["--prompt", "x", "--use-bnb-nested-quant"], "--load-in-4bit"),
+            (&["--prompt", "x", "--bnb-4bit-quant-type", "fp4"], "--load-in-4bit"),
+            (&["--prompt", "x", "--load-in-4bit", "--bnb-4bit-quant-type", "int4"], "expected one of nf4, fp4"),
+            (&["--prompt", "x", "--num-return-sequences", "0"], "0 is not in"),
             (&["--prompt", "x", "--prompts-file", "y"], "cannot be used with"),
             (&["--prompt", "x", "--chat", "--raw"], "cannot be used with"),
             (&["--prompt", "x", "--system", "s", "--raw"], "cannot be used with"),
@@ -318,21 +459,48 @@ mod tests {
         assert_eq!(form(&["--chat"]), PromptForm::Chat);
         assert_eq!(form(&["--system", "s"]), PromptForm::Chat);
         assert_eq!(form(&["--raw"]), PromptForm::Raw);
+        assert_eq!(parse(&["--interactive"]).unwrap().prompt_form(), PromptForm::Chat);
     }
 
     #[test]
-    fn prompts_come_from_the_line_or_the_file() {
-        assert_eq!(parse(&["--prompt", "a\nb"]).unwrap().prompts().unwrap(), ["a\nb"]);
+    fn prompts_come_from_the_line_or_the_file_and_a_conversation_has_none() {
+        let given = parse(&["--prompt", "a\nb"]).unwrap().prompts().unwrap().unwrap();
+        assert_eq!((given.text(0), given.are_objects()), ("a\nb", false));
+        assert_eq!(given.object(0), r#"{"prompt":"a\nb"}"#);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.txt");
-        let read = |text: &str| {
-            std::fs::write(&path, text).unwrap();
-            parse(&["--prompts-file", path.to_str().unwrap()]).unwrap().prompts()
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        let read = parse(&["--prompts-file", path.to_str().unwrap()]).unwrap().prompts().unwrap().unwrap();
+        assert_eq!((read.text(0), read.text(1)), ("one", "two"));
+        assert!(parse(&["--interactive"]).unwrap().prompts().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_several_flags_say_together_is_checked_before_anything_is_read() {
+        let check = |arguments: &[&str]| parse(arguments).unwrap().check().map_err(|error| error.to_string());
+        let four = ["--num-return-sequences", "4", "--temperature", "1"];
+        check(&[&["--prompt", "x"], &four[..]].concat()).unwrap();
+        for (arguments, expected) in [
+            (&["--interactive"][..], "a conversation goes on with one answer"),
+            (&["--prompt", "x", "--stream"], "--stream prints one completion"),
+            (&["--prompt", "x", "--temperature", "0"], "all would be the same"),
+        ] {
+            let message = check(&[&four[..2], arguments].concat()).unwrap_err();
+            assert!(message.contains("`--num-return-sequences 4`") && message.contains(expected), "{message}");
+            check(arguments).unwrap();
+        }
+    }
+
+    #[test]
+    fn weights_are_packed_as_the_flags_say() {
+        let packed = |arguments: &[&str]| {
+            let quantization = parse(&[&["--prompt", "x"], arguments].concat()).unwrap().model_settings().quantization;
+            quantization.map(|quantization| (quantization.quant_type, quantization.double_quant))
         };
-        assert_eq!(read("one\n\n two\r\n").unwrap(), ["one", " two"]);
-        assert!(read(" \n").unwrap_err().to_string().contains("holds no prompt"));
-        std::fs::remove_file(&path).unwrap();
-        let missing = parse(&["--prompts-file", path.to_str().unwrap()]).unwrap().prompts().unwrap_err();
-        assert!(missing.to_string().contains("cannot read"), "{missing}");
+        assert_eq!(packed(&[]), None);
+        assert_eq!(packed(&["--load-in-4bit"]), Some((QuantType::Nf4, false)));
+        let both = ["--load-in-4bit", "--bnb-4bit-quant-type", "fp4", "--use-bnb-nested-quant"];
+        assert_eq!(packed(&both), Some((QuantType::Fp4, true)));
+        assert_eq!(packed(&["--load-in-4bit", "--bnb-4bit-use-double-quant"]), Some((QuantType::Nf4, true)));
     }
 }

@@ -52,6 +52,7 @@ Examples:
   # Ask a model, with or without an adapter
   trainer generate --model Qwen/Qwen2.5-0.5B-Instruct --prompt 'What is 12 * 7?'
   trainer generate --model model.gguf --adapter out/b --prompt 'What is 12 * 7?'
+  trainer generate --model model.gguf --interactive
 
   # What a setting means
   trainer config --explain num_generations

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
@@ -141,6 +141,12 @@ impl Dataset {
         Self { rows, places, files: vec![PathBuf::from(name)], ..Self::default() }
     }
 
+    /// A data set from rows of the lines of a file, each with its number from 1; places read as those of [`Dataset::read`].
+    pub fn from_lines(path: &Path, lines: Vec<(u32, Row)>) -> Self {
+        let (places, rows) = lines.into_iter().map(|(line, row)| ((0, line), row)).unzip();
+        Self { rows, places, files: vec![path.to_path_buf()], are_lines: vec![true], ..Self::default() }
+    }
+
     /// Number of rows.
     pub fn len(&self) -> usize {
         self.rows.len()
@@ -230,7 +236,7 @@ impl Dataset {
     ///
     /// # Errors
     /// If the first row lacks it.
-    pub(super) fn prompt_from(&mut self, column: &str) -> Result<(), Error> {
+    pub fn prompt_from(&mut self, column: &str) -> Result<(), Error> {
         self.require_columns(std::iter::once(column), "dataset_prompt_column")?;
         self.rows.par_iter_mut().for_each(|row| {
             let prompt = match row.get(column).cloned().unwrap_or_default() {
