@@ -19,13 +19,10 @@ use crate::model::load::Purpose;
 use crate::model::source::{Kept, StoredSizes};
 use crate::rollout::forward::EngineModel;
 use crate::rollout::{Caller, Completion, Event, Request, Rollout, RolloutSettings, Statistics};
-use crate::telemetry::{peak_resident_bytes, units};
+use crate::telemetry::{Console, peak_resident_bytes, units};
 use crate::train::session::{self, Session, Text};
 use crate::train::{self, Backend};
 use crate::zero::{Offload, Sharing};
-
-/// Prompts completed at the same time.
-const MOST_SEQUENCES: usize = 16;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -87,6 +84,10 @@ pub struct Args {
     /// Completions of each prompt; more than one need a temperature above 0
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub num_return_sequences: u32,
+
+    /// Completions that are generated at a time; they change speed and memory alone
+    #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_num_seqs: u32,
 
     /// Put prompts into the model's chat template [default: where the model has one]
     #[arg(long, conflicts_with = "raw")]
@@ -278,16 +279,30 @@ fn complete(
     let mut rollout = args.rollout(session)?;
     let mut stream = StreamDecoder::new(true);
     let mut trouble = None;
-    let mut on_event = |event: Event| {
-        if let (true, Event::Token { token, .. }) = (args.stream, event) {
-            let printed =
-                stream.push(&session.tokenizer, token).map_err(Into::into).and_then(|text| context.print(&text));
-            trouble = trouble.take().or(printed.err());
+    let console = Console::new(context.terminal.clone(), false);
+    let bar = (!args.stream && requests.len() > 1)
+        .then(|| console.progress("generate", requests.len() as u64, "completions"));
+    let (mut finished, mut drawn) = (0, 0);
+    let mut on_event = |event: Event| match event {
+        Event::Token { token, .. } => {
+            drawn += 1;
+            if args.stream {
+                let printed =
+                    stream.push(&session.tokenizer, token).map_err(Into::into).and_then(|text| context.print(&text));
+                trouble = trouble.take().or(printed.err());
+            }
+        }
+        Event::Finished { .. } => finished += 1,
+        Event::Step { .. } => {
+            if let Some(bar) = &bar {
+                bar.set(finished, drawn);
+            }
         }
     };
     let mut caller = Caller { on_event: &mut on_event, is_cancelled: &|| false, detokenize: None };
     let mut model = EngineModel::new(&session.engine, true)?.recorded()?;
     let completions = rollout.generate(&mut model, &requests, &args.sampling(), args.seed, 0, &mut caller)?;
+    drop(bar);
     if let Some(error) = trouble {
         return Err(error);
     }
@@ -346,9 +361,10 @@ impl Args {
     }
 
     fn rollout(&self, session: &Session) -> anyhow::Result<Rollout> {
+        let max_num_seqs = self.max_num_seqs as usize;
         Ok(Rollout::new(RolloutSettings {
-            max_num_seqs: MOST_SEQUENCES,
-            max_batch_tokens: RolloutSettings::DEFAULT_BATCH_TOKENS,
+            max_num_seqs,
+            max_batch_tokens: RolloutSettings::batch_tokens(session.engine.device()).max(max_num_seqs),
             kv_cache_bytes: usize::MAX,
             max_new_tokens: self.max_new_tokens as usize,
             eos_token_ids: session.tokenizer.eos_ids().to_vec(),

@@ -247,6 +247,8 @@ fn several_completions_of_a_prompt_stand_together_and_differ() {
     assert_eq!(texts.len(), 6, "{texts:?}");
     assert_eq!(ask("1"), found);
     assert_ne!(ask("2"), found);
+    let from = ["--prompts-file", file.to_str().unwrap(), "--seed", "1", "--max-num-seqs", "2"];
+    assert_eq!(rows(&text(generate(model, &[&from[..], &more].concat()))), found, "two at a time");
     let console = text(generate(model, &[&["--prompt", "9+12=", "--seed", "1"][..], &more].concat()));
     let expected: Vec<String> =
         found[..3].iter().map(|row| format!("### 9+12=\n{}\n", row["completion"].as_str().unwrap())).collect();
