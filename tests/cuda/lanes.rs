@@ -402,9 +402,16 @@ fn bench_packed_product() {
             let out = empty(&device, (m, if is_swiglu { rows[0] } else { all }), DType::BF16).unwrap();
             let chosen = ProductForm::choose(m, &rows, k, (kind, of_weights), layout, card);
             line += &format!("\n  {m:4} f{} s{} w{}:", chosen.form, chosen.splits, chosen.whole);
-            for splits in [0, 1, 2, 3, 4, 6, 8] {
-                // The one that is chosen first.
-                let form = if splits == 0 { chosen } else { ProductForm { splits, whole: 0, ..chosen } };
+            // The one that is chosen first, then other cuts of it, and for few rows the other forms.
+            let cuts = [1, 2, 3, 4, 6, 8].map(|splits| ProductForm { splits, whole: 0, ..chosen });
+            let forms = if is_swiglu { &[11][..] } else { &[10, 11, 15] };
+            let is_few = is_packed && layout == RowLayout::Fragments && m <= 8;
+            let other = |&form: &usize| [1, 2, 3, 4].map(|splits| ProductForm { form, splits, whole: 0 });
+            let others: Vec<_> = if is_few { forms.iter().flat_map(other).collect() } else { Vec::new() };
+            let is_stream = chosen == ProductForm::stream();
+            let cuts = cuts.into_iter().filter(|_| !is_stream);
+            for form in [chosen].into_iter().chain(cuts).chain(others) {
+                let splits = form.splits;
                 let floats = form.workspace(m, &rows, is_swiglu, layout).0;
                 if floats > 64 << 20 || form.form == 6 && k / 128 / form.splits > 40 {
                     continue;
@@ -444,7 +451,8 @@ fn bench_packed_product() {
                 (0..40).for_each(|round| run(round % copies));
                 synchronize(&device).unwrap();
                 let secs = started.elapsed().as_secs_f64() / 40.0;
-                line += &format!("  s{splits} {:.1} us {:.0} GB/s", secs * 1e6, bytes as f64 / secs / 1e9);
+                let name = if form.form == chosen.form { String::new() } else { format!("f{} ", form.form) };
+                line += &format!("  {name}s{splits} {:.1} us {:.0} GB/s", secs * 1e6, bytes as f64 / secs / 1e9);
             }
         }
         println!("{line}");
