@@ -1,4 +1,5 @@
-// What products of few rows with 4-bit codes share (packed_codes.cu, packed_codes_sm90.cu): how codes become operands.
+// What products of few rows with 4-bit codes share (packed_codes.cu, packed_codes_sm90.cu, packed_codes_stream_sm90.cu): how codes become
+// operands.
 //
 // x is f16, its values 1 / X_SCALE of what they are (SCALED_F16 and SCALED_BF16 in mma.cuh), so that an activation of four million
 // still fits. A byte of two codes is looked up in shared memory, where each of its 256 pairs of f16 values stands once for each lane,
@@ -37,17 +38,19 @@ namespace {
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Fills the table; to be followed by a barrier. `memory`: the block's dynamic shared memory.
-template <int THREADS> __device__ __forceinline__ void fill_table(uint32_t table, const void *memory, const float *values) {
+// Fills the table, whose rows are STEP bytes apart, by THREADS threads, of which this one is number `thread`; to be followed by a
+// barrier. `memory`: the block's dynamic shared memory.
+template <int THREADS, int STEP = 128>
+__device__ __forceinline__ void fill_table(uint32_t table, const void *memory, const float *values, unsigned thread = threadIdx.x) {
   if (shared_address(memory) > OTHERS) __trap();
-  const float value = __ldg(values + threadIdx.x % 16);
+  const float value = __ldg(values + thread % 16);
 #pragma unroll
-  for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += THREADS) {
+  for (int i = thread; i < TABLE_BYTES / 16; i += THREADS) {
     // 8 accesses of 16 bytes for each byte; its high nibble is the first code.
     const int byte = i / 8;
     const uint32_t pair =
         pack_pair<__half>(__shfl_sync(0xffffffffu, value, byte >> 4, 16), __shfl_sync(0xffffffffu, value, byte, 16));
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(table + i * 16), "r"(pair) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(table + i * 16 + byte * (STEP - 128)), "r"(pair) : "memory");
   }
 }
 

@@ -105,7 +105,6 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int tile_end = static_cast<int>(static_cast<int64_t>(plan.tiles) * (blockIdx.x + 1) / gridDim.x);
   const int tiles = tile_end - tile_first, all = tiles * plan.pieces;
   if (threadIdx.x == 0) {
-    if (shared_address(memory) > TABLE) __trap();
     for (int i = 0; i < MOST_STAGES; i++) phase_init(full + 8 * i, 32 * ASK + CONVERT), phase_init(empty + 8 * i, MATH);
     for (int i = 0; i < SLOTS; i++) phase_init(done + 8 * i, MATH), phase_init(ready + 8 * i, END);
   }
@@ -150,13 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   {
     constexpr int OTHER_THREADS = THREADS - 32 * ASK;
     const int thread = warp < MATH ? threadIdx.x : threadIdx.x - 32 * ASK;
-    const float value = __ldg(p.w[0].values + lane % 16);
-    for (int i = thread; i < 256 * 8; i += OTHER_THREADS) {
-      const int byte = i / 8; // its high nibble is the first code
-      const uint32_t pair =
-          pack_pair<__half>(__shfl_sync(0xffffffffu, value, byte >> 4, 16), __shfl_sync(0xffffffffu, value, byte, 16));
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(TABLE + byte * STEP + i % 8 * 16), "r"(pair) : "memory");
-    }
+    fill_table<OTHER_THREADS, STEP>(TABLE, memory, p.w[0].values, thread);
     if (IS_NESTED)
       for (int i = thread; i < 512; i += OTHER_THREADS) store_float(MAP + i * 4, __ldg(p.w[i / 256].map + i % 256));
     asm volatile("bar.sync 1, %0;" ::"n"(OTHER_THREADS) : "memory");

@@ -7,7 +7,7 @@ use super::gguf::GgufKind;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
 use super::nf4::{MAP_LEN, NESTED_BLOCK, Nf4Absmax, Nf4View};
 use super::packed_gguf;
-use super::product_form::{CODES, CODES_GROUPS, CODES_STREAM, GROUPS, ProductForm};
+use super::product_form::{CODES, CODES_GROUPS, CODES_STREAM, GROUPS, ProductForm, STREAM_ROWS};
 use super::row_layout::{CHUNK, RowLayout, Rows};
 use crate::device::{Error, Matrix, Pointer, argument, multiprocessors};
 use crate::kernels::cpu::codebook::BLOCK_LEN;
@@ -342,6 +342,14 @@ pub fn packed_product(
     let (out, residual) = to.raw(&rows, &x)?;
     if matches!(first.weights, PackedWeights::Gguf { .. }) && !packed_gguf::has_form(form.form, x.layout()) {
         return Err(argument(KERNEL, "form", form.form, "one that multiplies GGUF blocks, with rows in its order"));
+    }
+    if form.form == CODES_STREAM && (!is_swiglu || m > STREAM_ROWS) {
+        return Err(argument(
+            KERNEL,
+            "form",
+            form,
+            format!("one for this product: this is SwiGLU of up to {STREAM_ROWS} rows"),
+        ));
     }
     let tiles = form.tiles(&rows, is_swiglu, x.layout());
     if form.splits == 0 || form.splits > k / CHUNK || form.whole > tiles {

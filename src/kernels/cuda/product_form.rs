@@ -33,6 +33,8 @@ pub(super) const CODES_STREAM: usize = 19;
 /// Chunks of all tiles for each multiprocessor from which that one is worth its beginning, as measured on an H200 with the shapes
 /// of the family: with 51 of a 1.5B model it is, with 16 of the 0.5B not.
 const STREAM_CHUNKS: usize = 32;
+/// Rows of `x` that it multiplies.
+pub(super) const STREAM_ROWS: usize = 8;
 /// Low-rank products of a row for which it has room.
 const STREAM_RANKS: usize = 1024;
 
@@ -79,7 +81,7 @@ impl ProductForm {
             _ if weights == WeightKind::Blocks => packed_gguf::form(m, layout, card),
             (RowLayout::Tiles(_), _) if is_codes => return Self::of_groups(m, rows, cols, is_swiglu, layout, card),
             (RowLayout::Tiles(_), _) => GROUPS,
-            (RowLayout::Fragments, 0..=8) if is_codes && is_swiglu && Self::is_stream(rows, cols, card) => {
+            (RowLayout::Fragments, 0..=STREAM_ROWS) if is_codes && is_swiglu && Self::is_stream(rows, cols, card) => {
                 return Self::stream();
             }
             // As many multiprocessors have work with 32 rows a block as with 16.
@@ -222,7 +224,7 @@ struct Block {
 
 #[cfg(test)]
 mod tests {
-    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout, WeightKind};
+    use super::{CHUNK, ProductCard, ProductForm, ProductKind, RowLayout, STREAM_RANKS, STREAM_ROWS, WeightKind};
 
     fn cards() -> [ProductCard; 3] {
         [(132, true, true), (68, false, true), (36, false, false)].map(
@@ -232,6 +234,24 @@ mod tests {
                 has_large_blocks,
             },
         )
+    }
+
+    #[test]
+    fn gate_and_up_are_a_stream_on_hopper_where_there_is_enough_of_them() {
+        let form = |m, (hidden, inner): (usize, usize), card: ProductCard| {
+            let layout = RowLayout::choose(m, 2 * inner, WeightKind::Codes, card);
+            ProductForm::choose(m, &[inner, inner], hidden, (ProductKind::Swiglu, WeightKind::Codes), layout, card)
+        };
+        let [hopper, others @ ..] = cards();
+        let (small, large) = ((896, 4864), (3584, 18_944));
+        for m in 1..=STREAM_ROWS {
+            assert_eq!(form(m, large, hopper), ProductForm::stream());
+            assert_ne!(form(m, small, hopper), ProductForm::stream());
+            assert!(others.iter().all(|&card| form(m, large, card) != ProductForm::stream()));
+        }
+        assert_ne!(form(STREAM_ROWS + 1, large, hopper), ProductForm::stream());
+        assert_eq!(ProductForm::stream().with_ranks(STREAM_RANKS), ProductForm::stream());
+        assert_ne!(ProductForm::stream().with_ranks(STREAM_RANKS + 1), ProductForm::stream());
     }
 
     #[test]
