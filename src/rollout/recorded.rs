@@ -19,8 +19,8 @@ use crate::device::{Arena, Captured, Matrix, Queue, array, empty, free_memory, m
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
     Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize,
-    ProductCard, ProductOutput, Rows, Side, WeightKind, decode_draw, decode_draw_workspace, decode_norm, gather_rows,
-    gemm, rope_table,
+    ProductCard, ProductOutput, Rows, Sharing, Side, WeightKind, decode_draw, decode_draw_workspace, decode_norm,
+    gather_rows, gemm, rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
 use crate::model::{Embedding, Head};
@@ -70,6 +70,13 @@ type CacheTensors = super::device_pages::LayerPages;
 struct Size {
     lanes: usize,
     context: usize,
+}
+
+impl Size {
+    fn of_lanes(self, sharing: Sharing) -> LanesSize {
+        let Self { lanes, context } = self;
+        LanesSize { lanes, steps: STEPS, pages: lanes * super::pages::pages_for(context), sharing }
+    }
 }
 
 struct Recording {
@@ -134,8 +141,7 @@ impl RecordedSteps {
         let Some(table) = embedding.plain_table().filter(|table| matches!(table.table(), Ok(Some(_)))) else {
             return Ok(None);
         };
-        let Some(projection) =
-            Projections::new(&[&head.projection()], use_adapter, types.compute, device, (card, false))?
+        let Some(projection) = Projections::new(&[&head.projection()], use_adapter, types.compute, device, card)?
         else {
             return Ok(None);
         };
@@ -191,7 +197,7 @@ impl RecordedSteps {
             layers: vec![layer],
             norm: none,
             eps: config.rms_norm_eps as f32,
-            head: Projections::sizes((&[config.vocab_size], &[0]), config.hidden_size, head, (card, false))?,
+            head: Projections::sizes((&[config.vocab_size], &[0]), config.hidden_size, head, card)?,
             frequencies: Tensor::zeros(config.inv_freq().0.len(), DType::F32, &Device::Cpu)?,
             rotation_scale: 1.0,
             types: *types,
@@ -327,8 +333,8 @@ impl RecordedSteps {
         }
         let cache_size = PagedSize { pages: cache.num_pages(), page_tokens: super::PAGE_TOKENS };
         let room = parts.rooms(size.lanes);
-        let lanes_size =
-            LanesSize { lanes: size.lanes, steps: STEPS, pages: size.lanes * super::pages::pages_for(size.context) };
+        let sharing = parts.layers.first().map_or(Ok(Sharing::NONE), |layer| layer.sharing(device))?;
+        let lanes_size = size.of_lanes(sharing);
         let make = || {
             Ok::<_, crate::device::Error>((
                 Arena::new(&queue, parts.arena_bytes(size))?,
@@ -378,7 +384,11 @@ impl Parts {
 
     /// Bytes of the device that steps of a size take.
     fn step_bytes(&self, size: Size) -> usize {
-        self.arena_bytes(size) + 4 * size.lanes * self.vocabulary + Lanes::seen_bytes(size.lanes, self.vocabulary)
+        let lanes = Lanes::state_bytes(size.of_lanes(Sharing::NONE), super::PAGE_TOKENS);
+        self.arena_bytes(size)
+            + 4 * size.lanes * self.vocabulary
+            + lanes
+            + Lanes::seen_bytes(size.lanes, self.vocabulary)
     }
 
     /// Bytes of everything that [`Memory::step`] takes, with what aligning them may cost.
@@ -436,7 +446,7 @@ impl Memory {
                 rotations: floats(count * 2 * parts.frequencies.elem_count())?,
                 attention: floats(first.attention_floats(count, size.context))?,
                 scratch: Scratch {
-                    low: floats(room.low)?,
+                    low: arena.take_array(room.low.max(1), compute)?,
                     partial: floats(room.partial)?,
                     arrived: array(&self.arrived)?,
                 },
@@ -456,13 +466,12 @@ impl Memory {
         if let (true, Some(table)) = (count > MOST_HEAD_ROWS, parts.head.as_dense(compute)?) {
             // So many rows want a product of the library.
             let rows = arena.take((count, widths.hidden), compute)?;
-            decode_norm(device, Rows::plain(rows), buffers.stream, norm, parts.eps, None)?;
+            decode_norm(device, Rows::plain(rows), buffers.stream, norm, parts.eps)?;
             let (left, right) = ((rows, Side::Plain), (table, Side::Transposed));
             return Ok(gemm(device, logits, left, right, 1.0, Accumulate::No, None)?);
         }
-        let low = parts.head.low(count, &buffers.scratch)?;
         let normed = parts.head.rows(buffers.normed, count)?;
-        decode_norm(device, normed, buffers.stream, norm, parts.eps, low)?;
+        decode_norm(device, normed, buffers.stream, norm, parts.eps)?;
         let to = ProductOutput::Sum { out: logits, onto: None };
         Ok(parts.head.apply(device, normed, to, &buffers.scratch)?)
     }

@@ -163,10 +163,10 @@ fn products_of_gguf_blocks_in_every_form_are_those_of_the_unpacked_weights() {
                 let input = Input::new(&device, m, k, dtype, (layout, false));
                 let (x, host_x, ranks) = (input.rows(), input.values.clone(), 32);
                 let low_values = random("low", m * ranks);
-                let low = upload_f32(&device, &low_values).unwrap();
-                let low = LowRank { values: array(&low).unwrap(), parts: 1, cols: ranks, is_fresh: false };
+                let low_t = upload(&device, &low_values, m * ranks, dtype);
+                let low = LowRank { values: array(&low_t).unwrap(), cols: ranks, is_fresh: false };
                 // Rounded as the adapter multiplies them.
-                let rounded_low = download(&upload(&device, &low_values, (m, ranks), dtype));
+                let rounded_low = download(&low_t);
                 let own = |index: usize, has_adapter: bool| {
                     let start = if index == 1 { 16 } else { 0 };
                     let columns: Vec<f32> =

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use trainer::device::{array, empty, matrix, synchronize};
+use trainer::device::{Queue, array, empty, matrix, synchronize};
 use trainer::kernels::cuda::{
-    NO_SLOT, PageStores, PagedCache, PagedLists, PagedSize, PagedStep, copy_pages, paged_attention,
-    paged_attention_workspace, write_pages,
+    Lane, Lanes, LanesSize, NO_SLOT, PageStores, PagedCache, PagedLists, PagedSize, PagedStep, Rows, Sharing,
+    copy_pages, decode_attention, decode_attention_workspace, decode_combine, paged_attention,
+    paged_attention_workspace, sharing, write_pages,
 };
 
 use crate::support::{assert_close, device, download, random, upload};
@@ -207,6 +208,107 @@ fn prompts_and_decoding_share_a_step() {
             check(&device, shape, types, &[(40, 1), (0, 75), (33, 50), (9, 1), (10, 1), (0, 0), (130, 3)]);
         }
     }
+}
+
+/// Lanes of a few prompts, whose pages they share, between some that share nothing and an empty one: as plain loops, and each as when
+/// nobody reads pages together.
+#[test]
+#[ignore = "gpu"]
+fn lanes_that_share_pages_attend_as_alone() {
+    let device = device();
+    for (heads, kv_heads, head_dim, dtype) in [
+        (14, 2, 64, DType::BF16),
+        (28, 4, 128, DType::BF16),
+        (40, 8, 128, DType::F16),
+        (32, 8, 128, DType::BF16),
+        (16, 2, 128, DType::BF16),
+        (64, 1, 64, DType::F16),
+        (8, 4, 192, DType::BF16),
+    ] {
+        let shape = Shape { heads, kv_heads, head_dim, page_tokens: 16 };
+        for prompts in [
+            vec![(16, 1024), (1, 300), (16, 1024)],
+            vec![(4, 128), (3, 127), (9, 129)],
+            vec![(2, 640), (1, 0), (40, 256)],
+            vec![(1, 2000)],
+        ] {
+            check_lanes(&device, shape, dtype, &prompts);
+        }
+    }
+}
+
+/// `prompts`: lanes of each, and its tokens.
+fn check_lanes(device: &Device, shape: Shape, dtype: DType, prompts: &[(usize, usize)]) {
+    let Shape { heads, kv_heads, head_dim, page_tokens } = shape;
+    let (width, scale) = (kv_heads * head_dim, 1.3 / (head_dim as f32).sqrt());
+    // Whole pages of a prompt are shared, what comes after them is a lane's own.
+    let (mut contexts, mut pages, mut next) = (Vec::new(), Vec::new(), 0);
+    let mut take = |count: usize| {
+        next += count as u32;
+        (next - count as u32..next).collect::<Vec<_>>()
+    };
+    for (lanes, tokens) in prompts {
+        let common = take(tokens / page_tokens);
+        for lane in 0..*lanes {
+            let context = tokens + 37 * lane;
+            let own = take((context + 1).div_ceil(page_tokens) - common.len());
+            contexts.push(context);
+            pages.push([common.clone(), own].concat());
+        }
+    }
+    let (count, num_pages) = (contexts.len(), next as usize);
+    let store = |name| {
+        let dims = (num_pages, page_tokens, kv_heads, head_dim);
+        upload(device, &random(name, num_pages * page_tokens * width), dims, dtype)
+    };
+    let cache = Cache { keys: store("keys"), values: store("values"), shape };
+    let q = upload(device, &random("queries", (count + 1) * heads * head_dim), (count + 1, heads * head_dim), dtype);
+    let max_context = contexts.iter().max().unwrap() + 5;
+    let queue = Queue::of(device).unwrap();
+    let run = |sharing: Sharing| {
+        // One more than there are, which is empty.
+        let size = LanesSize { lanes: count + 1, steps: 1, pages: pages.iter().map(Vec::len).sum(), sharing };
+        let mut lanes = Lanes::new(&queue, size, PagedSize { pages: num_pages, page_tokens }, 10).unwrap();
+        let each: Vec<Lane<'_>> =
+            contexts.iter().zip(&pages).map(|(&context, pages)| Lane { token: 1, context, pages, seen: &[] }).collect();
+        lanes.begin(&each, count + 1, 1, &vec![0.5; count]).unwrap();
+        let view = lanes.view(count + 1).unwrap();
+        let floats = decode_attention_workspace(count + 1, heads, head_dim, max_context);
+        let parts = upload(device, &vec![f32::NAN; floats], floats, DType::F32);
+        let out = upload(device, &vec![f32::NAN; (count + 1) * heads * head_dim], (count + 1, heads * head_dim), dtype);
+        decode_attention(device, array(&parts).unwrap(), matrix(&q).unwrap(), cache.view(), &view, max_context, scale)
+            .unwrap();
+        let rows = Rows::plain(matrix(&out).unwrap());
+        decode_combine(device, rows, array(&parts).unwrap(), &view, (head_dim, max_context)).unwrap();
+        download(&out)
+    };
+    let (keys, values, queries) = (download(&cache.keys), download(&cache.values), download(&q));
+    let mut want = Vec::new();
+    for (lane, (context, pages)) in contexts.iter().zip(&pages).enumerate() {
+        let place = |key: usize| (pages[key / page_tokens] as usize * page_tokens + key % page_tokens) * width;
+        for head in 0..heads {
+            let (query, own) =
+                (&queries[(lane * heads + head) * head_dim..][..head_dim], head * kv_heads / heads * head_dim);
+            let scores: Vec<f32> = (0..=*context)
+                .map(|key| scale * query.iter().zip(&keys[place(key) + own..]).map(|(q, k)| q * k).sum::<f32>())
+                .collect();
+            let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let weights: Vec<f32> = scores.iter().map(|score| (score - top).exp()).collect();
+            let sum: f32 = weights.iter().sum();
+            let mut row = vec![0f32; head_dim];
+            for (key, weight) in weights.iter().enumerate() {
+                row.iter_mut().zip(&values[place(key) + own..]).for_each(|(x, value)| *x += weight * value);
+            }
+            want.extend(row.iter().map(|x| x / sum));
+        }
+    }
+    want.resize((count + 1) * heads * head_dim, 0.0);
+    let sharing = Sharing { from: 0, ..sharing(device, heads, kv_heads, head_dim).unwrap() };
+    let case = format!("{shape:?} {dtype:?} {prompts:?}");
+    let (alone, together) = (run(Sharing::NONE), run(sharing));
+    assert_close(&format!("{case}, alone"), &alone, &want, tolerance((dtype, dtype)));
+    assert_close(&format!("{case}, {} together", sharing.lanes), &together, &want, tolerance((dtype, dtype)));
+    assert_eq!(run(sharing), together, "{case}: the same call has other bits");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use candle_core::{DType, Device};
 use super::checks::{expect_array, expect_shape};
 use super::lanes::LanesView;
 use super::launch::{RawMatrix, RawStream, address_or_none, kernels, launched, stream};
+use super::packed_product::ProductWorkspace;
 use super::paged_attention::{LANE_SPLIT_KEYS, PagedCache, decode_attention_workspace, lane_splits};
 use super::row_layout::Rows;
 use crate::device::{Error, Matrix, Pointer, argument};
@@ -20,10 +21,9 @@ kernels! {
         x: RawMatrix,
         weight: u64,
         eps: f32,
-        low: *const RawLowRank,
         stream: RawStream,
     ) -> i32;
-    fn trainer_decode_low(x: RawMatrix, low: *const RawLowRank, parts: i32, stream: RawStream) -> i32;
+    fn trainer_decode_low(x: RawMatrix, low: *const RawLowRank, stream: RawStream) -> i32;
     fn trainer_decode_combine(combine: *const RawCombine, stream: RawStream) -> i32;
     fn trainer_decode_heads(heads: *const RawHeads, stream: RawStream) -> i32;
 }
@@ -34,8 +34,12 @@ kernels! {
 struct RawLowRank {
     a: u64,
     low: u64,
+    partial: u64,
+    arrived: u64,
     ranks: i32,
     cols: i32,
+    parts: i32,
+    unused: i32,
 }
 
 /// `Combine` of `decode.cu`.
@@ -45,33 +49,10 @@ struct RawCombine {
     out: RawMatrix,
     partial: u64,
     rows: u64,
-    low: RawLowRank,
     heads: i32,
     d: i32,
     splits: i32,
     split_keys: i32,
-}
-
-/// Low-rank products that are made beside a result.
-#[derive(Clone, Copy, Debug)]
-pub struct LowRankTo<'b> {
-    /// `[R, K]` of the type of the result, in the order of its columns where that is not plain.
-    pub a: Matrix<'b>,
-    /// f32 `[M, R]`, or `[parts, M, R]`.
-    pub values: Pointer<'b>,
-}
-
-impl RawLowRank {
-    fn new(kernel: &'static str, low: Option<LowRankTo<'_>>, x: &Rows<'_>, parts: usize) -> Result<Self, Error> {
-        let Some(LowRankTo { a, values }) = low else { return Ok(Self::default()) };
-        let (m, k) = x.shape();
-        let fits = a.cols == k && a.stride == k && a.dtype() == x.dtype() && a.address.is_multiple_of(16);
-        if !fits || !k.is_multiple_of(8) || a.rows == 0 {
-            return Err(argument(kernel, "a", a, format!("[R, {k}] of {:?}, aligned", x.dtype())));
-        }
-        expect_array(kernel, "low-rank products", values, DType::F32, parts * m * a.rows)?;
-        Ok(Self { a: a.address, low: values.address, ranks: a.rows as i32, cols: k as i32 })
-    }
 }
 
 /// `Heads` of `decode.cu`.
@@ -94,21 +75,14 @@ struct RawHeads {
     unused: i32,
 }
 
-/// Norms rows: `x / sqrt(mean(x²) + eps) · w`, and makes low-rank products of them, rounded as `to` has them.
+/// Norms rows: `x / sqrt(mean(x²) + eps) · w`.
 ///
 /// # Shapes
 /// `x`, `to`: `[M, D]`, D a multiple of 8 up to 16,384, `to` f16 or bf16, `x` of its type or f32; `weight`: f32 `[D]`.
 ///
 /// # Errors
 /// If shapes or types do not fit or the launch fails.
-pub fn decode_norm(
-    device: &Device,
-    to: Rows<'_>,
-    x: Matrix<'_>,
-    weight: Pointer<'_>,
-    eps: f32,
-    low: Option<LowRankTo<'_>>,
-) -> Result<(), Error> {
+pub fn decode_norm(device: &Device, to: Rows<'_>, x: Matrix<'_>, weight: Pointer<'_>, eps: f32) -> Result<(), Error> {
     const KERNEL: &str = "decode norm";
     let y = to.memory();
     expect_shape(KERNEL, "y", &y, x.rows, x.cols)?;
@@ -122,36 +96,73 @@ pub fn decode_norm(
     if !fits || !is_aligned(&x) || !is_aligned(&y) {
         return Err(argument(KERNEL, "x", (x, y), format!("aligned rows of a multiple of 8, at most {MOST_COLUMNS}")));
     }
-    let low = RawLowRank::new(KERNEL, low, &to, 1)?;
-    // SAFETY: views of live device memory whose shapes were checked; what is pointed to is copied before the call returns; the
-    // stream orders the accesses.
-    let code = unsafe { trainer_decode_norm(to.raw(), x.into(), weight.address, eps, &raw const low, stream(device)?) };
-    launched(KERNEL, code)
+    // SAFETY: views of live device memory whose shapes were checked; the stream orders the accesses.
+    launched(KERNEL, unsafe { trainer_decode_norm(to.raw(), x.into(), weight.address, eps, stream(device)?) })
 }
 
-/// Parts in which [`decode_low_rank`] makes sums of so many columns: of few rows many, so that they are made side by side.
-pub fn decode_low_parts(rows: usize, cols: usize) -> usize {
-    const FEW_ROWS: usize = 16;
-    let (columns, most) = if rows < FEW_ROWS { (1024, 16) } else { (4096, 4) };
-    (cols / columns).clamp(1, most)
+/// Columns of a part of [`decode_low_rank`], about, and how many parts there are at most.
+const LOW_PART: usize = 4096;
+const MOST_LOW_PARTS: usize = 4;
+/// Rows and ranks of a block of it, at least.
+const LOW_ROWS: usize = 8;
+const LOW_RANKS: usize = 16;
+
+fn low_parts(cols: usize) -> usize {
+    (cols / LOW_PART).clamp(1, MOST_LOW_PARTS)
 }
 
-/// Low-rank products `x Aᵀ` of rows in any order of columns, with the `A`s in the same order, in [`decode_low_parts`] parts.
+/// Floats and counters of the workspace of [`decode_low_rank`] for `rows` rows of `cols` columns and so many `ranks`.
+pub fn decode_low_workspace(rows: usize, cols: usize, ranks: usize) -> (usize, usize) {
+    match low_parts(cols) {
+        1 => (0, 0),
+        parts => (parts * rows * ranks, rows.div_ceil(LOW_ROWS) * ranks.div_ceil(LOW_RANKS)),
+    }
+}
+
+/// Low-rank products `x Aᵀ` of rows in any order of columns, with the `A`s in the same order.
+///
+/// # Shapes
+/// `a`: `[R, K]` without gaps, of the type of the rows as they lie, f16 where those are scaled; `values`: `[M, R]` of the activations'
+/// type; `workspace`: [`decode_low_workspace`].
 ///
 /// # Errors
 /// If shapes or types do not fit or the launch fails.
-pub fn decode_low_rank(device: &Device, x: Rows<'_>, low: LowRankTo<'_>) -> Result<(), Error> {
+pub fn decode_low_rank(
+    device: &Device,
+    x: Rows<'_>,
+    a: Matrix<'_>,
+    values: Pointer<'_>,
+    workspace: ProductWorkspace<'_>,
+) -> Result<(), Error> {
     const KERNEL: &str = "decode low-rank products";
-    let parts = decode_low_parts(x.shape().0, x.shape().1);
-    let low = RawLowRank::new(KERNEL, Some(low), &x, parts)?;
-    // SAFETY: as in `decode_norm`.
-    launched(KERNEL, unsafe { trainer_decode_low(x.raw(), &raw const low, parts as i32, stream(device)?) })
+    let ((m, k), dtype) = (x.shape(), if x.is_scaled() { DType::F16 } else { x.dtype() });
+    let fits = a.cols == k && a.stride == k && a.dtype() == dtype && a.address.is_multiple_of(16);
+    if !fits || !k.is_multiple_of(8) || a.rows == 0 {
+        return Err(argument(KERNEL, "a", a, format!("[R, {k}] of {dtype:?}, aligned")));
+    }
+    expect_array(KERNEL, "values", values, x.dtype(), m * a.rows)?;
+    let (floats, counters) = decode_low_workspace(m, k, a.rows);
+    expect_array(KERNEL, "workspace", workspace.partial, DType::F32, floats)?;
+    expect_array(KERNEL, "counters", workspace.arrived, DType::U32, counters)?;
+    let low = RawLowRank {
+        a: a.address,
+        low: values.address,
+        partial: workspace.partial.address,
+        arrived: workspace.arrived.address,
+        ranks: a.rows as i32,
+        cols: k as i32,
+        parts: low_parts(k) as i32,
+        unused: 0,
+    };
+    // SAFETY: views of live device memory whose shapes were checked; what is pointed to is copied before the call returns; the
+    // stream orders the accesses.
+    launched(KERNEL, unsafe { trainer_decode_low(x.raw(), &raw const low, stream(device)?) })
 }
 
 /// Adds the parts that [`super::decode_attention`] left for contexts up to `max_context`, in their order.
 ///
 /// # Shapes
-/// `out`: `[M, H D]`, at most 16,384 columns; `parts`: its workspace.
+/// `out`: `[M, H D]`; `parts`: its workspace.
 ///
 /// # Errors
 /// If shapes or types do not fit or the launch fails.
@@ -161,11 +172,10 @@ pub fn decode_combine(
     parts: Pointer<'_>,
     lanes: &LanesView<'_>,
     (head_dim, max_context): (usize, usize),
-    low: Option<LowRankTo<'_>>,
 ) -> Result<(), Error> {
     const KERNEL: &str = "decode combine";
     let (m, k) = out.shape();
-    if m != lanes.lanes || head_dim == 0 || !k.is_multiple_of(head_dim) || k > MOST_COLUMNS || head_dim > 256 {
+    if m != lanes.lanes || head_dim == 0 || !k.is_multiple_of(head_dim) {
         return Err(argument(KERNEL, "out", out.shape(), format!("[{}, H · {head_dim}]", lanes.lanes)));
     }
     let (heads, splits) = (k / head_dim, lane_splits(max_context));
@@ -174,7 +184,6 @@ pub fn decode_combine(
         out: out.raw(),
         partial: parts.address,
         rows: lanes.rows.address,
-        low: RawLowRank::new(KERNEL, low, &out, 1)?,
         heads: heads as i32,
         d: head_dim as i32,
         splits: splits as i32,

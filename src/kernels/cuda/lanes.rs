@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
+use super::lane_pieces::{LanePieces, MOST_SHARING, most_pieces};
 use super::paged_step::PagedSize;
 use crate::device::{Buffer, Error, Pointer, Queue, Ticket, argument};
 
@@ -29,6 +30,23 @@ pub struct LanesSize {
     pub steps: usize,
     /// Pages of all sequences together, shared ones counted for each.
     pub pages: usize,
+    /// When attention reads pages that sequences share for several at once.
+    pub sharing: Sharing,
+}
+
+/// When parts of contexts whose pages several sequences have are read for several at once. That reads less, but makes some blocks
+/// of attention longer, which are to wait for where all have a place at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sharing {
+    /// For up to so many sequences at once, 1 to 64.
+    pub lanes: usize,
+    /// From so many parts of all sequences on.
+    pub from: usize,
+}
+
+impl Sharing {
+    /// Each sequence by itself.
+    pub const NONE: Self = Self { lanes: 1, from: 0 };
 }
 
 /// The tokens that were drawn in some steps, by step and lane.
@@ -88,18 +106,26 @@ struct Places {
     steps: usize,
     uniforms: usize,
     tables: usize,
+    pieces: usize,
+    members: usize,
     end: usize,
 }
 
+/// Words before the first piece: how many there are, and what aligns them.
+const PIECES_HEAD: usize = 4;
+
 impl Places {
-    fn of(size: LanesSize) -> Self {
-        let LanesSize { lanes, steps, pages } = size;
+    fn of(size: LanesSize, page_tokens: usize) -> Self {
+        let LanesSize { lanes, steps, pages, .. } = size;
+        let most = most_pieces(lanes, pages, page_tokens);
         let tokens = 8 * lanes;
         let positions = tokens + 4 * lanes;
         let counters = positions + 4 * lanes;
         let uniforms = (counters + 4 * lanes).next_multiple_of(8);
         let tables = uniforms + 8 * lanes * steps;
-        Self { tokens, positions, steps: counters, uniforms, tables, end: tables + 4 * pages }
+        let pieces = (tables + 4 * pages).next_multiple_of(16);
+        let members = pieces + 4 * PIECES_HEAD + 16 * most;
+        Self { tokens, positions, steps: counters, uniforms, tables, pieces, members, end: members + 4 * most }
     }
 }
 
@@ -114,6 +140,11 @@ pub struct LanesView<'b> {
     pub(super) rows: Pointer<'b>,
     /// Page lists.
     pub(super) tables: Pointer<'b>,
+    /// `[4 + 4 P]`: the number of pieces, and at a multiple of 16 bytes the pieces.
+    pub(super) pieces: Pointer<'b>,
+    /// `[P]`: their members.
+    pub(super) members: Pointer<'b>,
+    pub(super) sharing: Sharing,
     /// `[lanes]`: this step's tokens.
     pub tokens: Pointer<'b>,
     /// `[lanes]`: their positions.
@@ -138,7 +169,10 @@ impl Lanes {
         if tokens.is_none() || cache.page_tokens == 0 || size.lanes == 0 || size.steps == 0 {
             return Err(argument("lanes", "size", (size, cache), "lanes and steps over fewer than 2^32 - 1 tokens"));
         }
-        let (state, drawn) = (Places::of(size).end, 12 * size.lanes * size.steps);
+        if !(1..=MOST_SHARING).contains(&size.sharing.lanes) {
+            return Err(argument("lanes", "sharing", size.sharing.lanes, format!("1 to {MOST_SHARING}")));
+        }
+        let (state, drawn) = (Places::of(size, cache.page_tokens).end, 12 * size.lanes * size.steps);
         let seen = Self::seen_bytes(size.lanes, vocabulary);
         Ok(Self {
             queue: queue.clone(),
@@ -153,6 +187,11 @@ impl Lanes {
             drawn_host: Arc::new(Buffer::pinned(queue, drawn)?),
             current: (0, 0),
         })
+    }
+
+    /// Bytes that their state takes beside the bits of seen tokens, on pages of so many tokens.
+    pub fn state_bytes(size: LanesSize, page_tokens: usize) -> usize {
+        Places::of(size, page_tokens).end + 12 * size.lanes * size.steps
     }
 
     /// Bytes that the bits of seen tokens take.
@@ -173,14 +212,18 @@ impl Lanes {
         if lanes > self.size.lanes {
             return Err(argument("lanes", "lanes", lanes, format!("at most {}", self.size.lanes)));
         }
-        let LanesSize { steps, pages, .. } = self.size;
-        let places = Places::of(LanesSize { lanes, ..self.size });
+        let LanesSize { steps, pages, sharing, .. } = self.size;
+        let places = Places::of(LanesSize { lanes, ..self.size }, self.cache.page_tokens);
+        let most = most_pieces(lanes, pages, self.cache.page_tokens);
         let array = |first, len, dtype| self.state.array(first, len, dtype);
         Ok(LanesView {
             lanes,
             most_steps: steps,
             rows: array(0, 2 * lanes, DType::U32)?,
             tables: array(places.tables, pages, DType::U32)?,
+            pieces: array(places.pieces, PIECES_HEAD + 4 * most, DType::U32)?,
+            members: array(places.members, most, DType::U32)?,
+            sharing,
             tokens: array(places.tokens, lanes, DType::U32)?,
             positions: array(places.positions, lanes, DType::U32)?,
             seen: self.seen.array(0, lanes * self.vocabulary.div_ceil(32), DType::U32)?,
@@ -208,7 +251,7 @@ impl Lanes {
         if uniforms.len() != lanes.len() * steps {
             return Err(argument(WHAT, "uniforms", uniforms.len(), lanes.len() * steps));
         }
-        let places = Places::of(LanesSize { lanes: bucket, ..self.size });
+        let places = Places::of(LanesSize { lanes: bucket, ..self.size }, page_tokens);
         // Steps count up to `most`, where lanes become empty.
         let first = most - steps;
         let mut words = vec![0u32; (places.uniforms - 8 * bucket) / 4];
@@ -239,13 +282,26 @@ impl Lanes {
         if tables.len() > self.size.pages {
             return Err(argument(WHAT, "pages", tables.len(), format!("at most {}", self.size.pages)));
         }
-        let used = places.tables + 4 * tables.len();
+        let firsts: Vec<u32> = rows.chunks_exact(2).map(|row| row[0]).collect();
+        let LanePieces { pieces, members } = LanePieces::of(lanes, &firsts, steps, page_tokens, self.size.sharing);
         let host = unshared(&mut self.host)?;
         host.write(0, &rows)?;
         host.write(8 * bucket, &words)?;
         host.write(places.uniforms, &numbers)?;
         host.write(places.tables, &tables)?;
-        self.queue.copy(&self.host.part(0..used)?, &self.state.part(0..used)?, &Ticket::done())?;
+        host.write(places.pieces, &[pieces.len() as u32, 0, 0, 0])?;
+        host.write(places.pieces + 4 * PIECES_HEAD, pieces.as_flattened())?;
+        host.write(places.members, &members)?;
+        for (first, bytes) in [
+            (0, places.tables + 4 * tables.len()),
+            (places.pieces, 4 * (PIECES_HEAD + 4 * pieces.len())),
+            (places.members, 4 * members.len()),
+        ] {
+            if bytes > 0 {
+                let used = first..first + bytes;
+                self.queue.copy(&self.host.part(used.clone())?, &self.state.part(used)?, &Ticket::done())?;
+            }
+        }
         self.current = (bucket, steps);
         if lanes.iter().all(|lane| lane.seen.is_empty()) { Ok(()) } else { self.show_seen(lanes) }
     }
@@ -303,12 +359,12 @@ fn unshared(buffer: &mut Arc<Buffer>) -> Result<&mut Buffer, Error> {
 mod tests {
     use candle_core::Device;
 
-    use super::{Drawn, Lane, Lanes, LanesSize};
+    use super::{Drawn, Lane, Lanes, LanesSize, Sharing};
     use crate::device::Queue;
     use crate::kernels::cuda::PagedSize;
 
     fn lanes() -> Lanes {
-        let size = LanesSize { lanes: 4, steps: 3, pages: 6 };
+        let size = LanesSize { lanes: 4, steps: 3, pages: 6, sharing: Sharing { lanes: 2, from: 0 } };
         Lanes::new(&Queue::of(&Device::Cpu).unwrap(), size, PagedSize { pages: 10, page_tokens: 4 }, 50).unwrap()
     }
 

@@ -104,7 +104,7 @@ __host__ __forceinline__ int activation_type(const Matrix &m) {
 }
 __device__ __forceinline__ float to_scaled(float x) {
   const float scaled = x * (1.0f / X_SCALE), most = 65504.0f;
-  return fabsf(scaled) > most && fabsf(x) < INFINITY ? copysignf(most, scaled) : scaled;
+  return fabsf(x) < INFINITY ? fminf(fmaxf(scaled, -most), most) : scaled;
 }
 
 // Where a value of such a matrix lies.
@@ -117,22 +117,24 @@ __device__ __forceinline__ int64_t place_of(const Matrix &m, int row, int col) {
   return block * m.stride * 64 + row * 64 + ((unit ^ (row & 7)) << 3) + (within & 7);
 }
 
-// Stores 8 neighbouring columns, the first a multiple of 8, in a type or scaled.
-template <typename T> __device__ __forceinline__ void store_ordered(const Matrix &m, int row, int col, const float (&v)[8]) {
-  T *data = static_cast<T *>(m.data);
-  if (m.layout != TILES) return store_pack<T, 8>(data + place_of(m, row, col), v);
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    const float two[2] = {v[i], v[i + 1]};
-    store_pack<T, 2>(data + place_of(m, row, col + i), two);
-  }
-}
+// Stores 8 neighbouring columns, the first a multiple of 8, in a 16-bit type or scaled.
 template <typename T> __device__ __forceinline__ void store_columns(const Matrix &m, int row, int col, const float (&v)[8]) {
-  if (!is_scaled(m)) return store_ordered<T>(m, row, col, v);
-  float scaled[8];
+  static_assert(sizeof(T) == 2, "pairs are words");
+  uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 8; i++) scaled[i] = to_scaled(v[i]);
-  store_ordered<__half>(m, row, col, scaled);
+  for (int i = 0; i < 4; i++)
+    pairs[i] = is_scaled(m) ? pack_pair<__half>(to_scaled(v[2 * i]), to_scaled(v[2 * i + 1])) : pack_pair<T>(v[2 * i], v[2 * i + 1]);
+  uint16_t *data = static_cast<uint16_t *>(m.data);
+  if (m.layout != TILES) {
+    *reinterpret_cast<uint4 *>(data + place_of(m, row, col)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    return;
+  }
+  // Neighbouring pairs are a unit of 8 apart, within the row's swizzle.
+  const int within = (col >> 5 & 3) << 1, units = col >> 2 & 7, block = (col >> 7) * 2 + (units >> 2);
+  data += block * m.stride * 64 + row * 64 + within;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *reinterpret_cast<uint32_t *>(data + (((units * 2 & 7) + i ^ (row & 7)) << 3)) = pairs[i];
 }
 
 // What the kernel before this one wrote may be read after `wait_for_dependency`; `launch_dependents` lets the next one begin

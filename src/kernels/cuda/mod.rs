@@ -17,6 +17,7 @@ mod gemm;
 mod gemm;
 mod gguf;
 mod head;
+mod lane_pieces;
 mod lanes;
 mod launch;
 mod nf4;
@@ -41,9 +42,7 @@ pub use attention::{
     AttentionPlan, AttentionVariant, SegmentRange, attention_backward, attention_backward_with, attention_forward,
     attention_forward_with,
 };
-pub use decode::{
-    DecodeHeads, LowRankTo, decode_combine, decode_heads, decode_low_parts, decode_low_rank, decode_norm,
-};
+pub use decode::{DecodeHeads, decode_combine, decode_heads, decode_low_rank, decode_low_workspace, decode_norm};
 pub use draw::{DrawSettings, MOST_DRAW_VOCABULARY, decode_draw, decode_draw_workspace};
 pub use gemm::{
     begin_step, choices_text, gemm, is_deterministic, num_noted, origin_name, set_deterministic, start_choices,
@@ -51,7 +50,7 @@ pub use gemm::{
 };
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
-pub use lanes::{Drawn, Lane, Lanes, LanesSize, LanesView};
+pub use lanes::{Drawn, Lane, Lanes, LanesSize, LanesView, Sharing};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 pub use optimizer::{adamw, sums_of_squares};
@@ -60,7 +59,7 @@ pub use packed_product::{
 };
 pub use paged_attention::{
     PagedCache, copy_pages, decode_attention, decode_attention_workspace, paged_attention, paged_attention_workspace,
-    write_pages,
+    sharing, write_pages,
 };
 pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};

@@ -11,6 +11,8 @@
 // products [M, R] as x. Sums as in packed_product.cuh.
 //
 // Bound: the table for up to 64 rows, tensor cores from 128 on; bytes of x from the second-level cache if a block had one group.
+#include <algorithm>
+
 #include "packed_codes.cuh"
 #include "packed_product_sm90.cuh"
 
@@ -27,9 +29,9 @@ template <int N, int GROUPS, bool IS_NESTED, bool IS_SWIGLU>
 __global__ void __launch_bounds__(GROUPS *GROUP, (resident<N, GROUPS>())) codes_sm90(const __grid_constant__ Product p,
                                                                                          bool is_bf16) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N, PAD = COLS + 1;
+  constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N;
   constexpr int ROWS = 64 * GROUPS, THREADS = GROUPS * GROUP;
-  extern __shared__ __align__(1024) unsigned char memory[]; // ring, table; in the place of both the sums [ROWS, PAD]
+  extern __shared__ __align__(1024) unsigned char memory[]; // ring, table; in the place of both the sums
   __shared__ __align__(8) uint64_t barriers[2 * STAGES];
   float *sums = reinterpret_cast<float *>(memory);
   constexpr uint32_t TABLE = table_address(STAGES * BYTES);
@@ -162,23 +164,20 @@ __global__ void __launch_bounds__(GROUPS *GROUP, (resident<N, GROUPS>())) codes_
       if (part % 2 == 1) x_block++;
     }
   }
-  group_wait<0>();
   if (p.waits_late) wait_for_dependency();
-  block_barrier<THREADS>(); // the ring is free
+  auto free_ring = [&]() {
+    group_wait<0>();
+    block_barrier<THREADS>();
+  };
+  if (is_bf16) add_adapters<__nv_bfloat16, N, THREADS, IS_SWIGLU>(acc, p, share, w, row, memory, free_ring);
+  else add_adapters<__half, N, THREADS, IS_SWIGLU>(acc, p, share, w, row, memory, free_ring);
 
-  if (is_bf16) add_adapters<__nv_bfloat16, N, THREADS, IS_SWIGLU>(acc, p, share, w, row, memory);
-  else add_adapters<__half, N, THREADS, IS_SWIGLU>(acc, p, share, w, row, memory);
-
-#pragma unroll
-  for (int n = 0; n < N; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums[(warp * 16 + g + i / 2 * 8) * PAD + n * 8 + t * 2 + i % 2] = acc[n][i];
+  store_sums<N, ROWS>(sums, warp, acc);
   block_barrier<THREADS>();
-  auto sum_of = [&](int own, int col) { return sums[own * PAD + col]; };
   auto gate_of = [](int own) { return own / 32 * 64 + own % 32; };
   auto up_of = [](int own) { return own / 32 * 64 + own % 32 + 32; };
-  if (is_bf16) finish<__nv_bfloat16, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, share, 0, sums, sum_of, gate_of, up_of);
-  else finish<__half, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, share, 0, sums, sum_of, gate_of, up_of);
+  if (is_bf16) finish_sums<__nv_bfloat16, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, share, sums, gate_of, up_of);
+  else finish_sums<__half, IS_SWIGLU, ROWS, COLS, THREADS>(p, at, share, sums, gate_of, up_of);
 #endif
 }
 
@@ -188,8 +187,9 @@ int launch(const Product &p, bool is_bf16, int blocks, cudaStream_t stream) {
   int table = 0;
   const cudaError_t code = shared_with_table(kernel, stages<N>() * stage_bytes<N>(), table);
   if (code != cudaSuccess) return static_cast<int>(code);
-  const size_t sums = sizeof(float) * 64 * GROUPS * (8 * N + 1), before = static_cast<size_t>(table);
-  const size_t bytes = before > sums ? before : sums;
+  const size_t sums = sizeof(float) * 8 * N * sums_step<64 * GROUPS>(), before = static_cast<size_t>(table);
+  // Tiles are dealt for two blocks of two groups on a multiprocessor; a third one would take from some what others have.
+  const size_t least = GROUPS == 2 ? 80 << 10 : 0, bytes = std::max({before, sums, least});
   return launch_after(kernel, dim3(blocks), GROUPS * GROUP, bytes, stream, p, is_bf16);
 }
 

@@ -310,12 +310,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     // The ends of tiles.
     const int thread = threadIdx.x - 32 * (MATH + ASK + CONVERT), lines = p.x.rows;
     wait_for_dependency();
-    for (int i = thread; i < lines * p.low_cols; i += END * 32) {
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int part = 0; part < p.low_parts; part++) sum += p.low[static_cast<int64_t>(part) * lines * p.low_cols + i];
-      store_float(plan.low + i * 4, to_float(from_float<T>(sum)));
-    }
+    for (int i = thread; i < lines * p.low_cols; i += END * 32)
+      store_float(plan.low + i * 4, to_float(static_cast<const T *>(p.low)[i]));
     asm volatile("bar.sync 3, %0;" ::"n"(END * 32) : "memory");
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
       }
   }
   launch_dependents();
-  wait_for_dependency();
+  if (!p.waits_late) wait_for_dependency();
   __syncthreads();
 
   float acc[MT][NT][4] = {};
@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(32 * WR * WK, FORMAT >= GGUF && NT == 1 ? 2 : 
     }
   }
 
+  if (p.waits_late) wait_for_dependency();
   if (blockIdx.y == 0) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {

@@ -3,7 +3,7 @@
 //
 // x [M, K] of type T; W of up to 3 matrices that share x, each [O, K]: dense values of type T, GGUF blocks (packed_gguf.cuh), or 4-bit
 // codes with block maxima as in nf4.cu (packed_codes.cuh), row after row as training has them. sB [O, r] of type T, r a multiple of
-// 16; the low-rank products x Aᵀ f32 [S, M, R], S parts whose sum is rounded to T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
+// 16; the low-rank products x Aᵀ [M, R] of type T. y [M, O1 + O2 + O3], or [M, O] with SwiGLU; O is a multiple of 8.
 //
 // Tensor cores take the weights as their left operand (16 rows) and x as their right one (8 columns, rows of x). Which of a
 // chunk's 128 columns stands in which place of the operands is free as long as both agree: lane t of the four that share a
@@ -30,10 +30,10 @@ struct Packed {
 struct Product {
   Packed w[MOST_MATRICES];
   Matrix x, residual, out;
-  const float *low; // [low_parts, M, low_cols]
+  const void *low;  // [M, low_cols] of T
   float *partial;   // of the K parts of each tile
   uint32_t *arrived;
-  int32_t count, low_parts, low_cols, splits;
+  int32_t count, low_cols, splits;
   int32_t whole;      // of packed_codes_sm90.cu: tiles whose sums are not cut into parts
   int32_t waits_late; // x is there when the kernel begins, the low-rank products when the one before it is done
 };
@@ -120,16 +120,9 @@ __device__ __forceinline__ float with_bias(const Packed &w, int row, float sum) 
   return w.bias ? sum + __ldg(w.bias + row) : sum;
 }
 
-// Ranks `at` .. `at + 3` of the low-rank products of a row, rounded.
+// Ranks `at` .. `at + 3` of the low-rank products of a row.
 template <typename T> __device__ __forceinline__ uint2 low_ranks(const Product &p, int row, int at) {
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int part = 0; part < p.low_parts; part++) {
-    const int64_t place = (static_cast<int64_t>(part) * p.x.rows + row) * p.low_cols + at;
-    const float4 more = *reinterpret_cast<const float4 *>(p.low + place);
-    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-  }
-  return make_uint2(pack_pair<T>(sum.x, sum.y), pack_pair<T>(sum.z, sum.w));
+  return *reinterpret_cast<const uint2 *>(static_cast<const T *>(p.low) + static_cast<int64_t>(row) * p.low_cols + at);
 }
 
 // The adapters of a warp's 16 rows, of which a lane has `row_of(0)` and `row_of(1)`: 16 ranks at a time from `first` on, every `step`; lane t has
@@ -199,8 +192,10 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &at, const S
   }
   auto result = [&](int row, int col) { return is_split ? sums[row * PAD + col] : sum_of(row, col); };
   constexpr int OUTPUTS = IS_SWIGLU ? ROWS / 2 : ROWS, GROUPS = OUTPUTS / N;
+  // A loop that is gone through once is not to be long: its instructions come from memory too.
+  constexpr int TIMES = (GROUPS * COLS + THREADS - 1) / THREADS, AT_ONCE = IS_SWIGLU ? (TIMES < 2 ? 1 : 2) : TIMES < 4 ? TIMES : 4;
   if constexpr (IS_SWIGLU) {
-#pragma unroll 2
+#pragma unroll AT_ONCE
     for (int i = threadIdx.x; i < GROUPS * COLS; i += THREADS) {
       const int own = i % GROUPS * N, col = i / GROUPS, row = at.tile * OUTPUTS + own, line = col0 + col;
       if (row >= w.rows || line >= p.x.rows) continue;
@@ -215,7 +210,7 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &at, const S
       store_columns<T>(p.out, line, row, activated);
     }
   } else {
-#pragma unroll 4
+#pragma unroll AT_ONCE
     for (int i = threadIdx.x; i < GROUPS * COLS; i += THREADS) {
       const int own = i % GROUPS * N, col = i / GROUPS, row = at.tile * OUTPUTS + own, line = col0 + col;
       if (row >= w.rows || line >= p.x.rows) continue;

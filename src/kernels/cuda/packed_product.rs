@@ -85,7 +85,6 @@ pub(super) struct RawProduct {
     partial: u64,
     arrived: u64,
     count: i32,
-    low_parts: i32,
     low_cols: i32,
     splits: i32,
     whole: i32,
@@ -131,13 +130,11 @@ pub struct PackedOperand<'b> {
     pub adapter: Option<(Matrix<'b>, usize)>,
 }
 
-/// Low-rank products `x Aᵀ` in parts that are yet to be added: f32 `[parts, M, cols]`.
+/// Low-rank products `x Aᵀ`: `[M, cols]` of the type of `x`.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'b> {
     /// The values.
     pub values: Pointer<'b>,
-    /// How many parts.
-    pub parts: usize,
     /// Low-rank products of a row.
     pub cols: usize,
     /// Whether the launch just before this one makes them, from the same rows.
@@ -336,7 +333,7 @@ pub fn packed_product(
         }
     }
     if let Some(low) = low {
-        expect_array(KERNEL, "low", low.values, DType::F32, low.parts * m * low.cols)?;
+        expect_array(KERNEL, "low", low.values, x.dtype(), m * low.cols)?;
     }
     let is_swiglu = matches!(to, ProductOutput::Swiglu(_));
     let (out, residual) = to.raw(&rows, &x)?;
@@ -367,7 +364,6 @@ pub fn packed_product(
         partial: workspace.partial.address,
         arrived: workspace.arrived.address,
         count: group.len() as i32,
-        low_parts: low.map_or(0, |low| low.parts as i32),
         low_cols: low.map_or(0, |low| low.cols as i32),
         splits: form.splits as i32,
         whole: form.whole as i32,

@@ -4,7 +4,7 @@
 // that a block comes to shared memory in one copy.
 //
 // Launch: a block is a warp group with 64 rows of W (with SwiGLU 32 of gate and 32 of up), all rows of x and a part of K
-// (blockIdx.y). The weights are the operand in registers: the values of the next 16 columns are made while `wgmma` multiplies
+// (blockIdx.x). The weights are the operand in registers: the values of the next 16 columns are made while `wgmma` multiplies
 // the last ones; x is the one in shared memory, a ring of blocks that bulk copies fill. The adapters' ranks follow as 16 more
 // columns at a time, with low-rank products [M, R] as x. Sums as in packed_product.cuh.
 //
@@ -23,17 +23,18 @@ template <int N> constexpr int stage_bytes() { return N * 8 * 128; }
 template <typename T, int FORMAT, int N, bool IS_SWIGLU>
 __global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __grid_constant__ Product p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N, PAD = COLS + 1;
+  constexpr int STAGES = stages<N>(), BYTES = stage_bytes<N>(), COLS = 8 * N;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(8) uint64_t barriers[2 * STAGES];
   float *sums = reinterpret_cast<float *>(memory);
   const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
   const uint32_t full = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)), empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, K = p.x.cols;
-  const int2 chunks = chunks_of(p);
+  const Share share{static_cast<int>(blockIdx.x), p.splits, blockIdx.y, gridDim.y};
+  const int2 chunks = chunks_of(p, share);
   const int count = 2 * (chunks.y - chunks.x); // blocks of 64 columns
 
-  const Tile at = IS_SWIGLU ? Tile{0, static_cast<int>(blockIdx.x), 0} : find_tile<ROWS>(p, blockIdx.x);
+  const Tile at = IS_SWIGLU ? Tile{0, static_cast<int>(blockIdx.y), 0} : find_tile<ROWS>(p, blockIdx.y);
   auto row_of = [&](int own, const Packed *&matrix) {
     matrix = IS_SWIGLU ? &p.w[own / 32] : &p.w[at.which];
     return min(IS_SWIGLU ? at.tile * 32 + own % 32 : at.tile * ROWS + own, matrix->rows - 1);
@@ -61,12 +62,12 @@ __global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __g
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (blockIdx.y == 0 && w.b && t == 0) {
+  if (share.part == 0 && w.b && t == 0) {
 #pragma unroll
     for (int half = 0; half < 2; half++) prefetch(static_cast<const T *>(w.b) + row[half] * w.rank);
   }
   launch_dependents();
-  wait_for_dependency();
+  if (!p.waits_late) wait_for_dependency();
   __syncthreads();
   const uint8_t *x = static_cast<const uint8_t *>(p.x.data) + static_cast<int64_t>(chunks.x) * 2 * BYTES;
   if (threadIdx.x == 0) {
@@ -139,30 +140,27 @@ __global__ void __launch_bounds__(GROUP, (resident<N>())) product_sm90(const __g
       if (part % 2 == 1) block++;
     }
   }
-  group_wait<0>();
-  __syncthreads(); // the ring is free
+  if (p.waits_late) wait_for_dependency();
+  add_adapters<T, N, GROUP, IS_SWIGLU>(acc, p, share, w, row, memory, [&]() {
+    group_wait<0>();
+    block_barrier<GROUP>();
+  });
 
-  add_adapters<T, N, GROUP, IS_SWIGLU>(acc, p, share_of(p), w, row, memory);
-
-#pragma unroll
-  for (int n = 0; n < N; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums[(warp * 16 + g + i / 2 * 8) * PAD + n * 8 + t * 2 + i % 2] = acc[n][i];
+  store_sums<N, ROWS>(sums, warp, acc);
   __syncthreads();
-  auto sum_of = [&](int own, int col) { return sums[own * PAD + col]; };
   auto gate_of = [](int own) { return own; };
   auto up_of = [](int own) { return own + 32; };
-  finish<T, IS_SWIGLU, ROWS, COLS, GROUP>(p, at, share_of(p), 0, sums, sum_of, gate_of, up_of);
+  finish_sums<T, IS_SWIGLU, ROWS, COLS, GROUP>(p, at, share, sums, gate_of, up_of);
 #endif
 }
 
 template <typename T, int FORMAT, int N, bool IS_SWIGLU> int launch(const Product &p, int tiles, cudaStream_t stream) {
-  const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * ROWS * (8 * N + 1);
+  const size_t ring = stages<N>() * stage_bytes<N>(), sums = sizeof(float) * 8 * N * sums_step<ROWS>();
   const size_t bytes = ring > sums ? ring : sums;
   auto kernel = product_sm90<T, FORMAT, N, IS_SWIGLU>;
   const cudaError_t code = allow_shared_memory(kernel);
   if (code != cudaSuccess) return static_cast<int>(code);
-  return launch_after(kernel, dim3(tiles, p.splits), GROUP, bytes, stream, p);
+  return launch_after(kernel, dim3(p.splits, tiles), GROUP, bytes, stream, p);
 }
 
 #ifndef PACKED_GGUF // whose files include this one for the kernel

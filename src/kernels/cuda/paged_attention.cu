@@ -8,11 +8,13 @@
 // tables[rows[n].first + i / T], place i % T. `rows` holds {first, context} of each query row. Partial results of rows
 // whose context is split over blocks: f32 [N, H, S, D], then the pairs {maximum, sum} [N, H, S].
 //
-// Launch: a block for each (query row, key-value head, head tile, split); all heads of the tile share each load.
+// Launch: a block for each (query row, key-value head, head tile, split); all heads of the tile share each load. Or, for
+//   recorded steps, as many blocks as stay, which take pieces of a list from device memory: a part of a context and the rows
+//   that have it, all of whose keys lie in the same pages.
 //   attend_tiles: f16 and bf16, D 64 or 128, sm_80 on. Neighbouring rows of one sequence join in tiles of up to 64
-//     (token, head) pairs, led by the first one's block; the other blocks leave at once. 64 keys at a time come through
-//     a double buffer of cp.async; products run on tensor cores. A tile of at most 16 pairs (decoding) spreads the keys
-//     over its four warps, a larger one (a prompt) its pairs.
+//     (token, head) pairs, led by the first one's block; the other blocks leave at once. The rows of a piece are such a tile
+//     too. 64 keys at a time come through a double buffer of cp.async; products run on tensor cores. A tile of at most 16
+//     pairs (decoding) spreads the keys over its four warps, a larger one (a prompt, rows that share theirs) its pairs.
 //   attend_plain: everything else; one row, up to 8 heads, 16 keys at a time in f32.
 //   combine: a warp for each (row, head) whose context was split.
 // Bound: bytes of keys and values for decoding, tensor cores or cache bandwidth for prompts.
@@ -20,7 +22,7 @@
 
 namespace {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int THREADS = 128, WARPS = THREADS / 32, RESIDENT = 3; // blocks of a multiprocessor
 [[maybe_unused]] constexpr uint32_t NO_SLOT = 0xffffffffu; // not used where there are no tensor cores for tiles
 
 struct Attention {
@@ -34,7 +36,26 @@ struct Attention {
   int splits, split_keys;
   int head_tile, head_tiles; // heads of a block; blocks for the heads of one key-value head
   bool keeps_parts;          // parts also of contexts that are one part; who asks for that adds them
+  bool q_is_direct;          // q is of the cache's type, pairs of values aligned
+  const uint32_t *pieces;    // or none: their number, 3 words of no meaning, the pieces
+  const uint32_t *members;   // rows of pieces that have more than one
 };
+
+// A part of a context: of which row, where that one's page list begins, and which other rows have the same pages.
+struct Piece {
+  uint32_t table, row, first_member, split_and_count;
+
+  __device__ __forceinline__ int split() const { return static_cast<int>(split_and_count & 0xffffff); }
+  __device__ __forceinline__ int count() const { return static_cast<int>(split_and_count >> 24); }
+  __device__ __forceinline__ uint32_t member(const Attention &a, int i) const {
+    return i == 0 ? row : a.members[first_member + i];
+  }
+};
+
+__device__ __forceinline__ Piece piece_of(const Attention &a, int64_t index) {
+  const uint4 four = reinterpret_cast<const uint4 *>(a.pieces)[1 + index];
+  return {four.x, four.y, four.z, four.w};
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -56,15 +77,17 @@ __device__ __forceinline__ bool has_parts(const Attention &a, int context) {
   return a.keeps_parts || context > a.split_keys;
 }
 
-// One value of a row's result, or of its part for this split.
+// Neighbouring values of a row's result, or of its part for this split: a multiple of N from `col` on.
+template <int N>
 __device__ __forceinline__ void put(const Attention &a, int64_t row, int head, int context, int split, int col,
-                                    float sum, float x) {
-  if (!has_parts(a, context)) {
-    store_any(a.out.data, a.out.dtype, place_of(a.out, static_cast<int>(row), head * a.d + col),
-              sum > 0.0f ? x / sum : 0.0f);
-  } else {
-    a.partial[split_index(a, row, head, split) * a.d + col] = x;
+                                    float sum, const float (&x)[N]) {
+  if (has_parts(a, context)) {
+    store_pack<float, N>(a.partial + split_index(a, row, head, split) * a.d + col, x);
+    return;
   }
+  const int64_t at = row * a.out.stride + head * a.d + col;
+#pragma unroll
+  for (int i = 0; i < N; i++) store_any(a.out.data, a.out.dtype, at + i, sum > 0.0f ? x[i] / sum : 0.0f);
 }
 
 // Whether this split has a part of the row's result.
@@ -186,20 +209,196 @@ __device__ __forceinline__ void take_keys(Accumulator<D> &acc, const uint32_t (&
 
 #endif
 
-template <typename T, int D> __global__ void __launch_bounds__(THREADS, 3) attend_tiles(Attention a) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(128) unsigned char shared[];
+
+// Rows of a tile: neighbours, each of which sees a key more, or those of a piece, which see all keys of its part.
+struct Neighbours {
+  int64_t row0;
+  int context0;
+
+  __device__ __forceinline__ int64_t row(const Attention &, int token) const { return row0 + token; }
+  __device__ __forceinline__ int context(int token, int) const { return context0 + token; }
+};
+struct Members {
+  Piece piece;
+
+  __device__ __forceinline__ int64_t row(const Attention &a, int token) const { return piece.member(a, token); }
+  __device__ __forceinline__ int context(int, int end) const { return end; } // of it no more is asked
+};
+
+struct TileWork {
+  uint32_t table;
+  int split, start, end, tokens;
+  int unmasked; // keys below this are seen by all rows
+  int kv_head, head0, heads;
+};
+
+// Attention of a tile over keys `start` to `end`. `ready` is called when nothing but keys before `old` was read.
+template <typename T, int D, bool IS_LISTED, typename Rows, typename Ready>
+__device__ __forceinline__ void attend_tile(const Attention &a, unsigned char *shared, const TileWork &work, Rows rows,
+                                            int old, Ready ready) {
   constexpr int STAGE = TILE_KEYS * D * 2; // bytes of a stage's keys, and of its values
   uint32_t *slots = reinterpret_cast<uint32_t *>(shared + 4 * STAGE);
   uint32_t shared_at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.y;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int start = work.start, end = work.end, heads = work.heads, head0 = work.head0, kv_head = work.kv_head;
+  const int num_tiles = max(0, (end - start + TILE_KEYS - 1) / TILE_KEYS), pairs = work.tokens * heads;
+  const bool is_narrow = pairs <= 16;
+  const int pair0 = is_narrow ? 0 : warp * 16;
+
+  // The slot of key `threadIdx.x` of a tile; fewer threads have one than there are.
+  auto slot_of = [&](int index) -> uint32_t {
+    int key = start + index * TILE_KEYS + threadIdx.x;
+    if (threadIdx.x >= TILE_KEYS || key >= end) return NO_SLOT;
+    return a.tables[work.table + key / a.page_tokens] * a.page_tokens + key % a.page_tokens;
+  };
+  auto load_tile = [&](int stage) {
+    constexpr int CHUNKS = D / 8;
+#pragma unroll
+    for (int i = 0; i < TILE_KEYS * CHUNKS / THREADS; i++) {
+      int key = (i * THREADS + threadIdx.x) / CHUNKS, chunk = threadIdx.x % CHUNKS;
+      uint32_t slot = slots[stage * TILE_KEYS + key];
+      bool is_there = slot != NO_SLOT;
+      int64_t from = ((is_there ? slot : 0) * static_cast<int64_t>(a.kv_heads) + kv_head) * D + chunk * 8;
+      uint32_t to = shared_at + stage * 2 * STAGE + key * (D * 2) + ((chunk ^ (key & 7)) * 16);
+      copy_async(to, static_cast<const T *>(a.keys) + from, is_there);
+      copy_async(to + STAGE, static_cast<const T *>(a.values) + from, is_there);
+    }
+    copy_commit();
+  };
+
+  if (threadIdx.x < TILE_KEYS) {
+    slots[threadIdx.x] = slot_of(0);
+    slots[TILE_KEYS + threadIdx.x] = slot_of(1);
+  }
+  __syncthreads();
+  const bool is_early = min(end, start + TILE_KEYS) <= old;
+  if (!is_early) ready();
+  if (num_tiles > 0) load_tile(0);
+  if (is_early) ready();
+
+  // Queries as the left operand: rows `lane / 4` and that plus 8, dims in pairs.
+  uint32_t q[D / 16][4];
+  int limit[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int pair = pair0 + lane / 4 + r * 8;
+    bool is_there = pair < pairs;
+    int token = is_there ? pair / heads : 0, head = is_there ? pair % heads : 0;
+    limit[r] = is_there ? min(end, rows.context(token, end)) : 0;
+    int64_t at = rows.row(a, token) * a.q.stride + static_cast<int64_t>(head0 + head) * D + lane % 4 * 2;
+    if (IS_LISTED || a.q_is_direct) {
+      const T *two = static_cast<const T *>(a.q.data) + at;
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) q[i / 2][i % 2 * 2 + r] = is_there ? *reinterpret_cast<const uint32_t *>(two + i * 8) : 0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        float x = is_there ? load_any(a.q.data, a.q.dtype, at + i * 8) : 0.0f;
+        float y = is_there ? load_any(a.q.data, a.q.dtype, at + i * 8 + 1) : 0.0f;
+        q[i / 2][i % 2 * 2 + r] = pack_pair<T>(x, y);
+      }
+    }
+  }
+
+  Accumulator<D> acc;
+#pragma unroll
+  for (int i = 0; i < D / 8; i++) acc.o[i][0] = acc.o[i][1] = acc.o[i][2] = acc.o[i][3] = 0.0f;
+  acc.maximum[0] = acc.maximum[1] = -INFINITY;
+  acc.sum[0] = acc.sum[1] = 0.0f;
+
+  for (int i = 0; i < num_tiles; i++) {
+    uint32_t next = slot_of(i + 2);
+    if (i + 1 < num_tiles) {
+      load_tile((i + 1) % 2);
+      copy_wait<1>();
+    } else {
+      copy_wait<0>();
+    }
+    __syncthreads();
+    uint32_t keys = shared_at + i % 2 * 2 * STAGE, values = keys + STAGE;
+    int key0 = start + i * TILE_KEYS;
+    bool is_masked = key0 + TILE_KEYS > work.unmasked;
+    if (is_narrow) {
+      take_keys<T, D, 1>(acc, q, keys, values, warp * 16, key0 + warp * 16, limit, is_masked, a.scale_log2);
+    } else if (pair0 < pairs) {
+#pragma unroll 1
+      for (int at = 0; at < TILE_KEYS; at += 32)
+        take_keys<T, D, 2>(acc, q, keys, values, at, key0 + at, limit, is_masked, a.scale_log2);
+    }
+    if (threadIdx.x < TILE_KEYS) slots[i % 2 * TILE_KEYS + threadIdx.x] = next;
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    acc.sum[r] += __shfl_xor_sync(0xffffffffu, acc.sum[r], 1);
+    acc.sum[r] += __shfl_xor_sync(0xffffffffu, acc.sum[r], 2);
+  }
+  // The warps' 16 rows of sums each, in the place of the stages, which are free. Loops that are short as code: a block goes through
+  // them once, and instructions come from memory too.
+  constexpr int STEP = D + 8;
+  float *parts = reinterpret_cast<float *>(shared);
+  float2 *sums = reinterpret_cast<float2 *>(parts + WARPS * 16 * STEP);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int own = warp * 16 + lane / 4 + r * 8;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      float2 two = make_float2(acc.o[i][r * 2], acc.o[i][r * 2 + 1]);
+      *reinterpret_cast<float2 *>(parts + own * STEP + i * 8 + lane % 4 * 2) = two;
+    }
+    if (lane % 4 == 0) sums[own] = make_float2(acc.maximum[r], acc.sum[r]);
+  }
+  __syncthreads();
+  constexpr int N = 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < pairs * (D / N); i += THREADS) {
+    const int pair = i / (D / N), col = i % (D / N) * N, token = pair / heads;
+    const int context = rows.context(token, end);
+    if (!has_part(a, context, work.split)) continue;
+    float2 all = sums[pair];
+    float x[N];
+    load_pack<float, N>(x, parts + pair * STEP + col);
+    if (is_narrow) {
+      // Each warp has some of the keys: added in the order of the warps.
+      float top = -INFINITY;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) top = fmaxf(top, sums[w * 16 + pair].x);
+      const float base = top == -INFINITY ? 0.0f : top;
+      all = make_float2(top, 0.0f);
+#pragma unroll
+      for (int j = 0; j < N; j++) x[j] = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float2 part = sums[w * 16 + pair];
+        const float weight = exp2_fast(part.x - base);
+        float more[N];
+        load_pack<float, N>(more, parts + (w * 16 + pair) * STEP + col);
+        all.y += weight * part.y;
+#pragma unroll
+        for (int j = 0; j < N; j++) x[j] += weight * more[j];
+      }
+    }
+    const int64_t row = rows.row(a, token);
+    const int head = head0 + pair % heads;
+    put(a, row, head, context, work.split, col, all.y, x);
+    if (col == 0 && has_parts(a, context)) split_sums(a)[split_index(a, row, head, work.split)] = all;
+  }
+}
+
+#endif
+
+template <typename T, int D> __global__ void __launch_bounds__(THREADS, RESIDENT) attend_tiles(Attention a) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(128) unsigned char shared[];
+  int lane = threadIdx.x % 32, split = blockIdx.y;
   launch_dependents();
   wait_for_dependency();
   int blocks_per_row = a.kv_heads * a.head_tiles;
   int64_t row0 = blockIdx.x / blocks_per_row;
   int kv_head = blockIdx.x % blocks_per_row / a.head_tiles, tile = blockIdx.x % a.head_tiles;
   int group = a.heads / a.kv_heads;
-  int head0 = kv_head * group + tile * a.head_tile, heads = min(a.head_tile, group - tile * a.head_tile);
 
   // The tile's rows: neighbours in one sequence, up to a position that is a multiple of the tile's tokens.
   int max_tokens = TILE_ROWS / a.head_tile;
@@ -223,153 +422,40 @@ template <typename T, int D> __global__ void __launch_bounds__(THREADS, 3) atten
     tokens = from + 32;
   }
   int last = static_cast<int>(first.y) + tokens - 1; // keys that the last row sees
-  int64_t start64 = static_cast<int64_t>(split) * a.split_keys;
-  if (split > 0 && start64 >= last) return;
-  int start = static_cast<int>(start64);
-  int end = static_cast<int>(min(static_cast<int64_t>(last), start64 + a.split_keys));
-  int num_tiles = max(0, (end - start + TILE_KEYS - 1) / TILE_KEYS);
+  int64_t start = static_cast<int64_t>(split) * a.split_keys;
+  if (split > 0 && start >= last) return;
+  int end = static_cast<int>(min(static_cast<int64_t>(last), start + a.split_keys));
+  int head0 = kv_head * group + tile * a.head_tile, heads = min(a.head_tile, group - tile * a.head_tile);
+  TileWork work{first.x, split, static_cast<int>(start), end, tokens, min(end, static_cast<int>(first.y)), kv_head, head0, heads};
+  attend_tile<T, D, false>(a, shared, work, Neighbours{row0, static_cast<int>(first.y)}, 0, [] {});
+#endif
+}
 
-  int pairs = tokens * heads;
-  bool is_narrow = pairs <= 16;
-  int pair0 = is_narrow ? 0 : warp * 16;
-
-  // The slot of key `threadIdx.x` of a tile; fewer threads have one than there are.
-  auto slot_of = [&](int index) -> uint32_t {
-    int key = start + index * TILE_KEYS + threadIdx.x;
-    if (threadIdx.x >= TILE_KEYS || key >= end) return NO_SLOT;
-    return a.tables[first.x + key / a.page_tokens] * a.page_tokens + key % a.page_tokens;
+// The pieces of a list. Which there are and how long contexts are was written before this step began, and keys before a context's
+// last one were, too: all of that is read while the kernel before this one ends.
+template <typename T, int D> __global__ void __launch_bounds__(THREADS, RESIDENT) attend_pieces(Attention a) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(128) unsigned char shared[];
+  launch_dependents();
+  const int blocks_per_piece = a.kv_heads * a.head_tiles, group = a.heads / a.kv_heads;
+  const int64_t all = static_cast<int64_t>(a.pieces[0]) * blocks_per_piece;
+  bool has_waited = false;
+  auto wait = [&] {
+    if (!has_waited) wait_for_dependency();
+    has_waited = true;
   };
-  auto load_tile = [&](int stage) {
-    constexpr int CHUNKS = D / 8;
-#pragma unroll
-    for (int i = 0; i < TILE_KEYS * CHUNKS / THREADS; i++) {
-      int key = (i * THREADS + threadIdx.x) / CHUNKS, chunk = threadIdx.x % CHUNKS;
-      uint32_t slot = slots[stage * TILE_KEYS + key];
-      bool is_there = slot != NO_SLOT;
-      int64_t from = ((is_there ? slot : 0) * static_cast<int64_t>(a.kv_heads) + kv_head) * D + chunk * 8;
-      uint32_t to = shared_at + stage * 2 * STAGE + key * (D * 2) + ((chunk ^ (key & 7)) * 16);
-      copy_async(to, static_cast<const T *>(a.keys) + from, is_there);
-      copy_async(to + STAGE, static_cast<const T *>(a.values) + from, is_there);
-    }
-    copy_commit();
-  };
-
-  if (threadIdx.x < TILE_KEYS) {
-    slots[threadIdx.x] = slot_of(0);
-    slots[TILE_KEYS + threadIdx.x] = slot_of(1);
+  for (int64_t at = blockIdx.x; at < all; at += gridDim.x) {
+    const Piece piece = piece_of(a, at / blocks_per_piece);
+    const int kv_head = static_cast<int>(at % blocks_per_piece) / a.head_tiles, tile = static_cast<int>(at % a.head_tiles);
+    const int head0 = kv_head * group + tile * a.head_tile, heads = min(a.head_tile, group - tile * a.head_tile);
+    const int context = static_cast<int>(a.rows[piece.row].y), split = piece.split(), start = split * a.split_keys;
+    if (start >= context || split >= a.splits) continue; // nothing yet, or longer than was asked for
+    const int end = min(context, start + a.split_keys);
+    const TileWork work{piece.table, split, start, end, piece.count(), end, kv_head, head0, heads};
+    attend_tile<T, D, true>(a, shared, work, Members{piece}, context - 1, wait);
+    __syncthreads(); // shared memory is free
   }
-  __syncthreads();
-  if (num_tiles > 0) load_tile(0);
-
-  // Queries as the left operand: rows `lane / 4` and that plus 8, dims in pairs.
-  uint32_t q[D / 16][4];
-  int limit[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    int pair = pair0 + lane / 4 + r * 8;
-    bool is_there = pair < pairs;
-    int token = is_there ? pair / heads : 0, head = is_there ? pair % heads : 0;
-    limit[r] = is_there ? min(end, static_cast<int>(first.y) + token) : 0;
-    int64_t at = (row0 + token) * a.q.stride + static_cast<int64_t>(head0 + head) * D + lane % 4 * 2;
-#pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        int64_t from = at + step * 16 + half * 8;
-        float x = is_there ? load_any(a.q.data, a.q.dtype, from) : 0.0f;
-        float y = is_there ? load_any(a.q.data, a.q.dtype, from + 1) : 0.0f;
-        q[step][half * 2 + r] = pack_pair<T>(x, y);
-      }
-    }
-  }
-
-  Accumulator<D> acc;
-#pragma unroll
-  for (int i = 0; i < D / 8; i++) acc.o[i][0] = acc.o[i][1] = acc.o[i][2] = acc.o[i][3] = 0.0f;
-  acc.maximum[0] = acc.maximum[1] = -INFINITY;
-  acc.sum[0] = acc.sum[1] = 0.0f;
-  int unmasked = min(end, static_cast<int>(first.y)); // keys below this are seen by all rows
-
-  for (int i = 0; i < num_tiles; i++) {
-    uint32_t next = slot_of(i + 2);
-    if (i + 1 < num_tiles) {
-      load_tile((i + 1) % 2);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    __syncthreads();
-    uint32_t keys = shared_at + i % 2 * 2 * STAGE, values = keys + STAGE;
-    int key0 = start + i * TILE_KEYS;
-    bool is_masked = key0 + TILE_KEYS > unmasked;
-    if (is_narrow) {
-      take_keys<T, D, 1>(acc, q, keys, values, warp * 16, key0 + warp * 16, limit, is_masked, a.scale_log2);
-    } else if (pair0 < pairs) {
-#pragma unroll 1
-      for (int at = 0; at < TILE_KEYS; at += 32)
-        take_keys<T, D, 2>(acc, q, keys, values, at, key0 + at, limit, is_masked, a.scale_log2);
-    }
-    if (threadIdx.x < TILE_KEYS) slots[i % 2 * TILE_KEYS + threadIdx.x] = next;
-    __syncthreads();
-  }
-
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    acc.sum[r] += __shfl_xor_sync(0xffffffffu, acc.sum[r], 1);
-    acc.sum[r] += __shfl_xor_sync(0xffffffffu, acc.sum[r], 2);
-  }
-  if (!is_narrow) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int pair = pair0 + lane / 4 + r * 8;
-      if (pair >= pairs) continue;
-      int token = pair / heads, head = head0 + pair % heads, context = static_cast<int>(first.y) + token;
-      if (!has_part(a, context, split)) continue;
-#pragma unroll
-      for (int i = 0; i < D / 8; i++) {
-        int col = i * 8 + lane % 4 * 2;
-        put(a, row0 + token, head, context, split, col, acc.sum[r], acc.o[i][r * 2]);
-        put(a, row0 + token, head, context, split, col + 1, acc.sum[r], acc.o[i][r * 2 + 1]);
-      }
-      if (has_parts(a, context) && lane % 4 == 0)
-        split_sums(a)[split_index(a, row0 + token, head, split)] = make_float2(acc.maximum[r], acc.sum[r]);
-    }
-    return;
-  }
-
-  // The warps' parts, [warp][pair][dim], added in the order of the warps. The stages are free.
-  float *parts = reinterpret_cast<float *>(shared);
-  float2 *sums = reinterpret_cast<float2 *>(parts + WARPS * 16 * D);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    int pair = lane / 4 + r * 8;
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-      float2 two = make_float2(acc.o[i][r * 2], acc.o[i][r * 2 + 1]);
-      *reinterpret_cast<float2 *>(parts + (warp * 16 + pair) * D + i * 8 + lane % 4 * 2) = two;
-    }
-    if (lane % 4 == 0) sums[warp * 16 + pair] = make_float2(acc.maximum[r], acc.sum[r]);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < pairs * D; i += THREADS) {
-    int pair = i / D, col = i % D;
-    int token = pair / heads, head = head0 + pair % heads, context = static_cast<int>(first.y) + token;
-    if (!has_part(a, context, split)) continue;
-    float top = -INFINITY, sum = 0.0f, x = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) top = fmaxf(top, sums[w * 16 + pair].x);
-    float base = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      float2 part = sums[w * 16 + pair];
-      float weight = exp2_fast(part.x - base);
-      sum += weight * part.y;
-      x += weight * parts[(w * 16 + pair) * D + col];
-    }
-    put(a, row0 + token, head, context, split, col, sum, x);
-    if (has_parts(a, context) && col == 0)
-      split_sums(a)[split_index(a, row0 + token, head, split)] = make_float2(top, sum);
-  }
+  wait();
 #endif
 }
 
@@ -397,15 +483,12 @@ __device__ __forceinline__ float sum_each(float (&x)[16]) {
 }
 
 // `DIMS`: dims per lane, so that D <= 32 * DIMS. `VECTOR`: elements of a 16-byte load, or 1.
-template <typename T, int DIMS, int VECTOR> __global__ void __launch_bounds__(THREADS) attend_plain(Attention a) {
+template <typename T, int DIMS, int VECTOR>
+__device__ __forceinline__ void attend_row(const Attention &a, float (*keys)[DIMS * 32], float (*values)[DIMS * 32],
+                                           int64_t row, int block, int split) {
   constexpr int WIDTH = DIMS * 32;
-  __shared__ __align__(16) float keys[PLAIN_KEYS][WIDTH], values[PLAIN_KEYS][WIDTH];
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.y;
-  launch_dependents();
-  wait_for_dependency();
-  int blocks_per_row = a.kv_heads * a.head_tiles;
-  int64_t row = blockIdx.x / blocks_per_row;
-  int kv_head = blockIdx.x % blocks_per_row / a.head_tiles, tile = blockIdx.x % a.head_tiles;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int kv_head = block / a.head_tiles, tile = block % a.head_tiles;
   int group = a.heads / a.kv_heads;
   int head0 = kv_head * group + tile * a.head_tile, heads = min(a.head_tile, group - tile * a.head_tile);
   uint2 place = a.rows[row];
@@ -498,10 +581,30 @@ template <typename T, int DIMS, int VECTOR> __global__ void __launch_bounds__(TH
 #pragma unroll
     for (int i = 0; i < DIMS; i++) {
       int col = i * 32 + lane;
-      if (col < a.d) put(a, row, head0 + head, context, split, col, sum[h], o[h][i]);
+      const float one[1] = {o[h][i]};
+      if (col < a.d) put(a, row, head0 + head, context, split, col, sum[h], one);
     }
     if (has_parts(a, context) && lane == 0)
       split_sums(a)[split_index(a, row, head0 + head, split)] = make_float2(maximum[h], sum[h]);
+  }
+}
+
+template <typename T, int DIMS, int VECTOR> __global__ void __launch_bounds__(THREADS) attend_plain(Attention a) {
+  __shared__ __align__(16) float keys[PLAIN_KEYS][DIMS * 32], values[PLAIN_KEYS][DIMS * 32];
+  launch_dependents();
+  wait_for_dependency();
+  const int blocks = a.kv_heads * a.head_tiles;
+  if (!a.pieces) {
+    attend_row<T, DIMS, VECTOR>(a, keys, values, blockIdx.x / blocks, blockIdx.x % blocks, blockIdx.y);
+    return;
+  }
+  const int64_t all = static_cast<int64_t>(a.pieces[0]) * blocks;
+  for (int64_t at = blockIdx.x; at < all; at += gridDim.x) {
+    const Piece piece = piece_of(a, at / blocks);
+    if (piece.split() >= a.splits) continue;
+    // One row after the other: those that share their keys find them in a cache.
+    for (int i = 0; i < piece.count(); i++)
+      attend_row<T, DIMS, VECTOR>(a, keys, values, piece.member(a, i), static_cast<int>(at % blocks), piece.split());
   }
 }
 
@@ -543,56 +646,93 @@ __global__ void __launch_bounds__(THREADS) combine(Attention a) {
 
 bool is_aligned_to(const void *p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-template <typename T, int D> int launch_tiles(Attention a, cudaStream_t stream) {
+// Blocks for all rows and parts, or as many as stay for a list of so many pieces.
+int grid_of(const Attention &a, int most_pieces, dim3 &grid) {
+  const int blocks = a.kv_heads * a.head_tiles;
+  grid = dim3(static_cast<uint32_t>(a.q.rows) * blocks, a.splits);
+  if (!a.pieces) return 0;
+  int device = 0, multiprocessors = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t all = static_cast<int64_t>(most_pieces) * blocks, most = static_cast<int64_t>(multiprocessors) * RESIDENT;
+  grid = dim3(static_cast<uint32_t>(all < most ? all : most));
+  return static_cast<int>(code);
+}
+
+template <typename T, int D> int launch_tiles(Attention a, int most_pieces, cudaStream_t stream) {
   int group = a.heads / a.kv_heads;
   a.head_tile = group < TILE_ROWS ? group : TILE_ROWS;
   a.head_tiles = (group + a.head_tile - 1) / a.head_tile;
-  const cudaError_t code = allow_shared_memory(attend_tiles<T, D>);
+  dim3 grid;
+  const int done = grid_of(a, most_pieces, grid);
+  if (done != 0) return done;
+  auto kernel = a.pieces ? attend_pieces<T, D> : attend_tiles<T, D>;
+  const cudaError_t code = allow_shared_memory(kernel);
   if (code != cudaSuccess) return static_cast<int>(code);
-  dim3 grid(static_cast<uint32_t>(a.q.rows) * a.kv_heads * a.head_tiles, a.splits);
-  return launch_after(attend_tiles<T, D>, grid, THREADS, tile_bytes<D>(), stream, a);
+  return launch_after(kernel, grid, THREADS, tile_bytes<D>(), stream, a);
 }
 
-template <typename T, int VECTOR> int launch_plain(Attention a, cudaStream_t stream) {
+template <typename T, int VECTOR> int launch_plain(Attention a, int most_pieces, cudaStream_t stream) {
   int group = a.heads / a.kv_heads;
   a.head_tile = group < PLAIN_HEADS ? group : PLAIN_HEADS;
   a.head_tiles = (group + a.head_tile - 1) / a.head_tile;
-  dim3 grid(static_cast<uint32_t>(a.q.rows) * a.kv_heads * a.head_tiles, a.splits);
+  dim3 grid;
+  const int done = grid_of(a, most_pieces, grid);
+  if (done != 0) return done;
   if (a.d <= 64) return launch_after(attend_plain<T, 2, VECTOR>, grid, THREADS, 0, stream, a);
   if (a.d <= 128) return launch_after(attend_plain<T, 4, VECTOR>, grid, THREADS, 0, stream, a);
   return launch_after(attend_plain<T, 8, VECTOR>, grid, THREADS, 0, stream, a);
+}
+
+template <typename T> int launch(const Attention &a, int most_pieces, bool has_tiles, bool is_aligned, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (has_tiles) return a.d == 64 ? launch_tiles<T, 64>(a, most_pieces, stream) : launch_tiles<T, 128>(a, most_pieces, stream);
+  }
+  constexpr int VECTOR = 16 / sizeof(T);
+  return is_aligned && a.d % VECTOR == 0 ? launch_plain<T, VECTOR>(a, most_pieces, stream) : launch_plain<T, 1>(a, most_pieces, stream);
+}
+
+int attend(Attention a, int dtype, int most_pieces, cudaStream_t stream) {
+  int device = 0, major = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (code != cudaSuccess) return static_cast<int>(code);
+  const bool is_aligned = is_aligned_to(a.keys, 32) && is_aligned_to(a.values, 32);
+  const bool has_tiles = major >= 8 && is_aligned && (a.d == 64 || a.d == 128);
+  a.q_is_direct = a.q.dtype == dtype && a.q.stride % 2 == 0 && is_aligned_to(a.q.data, 4);
+  if (dtype == F32) return launch<float>(a, most_pieces, has_tiles, is_aligned, stream);
+  if (dtype == F16) return launch<__half>(a, most_pieces, has_tiles, is_aligned, stream);
+  return launch<__nv_bfloat16>(a, most_pieces, has_tiles, is_aligned, stream);
 }
 
 } // namespace
 
 extern "C" int paged_attend(Matrix out, Matrix q, const void *keys, const void *values, int dtype,
                             const uint32_t *tables, const uint32_t *rows, float *partial, float scale_log2,
-                            int kv_heads, int d, int page_tokens, int splits, int split_keys, int keeps_parts,
-                            cudaStream_t stream) {
+                            int kv_heads, int d, int page_tokens, int splits, int split_keys, cudaStream_t stream) {
   if (q.rows == 0 || q.cols == 0) return 0;
   Attention a{};
   a.out = out, a.q = q, a.keys = keys, a.values = values, a.tables = tables;
   a.rows = reinterpret_cast<const uint2 *>(rows), a.partial = partial, a.scale_log2 = scale_log2;
   a.heads = q.cols / d, a.kv_heads = kv_heads, a.d = d, a.page_tokens = page_tokens;
-  a.splits = splits, a.split_keys = split_keys, a.keeps_parts = keeps_parts != 0;
-  int device = 0, major = 0;
-  cudaError_t code = cudaGetDevice(&device);
-  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (code != cudaSuccess) return static_cast<int>(code);
-  bool is_aligned_cache = is_aligned_to(keys, 32) && is_aligned_to(values, 32);
-  int done;
-  if (dtype == F32) {
-    done = is_aligned_cache && d % 4 == 0 ? launch_plain<float, 4>(a, stream) : launch_plain<float, 1>(a, stream);
-  } else if (major >= 8 && is_aligned_cache && (d == 64 || d == 128)) {
-    if (dtype == F16) done = d == 64 ? launch_tiles<__half, 64>(a, stream) : launch_tiles<__half, 128>(a, stream);
-    else done = d == 64 ? launch_tiles<__nv_bfloat16, 64>(a, stream) : launch_tiles<__nv_bfloat16, 128>(a, stream);
-  } else if (dtype == F16) {
-    done = is_aligned_cache && d % 8 == 0 ? launch_plain<__half, 8>(a, stream) : launch_plain<__half, 1>(a, stream);
-  } else {
-    done = is_aligned_cache && d % 8 == 0 ? launch_plain<__nv_bfloat16, 8>(a, stream)
-                                          : launch_plain<__nv_bfloat16, 1>(a, stream);
-  }
-  if (done != 0 || splits == 1 || a.keeps_parts) return done;
+  a.splits = splits, a.split_keys = split_keys;
+  const int done = attend(a, dtype, 0, stream);
+  if (done != 0 || splits == 1) return done;
   int64_t warps = static_cast<int64_t>(q.rows) * a.heads;
   return launch_after(combine, static_cast<uint32_t>((warps + WARPS - 1) / WARPS), THREADS, 0, stream, a);
+}
+
+// Parts of the contexts of lanes by a list of up to `most_pieces`; q of the cache's type. Its rows are the lanes.
+extern "C" int paged_attend_pieces(Matrix q, const void *keys, const void *values, const uint32_t *tables,
+                                   const uint32_t *rows, const uint32_t *pieces, const uint32_t *members, int most_pieces,
+                                   float *partial, float scale_log2, int kv_heads, int d, int page_tokens, int splits,
+                                   int split_keys, cudaStream_t stream) {
+  if (q.rows == 0 || q.cols == 0 || most_pieces == 0) return 0;
+  Attention a{};
+  a.q = q, a.keys = keys, a.values = values, a.tables = tables;
+  a.rows = reinterpret_cast<const uint2 *>(rows), a.partial = partial, a.scale_log2 = scale_log2;
+  a.heads = q.cols / d, a.kv_heads = kv_heads, a.d = d, a.page_tokens = page_tokens;
+  a.splits = splits, a.split_keys = split_keys, a.keeps_parts = true;
+  a.pieces = pieces, a.members = members;
+  return attend(a, q.dtype, most_pieces, stream);
 }

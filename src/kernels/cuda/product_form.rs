@@ -157,15 +157,16 @@ impl ProductForm {
             card.multiprocessors * halves / 2
         };
         let tiles = |form| Self::whole(form).tiles(rows, is_swiglu, layout);
-        // Two groups share what is read of `x`; where that leaves multiprocessors without a tile, one has its own.
+        // Two groups share what is read of `x`; where that leaves multiprocessors without a part of a tile, one has its own. A part is
+        // worth its sums' way through memory if it has a few chunks.
         let [one, two] = CODES_GROUPS;
-        let is_small = layout.rows(m) <= 64 && tiles(two) < card.multiprocessors;
+        let most_parts = (cols / CHUNK / LEAST_CHUNKS).clamp(1, MOST_SPLITS);
+        let is_small = layout.rows(m) <= 64 && tiles(two) * most_parts < card.multiprocessors;
         let (form, places) = if is_small { (one, places(1)) } else { (two, places(2)) };
-        let (tiles, chunks) = (tiles(form), cols / CHUNK);
+        let tiles = tiles(form);
         let whole = tiles / places * places;
         let parts = if tiles == whole { 1 } else { places / (tiles - whole) };
-        // A part is worth its sums' way through memory if it has a few chunks.
-        Self { form, splits: parts.clamp(1, (chunks / LEAST_CHUNKS).clamp(1, MOST_SPLITS)), whole }
+        Self { form, splits: parts.clamp(1, most_parts), whole }
     }
 
     pub(super) fn tiles(self, rows: &[usize], is_swiglu: bool, layout: RowLayout) -> usize {

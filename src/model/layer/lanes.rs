@@ -7,8 +7,8 @@ use super::{DOWN, DecoderLayer, GATE_UP, OUTPUT, QKV};
 use crate::config::settings::Projection;
 use crate::device::{Matrix, Pointer};
 use crate::kernels::cuda::{
-    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, WeightKind, decode_attention,
-    decode_attention_workspace, decode_combine, decode_heads, decode_norm,
+    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, Sharing, WeightKind, decode_attention,
+    decode_attention_workspace, decode_combine, decode_heads, decode_norm, sharing,
 };
 use crate::model::Error;
 use crate::model::config::ModelConfig;
@@ -76,18 +76,16 @@ impl DecoderLayer<'_> {
         device: &Device,
         card: ProductCard,
     ) -> Result<Option<LaneLayer>, Error> {
-        let projections = |linears: &[&Linear], is_ordered: bool| {
-            Projections::new(linears, use_adapter, compute, device, (card, is_ordered))
-        };
+        let projections = |linears: &[&Linear]| Projections::new(linears, use_adapter, compute, device, card);
         let head_dim = self.projections[0].weight.rows() / self.heads.query.max(1);
         if !has_kernels(head_dim) {
             return Ok(None);
         }
         let (Some(qkv), Some(output), Some(gate_up), Some(down)) = (
-            projections(&self.group(QKV), false)?,
-            projections(&self.group(OUTPUT), false)?,
-            projections(&self.group(GATE_UP), false)?,
-            projections(&self.group(DOWN), true)?,
+            projections(&self.group(QKV))?,
+            projections(&self.group(OUTPUT))?,
+            projections(&self.group(GATE_UP))?,
+            projections(&self.group(DOWN))?,
         ) else {
             return Ok(None);
         };
@@ -124,11 +122,11 @@ impl LaneLayer {
         if !has_kernels(config.head_dim) {
             return Ok(None);
         }
-        let projections = |group: &[Projection], is_ordered: bool| {
+        let projections = |group: &[Projection]| {
             let rows: Vec<usize> = group.iter().map(|&p| config.projection_shape(p).0).collect();
             let ranks: Vec<usize> = group.iter().map(|&p| ranks[p as usize]).collect();
             let cols = group.first().map_or(0, |&p| config.projection_shape(p).1);
-            Projections::sizes((&rows, &ranks), cols, weights, (card, is_ordered))
+            Projections::sizes((&rows, &ranks), cols, weights, card)
         };
         let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
         Ok(Some(Self {
@@ -137,10 +135,10 @@ impl LaneLayer {
             head_norms: None,
             eps: config.rms_norm_eps as f32,
             head_dim: config.head_dim,
-            qkv: projections(&QKV, false)?,
-            output: projections(&OUTPUT, false)?,
-            gate_up: projections(&GATE_UP, false)?,
-            down: projections(&DOWN, true)?,
+            qkv: projections(&QKV)?,
+            output: projections(&OUTPUT)?,
+            gate_up: projections(&GATE_UP)?,
+            down: projections(&DOWN)?,
         }))
     }
 
@@ -178,6 +176,16 @@ impl LaneLayer {
         decode_attention_workspace(lanes, self.output.inputs() / self.head_dim, self.head_dim, max_context)
     }
 
+    /// When attention best reads pages that lanes share for several at once.
+    ///
+    /// # Errors
+    /// If the device is no GPU.
+    pub fn sharing(&self, device: &Device) -> Result<Sharing, Error> {
+        let LaneWidths { qkv, attended, .. } = self.widths();
+        let (heads, kv_heads) = (attended / self.head_dim, (qkv - attended) / 2 / self.head_dim);
+        Ok(sharing(device, heads, kv_heads, self.head_dim).map_err(crate::ops::Error::from)?)
+    }
+
     /// Takes each lane's new token through the layer; its keys and values go to the cache.
     ///
     /// # Errors
@@ -193,9 +201,8 @@ impl LaneLayer {
         let LaneBuffers { stream, normed, qkv, attended, activated, rotations, attention, scratch } = *buffers;
         let rows = |memory: Matrix<'b>, of: &Projections| of.rows(memory, lanes.lanes);
         let norm = |weight: &Tensor, projections: &Projections| {
-            let (weight, low) = (vector(weight)?, projections.low(lanes.lanes, &scratch)?);
             let normed = rows(normed, projections)?;
-            decode_norm(device, normed, stream, weight, self.eps, low)?;
+            decode_norm(device, normed, stream, vector(weight)?, self.eps)?;
             Ok::<_, crate::ops::Error>(normed)
         };
         let onto = ProductOutput::Sum { out: stream, onto: Some(stream) };
@@ -211,8 +218,8 @@ impl LaneLayer {
             let queries = qkv.columns(0, attended.cols);
             let scale = 1.0 / (self.head_dim as f32).sqrt();
             decode_attention(device, attention, queries, cache, lanes, max_context, scale)?;
-            let (attended, low) = (rows(attended, &self.output)?, self.output.low(lanes.lanes, &scratch)?);
-            decode_combine(device, attended, attention, lanes, (self.head_dim, max_context), low)?;
+            let attended = rows(attended, &self.output)?;
+            decode_combine(device, attended, attention, lanes, (self.head_dim, max_context))?;
             self.output.apply(device, attended, onto, &scratch)?;
             let normed = norm(&self.post_attention_norm, &self.gate_up)?;
             let activated = rows(activated, &self.down)?;

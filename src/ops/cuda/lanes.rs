@@ -11,16 +11,14 @@ use candle_core::{DType, Device, Tensor};
 use super::row;
 use crate::device::{Matrix, Pointer, array, empty, matrix, upload_u32};
 use crate::kernels::cuda::{
-    LowRank, LowRankTo, PackedOperand, PackedWeights, Part, ProductCard, ProductForm, ProductKind, ProductOutput,
-    ProductWorkspace, RANK_STEP, RowLayout, Rows, WeightKind, assemble, decode_low_parts, decode_low_rank,
+    LowRank, PackedOperand, PackedWeights, Part, ProductCard, ProductForm, ProductKind, ProductOutput,
+    ProductWorkspace, RANK_STEP, RowLayout, Rows, WeightKind, assemble, decode_low_rank, decode_low_workspace,
     packed_product, swiglu_rows,
 };
 use crate::ops::linear::Linear;
 use crate::ops::{Error, shape_error};
 use crate::quant::Weight;
 
-/// Lanes from which low-rank products are made by a kernel of their own.
-const MANY_LANES: usize = 32;
 /// Floats to a multiple of which what lies in one workspace begins.
 const WORKSPACE_STEP: usize = 64;
 
@@ -28,9 +26,7 @@ const WORKSPACE_STEP: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Projections {
     each: Vec<Projection>,
-    /// The adapters' `A`s: `[R, K]`; `None` where nobody has the rows in the order of their columns.
-    a: Option<Tensor>,
-    /// The same in each order in which products read rows.
+    /// The adapters' `A`s, `[R, K]`, in each order in which products read rows; none without adapters.
     ordered: Vec<(RowLayout, Tensor)>,
     rows: Vec<usize>,
     /// Neighbours of one format, which a launch multiplies together.
@@ -57,7 +53,7 @@ struct Projection {
 /// Memory that products need beside their inputs and results, for one at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Room {
-    /// Floats of low-rank products.
+    /// Low-rank products, of the activations' type.
     pub(crate) low: usize,
     /// Floats of partial sums.
     pub(crate) partial: usize,
@@ -79,7 +75,7 @@ impl Room {
 /// That memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scratch<'b> {
-    /// f32.
+    /// Of the activations' type.
     pub(crate) low: Pointer<'b>,
     /// f32.
     pub(crate) partial: Pointer<'b>,
@@ -104,7 +100,7 @@ impl Projection {
 
 impl Projections {
     /// The projections for activations of type `dtype`; `None` where the kernels do not read their weights, or an adapter is
-    /// weight-decomposed. `is_ordered`: nobody makes the low-rank products beside the rows, [`Self::apply`] does.
+    /// weight-decomposed.
     ///
     /// # Errors
     /// If the device has too little memory for the adapters.
@@ -113,7 +109,7 @@ impl Projections {
         use_adapter: bool,
         dtype: DType,
         device: &Device,
-        (card, is_ordered): (ProductCard, bool),
+        card: ProductCard,
     ) -> Result<Option<Self>, Error> {
         let (mut formats, mut codes) = (Vec::with_capacity(linears.len()), 0);
         for linear in linears {
@@ -163,7 +159,9 @@ impl Projections {
         };
         let order = |layout: RowLayout, a: &Tensor| {
             let columns: Vec<u32> = (0..cols).map(|place| layout.column(place) as u32).collect();
-            Ok::<_, Error>((layout, a.index_select(&upload_u32(device, &columns)?, 1)?))
+            let a = a.index_select(&upload_u32(device, &columns)?, 1)?;
+            // Of the type of the rows as they lie: those for codes are f16.
+            Ok::<_, Error>((layout, if kind == WeightKind::Codes { a.to_dtype(DType::F16)? } else { a }))
         };
         let mut ordered = Vec::new();
         if let Some(a) = &a {
@@ -172,9 +170,8 @@ impl Projections {
                 ordered.push(order(RowLayout::Tiles(0), a)?);
             }
         }
-        let a = a.filter(|_| !is_ordered);
         let rows = linears.iter().map(|linear| linear.weight.rows()).collect();
-        Ok(Some(Self { each, a, ordered, rows, runs: runs_of(&formats), cols, kind, card }))
+        Ok(Some(Self { each, ordered, rows, runs: runs_of(&formats), cols, kind, card }))
     }
 
     /// Projections without values, which tell what products of such would need: each has `rows` outputs and an adapter of so many
@@ -186,14 +183,14 @@ impl Projections {
         (rows, ranks): (&[usize], &[usize]),
         cols: usize,
         kind: WeightKind,
-        (card, is_ordered): (ProductCard, bool),
+        card: ProductCard,
     ) -> Result<Self, Error> {
         let ranks: usize = ranks.iter().map(|rank| rank.next_multiple_of(RANK_STEP)).sum();
         let a = (ranks > 0).then(|| Tensor::zeros((ranks, 0), DType::F32, &Device::Cpu)).transpose()?;
         let ordered = a.iter().map(|a| (RowLayout::Fragments, a.clone())).collect();
-        let (each, rows, a) = (Vec::new(), rows.to_vec(), a.filter(|_| !is_ordered));
+        let (each, rows) = (Vec::new(), rows.to_vec());
         let runs = vec![Run { which: 0..rows.len(), is_gguf: kind == WeightKind::Blocks }];
-        Ok(Self { each, a, ordered, rows, runs, cols, kind, card })
+        Ok(Self { each, ordered, rows, runs, cols, kind, card })
     }
 
     /// Values that adapters take in the form in which steps read them, as [`Self::new`] makes it: each has an adapter of so many
@@ -201,7 +198,7 @@ impl Projections {
     pub(crate) fn adapter_values(&self, ranks: &[usize]) -> usize {
         let padded = ranks.iter().map(|rank| rank.next_multiple_of(RANK_STEP));
         let b: usize = self.rows.iter().zip(padded.clone()).map(|(rows, rank)| rows * rank).sum();
-        let orders = 1 + usize::from(self.card.has_groups) + usize::from(self.a.is_some());
+        let orders = 1 + usize::from(self.card.has_groups);
         b + orders * padded.sum::<usize>() * self.cols
     }
 
@@ -264,11 +261,13 @@ impl Projections {
     /// What [`Self::apply`] needs for so many lanes.
     pub(crate) fn room(&self, lanes: usize, is_swiglu: bool) -> Room {
         let kind = self.kind(is_swiglu);
-        let (mut partial, arrived) = self.workspace(lanes, kind);
+        let (partial, arrived) = self.workspace(lanes, kind);
+        let of_low = decode_low_workspace(lanes, self.cols, self.ranks());
+        let (mut partial, arrived) = (partial.max(of_low.0), arrived.max(of_low.1));
         if is_swiglu && kind == ProductKind::Sum {
             partial = partial.next_multiple_of(WORKSPACE_STEP) + lanes * self.outputs();
         }
-        let low = self.low_parts(lanes) * lanes * self.ranks();
+        let low = lanes * self.ranks();
         Room { low, partial, arrived }
     }
 
@@ -276,30 +275,11 @@ impl Projections {
         self.ordered.first().map_or(0, |(_, a)| a.dims()[0])
     }
 
-    /// Whether [`Self::apply`] makes the low-rank products: of many lanes, which then share what is read, and where nobody else can.
-    fn makes_low(&self, lanes: usize) -> bool {
-        self.ranks() > 0 && (self.a.is_none() || lanes >= MANY_LANES)
-    }
-
-    /// Parts of the low-rank products.
-    fn low_parts(&self, lanes: usize) -> usize {
-        if self.makes_low(lanes) { decode_low_parts(lanes, self.cols) } else { 1 }
-    }
-
-    /// The low-rank products that are to be made of the rows that are about to be applied to, by who makes them.
-    ///
-    /// # Errors
-    /// Never.
-    pub(crate) fn low<'b>(&'b self, lanes: usize, scratch: &Scratch<'b>) -> Result<Option<LowRankTo<'b>>, Error> {
-        let to = |a| Ok::<_, Error>(LowRankTo { a: matrix(a)?, values: scratch.low });
-        self.a.as_ref().filter(|_| !self.makes_low(lanes)).map(to).transpose()
-    }
-
     fn operands(&self) -> Result<Vec<PackedOperand<'_>>, Error> {
         self.each.iter().map(Projection::operand).collect()
     }
 
-    /// Applies the projections to the rows of `x`, of which who made them made the low-rank products ([`Self::low`]).
+    /// Applies the projections to the rows of `x`.
     ///
     /// # Shapes
     /// `x`: `[M, K]`.
@@ -316,16 +296,14 @@ impl Projections {
         let workspace = ProductWorkspace { partial: scratch.partial, arrived: scratch.arrived };
         let lanes = x.shape().0;
         let ranks = self.ranks();
-        let is_fresh = self.makes_low(lanes);
-        let low = LowRank { values: scratch.low, parts: self.low_parts(lanes), cols: ranks, is_fresh };
-        let low = (ranks > 0).then_some(low);
-        if is_fresh {
+        let low = (ranks > 0).then_some(LowRank { values: scratch.low, cols: ranks, is_fresh: true });
+        if low.is_some() {
             let is_tiles = |layout: &RowLayout| matches!(layout, RowLayout::Tiles(_));
             let wanted = is_tiles(&self.layout(lanes));
             let Some((_, a)) = self.ordered.iter().find(|(layout, _)| is_tiles(layout) == wanted) else {
                 return Err(shape_error("lanes", "layout", lanes, "rows in an order that the adapters have"));
             };
-            decode_low_rank(device, x, LowRankTo { a: matrix(a)?, values: scratch.low })?;
+            decode_low_rank(device, x, matrix(a)?, scratch.low, workspace)?;
         }
         let operands = self.operands()?;
         let multiply = |run: &Run, to: ProductOutput<'_>, kind: ProductKind| {
