@@ -245,7 +245,13 @@ impl RecordedSteps {
             let ready = self.prepare(size, cache).and_then(|()| self.record(size, settings));
             match ready {
                 Ok(()) => break,
-                Err(error @ (Error::Device(_) | Error::StepMemory { .. } | Error::Tensor(_) | Error::Op(_))) => {
+                Err(
+                    error @ (Error::Device(_)
+                    | Error::StepMemory { .. }
+                    | Error::Tensor(_)
+                    | Error::Op(_)
+                    | Error::Block(_)),
+                ) => {
                     self.recordings.clear();
                     self.memory = None;
                     self.most_lanes = lanes.len().min(self.most_lanes) / 2;
@@ -366,7 +372,12 @@ impl RecordedSteps {
         // Once without a recording and with empty lanes: the driver loads its kernels.
         memory.lanes.borrow_mut().begin(&[], size.lanes, 1, &[])?;
         memory.step(device, size, settings)?;
-        let work = queue.capture(memory, |memory| memory.step(device, size, settings))?;
+        let capture = || queue.capture(memory.clone(), |memory: &Rc<Memory>| memory.step(device, size, settings));
+        // What another thread asks of the driver may end a recording; a second one then goes through.
+        let work = capture().or_else(|error: Error| {
+            tracing::debug!("recording a step once more: {error}");
+            capture()
+        })?;
         self.recordings.push(Recording { size, settings: *settings, work });
         Ok(())
     }
