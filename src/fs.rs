@@ -463,6 +463,22 @@ pub fn sampled_checksum(path: &Path) -> Result<(String, u64), Error> {
     Ok((hasher.finalize().to_hex().to_string(), length))
 }
 
+/// Bytes that may be written where a folder is, if the system says so.
+#[cfg(unix)]
+pub fn free_bytes(folder: &Path) -> Option<u64> {
+    // Of some systems these are 32 bits.
+    #[expect(clippy::useless_conversion, reason = "their types differ by system")]
+    nix::sys::statvfs::statvfs(folder)
+        .ok()
+        .map(|all| u64::from(all.blocks_available()).saturating_mul(u64::from(all.fragment_size())))
+}
+
+/// Bytes that may be written where a folder is: not asked for here.
+#[cfg(not(unix))]
+pub fn free_bytes(_folder: &Path) -> Option<u64> {
+    None
+}
+
 /// The folder that a path lies in.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {

@@ -26,7 +26,7 @@ pub use aside::{Aside, Fate, is_left_course, settle_earlier};
 pub use manifest::{FORMAT_VERSION, FileEntry, Manifest};
 pub use open::{Checkpoint, Found, Skipped, find_latest, open, open_compared};
 pub use parts::{Part, PartsWriter, Tensors, Written};
-pub use rotate::{CleanedUp, clean_up, keep_only, newest_step};
+pub use rotate::{CleanedUp, clean_up, keep_only, newest_step, num_written};
 pub use write::{Committed, Place, Writer};
 
 use std::path::{Component, Path, PathBuf};

@@ -103,6 +103,11 @@ pub(super) fn keep_newest(output_dir: &Path, limit: Option<usize>, kept: &[PathB
     removed
 }
 
+/// Checkpoints that are there.
+pub fn num_written(output_dir: &Path) -> usize {
+    written(output_dir).map_or(0, |all| all.len())
+}
+
 /// Deletes every checkpoint but that of one step.
 pub fn keep_only(output_dir: &Path, step: u64) {
     keep_newest(output_dir, Some(1), &[folder(output_dir, step)]);

@@ -119,7 +119,12 @@ pub fn run(settings: &GrpoSettings, context: Context<'_>) -> anyhow::Result<Outc
     );
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
-    run.open(&session, work, show_plan(settings, &session, &prompts, material.parts(), &generator, &batches, total))?;
+    run.open(
+        &session,
+        &optimizer,
+        work,
+        show_plan(settings, &session, &prompts, material.parts(), &generator, &batches, total),
+    )?;
 
     let mut due = run.due_at_first(resumed.as_ref());
     loop {

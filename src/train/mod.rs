@@ -5,7 +5,8 @@
 //! `cadence.rs` says when it logs, evaluates and saves, `notices.rs` what it says of steps that teach nothing,
 //! `material.rs` has the rows, read or prepared by `preprocess.rs`, `output_dir.rs`, `lock.rs` and `results.rs` keep its folder, `state.rs` its checkpoints, `continuation.rs` and `inputs.rs`
 //! what a resumed run has in common with the first, `best.rs` finds the best checkpoint, `tuning.rs` tries and keeps how
-//! products are made, `card_rates.rs` what the card reaches, `save.rs` writes models,
+//! products are made, `card_rates.rs` what the card reaches, `save.rs` writes models, `save_room.rs` looks whether there is room for
+//! what is saved,
 //! `gathered.rs` puts together what the ranks have, `generation.rs` samples, rewards and scores a generation batch, `beside.rs`
 //! computes rewards while others are sampled.
 //! `evaluate/` measures models outside of a run.
@@ -37,6 +38,7 @@ mod results;
 mod run;
 mod sample;
 mod save;
+mod save_room;
 pub mod session;
 pub mod sft;
 mod shards;

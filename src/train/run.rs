@@ -18,6 +18,7 @@ use super::notices::Notices;
 use super::output_dir::OutputDir;
 use super::plan::Memory;
 use super::results;
+use super::save_room::SaveRoom;
 use super::session::Session;
 use super::state::{LoopState, RunState, State, write_checkpoint};
 use super::tuning::Tuning;
@@ -137,7 +138,13 @@ impl<'a> Run<'a> {
 
     /// Prints the plan of micro-batches as long as those of `work`, and starts the clock. Products are made as they were made by the
     /// run that this one goes on from, and activations planned with the rates that it measured.
-    pub(super) fn open(&mut self, session: &Session, work: Work, mut sections: Vec<Section>) -> anyhow::Result<()> {
+    pub(super) fn open(
+        &mut self,
+        session: &Session,
+        optimizer: &ShardedOptimizer,
+        work: Work,
+        mut sections: Vec<Section>,
+    ) -> anyhow::Result<()> {
         let backend = &session.backend();
         let is_deterministic = self.settings.full_determinism;
         let folder = &self.settings.output_dir;
@@ -151,12 +158,19 @@ impl<'a> Run<'a> {
             tuning.keep(from, folder, self.resumed_from.is_some().then_some(self.step))?;
         }
         sections.push(plan::activations_section(session, work));
-        if let (Some(place), Some(section)) = (&self.resumed_from, sections.first_mut()) {
-            section.push("goes on from", place.display());
+        let room = SaveRoom::of(session, optimizer, self.settings, &self.cadence, self.step);
+        if let Some(section) = sections.first_mut() {
+            if let Some(place) = &self.resumed_from {
+                section.push("goes on from", place.display());
+            }
+            section.push("checkpoints", room.describe());
         }
         sections.push(self.memory.planned());
         self.console.sections(&sections);
         for warning in self.context.warnings {
+            self.console.note(&format!("warning: {warning}"));
+        }
+        if let Some(warning) = room.warning(folder) {
             self.console.note(&format!("warning: {warning}"));
         }
         if let Some(note) = self.folder_note.take() {

@@ -105,7 +105,7 @@ pub fn run(settings: &SftSettings, context: Context<'_>) -> anyhow::Result<Outco
     let memory = plan::Memory::new(&session, &optimizer, training.gradient_accumulation_steps, 0);
     let cadence = Cadence::new(training, epoch, total);
     let mut run = Run::begin(folder, (continuation, inputs), training, context, cadence, memory, resumed.as_ref())?;
-    run.open(&session, work, show_plan(settings, &session, &train, eval.as_ref(), &batches, total))?;
+    run.open(&session, &optimizer, work, show_plan(settings, &session, &train, eval.as_ref(), &batches, total))?;
 
     let mut due = run.due_at_first(resumed.as_ref());
     loop {

@@ -67,6 +67,14 @@ fn saved_name(optimizer: &ShardedOptimizer, entry: &Entry, array: Array) -> Opti
     }
 }
 
+/// Bytes that all ranks write of trained values and the optimizer's state.
+pub(super) fn all_bytes(store: &ParamStore, optimizer: &ShardedOptimizer) -> u64 {
+    let of_entry = |entry: &Entry| {
+        arrays(store).filter(|&array| saved_name(optimizer, entry, array).is_some()).count() * entry.range.len()
+    };
+    (size_of::<f32>() * store.flats().flat_map(FlatBlock::entries).map(of_entry).sum::<usize>()) as u64
+}
+
 /// Writes this rank's part into its file of the checkpoint in the making, whose `place` is asked for if it has one. No rank waits for
 /// another.
 ///

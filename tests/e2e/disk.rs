@@ -89,8 +89,14 @@ fn a_full_disk_at_a_save_loses_nothing_and_the_run_goes_on_when_there_is_room() 
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["-rm", "bash", "-c", script, "bash"]).arg(run.output());
     command.arg(inner.get_program()).args(inner.get_args());
     let ended: Ended = end(start(&mut command));
-    let parts =
-        ["cannot write", "No space left on device", "free some space there", "earlier checkpoints are untouched"];
+    let parts = [
+        "warning: what this run saves takes up to",
+        "are 1.07 MiB free: free some, lower `save_total_limit`",
+        "cannot write",
+        "No space left on device",
+        "free some space there",
+        "earlier checkpoints are untouched",
+    ];
     let ended = ended.expect_error(0, &parts);
     let (full, resumed) = ended.out.split_once("[Run]").unwrap();
     let lines: Vec<&str> = full.lines().collect();
@@ -100,4 +106,41 @@ fn a_full_disk_at_a_save_loses_nothing_and_the_run_goes_on_when_there_is_room() 
     assert!(resumed.contains("step 5/6") && !resumed.contains("step 4/6"), "{resumed}");
     assert!(resumed.contains("code 0") && resumed.contains("\ncheckpoint-6\n"), "{resumed}");
     assert!(resumed.contains("\nadapter_model.safetensors\n"), "{resumed}");
+}
+
+/// What a plan says a checkpoint takes, in bytes.
+fn said(ended: &Ended) -> f64 {
+    let (_, rest) = ended.out.split_once(" at a time, ").unwrap();
+    let (number, unit) = rest.split_once(" each").unwrap().0.split_once(' ').unwrap();
+    let factor = match unit {
+        "KiB" => 1024.0,
+        "MiB" => 1024.0 * 1024.0,
+        _ => panic!("{unit}"),
+    };
+    number.parse::<f64>().unwrap() * factor
+}
+
+/// An adapter, all weights, the model alone, and ranks that write shards: what is said of a checkpoint is what it takes, but for
+/// files of text.
+#[test]
+fn checkpoints_are_as_large_as_the_plan_says() {
+    let saved = |run: TestRun| run.set("max_steps", 2).set("save_steps", 2);
+    for (run, name) in [
+        (saved(TestRun::sft()), "an adapter"),
+        (saved(TestRun::grpo()), "an adapter of GRPO"),
+        (saved(TestRun::full()), "all weights"),
+        (saved(TestRun::sft()).set("save_only_model", true), "the adapter alone"),
+        (saved(TestRun::sft()).set("num_processes", 2).set("zero_stage", 2), "shards"),
+    ] {
+        let ended = run.run(&[]).expect(0);
+        let folder = run.output().join("checkpoint-2");
+        let tensors = fs::read_dir(&folder)
+            .unwrap()
+            .map(|file| file.unwrap())
+            .filter(|file| file.path().extension().is_some_and(|extension| extension == "safetensors"));
+        let written: u64 = tensors.map(|file| file.metadata().unwrap().len()).sum();
+        let (said, written) = (said(&ended), written as f64);
+        // Headers of the files, and three digits.
+        assert!((said * 0.98..said * 1.1).contains(&written), "{name}: {said} said, {written} written");
+    }
 }
