@@ -36,13 +36,12 @@ impl SaveRoom {
         step: u64,
     ) -> Self {
         let (engine, folder) = (&session.engine, settings.output_dir.as_path());
-        let model = match session.adapter_spec {
-            Some(_) => DType::F32.size_in_bytes() * engine.store().num_trainable(),
-            None => {
-                let values: usize =
-                    engine.config().tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
-                values * engine.config().torch_dtype.unwrap_or(DType::F32).size_in_bytes()
-            }
+        let model = if session.adapter_spec.is_some() {
+            DType::F32.size_in_bytes() * engine.store().num_trainable()
+        } else {
+            let tensors = engine.config().tensors();
+            let values: usize = tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+            values * engine.config().torch_dtype.unwrap_or(DType::F32).size_in_bytes()
         };
         let state = if settings.save_only_model { 0 } else { shards::all_bytes(engine.store(), optimizer) };
         let kept = settings.save_total_limit.map(|limit| limit + usize::from(settings.best.is_some()));
