@@ -37,6 +37,8 @@ fn compile_kernels() {
                 "attention.cuh",
                 "attention_sm90.cuh",
                 "mma.cuh",
+                "paged_attention.cuh",
+                "paged_attention_tiles.cuh",
                 "draw.cuh",
                 "packed_product.cuh",
                 "packed_product_sm90.cuh",

@@ -18,8 +18,8 @@ use crate::config::settings::Projection;
 use crate::device::{Arena, Captured, Matrix, Queue, array, empty, free_memory, matrix, upload_f32};
 use crate::engine::{self, Types};
 use crate::kernels::cuda::{
-    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PagedCache, PagedSize,
-    ProductCard, ProductOutput, Rows, Sharing, Side, WeightKind, decode_draw, decode_draw_workspace, decode_norm,
+    Accumulate, DrawSettings, Drawn, Lane, Lanes, LanesSize, LanesView, MOST_DRAW_VOCABULARY, PageSharing, PagedCache,
+    PagedSize, ProductCard, ProductOutput, Rows, Side, WeightKind, decode_draw, decode_draw_workspace, decode_norm,
     gather_rows, gemm, rope_table,
 };
 use crate::model::layer::{DecoderLayer, LaneBuffers, LaneLayer};
@@ -73,7 +73,7 @@ struct Size {
 }
 
 impl Size {
-    fn of_lanes(self, sharing: Sharing) -> LanesSize {
+    fn of_lanes(self, sharing: PageSharing) -> LanesSize {
         let Self { lanes, context } = self;
         LanesSize { lanes, steps: STEPS, pages: lanes * super::pages::pages_for(context), sharing }
     }
@@ -339,7 +339,7 @@ impl RecordedSteps {
         }
         let cache_size = PagedSize { pages: cache.num_pages(), page_tokens: super::PAGE_TOKENS };
         let room = parts.rooms(size.lanes);
-        let sharing = parts.layers.first().map_or(Ok(Sharing::NONE), |layer| layer.sharing(device))?;
+        let sharing = parts.layers.first().map_or(Ok(PageSharing::NONE), |layer| layer.sharing(device))?;
         let lanes_size = size.of_lanes(sharing);
         let make = || {
             Ok::<_, crate::device::Error>((
@@ -395,7 +395,7 @@ impl Parts {
 
     /// Bytes of the device that steps of a size take.
     fn step_bytes(&self, size: Size) -> usize {
-        let lanes = Lanes::state_bytes(size.of_lanes(Sharing::NONE), super::PAGE_TOKENS);
+        let lanes = Lanes::state_bytes(size.of_lanes(PageSharing::NONE), super::PAGE_TOKENS);
         self.arena_bytes(size)
             + 4 * size.lanes * self.vocabulary
             + lanes

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use trainer::config::settings::SamplingSettings;
 use trainer::device::{Queue, array, empty, matrix, synchronize};
 use trainer::kernels::cuda::{
-    DrawSettings, Lane, Lanes, LanesSize, PagedSize, Sharing, decode_draw, decode_draw_workspace,
+    DrawSettings, Lane, Lanes, LanesSize, PageSharing, PagedSize, decode_draw, decode_draw_workspace,
 };
 use trainer::rng::Stream;
 use trainer::rollout::sampler::{DrawJob, Sampler, Scratch};
@@ -53,7 +53,7 @@ fn draws(logits: &[f32], seen: &[u32], uniforms: &[f64], settings: &DrawSettings
     let (device, vocabulary) = (device(), logits.len());
     let queue = Queue::of(&device).unwrap();
     let count = uniforms.len();
-    let size = LanesSize { lanes: count, steps: 1, pages: count, sharing: Sharing::NONE };
+    let size = LanesSize { lanes: count, steps: 1, pages: count, sharing: PageSharing::NONE };
     let mut lanes = Lanes::new(&queue, size, PagedSize { pages: 1, page_tokens: 16 }, vocabulary).unwrap();
     let all: Vec<f32> = (0..count).flat_map(|_| logits.iter().copied()).collect();
     let all = upload(&device, &all, (count, vocabulary), DType::F32);
@@ -385,7 +385,7 @@ fn what_is_drawn_is_seen_in_the_next_step() {
         DrawSettings { top_k: 4, ..penalty(4.0, 1.0) },
         DrawSettings { top_p: 0.4, min_p: 0.1, ..penalty(2.0, 0.5) },
     ] {
-        let size = LanesSize { lanes: bucket, steps, pages: 2 * bucket, sharing: Sharing::NONE };
+        let size = LanesSize { lanes: bucket, steps, pages: 2 * bucket, sharing: PageSharing::NONE };
         let mut lanes = Lanes::new(&queue, size, PagedSize { pages: 2, page_tokens: 16 }, vocabulary).unwrap();
         let each: Vec<Lane<'_>> =
             before.iter().map(|seen| Lane { token: seen[0], context: 9, pages: &[0, 1], seen }).collect();
@@ -438,7 +438,7 @@ fn bench_draw() {
             let mut line = format!("{name:7} {what:6}");
             for count in [1, 8, 64, 132, 256] {
                 let (rounds, steps) = (10, 16);
-                let size = LanesSize { lanes: count, steps, pages: 2 * count, sharing: Sharing::NONE };
+                let size = LanesSize { lanes: count, steps, pages: 2 * count, sharing: PageSharing::NONE };
                 let mut lanes = Lanes::new(&queue, size, PagedSize { pages: 2, page_tokens: 16 }, vocabulary).unwrap();
                 let all: Vec<f32> = (0..count).flat_map(|_| row.iter().copied()).collect();
                 let all = upload(&device, &all, (count, vocabulary), DType::F32);

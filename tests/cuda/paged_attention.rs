@@ -5,9 +5,9 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use trainer::device::{Queue, array, empty, matrix, synchronize};
 use trainer::kernels::cuda::{
-    Lane, Lanes, LanesSize, NO_SLOT, PageStores, PagedCache, PagedLists, PagedSize, PagedStep, Rows, Sharing,
-    copy_pages, decode_attention, decode_attention_workspace, decode_combine, paged_attention,
-    paged_attention_workspace, sharing, write_pages,
+    Lane, Lanes, LanesSize, NO_SLOT, PageSharing, PageStores, PagedCache, PagedLists, PagedSize, PagedStep, Rows,
+    copy_pages, decode_attention, decode_attention_workspace, decode_combine, page_sharing, paged_attention,
+    paged_attention_workspace, write_pages,
 };
 
 use crate::support::{assert_close, device, download, random, upload};
@@ -265,7 +265,7 @@ fn check_lanes(device: &Device, shape: Shape, dtype: DType, prompts: &[(usize, u
     let q = upload(device, &random("queries", (count + 1) * heads * head_dim), (count + 1, heads * head_dim), dtype);
     let max_context = contexts.iter().max().unwrap() + 5;
     let queue = Queue::of(device).unwrap();
-    let run = |sharing: Sharing| {
+    let run = |sharing: PageSharing| {
         // One more than there are, which is empty.
         let size = LanesSize { lanes: count + 1, steps: 1, pages: pages.iter().map(Vec::len).sum(), sharing };
         let mut lanes = Lanes::new(&queue, size, PagedSize { pages: num_pages, page_tokens }, 10).unwrap();
@@ -303,9 +303,9 @@ fn check_lanes(device: &Device, shape: Shape, dtype: DType, prompts: &[(usize, u
         }
     }
     want.resize((count + 1) * heads * head_dim, 0.0);
-    let sharing = Sharing { from: 0, ..sharing(device, heads, kv_heads, head_dim).unwrap() };
+    let sharing = PageSharing { from: 0, ..page_sharing(device, heads, kv_heads, head_dim).unwrap() };
     let case = format!("{shape:?} {dtype:?} {prompts:?}");
-    let (alone, together) = (run(Sharing::NONE), run(sharing));
+    let (alone, together) = (run(PageSharing::NONE), run(sharing));
     assert_close(&format!("{case}, alone"), &alone, &want, tolerance((dtype, dtype)));
     assert_close(&format!("{case}, {} together", sharing.lanes), &together, &want, tolerance((dtype, dtype)));
     assert_eq!(run(sharing), together, "{case}: the same call has other bits");

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::lanes::{Lane, Sharing};
+use super::lanes::{Lane, PageSharing};
 use super::paged_attention::LANE_SPLIT_KEYS;
 
 /// The list, as `paged_attention.cu` reads it.
@@ -32,7 +32,13 @@ pub(super) fn most_pieces(lanes: usize, pages: usize, page_tokens: usize) -> usi
 impl LanePieces {
     /// The pieces of lanes for the next `steps`. `tables`: where each lane's page list begins. Those that are whole come first, in the
     /// order of their parts.
-    pub(super) fn of(lanes: &[Lane<'_>], tables: &[u32], steps: usize, page_tokens: usize, sharing: Sharing) -> Self {
+    pub(super) fn of(
+        lanes: &[Lane<'_>],
+        tables: &[u32],
+        steps: usize,
+        page_tokens: usize,
+        sharing: PageSharing,
+    ) -> Self {
         let parts = |tokens: usize| tokens.div_ceil(LANE_SPLIT_KEYS);
         let whole_parts = |lane: &Lane<'_>| lane.context / LANE_SPLIT_KEYS;
         let pages = LANE_SPLIT_KEYS / page_tokens;
@@ -45,7 +51,7 @@ impl LanePieces {
             let mut known: HashMap<&[u32], usize> = HashMap::new();
             for (index, lane) in lanes.iter().enumerate().filter(|(_, lane)| whole_parts(lane) > part) {
                 if !can_share {
-                    groups.push(vec![index]);
+                    list.push(tables, &[index], part);
                     continue;
                 }
                 match known.entry(&lane.pages[part * pages..(part + 1) * pages]) {
@@ -83,7 +89,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::{LanePieces, PART_BITS, most_pieces};
-    use crate::kernels::cuda::{Lane, Sharing};
+    use crate::kernels::cuda::{Lane, PageSharing};
     use crate::rng::Stream;
 
     /// The lanes of each piece, and its part.
@@ -95,8 +101,8 @@ mod tests {
         list.pieces.iter().map(|piece| (members(piece), piece[3] & ((1 << PART_BITS) - 1))).collect()
     }
 
-    fn always(lanes: usize) -> Sharing {
-        Sharing { lanes, from: 0 }
+    fn always(lanes: usize) -> PageSharing {
+        PageSharing { lanes, from: 0 }
     }
 
     fn lane(context: usize, pages: &[u32]) -> Lane<'_> {
@@ -126,7 +132,7 @@ mod tests {
     fn large_groups_are_cut_evenly_and_pages_that_do_not_fill_a_part_are_not_shared() {
         let pages: Vec<u32> = (0..20).collect();
         let lanes = vec![lane(129, &pages); 10];
-        let sizes = |sharing: Sharing, page_tokens| {
+        let sizes = |sharing: PageSharing, page_tokens| {
             let list = LanePieces::of(&lanes, &[0; 10], 1, page_tokens, sharing);
             named(&list).iter().filter(|(_, part)| *part == 0).map(|(lanes, _)| lanes.len()).collect::<Vec<_>>()
         };
@@ -135,8 +141,8 @@ mod tests {
         assert_eq!(sizes(always(1), 16), [1; 10]);
         assert_eq!(sizes(always(9), 12), [1; 10]);
         // Each lane has two parts.
-        assert_eq!(sizes(Sharing { lanes: 9, from: 21 }, 16), [1; 10]);
-        assert_eq!(sizes(Sharing { lanes: 9, from: 20 }, 16), [5, 5]);
+        assert_eq!(sizes(PageSharing { lanes: 9, from: 21 }, 16), [1; 10]);
+        assert_eq!(sizes(PageSharing { lanes: 9, from: 20 }, 16), [5, 5]);
     }
 
     #[test]

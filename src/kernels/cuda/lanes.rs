@@ -31,20 +31,20 @@ pub struct LanesSize {
     /// Pages of all sequences together, shared ones counted for each.
     pub pages: usize,
     /// When attention reads pages that sequences share for several at once.
-    pub sharing: Sharing,
+    pub sharing: PageSharing,
 }
 
 /// When parts of contexts whose pages several sequences have are read for several at once. That reads less, but makes some blocks
 /// of attention longer, which are to wait for where all have a place at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sharing {
+pub struct PageSharing {
     /// For up to so many sequences at once, 1 to 64.
     pub lanes: usize,
     /// From so many parts of all sequences on.
     pub from: usize,
 }
 
-impl Sharing {
+impl PageSharing {
     /// Each sequence by itself.
     pub const NONE: Self = Self { lanes: 1, from: 0 };
 }
@@ -144,7 +144,7 @@ pub struct LanesView<'b> {
     pub(super) pieces: Pointer<'b>,
     /// `[P]`: their members.
     pub(super) members: Pointer<'b>,
-    pub(super) sharing: Sharing,
+    pub(super) sharing: PageSharing,
     /// `[lanes]`: this step's tokens.
     pub tokens: Pointer<'b>,
     /// `[lanes]`: their positions.
@@ -359,12 +359,12 @@ fn unshared(buffer: &mut Arc<Buffer>) -> Result<&mut Buffer, Error> {
 mod tests {
     use candle_core::Device;
 
-    use super::{Drawn, Lane, Lanes, LanesSize, Sharing};
+    use super::{Drawn, Lane, Lanes, LanesSize, PageSharing};
     use crate::device::Queue;
     use crate::kernels::cuda::PagedSize;
 
     fn lanes() -> Lanes {
-        let size = LanesSize { lanes: 4, steps: 3, pages: 6, sharing: Sharing { lanes: 2, from: 0 } };
+        let size = LanesSize { lanes: 4, steps: 3, pages: 6, sharing: PageSharing { lanes: 2, from: 0 } };
         Lanes::new(&Queue::of(&Device::Cpu).unwrap(), size, PagedSize { pages: 10, page_tokens: 4 }, 50).unwrap()
     }
 

@@ -50,7 +50,7 @@ pub use gemm::{
 };
 pub use gguf::{GgufKind, dequantize_gguf};
 pub use head::{HeadState, head_backward_chunk, head_finish, head_forward_chunk, head_start};
-pub use lanes::{Drawn, Lane, Lanes, LanesSize, LanesView, Sharing};
+pub use lanes::{Drawn, Lane, Lanes, LanesSize, LanesView, PageSharing};
 pub use nf4::{Nf4Absmax, Nf4View, dequantize_nf4, quantize_maxima, quantize_nf4};
 pub use norm::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, rms_norm_workspace};
 pub use optimizer::{adamw, sums_of_squares};
@@ -58,8 +58,8 @@ pub use packed_product::{
     LowRank, PackedOperand, PackedWeights, ProductOutput, ProductWorkspace, RANK_STEP, packed_product,
 };
 pub use paged_attention::{
-    PagedCache, copy_pages, decode_attention, decode_attention_workspace, paged_attention, paged_attention_workspace,
-    sharing, write_pages,
+    PagedCache, copy_pages, decode_attention, decode_attention_workspace, page_sharing, paged_attention,
+    paged_attention_workspace, write_pages,
 };
 pub use paged_step::{NO_SLOT, PageStores, PagedLists, PagedSize, PagedStep};
 pub use pointwise::{axpby, column_sums, column_sums_workspace, count_non_finite, dropout, fill};

@@ -7,8 +7,8 @@ use super::{DOWN, DecoderLayer, GATE_UP, OUTPUT, QKV};
 use crate::config::settings::Projection;
 use crate::device::{Matrix, Pointer};
 use crate::kernels::cuda::{
-    DecodeHeads, LanesView, PagedCache, ProductCard, ProductOutput, Sharing, WeightKind, decode_attention,
-    decode_attention_workspace, decode_combine, decode_heads, decode_norm, sharing,
+    DecodeHeads, LanesView, PageSharing, PagedCache, ProductCard, ProductOutput, WeightKind, decode_attention,
+    decode_attention_workspace, decode_combine, decode_heads, decode_norm, page_sharing,
 };
 use crate::model::Error;
 use crate::model::config::ModelConfig;
@@ -180,10 +180,10 @@ impl LaneLayer {
     ///
     /// # Errors
     /// If the device is no GPU.
-    pub fn sharing(&self, device: &Device) -> Result<Sharing, Error> {
+    pub fn sharing(&self, device: &Device) -> Result<PageSharing, Error> {
         let LaneWidths { qkv, attended, .. } = self.widths();
         let (heads, kv_heads) = (attended / self.head_dim, (qkv - attended) / 2 / self.head_dim);
-        Ok(sharing(device, heads, kv_heads, self.head_dim).map_err(crate::ops::Error::from)?)
+        Ok(page_sharing(device, heads, kv_heads, self.head_dim).map_err(crate::ops::Error::from)?)
     }
 
     /// Takes each lane's new token through the layer; its keys and values go to the cache.
